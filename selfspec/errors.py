@@ -1,0 +1,21 @@
+"""One base class for everything that a user can cause and mend."""
+
+
+class SelfspecError(Exception):
+    """A one-line message: what was given, what was expected, what to do."""
+
+
+class PlanError(SelfspecError):
+    """A plan or skip set that is malformed, or that does not fit the model."""
+
+
+class UnsupportedModelError(SelfspecError):
+    """A model that the views cannot reproduce."""
+
+
+class UnsupportedOptionError(SelfspecError):
+    """A generation option that speculative decoding does not serve."""
+
+
+class InputError(SelfspecError):
+    """Prompts, files or tensors that cannot be used as given."""

@@ -1,0 +1,219 @@
+"""Plan: what the search writes and everything else reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from selfspec.errors import PlanError
+from selfspec.skip_set import SkipSet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PLAN_FILE = "selfspec_plan.json"
+PLAN_VERSION = 1
+
+# Keys of a config that do not change what the model computes.
+_INCIDENTAL = frozenset({"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"})
+_INCIDENTAL_PREFIXES = ("_attn_implementation", "output_", "return_dict")
+
+
+def _to_skip_set(value: Any) -> Any:
+    return value if isinstance(value, SkipSet) else SkipSet.from_dict(value)
+
+
+_SkipSetField = Annotated[
+    SkipSet, BeforeValidator(_to_skip_set), PlainSerializer(SkipSet.to_dict, return_type=dict[str, list[int]])
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+
+class ModelIdentity(_Strict):
+    """Which model a plan was made for. The fingerprint is a hash of its config."""
+
+    model_type: str
+    num_layers: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> ModelIdentity:
+        return cls(
+            model_type=config.model_type, num_layers=config.num_hidden_layers, fingerprint=config_fingerprint(config)
+        )
+
+
+class Conditions(_Strict):
+    """Where and how the search ran: another device, dtype or sampling makes its figures (not its output) stale."""
+
+    device: str
+    dtype: str
+    rows: int = 1
+    sampling: dict[str, Any] = {}
+    compiled: bool = False
+    versions: dict[str, str] = {}
+
+
+class Figures(_Strict):
+    """Speed of one plan, predicted or measured. Times in milliseconds; speedup is against the plain model."""
+
+    tokens_per_round: float
+    acceptance_rate: float
+    tokens_per_second: float
+    speedup: float
+    texts: int = 0
+
+
+class Provenance(_Strict):
+    """What the search saw: predicted and measured figures side by side."""
+
+    conditions: Conditions
+    seed: int
+    trials: int
+    predicted: Figures | None = None
+    predicted_on_held_out: Figures | None = None
+    measured: Figures | None = None
+    profile: dict[str, Any] = {}
+
+
+class Plan(_Strict):
+    """How to draft: the skip set, the draft length gamma and the exit threshold. `gamma=0` means: do not speculate.
+
+    A plan never changes what comes out, only how fast.
+
+    >>> Plan(skip_set=SkipSet(attn={3}, mlp={4}), gamma=4).speculates
+    True
+    """
+
+    selfspec_version: int = PLAN_VERSION
+    skip_set: _SkipSetField
+    gamma: Annotated[int, Field(ge=0, le=64)]
+    exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    model: ModelIdentity | None = None
+    provenance: Provenance | None = None
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(_first_problem(error)) from None
+        if self.selfspec_version != PLAN_VERSION:
+            raise PlanError(
+                f"plan has selfspec_version {self.selfspec_version}, but this selfspec reads {PLAN_VERSION}; "
+                "search again, or install the selfspec that wrote it"
+            )
+        if self.model is not None:
+            self.skip_set.validate(self.model.num_layers)
+
+    @classmethod
+    def none(cls, **data: Any) -> Plan:
+        """The plan that decodes plainly."""
+        return cls(skip_set=SkipSet(), gamma=0, **data)
+
+    @property
+    def speculates(self) -> bool:
+        return self.gamma > 0
+
+    def check_fits(self, config: PretrainedConfig) -> None:
+        """Raise `PlanError` if this plan was made for another model."""
+        self.skip_set.validate(config.num_hidden_layers)
+        if self.model is None:
+            return
+        given = ModelIdentity.of(config)
+        if (self.model.model_type, self.model.num_layers) != (given.model_type, given.num_layers):
+            raise PlanError(
+                f"plan was made for {self.model.model_type} with {self.model.num_layers} layers, but this model is "
+                f"{given.model_type} with {given.num_layers}; run 'selfspec search' on this model"
+            )
+        if self.model.fingerprint != given.fingerprint:
+            raise PlanError(
+                f"plan was made for a {given.model_type} with another config (fingerprint {self.model.fingerprint}, "
+                f"this model's is {given.fingerprint}); run 'selfspec search' on this model"
+            )
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); write it anew") from None
+        if not isinstance(data, dict) or "selfspec_version" not in data:
+            raise PlanError(
+                f"{source} is not a selfspec plan: it has no selfspec_version; make one with 'selfspec search'"
+            )
+        try:
+            return cls(**data)
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan to a file, whole or not at all."""
+        return write_atomically(path, self.to_json())
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the plan beside a model's `config.json`, as `selfspec_plan.json`."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        return self.save(Path(directory) / PLAN_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_file: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a file, or from `selfspec_plan.json` in a directory."""
+        path = Path(directory_or_file)
+        if path.is_dir():
+            path = path / PLAN_FILE
+        try:
+            text = path.read_text("utf8")
+        except FileNotFoundError:
+            raise PlanError(f"no plan at {path}; make one with 'selfspec search MODEL --out {path}'") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}") from None
+        return cls.from_json(text, source=f"plan {path}")
+
+
+def config_fingerprint(config: PretrainedConfig) -> str:
+    """Sixteen hex digits that change with anything in the config that changes what the model computes."""
+    essential = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in _INCIDENTAL and not key.startswith(_INCIDENTAL_PREFIXES)
+    }
+    return hashlib.sha256(json.dumps(essential, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """Write to a temporary name beside `path`, then rename: readers see the old file or the new, never half of one."""
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private; a plan is meant to be shared
+        os.replace(file.name, path)
+    except OSError as error:
+        raise PlanError(
+            f"cannot write {path}: {error.strerror or error}; choose a directory that is writable"
+        ) from None
+    return path
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "plan"
+    if problem["type"] == "extra_forbidden":
+        return f"plan has an unknown key '{where}'; remove it, or search again"
+    if problem["type"] == "missing":
+        return f"plan lacks the key '{where}'; search again"
+    return f"plan key '{where}': {problem['msg']} (given: {problem['input']!r})"

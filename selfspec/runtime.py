@@ -1,0 +1,148 @@
+"""Runtime: a model's target and draft views on one KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfspec.attention import choose_backend
+from selfspec.kv_cache import KVCache, Pass
+from selfspec.skip_set import SkipSet
+from selfspec.views import (
+    attention_modules,
+    change_skip_set,
+    check_supported,
+    draft_view,
+    pin_longrope,
+    probe,
+    run_view,
+    target_view,
+)
+
+ViewName = Literal["target", "draft"]
+PREFILL_CHUNK = 512
+
+
+class Runtime:
+    """Runs passes of the target and of the draft over one shared cache.
+
+    Adds the cache to the model's memory and nothing else: both views share every weight with `model`.
+
+    Args:
+        model: a supported causal language model, whole on one device.
+        skip_set: what the draft leaves out; `skip` changes it later.
+        backend: an attention backend by name; by default the first that serves this model.
+        compile: fuse each view's pass with `torch.compile`, once per view, rows, pass length and capacity.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        skip_set: SkipSet | None = None,
+        *,
+        backend: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        check_supported(model)
+        self.model = model
+        self.compile = compile
+        self.skip_set = skip_set or SkipSet()
+        self._backend_name = backend
+        self._build()
+
+    def _build(self) -> None:
+        self.views: dict[ViewName, PreTrainedModel] = {
+            "target": target_view(self.model),
+            "draft": draft_view(self.model, self.skip_set),
+        }
+        recorded = probe(self.model, self.views["target"])
+        self.layer_shapes = recorded.shapes
+        self.backend = choose_backend(recorded.needs(self.model), self._backend_name)
+        self._cache: KVCache | None = None
+        self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
+        self._fingerprint = _tensor_identity(self.model)
+
+    def refresh(self) -> None:
+        """Build the views anew if the user moved, cast or re-adapted the model since."""
+        if _tensor_identity(self.model) != self._fingerprint:
+            check_supported(self.model)
+            self._build()
+
+    @property
+    def cache(self) -> KVCache:
+        assert self._cache is not None, "reserve a cache first"
+        return self._cache
+
+    @torch.inference_mode()
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make sure that the cache has room for `slots` tokens in each of `rows` rows, and forget what it held.
+
+        A cache that fits is kept; growing replaces it, and drops what was compiled for the old one.
+        """
+        if self._cache is not None and self._cache.rows == rows and self._cache.slots >= slots:
+            self._cache.reset()
+            return
+        self._cache = None  # free the old one before taking the new one
+        self._passes.clear()
+        self._cache = KVCache(
+            self.layer_shapes,
+            rows=rows,
+            slots=KVCache.bucketed(slots),
+            device=self.model.device,
+            dtype=self.model.dtype,
+            backend=self.backend.backend,
+        )
+        for view in self.views.values():
+            self._cache.attach(attention_modules(view))
+
+    def skip(self, skip_set: SkipSet) -> None:
+        """Draft without `skip_set` from now on."""
+        change_skip_set(self.views["draft"], skip_set)
+        self.skip_set = skip_set
+        self._passes = {key: run for key, run in self._passes.items() if key[0] != "draft"}
+        if self._cache is not None:
+            self._cache.attach(attention_modules(self.views["draft"]))
+
+    def pin_longrope(self, *, long: bool) -> None:
+        """Serve one side of the longrope switch; nothing for models with another RoPE."""
+        for view in self.views.values():
+            pin_longrope(view, long=long)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Cache each row's first `lengths` (`b`) of `tokens` (`b t`), without the head, in chunks."""
+        cache = self.cache
+        cache.reset()
+        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+            step = cache.begin(chunk.shape[1])
+            run_view(self.views["target"], chunk, step.positions, step, head=False)
+            cache.lengths += chunk.shape[1]
+        cache.lengths.copy_(lengths)
+
+    @torch.inference_mode()
+    def run(self, view: ViewName, tokens: Tensor) -> Tensor:
+        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are."""
+        key = (view, tokens.shape[1])
+        if key not in self._passes:
+            self._passes[key] = self._make_pass(*key)
+        return self._passes[key](tokens)
+
+    def _make_pass(self, view: ViewName, t: int) -> Callable[[Tensor], Tensor]:
+        module, cache = self.views[view], self.cache
+
+        def forward(tokens: Tensor, lengths: Tensor) -> Tensor:
+            step = Pass(lengths, t, cache.slots, cache.backend)
+            return run_view(module, tokens, step.positions, step)
+
+        return lambda tokens: forward(tokens, cache.lengths)
+
+
+def _tensor_identity(model: PreTrainedModel) -> tuple[object, ...]:
+    """Changes whenever the views would no longer share the model's tensors, or its adapters changed."""
+    tensors = (*model.parameters(), *model.buffers())
+    adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else ()
+    return (*((id(t), t.data_ptr(), t.device, t.dtype) for t in tensors), str(adapters))

@@ -1,0 +1,99 @@
+"""SkipSet: the sub-layers that the draft leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selfspec.errors import PlanError
+
+
+@dataclass(frozen=True)
+class SkipSet:
+    """Attention and MLP sub-layers to skip, by layer index.
+
+    >>> str(SkipSet(attn={3, 4, 5, 9}, mlp={4}))
+    'attn 3-5,9 | mlp 4'
+    """
+
+    attn: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    def __init__(self, attn: Iterable[int] = (), mlp: Iterable[int] = ()) -> None:
+        object.__setattr__(self, "attn", _layer_indices("attn", attn))
+        object.__setattr__(self, "mlp", _layer_indices("mlp", mlp))
+
+    @classmethod
+    def early_exit(cls, exit_layer: int, num_layers: int) -> SkipSet:
+        """Everything from layer `exit_layer` on: the draft runs the first `exit_layer` layers only."""
+        if not 0 <= exit_layer <= num_layers:
+            raise PlanError(
+                f"exit layer is {exit_layer}, but this model has {num_layers} layers (give 0..{num_layers})"
+            )
+        return cls(attn=range(exit_layer, num_layers), mlp=range(exit_layer, num_layers))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SkipSet:
+        """The inverse of `to_dict`."""
+        if not isinstance(data, Mapping) or not set(data) <= {"attn", "mlp"}:
+            raise PlanError(f"a skip set has the keys 'attn' and 'mlp', each a list of layers, but {data!r} was given")
+        return cls(attn=data.get("attn", ()), mlp=data.get("mlp", ()))
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {"attn": sorted(self.attn), "mlp": sorted(self.mlp)}
+
+    def validate(self, num_layers: int) -> None:
+        """Raise `PlanError` if a layer is named that a model of `num_layers` layers does not have."""
+        for kind, layers in (("attn", self.attn), ("mlp", self.mlp)):
+            outside = [layer for layer in sorted(layers) if layer >= num_layers]
+            if outside:
+                raise PlanError(
+                    f"skip set names {kind} layer {outside[0]}, but this model has {num_layers} (0..{num_layers - 1})"
+                )
+
+    def dropped_layers(self) -> frozenset[int]:
+        """Layers that lose both sub-layers, and so need not be run at all."""
+        return self.attn & self.mlp
+
+    def __len__(self) -> int:
+        """Skipped sub-layers."""
+        return len(self.attn) + len(self.mlp)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        yield from (("attn", layer) for layer in sorted(self.attn))
+        yield from (("mlp", layer) for layer in sorted(self.mlp))
+
+    def __str__(self) -> str:
+        if not self:
+            return "nothing skipped"
+        parts = [f"{kind} {_ranges(layers)}" for kind, layers in (("attn", self.attn), ("mlp", self.mlp)) if layers]
+        return " | ".join(parts)
+
+    def strip(self, num_layers: int) -> str:
+        """Two rows of blocks for the terminal, one column per layer: full = runs, light = skipped."""
+
+        def row(layers: frozenset[int]) -> str:
+            return "".join("░" if layer in layers else "█" for layer in range(num_layers))
+
+        return f"attn {row(self.attn)}\nmlp  {row(self.mlp)}"
+
+
+def _layer_indices(kind: str, layers: Iterable[int]) -> frozenset[int]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise PlanError(f"skip set: {kind} must be layer indices, but {layers!r} was given")
+    indices = list(layers)
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise PlanError(f"skip set: {kind} holds {index!r}, but layers are whole numbers from 0")
+    return frozenset(indices)
+
+
+def _ranges(layers: frozenset[int]) -> str:
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,106 @@
+"""Stats: what one `generate` did, counted, and where its time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Counts over all rows of one call. Times in seconds.
+
+    A *round* here is one row's: a verify pass over three unfinished rows counts three rounds and one pass.
+    Tokens after a stop token, or beyond the limit, do not count.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    reached_at: list[int] = field(default_factory=list)
+    """By draft position: how often a token was drafted there and all before it in its round were accepted."""
+    accepted_at: list[int] = field(default_factory=list)
+    """By draft position: how often a drafted token was accepted there."""
+    history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
+    """By pass: (row, drafted, accepted) of every unfinished row."""
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"prefill": 0.0, "draft": 0.0, "verify": 0.0, "total": 0.0}
+    )
+    backend: str = ""
+    backend_reason: str = ""
+    compiled: bool = False
+    slower_paths: list[str] = field(default_factory=list)
+    """Anything that kept this call off the fast path, and why."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted; 0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens committed by a row's average round: accepted + 1 (the papers' block efficiency)."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def agreement(self) -> list[float]:
+        """By draft position: the share accepted of tokens drafted there after an accepted prefix."""
+        return [a / r if r else 0.0 for a, r in zip(self.accepted_at, self.reached_at, strict=True)]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds["total"] if self.seconds["total"] else 0.0
+
+    @property
+    def other_seconds(self) -> float:
+        """Time outside prefill, draft and verify: acceptance, stopping, processors, streaming."""
+        return self.seconds["total"] - sum(self.seconds[name] for name in ("prefill", "draft", "verify"))
+
+    def count_pass(self, rounds: list[tuple[int, int, int, int]]) -> None:
+        """Count one verify pass: (row, drafted, accepted, committed) of every row that was unfinished before it."""
+        self.passes += 1
+        self.rounds += len(rounds)
+        for _, drafted, accepted, committed in rounds:
+            self.tokens += committed
+            self.drafted += drafted
+            self.accepted += accepted
+            missing = drafted - len(self.reached_at)
+            self.reached_at.extend([0] * missing)
+            self.accepted_at.extend([0] * missing)
+            for position in range(drafted):
+                self.reached_at[position] += accepted >= position
+                self.accepted_at[position] += accepted > position
+        self.history.append(tuple((row, drafted, accepted) for row, drafted, accepted, _ in rounds))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of a block to `seconds[name]`."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += perf_counter() - start
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON, but the pass-by-pass history."""
+        data = asdict(self)
+        del data["history"]
+        return data | {
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_round": self.tokens_per_round,
+            "tokens_per_second": self.tokens_per_second,
+            "agreement": self.agreement,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens in {self.rounds} rounds ({self.tokens_per_round:.2f} a round), "
+            f"{self.accepted} of {self.drafted} drafted accepted ({self.acceptance_rate:.0%}), "
+            f"{self.tokens_per_second:.1f} tokens/s"
+        )

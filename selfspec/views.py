@@ -1,0 +1,317 @@
+"""Views: how a model becomes its own draft without a second copy of anything.
+
+A view is a deep copy of the module tree that shares every tensor with the user's model. On the copy we set our own
+attention function, drop layers, and replace a skipped `self_attn` or `mlp` by a module that returns zeros (in every
+supported family a branch is added to the residual stream, so zeros are a skip). The user's model is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from selfspec.attention import ATTENTION_NAME, AttentionArgs, AttentionNeeds, additive_mask, masked_attention, register
+from selfspec.errors import UnsupportedModelError
+from selfspec.kv_cache import LayerShape
+from selfspec.skip_set import SkipSet
+
+SUPPORTED_MODEL_TYPES = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "granite",
+        "helium",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+    }
+)
+"""Families that the tests decode with. Anything else is refused, whatever the probe would say."""
+
+_HOOK_ATTRIBUTES = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_PROBE_LENGTH = 11
+
+
+class SkippedAttention(nn.Module):
+    """Stands where the draft skips an attention sub-layer."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippedMLP(nn.Module):
+    """Stands where the draft skips an MLP sub-layer."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def target_view(model: PreTrainedModel) -> PreTrainedModel:
+    """The full model, sharing every tensor with `model`, with our attention function."""
+    return _view(model)
+
+
+def draft_view(model: PreTrainedModel, skip_set: SkipSet) -> PreTrainedModel:
+    """`model` without its skip set, sharing every tensor with `model`."""
+    view = _view(model)
+    change_skip_set(view, skip_set)
+    return view
+
+
+@dataclass(frozen=True)
+class _FullStack:
+    """What a draft view was before anything was left out, so that its skip set can change without another copy."""
+
+    layers: tuple[nn.Module, ...]
+    branches: tuple[tuple[nn.Module, nn.Module], ...]
+    config: dict[str, Any]
+
+
+def change_skip_set(view: PreTrainedModel, skip_set: SkipSet) -> None:
+    """Make `view` leave out `skip_set`, and nothing else, from now on. Costs microseconds: a search calls it per trial.
+
+    Dropped layers take their entries of every per-layer list in the config with them: gemma3 and olmo3 pick RoPE and
+    mask by position in such a list, so an unfiltered one would draft with the wrong layer's.
+    """
+    decoder, config = view.get_decoder(), vars(view.config.get_text_config())
+    full: _FullStack | None = getattr(view, "selfspec_full_stack", None)
+    if full is None:
+        layers = tuple(decoder.layers)
+        lists = {k: v for k, v in config.items() if isinstance(v, (list, tuple)) and len(v) == len(layers)}
+        full = _FullStack(layers, tuple((layer.self_attn, layer.mlp) for layer in layers), lists)
+        object.__setattr__(view, "selfspec_full_stack", full)
+    skip_set.validate(len(full.layers))
+    for index, (layer, (attention, mlp)) in enumerate(zip(full.layers, full.branches, strict=True)):
+        layer.self_attn = SkippedAttention() if index in skip_set.attn else attention
+        layer.mlp = SkippedMLP() if index in skip_set.mlp else mlp
+    kept = [index for index in range(len(full.layers)) if index not in skip_set.dropped_layers()]
+    decoder.layers = nn.ModuleList(full.layers[index] for index in kept)
+    # Through vars(): a config that validates itself would refuse the states between these assignments.
+    config["num_hidden_layers"] = len(kept)
+    config.update({name: type(value)(value[index] for index in kept) for name, value in full.config.items()})
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers."""
+    return model.get_decoder().layers  # type: ignore[no-any-return]
+
+
+def attention_modules(view: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules that the view still runs; each one's `layer_idx` is its layer in the full model."""
+    modules = [layer.get_submodule("self_attn") for layer in decoder_layers(view)]
+    return [module for module in modules if not isinstance(module, SkippedAttention)]
+
+
+def _view(model: PreTrainedModel) -> PreTrainedModel:
+    register()
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in reachable_tensors(model)}
+    for module in model.modules():  # hooks are the user's: they watch the user's model, not the views
+        memo.update(
+            {id(hooks): OrderedDict() for name in _HOOK_ATTRIBUTES if (hooks := getattr(module, name)) is not None}
+        )
+    view: PreTrainedModel = copy.deepcopy(model, memo)
+    view.eval()
+    view.config._attn_implementation = ATTENTION_NAME
+    return view
+
+
+def reachable_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor held by the modules: parameters, buffers, and plain attributes such as a quantiser's state."""
+    seen: set[int] = set()
+
+    def walk(value: Any) -> Iterator[Tensor]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            for item in value.values():
+                yield from walk(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from walk(item)
+        elif isinstance(value, nn.Module) or (hasattr(value, "__dict__") and not callable(value)):
+            yield from walk(vars(value))
+
+    return walk(model)
+
+
+# --- What a view may be built from ---
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse, by name, what the views cannot reproduce."""
+    config = model.config
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"selfspec wraps a Hugging Face causal language model, but {type(model).__name__} was given"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"'{config.model_type}' is an encoder-decoder model; selfspec decodes decoder-only models"
+        )
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported; "
+            f"supported are {', '.join(sorted(SUPPORTED_MODEL_TYPES))}"
+        )
+    if not hasattr(model, "lm_head") or not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
+    if "dynamic" in rope_types(model):
+        raise UnsupportedModelError(
+            "RoPE of type 'dynamic' rescales all positions as the text grows, which no cache can follow; "
+            "use yarn or llama3"
+        )
+    devices = {str(tensor.device) for tensor in model.parameters()}
+    devices |= {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()} & {
+        "cpu",
+        "disk",
+        "meta",
+    }
+    if len(devices) > 1 or "meta" in devices:
+        raise UnsupportedModelError(
+            f"the model is spread over {', '.join(sorted(devices))}; "
+            "selfspec needs it whole on one device (model.to(device))"
+        )
+
+
+@dataclass
+class ProbePass:
+    """Attends causally within the tokens at hand and records what each layer caches and asks for."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    windows: set[int | None] = field(default_factory=set)
+    softcaps: set[float | None] = field(default_factory=set)
+
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
+        self.shapes[int(layer.layer_idx)] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[arg-type]
+        self.windows.add(how.window)
+        self.softcaps.add(how.softcap)
+        groups = query.shape[1] // key.shape[1]
+        positions = torch.arange(query.shape[2], device=query.device)
+        visible = positions <= positions[:, None]
+        if how.window is not None:
+            visible = visible & (positions > positions[:, None] - how.window)
+        key, value = (kv.repeat_interleave(groups, dim=1) for kv in (key, value))
+        return masked_attention(query, key, value, additive_mask(visible, query.dtype), how).transpose(1, 2)
+
+    def needs(self, model: PreTrainedModel) -> AttentionNeeds:
+        return AttentionNeeds(
+            device=model.device,
+            dtype=model.dtype,
+            head_dims=frozenset(dim for shape in self.shapes.values() for dim in (shape.key_dim, shape.value_dim)),
+            windows=frozenset(self.windows),
+            softcaps=frozenset(self.softcaps),
+        )
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
+    """Run the target view and the user's model on one short random input and compare their logits.
+
+    Raises `UnsupportedModelError` if they differ by more than rounding explains: then the family needs something that
+    the views do not give it. The bound is wide for rounding and narrow for a mistake.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (1, _PROBE_LENGTH), generator=generator)
+    tokens = tokens.to(model.device)
+    recorded = ProbePass()
+    ours = run_view(view, tokens, torch.arange(_PROBE_LENGTH, device=tokens.device)[None], recorded).float()
+    training = model.training
+    model.eval()
+    try:
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+    finally:
+        model.train(training)
+    difference = (ours - theirs).abs().max().item()
+    bound = 64 * torch.finfo(model.dtype).eps * max(theirs.abs().max().item(), 1.0)
+    if not difference <= bound:
+        raise UnsupportedModelError(
+            f"this '{model.config.model_type}' cannot be reproduced: the largest logit difference on a short input is "
+            f"{difference:.3g}, where rounding explains {bound:.3g}"
+        )
+    return recorded
+
+
+def run_view(view: PreTrainedModel, tokens: Tensor, positions: Tensor, step: Any, *, head: bool = True) -> Tensor:
+    """Hugging Face's own forward over `b t` tokens at `b t` positions: logits `b t v`, or without the head `b t d`."""
+    body = view if head else view.get_decoder()
+    output = body(input_ids=tokens, position_ids=positions, use_cache=False, selfspec_pass=step)
+    return output.logits if head else output.last_hidden_state  # type: ignore[no-any-return]
+
+
+# --- RoPE that depends on the length ---
+
+
+def rope_types(model: PreTrainedModel) -> set[str]:
+    """The kinds of RoPE in use, over all layers."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(entry.get("rope_type", "default")) for entry in (nested or [parameters])}
+
+
+def longrope_switch(model: PreTrainedModel) -> int | None:
+    """The length beyond which longrope (Phi-3) uses its long factors; None for every other RoPE."""
+    if "longrope" not in rope_types(model):
+        return None
+    config = model.config.get_text_config()
+    length = config.rope_parameters.get("original_max_position_embeddings")
+    return int(length or config.original_max_position_embeddings)
+
+
+def pin_longrope(view: PreTrainedModel, *, long: bool) -> None:
+    """Fix one side of the longrope switch on a view.
+
+    Hugging Face chooses by the largest position of each pass, which a chunk of a prompt or a draft would get wrong.
+    The frequencies are new tensors on the view: the user's model keeps its own.
+    """
+    for module in view.modules():
+        if getattr(module, "rope_type", None) not in ("longrope", "pinned longrope"):
+            continue
+        switch = longrope_switch(view)
+        assert switch is not None
+        length = switch + 1 if long else switch
+        frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, module.inv_freq.device, seq_len=length)  # type: ignore
+        object.__setattr__(module, "rope_type", "pinned longrope")
+        module.register_buffer("inv_freq", frequencies, persistent=False)

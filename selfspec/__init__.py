@@ -4,11 +4,15 @@ Letters for shapes, everywhere: `b` rows, `t` tokens, `n` drafted, `v` vocabular
 slots.
 """
 
-from selfspec.errors import InputError, PlanError, SelfspecError, UnsupportedModelError, UnsupportedOptionError
-from selfspec.generation import SelfSpeculator, SpeculativeOutput, wrap
-from selfspec.plan import Plan
-from selfspec.skip_set import SkipSet
-from selfspec.stats import Stats
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfspec.errors import InputError, PlanError, SelfspecError, UnsupportedModelError, UnsupportedOptionError
+    from selfspec.generation import SelfSpeculator, SpeculativeOutput, wrap
+    from selfspec.plan import Plan
+    from selfspec.skip_set import SkipSet
+    from selfspec.stats import Stats
 
 __version__ = "0.1.0"
 
@@ -25,3 +29,23 @@ __all__ = [
     "UnsupportedOptionError",
     "wrap",
 ]
+
+_HOMES = {
+    "Plan": "plan",
+    "SelfSpeculator": "generation",
+    "SkipSet": "skip_set",
+    "SpeculativeOutput": "generation",
+    "Stats": "stats",
+    "wrap": "generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `selfspec --help` need not wait seconds for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,176 @@
+"""Prompts: files of text or JSON lines, and their token ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfspec.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
+"""Suffixes of files with one JSON object a line; any other file is text with one prompt a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A text or a chat, and where it came from, for messages to the user."""
+
+    text: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    source: str = "the prompt"
+
+    def as_chat(self) -> Prompt:
+        """The text as a user's message; a chat stays what it is."""
+        if self.messages:
+            return self
+        return Prompt(messages=({"role": "user", "content": self.text},), source=self.source)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Token ids `t`, with the special tokens that the tokenizer (or its chat template) puts there."""
+        import torch
+
+        text = self._templated(tokenizer) if self.messages else self.text
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{self.source} holds a lone surrogate, which is no character; remove it") from None
+        ids = tokenizer(text, add_special_tokens=not self.messages, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _templated(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        from jinja2 import TemplateError
+
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"{self.source} is a chat, but the tokenizer has no chat template; give plain text")
+        try:
+            text = tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InputError(f"{self.source} does not fit the tokenizer's chat template: {error}") from None
+        return str(text)
+
+
+def load_prompts(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool = False,
+    at_least: int = 1,
+    context: int | None = None,
+    new_tokens: int = 0,
+) -> list[Tensor]:
+    """The token ids of every prompt in a file, each `t`; see `read_prompts` and `encode_prompts`."""
+    prompts = read_prompts(path)
+    if chat:
+        prompts = [prompt.as_chat() for prompt in prompts]
+    return encode_prompts(prompts, tokenizer, at_least=at_least, context=context, new_tokens=new_tokens)
+
+
+def encode_prompts(
+    prompts: Iterable[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    at_least: int = 1,
+    context: int | None = None,
+    new_tokens: int = 0,
+) -> list[Tensor]:
+    """The token ids of each prompt, `t`.
+
+    Args:
+        at_least: the fewest tokens a prompt may have.
+        context: the model's context in tokens, None where it has no limit.
+        new_tokens: what is to be written behind each prompt, and must fit into the context too.
+    """
+    encoded = []
+    for prompt in prompts:
+        tokens = prompt.encode(tokenizer)
+        check_length(len(tokens), prompt.source, at_least=at_least, context=context, new_tokens=new_tokens)
+        encoded.append(tokens)
+    return encoded
+
+
+def check_length(
+    tokens: int, source: str, *, at_least: int = 1, context: int | None = None, new_tokens: int = 0
+) -> None:
+    """Raise `InputError` for a prompt with too few tokens, or with too many for the context."""
+    if tokens < at_least:
+        short = "is empty" if tokens == 0 else f"has {tokens} token" + "s" * (tokens != 1)
+        raise InputError(f"{source} {short}, but at least {at_least} are needed; make it longer")
+    if context is not None and tokens > context:
+        raise InputError(f"{source} has {tokens} tokens, but the model's context is {context}; shorten it")
+    if context is not None and tokens + new_tokens > context:
+        raise InputError(
+            f"{source} has {tokens} tokens, which with {new_tokens} new ones exceeds the model's context of {context}; "
+            "shorten it, or ask for fewer new tokens"
+        )
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+    """The prompts of a file: one a line, or JSON lines with `prompt` or `messages`. Blank lines are passed over.
+
+    Raises:
+        InputError: the file is missing, unreadable or without a prompt, or one of its lines is malformed.
+    """
+    path = Path(path)
+    lines = _read(path).split("\n")  # not splitlines(): a form feed, say, belongs to its prompt
+    parse = _from_json if path.suffix.lower() in JSON_LINES else _from_text
+    prompts = [
+        parse(line.removesuffix("\r"), f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not prompts:
+        raise InputError(f"prompt file {path} is empty; write one prompt a line")
+    return prompts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"no prompt file at {path}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt file {path} is not UTF-8 text (at byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"prompt file {path} cannot be read: {error.strerror or error}") from None
+
+
+def _from_text(line: str, source: str) -> Prompt:
+    return Prompt(text=line, source=source)
+
+
+def _from_json(line: str, source: str) -> Prompt:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source} is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not JSON that can be read: {error}") from None
+    if not isinstance(data, dict) or len(data.keys() & {"prompt", "messages"}) != 1:
+        raise InputError(f"{source} must be an object with either 'prompt' or 'messages'")
+    if unknown := sorted(data.keys() - {"prompt", "messages"}):
+        raise InputError(f"{source} has an unknown key '{unknown[0]}'; only 'prompt' or 'messages' is read")
+    if "prompt" in data:
+        return _from_prompt(data["prompt"], source)
+    return _from_messages(data["messages"], source)
+
+
+def _from_prompt(value: Any, source: str) -> Prompt:
+    if not isinstance(value, str):
+        raise InputError(f"{source}: 'prompt' must be a string, but {type(value).__name__} was given")
+    if not value:
+        raise InputError(f"{source}: the prompt is empty")
+    return Prompt(text=value, source=source)
+
+
+def _from_messages(value: Any, source: str) -> Prompt:
+    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        raise InputError(f"{source}: 'messages' must be a list of objects with 'role' and 'content'")
+    if not value or not any(message.get("content") for message in value):
+        raise InputError(f"{source}: the chat is empty")
+    return Prompt(messages=tuple(value), source=source)

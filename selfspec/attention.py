@@ -178,12 +178,14 @@ class Sdpa:
     ) -> Tensor:
         step.append(keys, key)
         step.append(values, value)
-        groups = query.shape[2] // keys.shape[2]
-        # A key head's group of query heads is folded into the query's length: nothing of the cache is copied.
-        folded = rearrange(query, "b t (h g) d -> b h (g t) d", g=groups)
+        (b, t), heads, groups = query.shape[:2], keys.shape[2], query.shape[2] // keys.shape[2]
+        # A key head's group of query heads is folded into the query's length, so that nothing of the cache is copied:
+        # "b t (h g) d -> b h (g t) d" and back, in plain views, since einops costs as much here as attention itself.
+        folded = query.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).reshape(b, heads, groups * t, -1)
         mask = step.mask(how.window, groups, query.dtype)
         attended = masked_attention(folded, keys.transpose(1, 2), values.transpose(1, 2), mask, how)
-        return rearrange(attended, "b h (g t) d -> b t (h g) d", g=groups)
+        unfolded: Tensor = attended.unflatten(2, (groups, t)).permute(0, 3, 1, 2, 4)
+        return unfolded.reshape(b, t, heads * groups, -1)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: AttentionArgs) -> Tensor:

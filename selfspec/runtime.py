@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.attention import choose_backend
+from selfspec.compiling import compile_obstacle, compile_pass
 from selfspec.kv_cache import KVCache, Pass
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
@@ -36,7 +37,8 @@ class Runtime:
         model: a supported causal language model, whole on one device.
         skip_set: what the draft leaves out; `skip` changes it later.
         backend: an attention backend by name; by default the first that serves this model.
-        compile: fuse each view's pass with `torch.compile`, once per view, rows, pass length and capacity.
+        compile: fuse each view's pass with `torch.compile`, once per view, rows, pass length and capacity; where that
+            is not possible, `compile_obstacle` says why, and passes run eagerly.
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class Runtime:
     ) -> None:
         check_supported(model)
         self.model = model
-        self.compile = compile
+        self.compile_obstacle = compile_obstacle(model.device) if compile else None
+        self.compile = compile and self.compile_obstacle is None
         self.skip_set = skip_set or SkipSet()
         self._backend_name = backend
         self._build()
@@ -138,7 +141,8 @@ class Runtime:
             step = Pass(lengths, t, cache.slots, cache.backend)
             return run_view(module, tokens, step.positions, step)
 
-        return lambda tokens: forward(tokens, cache.lengths)
+        run = compile_pass(forward) if self.compile else forward
+        return lambda tokens: run(tokens, cache.lengths)
 
 
 def _tensor_identity(model: PreTrainedModel) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 class Draft:
     """Up to `n` drafted tokens per row.
 
-    `probs` is q at each drafted position, after processors; None when decoding is greedy, where q is one-hot.
+    `probs` is q at each drafted position, after processors; None where q is one-hot, as it is when decoding is greedy.
     """
 
     tokens: Tensor  # b n
@@ -78,13 +78,18 @@ def accept(draft: Draft, scores: Tensor, *, sampling: bool) -> Acceptance:
         accepted = _leading(draft.tokens == best[:, :n], draft.lengths)
         return Acceptance(accepted, best.gather(1, accepted[:, None])[:, 0])
     p = to_probs(scores)
-    if draft.probs is None:
+    if n == 0:
         return Acceptance(draft.lengths, sample(p[:, 0]))
-    q = draft.probs
+    q = _one_hot(draft.tokens, p) if draft.probs is None else draft.probs
     p_drafted, q_drafted = (probs[:, :n].gather(2, draft.tokens[..., None])[..., 0] for probs in (p, q))  # b n
     # u < p / q without dividing; u < 1, so p >= q always passes, and p = 0 never does.
     accepted = _leading(torch.rand_like(p_drafted) * q_drafted < p_drafted, draft.lengths)
     return Acceptance(accepted, _recovered_or_bonus(p, q, accepted, accepted < draft.lengths))
+
+
+def _one_hot(tokens: Tensor, p: Tensor) -> Tensor:
+    """All probability on each token: `b n` to `b n v`, in p's type."""
+    return p.new_zeros(*tokens.shape, p.shape[-1]).scatter_(2, tokens[..., None], 1)
 
 
 def _leading(passed: Tensor, lengths: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""Texts: what the target writes after each prompt; and greedy decoding of a few rows, as the search needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from selfspec.decoding import decode
+from selfspec.drafting import Drafter, NoDrafter
+from selfspec.errors import InputError
+from selfspec.request import Request
+from selfspec.runtime import Runtime
+from selfspec.stats import Stats
+
+ROWS_PER_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Text:
+    """A prompt and the target's own greedy continuation, up to `allowed` tokens or a stop token."""
+
+    tokens: Tensor  # prompt + written
+    prompt: int
+    allowed: int
+
+    @property
+    def written(self) -> int:
+        return len(self.tokens) - self.prompt
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], what: str) -> None:
+    """Raise `InputError` unless every prompt is a 1-D tensor of tokens that the model knows."""
+    if not prompts:
+        raise InputError(f"no {what} prompts were given; give at least one, better 32 or more")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for index, prompt in enumerate(prompts):
+        if prompt.ndim != 1 or len(prompt) == 0 or prompt.is_floating_point():
+            raise InputError(
+                f"{what} prompt {index} is {prompt.dtype} of shape {tuple(prompt.shape)}; "
+                "a 1-D tensor of at least one token id is expected"
+            )
+        if int(prompt.max()) >= vocabulary or int(prompt.min()) < 0:
+            raise InputError(
+                f"{what} prompt {index} holds a token outside the model's vocabulary of 0..{vocabulary - 1}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+def write_texts(runtime: Runtime, prompts: Sequence[Tensor], new_tokens: int) -> Iterator[tuple[int, Text]]:
+    """Let the target continue each prompt greedily; yields (index of the prompt, text), batch by batch."""
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for first in range(0, len(by_length), ROWS_PER_BATCH):
+        batch = by_length[first : first + ROWS_PER_BATCH]
+        written, _ = decode_greedily(runtime, NoDrafter(), [prompts[index] for index in batch], new_tokens)
+        for index, tokens in zip(batch, written, strict=True):
+            yield index, Text(tokens=tokens, prompt=len(prompts[index]), allowed=new_tokens)
+
+
+def decode_greedily(
+    runtime: Runtime, drafter: Drafter, prompts: Sequence[Tensor], new_tokens: int
+) -> tuple[list[Tensor], Stats]:
+    """Decode a batch with the real loop: each row's prompt and continuation, and the stats."""
+    request = greedy_request(runtime.model, prompts, new_tokens, drafter.gamma)
+    stats = Stats(rows=request.rows)
+    runtime.reserve(request.rows, request.max_length + request.room)
+    for _ in decode(runtime, drafter, request, stats):
+        pass
+    stops = zip(request.sequences, request.pads.tolist(), request.stopped_at, strict=True)
+    return [row[pad:stop].clone() for row, pad, stop in stops], stats
+
+
+def greedy_request(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, gamma: int) -> Request:
+    """A greedy request without processors, which ends at the model's own stop tokens or after `new_tokens`."""
+    width = max(len(prompt) for prompt in prompts)
+    pads = torch.tensor([width - len(prompt) for prompt in prompts])
+    rows = [torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
+    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=width + new_tokens)])
+    if model.generation_config is not None and model.generation_config.eos_token_id is not None:
+        criteria.append(EosTokenCriteria(eos_token_id=model.generation_config.eos_token_id))
+    return Request(
+        prompts=torch.stack(rows).to(model.device),
+        pads=pads.to(model.device),
+        max_length=width + new_tokens,
+        room=gamma + 1,
+        sampling=False,
+        processors=LogitsProcessorList(),
+        criteria=criteria,
+        pad_token=0,
+    )

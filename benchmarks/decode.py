@@ -1,0 +1,151 @@
+"""How fast is decoding with a searched plan, against the plain model and the peers?
+
+Greedy decoding of held-out prompts, one row, everything interleaved in one process: the plain model in our runtime,
+`model.generate`, `assistant_early_exit` at its best exit layer, prompt lookup, and ours. The plan is searched first, on
+other prompts, unless one is given. Prints a table; the last line is JSON.
+
+    python benchmarks/decode.py                         # embedded model, float32, all cores
+    python benchmarks/decode.py --compile               # the same with compiled passes
+    python benchmarks/decode.py --model DIR --calibration FILE --held-out FILE --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from selfspec_search import SearchSettings, search
+
+from selfspec import Plan
+from selfspec.benchmark import Measurement, Score, measure
+from selfspec.contenders import GENERATE, PLAIN, LineUp, line_up
+from selfspec.demo import calibration_prompts, held_out_prompts
+from selfspec.loading import Loaded, load, quiet_hugging_face, versions
+from selfspec.prompts import load_prompts
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse(argv)
+    console = Console(width=140)
+    quiet_hugging_face()
+    loaded = load(options.model, device=options.device, dtype=options.dtype)
+    model = loaded.model
+    held_out = read(options.held_out or held_out_prompts(), loaded, options)
+    if options.plan:
+        plan = Plan.from_pretrained(options.plan)
+    else:
+        plan = find_plan(model, read(options.calibration or calibration_prompts(), loaded, options), held_out, options)
+    held_out = held_out[: options.prompts]
+    lined_up = line_up(model, plan, held_out, options.new_tokens, compile=options.compile)
+    measured = measure(lined_up.contenders, held_out, new_tokens=options.new_tokens, repeats=options.repeats)
+    scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.gamma)
+    console.print(table(scores))
+    console.print(f"plan: gamma {plan.gamma}, exit threshold {plan.exit_threshold}, {plan.skip_set}")
+    result = to_json(options, plan, lined_up, measured, scores)
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", "utf8")
+    print(json.dumps(result))
+    return result
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="demo", help="'demo', a directory or a hub id")
+    parser.add_argument("--plan", help="a plan to measure; without one, search")
+    parser.add_argument("--calibration", type=Path, help="prompts to search on")
+    parser.add_argument("--held-out", type=Path, help="prompts to decode")
+    parser.add_argument("--prompts", type=int, default=16, help="how many held-out prompts to decode")
+    parser.add_argument("--trials", type=int, default=150)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--out", help="write the JSON here too")
+    return parser.parse_args(argv)
+
+
+def read(path: Path, loaded: Loaded, options: argparse.Namespace) -> list[torch.Tensor]:
+    return load_prompts(path, loaded.tokenizer, context=loaded.context, new_tokens=options.new_tokens)
+
+
+def find_plan(
+    model: transformers.PreTrainedModel,
+    calibration: list[torch.Tensor],
+    held_out: list[torch.Tensor],
+    options: argparse.Namespace,
+) -> Plan:
+    settings = SearchSettings(
+        trials=options.trials, seed=options.seed, compile=options.compile, new_tokens=options.new_tokens
+    )
+    return search(model, calibration, held_out, settings).plan
+
+
+def table(scores: Sequence[Score]) -> Table:
+    shown = Table(title="greedy decoding, one row; ratios with 95 % intervals")
+    for column in ("", "tokens/s", "against plain", "against generate", "acceptance", "tokens/round", "differing"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for score in scores:
+        counted = score.stats is not None and score.stats.drafted > 0
+        shown.add_row(
+            score.name,
+            f"{score.tokens_per_second:.1f}",
+            *(str(score.ratios.get(base, "")) for base in (PLAIN, GENERATE)),
+            f"{score.stats.acceptance_rate:.2f}" if counted and score.stats else "",
+            f"{score.stats.tokens_per_round:.2f}" if counted and score.stats else "",
+            str(score.differing),
+        )
+    return shown
+
+
+def to_json(
+    options: argparse.Namespace, plan: Plan, lined_up: LineUp, measured: Measurement, scores: Sequence[Score]
+) -> dict[str, Any]:
+    return {
+        "benchmark": "decode",
+        "commit": commit(),
+        "device": device_name(options.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "backend": lined_up.ours.runtime.backend.backend.name,
+        "plan": json.loads(plan.to_json()),
+        "scores": [score.to_dict() for score in scores],
+        "absent": lined_up.absent,
+        "unsteady": measured.unsteady,
+    }
+
+
+def commit() -> str:
+    """The commit that was measured, with a mark if the tree differed from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Measuring decoders against each other on the same prompts: interleaved, in one run, greedy.
+
+Each repeat decodes every prompt with every contender, one right after the other and in rotating order, so that what
+drifts (clocks, heat, neighbours) drifts for all. A contender's speed is that of its median repeat on each prompt; a
+ratio's 95 % interval comes from a bootstrap over the prompts, and over the repeats of each, always drawn for both
+sides of the ratio alike (paired).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfspec.contenders import PLAIN, Contender, timed
+from selfspec.errors import InputError
+from selfspec.lossless import Verdict, compare
+from selfspec.runtime import Runtime
+from selfspec.stats import Stats
+
+RESAMPLES = 2000
+
+Progress = Callable[[int, int], None]
+"""Called with decodings done and decodings in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times as fast, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+    def to_dict(self) -> dict[str, float]:
+        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one contender did."""
+
+    name: str
+    settings: dict[str, Any]
+    tokens_per_second: float
+    ratios: dict[str, Ratio]
+    """By the name of the contender it is held against."""
+    differing: Verdict
+    """Against the reference: the plain model in our runtime where it takes part, else the first contender."""
+    stats: Stats | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        counted = self.stats is not None and self.stats.rounds > 0
+        return {
+            "name": self.name,
+            "settings": self.settings,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "ratios": {name: ratio.to_dict() for name, ratio in self.ratios.items()},
+            "differing_tokens": self.differing.differing_tokens,
+            "near_ties": self.differing.near_ties,
+            "errors": self.differing.errors,
+            "acceptance_rate": round(self.stats.acceptance_rate, 4) if counted and self.stats else None,
+            "tokens_per_round": round(self.stats.tokens_per_round, 4) if counted and self.stats else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Seconds and tokens of every decoding, by contender, repeat and prompt."""
+
+    contenders: list[Contender]
+    prompts: list[Tensor]
+    seconds: np.ndarray[Any, Any]  # contenders repeats prompts
+    outputs: list[list[Tensor]]  # by contender and prompt; every repeat of a greedy decoding is the same
+    unsteady: list[str]
+    """Contenders that did not write the same tokens in every repeat, which greedy decoding must."""
+
+    @property
+    def tokens(self) -> np.ndarray[Any, Any]:
+        """How many tokens each contender wrote for each prompt, `contenders prompts`."""
+        return np.array([[len(output) for output in outputs] for outputs in self.outputs], dtype=float)
+
+    def index(self, name: str) -> int:
+        return [contender.name for contender in self.contenders].index(name)
+
+    def tokens_per_second(self, name: str) -> float:
+        """Of the median repeat of each prompt, over all prompts together."""
+        return float(self._speed(self.index(name), self.seconds))
+
+    def ratio(self, name: str, base: str, *, seed: int = 0) -> Ratio:
+        """The speed of `name` over that of `base`, with a 95 % interval (see the module's docstring)."""
+        one, other = self.index(name), self.index(base)
+        _, repeats, prompts = self.seconds.shape
+        random = np.random.default_rng(seed)
+        ratios = []
+        for _ in range(RESAMPLES):
+            columns = random.integers(prompts, size=prompts)
+            rows = random.integers(repeats, size=(repeats, prompts))
+            drawn = self.seconds[:, rows, columns]
+            ratios.append(self._speed(one, drawn, columns) / self._speed(other, drawn, columns))
+        low, high = np.quantile(ratios, [0.025, 0.975])
+        value = self._speed(one, self.seconds) / self._speed(other, self.seconds)
+        return Ratio(value=float(value), low=float(low), high=float(high))
+
+    def _speed(self, index: int, seconds: np.ndarray[Any, Any], columns: Any = slice(None)) -> Any:
+        return self.tokens[index, columns].sum() / np.median(seconds[index], axis=0).sum()
+
+    def scores(self, runtime: Runtime, *, against: Sequence[str], gamma: int) -> list[Score]:
+        """Every contender's score, with its ratios to the contenders named in `against`."""
+        names = [contender.name for contender in self.contenders]
+        reference = self.outputs[names.index(PLAIN) if PLAIN in names else 0]
+        return [
+            Score(
+                name=contender.name,
+                settings=contender.settings,
+                tokens_per_second=self.tokens_per_second(contender.name),
+                ratios={base: self.ratio(contender.name, base) for base in against if base in names},
+                differing=compare(runtime, zip(self.prompts, reference, outputs, strict=True), gamma=gamma),
+                stats=contender.stats,
+            )
+            for contender, outputs in zip(self.contenders, self.outputs, strict=True)
+        ]
+
+
+def measure(
+    contenders: Sequence[Contender],
+    prompts: Sequence[Tensor],
+    *,
+    new_tokens: int,
+    repeats: int,
+    on_progress: Progress | None = None,
+) -> Measurement:
+    """Decode every prompt with every contender `repeats` times, interleaved, after one untimed decoding each.
+
+    Raises:
+        InputError: nothing to measure.
+    """
+    if not prompts or new_tokens < 1 or repeats < 1:
+        raise InputError("a benchmark needs at least one prompt, one new token and one repeat")
+    for contender in contenders:
+        # The longest prompt, so that caches have their size, and passes that compile are compiled, before any timing.
+        contender.decode(max(prompts, key=len), new_tokens)
+        if contender.stats is not None:
+            contender.stats = Stats()
+    seconds = np.zeros((len(contenders), repeats, len(prompts)))
+    outputs: list[list[Tensor]] = [[torch.empty(0)] * len(prompts) for _ in contenders]
+    unsteady: set[str] = set()
+    done = 0
+    for repeat in range(repeats):
+        for column, prompt in enumerate(prompts):
+            for index in _rotated(len(contenders), repeat + column):
+                new, seconds[index, repeat, column] = timed(contenders[index], prompt, new_tokens)
+                if repeat and not torch.equal(new, outputs[index][column]):
+                    unsteady.add(contenders[index].name)
+                outputs[index][column] = new
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, seconds.size)
+    return Measurement(
+        contenders=list(contenders),
+        prompts=list(prompts),
+        seconds=seconds,
+        outputs=outputs,
+        unsteady=sorted(unsteady),
+    )
+
+
+def _rotated(n: int, start: int) -> list[int]:
+    return [(start + index) % n for index in range(n)]

@@ -127,10 +127,12 @@ class KVCache:
             module.register_buffer("selfspec_keys", keys, persistent=False)
             module.register_buffer("selfspec_values", values, persistent=False)
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget every token."""
         self.lengths.zero_()
 
+    @torch.inference_mode()
     def scrub(self) -> None:
         """Zero everything: after an error a slot may hold a NaN, which poisons attention even where it is masked."""
         self.reset()

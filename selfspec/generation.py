@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -44,6 +45,7 @@ _REFUSED_ARGUMENTS = {
     "synced_gpus": "a model spread over several devices",
     "output_attentions": "attention weights",
     "output_hidden_states": "hidden states",
+    "streamer": "a stream is itself what a streamer is for",
 }
 _CONFIG_DEFAULTS = {
     "num_beams": (None, 1),
@@ -52,8 +54,14 @@ _CONFIG_DEFAULTS = {
     "token_healing": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
-    "use_cache": (None, True),
+    "use_mtp": (None, False),
 }
+_CACHE_DEFAULTS = {
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "cache_config": (None,),
+}
+"""What a user may not ask for; a model's own generation config may hold it, since it does not change what comes out."""
 _EXPECTED_MODEL_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 )
@@ -61,7 +69,7 @@ _EXPECTED_MODEL_ARGUMENTS = frozenset(
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """Hugging Face's output, and `stats`. Scores and logits behind a row's own end are zeros."""
+    """Hugging Face's output without a cache, and `stats`. Scores and logits behind a row's own end are zeros."""
 
     stats: Stats | None = None
 
@@ -109,7 +117,7 @@ class SelfSpeculator:
         self.plan.check_fits(model.config)
         self.runtime.skip(self.plan.skip_set)
         self.stats = Stats()
-        """Of the latest call."""
+        """Of the latest call that began to decode, also if it was then broken off."""
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -148,12 +156,14 @@ class SelfSpeculator:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yield the tokens of one row as rounds commit them; closing the generator ends the request."""
-        for committed in self.stream_rounds(
+        rounds = self.stream_rounds(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer=tokenizer, **kwargs
-        ):
-            yield from committed.tokens
+        )
+        with closing(rounds):
+            for committed in rounds:
+                yield from committed.tokens
 
     def stream_rounds(
         self,
@@ -164,21 +174,23 @@ class SelfSpeculator:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
-    ) -> Iterator[Committed]:
+    ) -> Generator[Committed, None, None]:
         """Like `stream`, but yields each round whole: its tokens, and how many of them were drafted."""
         criteria = self._with_stop_strings(generation_config, stopping_criteria, tokenizer, kwargs)
-        request: Request | Callable[[], Any] = self._through_hugging_face(
+        request: Request | _PlainDecoding = self._through_hugging_face(
             self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
         )
-        if not isinstance(request, Request):
-            raise UnsupportedOptionError(
-                "this request crosses the longrope switch and cannot be streamed; use generate"
-            )
+        if isinstance(request, _PlainDecoding):
+            raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; use generate with a streamer")
         if request.rows != 1:
             raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
-        with self._alone():
-            for committed in self._rounds(request):
-                yield from committed
+        if request.keep_scores or request.keep_logits:
+            raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
+        with self._alone(), closing(self._rounds(request)) as rounds:
+            for committed in rounds:
+                for row in committed:
+                    yield row
+                    self._owner = threading.get_ident()  # the stream may have changed hands
 
     def __call__(
         self,
@@ -197,13 +209,13 @@ class SelfSpeculator:
             model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
         )
         with self._alone():
-            if not isinstance(request, Request):
-                self.stats = Stats(slower_paths=["the request crosses the longrope switch: model.generate decodes it"])
-                return request(streamer=selfspec_streamer)  # type: ignore[no-any-return]
+            if isinstance(request, _PlainDecoding):
+                return self._decode_plainly(request, selfspec_streamer)
             streamed = _Streamed(selfspec_streamer, request) if selfspec_streamer is not None else None
-            for committed in self._rounds(request):
-                if streamed is not None:
-                    streamed.put(committed)
+            with closing(self._rounds(request)) as rounds:
+                for committed in rounds:
+                    if streamed is not None:
+                        streamed.put(committed)
             if streamed is not None:
                 streamed.end()
             return self._output(request, generation_config)
@@ -220,29 +232,57 @@ class SelfSpeculator:
         kwargs: dict[str, Any],
     ) -> Any:
         """Let Hugging Face validate and prepare the inputs, then call `run` with them."""
+        self._check_arguments(inputs, generation_config, kwargs)
+        prepared = False
+
+        def begin(*args: Any, **arguments: Any) -> Any:
+            nonlocal prepared
+            prepared = True
+            return run(*args, **arguments)
+
+        try:
+            return self.model.generate(  # type: ignore[operator]
+                inputs,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                custom_generate=begin,
+                **kwargs,
+            )
+        except ValueError as error:
+            if prepared:
+                raise
+            raise InputError(" ".join(str(error).split())) from error
+
+    def _check_arguments(
+        self, inputs: Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse what Hugging Face would act on, or drop, before a custom method could see it."""
         for name, what in _REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) not in (None, False):
+            if (value := kwargs.get(name)) is not None and value is not False:
                 raise UnsupportedOptionError(f"{name} is not supported ({what}); leave it out, or use model.generate")
+        own = self.model.generation_config
+        _check_settings(kwargs, own)  # type: ignore[arg-type]
+        _check_settings(vars(generation_config) if generation_config is not None else {}, own)  # type: ignore[arg-type]
         limit = kwargs.get("max_new_tokens")
         if limit is not None and limit < 1:
             raise InputError(f"max_new_tokens is {limit}, but at least one token must be asked for")
-        tokens = inputs if inputs is not None else kwargs.get("input_ids")
-        self._check_tokens(tokens)
-        return self.model.generate(  # type: ignore[operator]
-            inputs,
-            generation_config=generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            custom_generate=run,
-            **kwargs,
-        )
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise InputError("the prompt was given twice, by position and as input_ids; give it once")
+        self._check_tokens(inputs if inputs is not None else kwargs.get("input_ids"))
+        if own is not None and own.cache_implementation is not None:
+            kwargs["cache_implementation"] = "dynamic"  # else Hugging Face would allocate a cache that nobody fills
 
     def _check_tokens(self, tokens: Tensor | None) -> None:
-        if tokens is None or tokens.ndim != 2 or tokens.numel() == 0:
-            shape = None if tokens is None else tuple(tokens.shape)
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"no prompt was given: input_ids must be a tensor (rows, tokens), not {tokens!r:.50}")
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            kind = str(tokens.dtype).removeprefix("torch.")
             raise InputError(
-                f"the prompt is empty: input_ids of shape (rows, tokens) is expected, but {shape} was given"
+                f"input_ids must be whole numbers (rows, tokens), not {kind} of shape {tuple(tokens.shape)}"
             )
+        if tokens.numel() == 0:
+            raise InputError(f"the prompt is empty: input_ids has shape {tuple(tokens.shape)}; give at least one token")
         vocabulary: int = self.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         highest, lowest = int(tokens.max()), int(tokens.min())
         if highest >= vocabulary or lowest < 0:
@@ -260,15 +300,24 @@ class SelfSpeculator:
     ) -> StoppingCriteriaList:
         """Stop strings as a criterion: Hugging Face drops `tokenizer` before a custom method could use it."""
         criteria = StoppingCriteriaList(stopping_criteria or [])
-        config = generation_config or self.model.generation_config
-        strings = kwargs.pop("stop_strings", None) or config.stop_strings
+        strings = self._stop_strings(generation_config, kwargs)
         if not strings:
             return criteria
         if tokenizer is None:
             raise InputError(f"stop_strings {strings!r} need the model's tokenizer: pass tokenizer=...")
         kwargs["stop_strings"] = None
-        criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
+        if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # Hugging Face prefers the user's
+            criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         return criteria
+
+    def _stop_strings(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> str | list[str] | None:
+        """Hugging Face's precedence: the keyword, also if it is None; the config given; the model's own."""
+        if "stop_strings" in kwargs:
+            return kwargs["stop_strings"]  # type: ignore[no-any-return]
+        given = getattr(generation_config, "stop_strings", None)
+        return given if given is not None else getattr(self.model.generation_config, "stop_strings", None)
 
     def _prepare(
         self,
@@ -278,33 +327,37 @@ class SelfSpeculator:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Request | Callable[..., Any]:
+    ) -> Request | _PlainDecoding:
         """The request for what Hugging Face prepared; or, where no view can serve it, a call of its own decoding."""
-        _check_config(generation_config)
-        if unexpected := set(model_kwargs) - _EXPECTED_MODEL_ARGUMENTS:
+        _check_settings(vars(generation_config), model.generation_config)  # type: ignore[arg-type]
+        _check_mode(generation_config)
+        given = {name for name, value in model_kwargs.items() if value is not None}
+        if unexpected := given - _EXPECTED_MODEL_ARGUMENTS:
             raise UnsupportedOptionError(
                 f"{', '.join(sorted(unexpected))}: not supported; leave it out, or use model.generate"
             )
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if getattr(cache, "_is_user_defined", False):
             raise UnsupportedOptionError(f"past_key_values is not supported ({_REFUSED_ARGUMENTS['past_key_values']})")
-        lockstep = needs_lockstep(logits_processor, stopping_criteria)
-        max_length = stopping_criteria.max_length
-        assert max_length is not None, "Hugging Face always sets a maximum length"
         pads = _padding(input_ids, model_kwargs.get("attention_mask"))
+        _check_positions(model_kwargs.get("position_ids"), input_ids, pads)
+        max_length = _max_length(stopping_criteria, input_ids.shape[1])
+        lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
         gamma = 0 if lockstep else self.plan.gamma
         switch = longrope_switch(model)
-        if switch is not None:
-            longest = int((input_ids.shape[1] - pads).max())
-            if longest <= switch < longest + max_length - input_ids.shape[1] + gamma + 1:
-                return lambda streamer=None: model._sample(  # type: ignore[operator]
+        longest = int((input_ids.shape[1] - pads).max())
+        if switch is not None and longest <= switch < longest + max_length - input_ids.shape[1]:
+
+            def run(streamer: BaseStreamer | None) -> Any:
+                return model._sample(  # type: ignore[operator]
                     input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
                 )
-            self.runtime.pin_longrope(long=longest > switch)
+
+            return _PlainDecoding(run, input_ids, "the request crosses the longrope switch: model.generate decodes it")
         pad = generation_config._pad_token_tensor
         returns_dict = bool(generation_config.return_dict_in_generate)
         return Request(
-            prompts=input_ids.to(model.device),
+            prompts=input_ids.to(model.device, torch.long),
             pads=pads.to(model.device),
             max_length=max_length,
             room=gamma + 1,
@@ -319,15 +372,19 @@ class SelfSpeculator:
 
     # --- Running it ---
 
-    def _rounds(self, request: Request) -> Iterator[list[Committed]]:
+    def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
         self.runtime.refresh()
+        switch = longrope_switch(self.model)
+        if switch is not None:
+            longest = request.prompts.shape[1] - int(request.pads.min())
+            self.runtime.pin_longrope(long=longest > switch)
         choice = self.runtime.backend
         self.stats = Stats(
             rows=request.rows,
             backend=choice.backend.name,
             backend_reason=choice.reason,
             compiled=self.runtime.compile,
-            slower_paths=[f"plain lock-step decoding: {name} must see each context once" for name in request.lockstep],
+            slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
         )
         drafter: Drafter = NoDrafter()
         if self.plan.speculates and not request.lockstep:
@@ -340,6 +397,14 @@ class SelfSpeculator:
         finally:
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
+
+    def _decode_plainly(self, plain: _PlainDecoding, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
+        self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])
+        if streamer is not None:
+            streamer.put(plain.prompts.cpu())
+        with self.stats.timed("total"):
+            output = plain.run(streamer)
+        return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=self.stats)
 
     def _output(self, request: Request, generation_config: GenerationConfig) -> Tensor | SpeculativeOutput:
         sequences = request.result()
@@ -363,6 +428,15 @@ class SelfSpeculator:
                 yield
             finally:
                 self._owner = None
+
+
+@dataclass(frozen=True)
+class _PlainDecoding:
+    """A request that no view can serve, as a call of Hugging Face's own decoding, and why."""
+
+    run: Callable[[BaseStreamer | None], Any]
+    prompts: Tensor
+    reason: str
 
 
 class _Streamed:
@@ -391,16 +465,38 @@ class _Streamed:
         self.sent = max(self.sent, until)
 
 
-def _check_config(config: GenerationConfig) -> None:
+def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
     """Refuse what would otherwise be ignored."""
-    for name, defaults in _CONFIG_DEFAULTS.items():
-        if (value := getattr(config, name, None)) not in defaults:
+    for name, defaults in (_CONFIG_DEFAULTS | _CACHE_DEFAULTS).items():
+        value = settings.get(name)
+        is_own = name in _CACHE_DEFAULTS and value == getattr(own, name, None)
+        if value not in defaults and not is_own:
             raise UnsupportedOptionError(f"{name}={value} is not supported; leave it out, or use model.generate")
+
+
+def _check_mode(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UnsupportedOptionError(
             f"{mode.value} is not supported, only greedy decoding and sampling; use model.generate"
         )
+
+
+def _max_length(criteria: StoppingCriteriaList, width: int) -> int:
+    """Where every row ends at the latest. Hugging Face looks at its criteria only after a first new token."""
+    limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+    assert limits, "Hugging Face always sets a maximum length"
+    return max(min(limits), width + 1)
+
+
+def _check_positions(position_ids: Tensor | None, input_ids: Tensor, pads: Tensor) -> None:
+    """Refuse positions that do not count each prompt's own tokens from 0."""
+    if position_ids is None:
+        return
+    expected = torch.arange(input_ids.shape[1], device=pads.device) - pads[:, None]  # b t
+    given = position_ids.expand_as(expected) if position_ids.shape[-1] == expected.shape[-1] else None
+    if given is None or not torch.equal(given[expected >= 0], expected[expected >= 0]):
+        raise UnsupportedOptionError(f"position_ids is not supported ({_REFUSED_ARGUMENTS['position_ids']})")
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -414,5 +510,8 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         raise InputError("a prompt is empty: its attention_mask holds no 1")
     pads = visible.long().argmax(dim=1)
     if not torch.equal(visible, torch.arange(visible.shape[1], device=visible.device) >= pads[:, None]):
-        raise InputError("attention_mask must be padding on the left, then ones; set tokenizer.padding_side = 'left'")
+        raise InputError(
+            "attention_mask must be padding on the left, then ones; set tokenizer.padding_side = 'left' "
+            "(where no mask is given, Hugging Face masks every pad_token_id)"
+        )
     return pads

@@ -59,33 +59,51 @@ _KNOWN_CRITERIA = frozenset(
 )
 
 
-def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> list[str]:
-    """Processors and criteria that must see each context exactly once, as in plain decoding: watermarks, guidance, the
-    user's own. Anything that is not known to be a pure function is among them."""
+def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int) -> list[str]:
+    """Why these rows must advance one token at a time, as in plain decoding; empty if they need not.
+
+    Watermarks, guidance and the user's own processors and criteria must see each context exactly once; so must anything
+    that is not known to be a pure function.
+    """
     unknown = [type(p).__name__ for p in processors if type(p) not in _CONTEXT_FREE | _CONTEXTUAL]
-    return unknown + [type(c).__name__ for c in criteria if type(c) not in _KNOWN_CRITERIA]
+    unknown += [type(c).__name__ for c in criteria if type(c) not in _KNOWN_CRITERIA]
+    reasons = [f"{name} must see each context once" for name in unknown]
+    if rows > 1 and not has_stop_token(criteria):
+        reasons += [
+            f"without a stop token, rows that met {type(c).__name__} run on until all have"
+            for c in criteria
+            if type(c) in _KNOWN_CRITERIA - {stopping_criteria.MaxLengthCriteria}
+        ]
+    return reasons
+
+
+def has_stop_token(criteria: StoppingCriteriaList) -> bool:
+    """Whether Hugging Face pads the rows that ended: without a stop token, it lets them run on until all have ended."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
 def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, ends: Tensor) -> Tensor:
     """Processed float32 scores for logits `b t v`, where row r at step j follows `sequences[r, :ends[r, j]]`."""
     scores = logits.to(torch.float32, copy=True)
+    lengths: list[int] | None = None
     for processor in processors:
         if type(processor) in _CONTEXT_FREE:
             b = scores.shape[0]
             scores = processor(sequences[:, :0], scores.flatten(0, 1)).unflatten(0, (b, -1))
         else:
-            scores = _process_by_length(processor, scores, sequences, ends)
+            lengths = lengths or ends.unique().tolist()
+            scores = _process_by_length(processor, scores, sequences, ends, lengths)
     return scores
 
 
 def _process_by_length(
-    processor: logits_process.LogitsProcessor, scores: Tensor, sequences: Tensor, ends: Tensor
+    processor: logits_process.LogitsProcessor, scores: Tensor, sequences: Tensor, ends: Tensor, lengths: list[int]
 ) -> Tensor:
     """Call a processor once for each distinct length, with every row in its place; keep the rows of that length."""
     processed = torch.empty_like(scores)
-    for end in ends.unique().tolist():
-        rows, steps = torch.nonzero(ends == end, as_tuple=True)
+    for length in lengths:
+        rows, steps = torch.nonzero(ends == length, as_tuple=True)
         batch = torch.zeros_like(scores[:, 0])
         batch[rows] = scores[rows, steps]
-        processed[rows, steps] = processor(sequences[:, :end], batch)[rows]
+        processed[rows, steps] = processor(sequences[:, :length].contiguous(), batch)[rows]
     return processed

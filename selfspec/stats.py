@@ -24,7 +24,8 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     reached_at: list[int] = field(default_factory=list)
-    """By draft position: how often a token was drafted there and all before it in its round were accepted."""
+    """By draft position: how often a token was drafted there, and all before it in its round were accepted and did not
+    end the row."""
     accepted_at: list[int] = field(default_factory=list)
     """By draft position: how often a drafted token was accepted there."""
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Stats:
             self.reached_at.extend([0] * missing)
             self.accepted_at.extend([0] * missing)
             for position in range(drafted):
-                self.reached_at[position] += accepted >= position
+                self.reached_at[position] += committed > position
                 self.accepted_at[position] += accepted > position
         self.history.append(tuple((row, drafted, accepted) for row, drafted, accepted, _ in rounds))
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny_model
 from scipy.stats import chi2
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
@@ -31,7 +32,6 @@ import selfspec
 from selfspec import Plan, SkipSet
 from selfspec.processors import process
 from selfspec.sampling import Acceptance, Draft, accept, pick, sample
-from tests.models import tiny_model
 
 FALSE_ALARM = 1e-6
 V = 5  # vocabulary of the toy rounds

@@ -1,0 +1,76 @@
+"""The command line: `selfspec demo | search | generate | bench`.
+
+Nothing heavy is imported before a command runs, so that `selfspec --help` answers at once.
+"""
+
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from selfspec.cli.bench import bench
+from selfspec.cli.demo import demo
+from selfspec.cli.generate import generate
+from selfspec.cli.search import search
+from selfspec.errors import SelfspecError
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    """Prints what a user can mend as one line on stderr, and exits 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SelfspecError as error:
+            typer.echo("error: " + " ".join(str(error).split()), err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="selfspec",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with [bold]selfspec demo[/bold]. Every command answers to --help.",
+)
+for _command in (demo, search, generate, bench):
+    app.command()(_command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from selfspec import __version__
+
+        typer.echo(f"selfspec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _selfspec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Self-speculative decoding by layer skipping.
+
+    A model drafts with a part of its own sub-layers and checks the draft in one full pass: the same output, sooner.
+    [bold]search[/bold] finds what to skip and writes a plan; [bold]generate[/bold] decodes by it; [bold]bench[/bold]
+    measures it against the plain model and its rivals.
+    """
+
+
+def main() -> None:
+    """The `selfspec` console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # advice of the libraries beneath, to programmers
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
+    app()

@@ -1,0 +1,139 @@
+"""selfspec bench: a plan against the plain model and its rivals."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from selfspec.cli import options
+from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
+
+if TYPE_CHECKING:
+    from selfspec.benchmark import Measurement, Score
+    from selfspec.contenders import LineUp
+    from selfspec.loading import Loaded
+
+INTERVALS = "95 % intervals: bootstrap over prompts, and over the paired repeats of each"
+
+
+def bench(
+    model: options.Model,
+    plan: options.PlanFile,
+    prompts: options.PromptFile,
+    new_tokens: options.NewTokens = 128,
+    repeats: Annotated[int, typer.Option(help="Times that everything is decoded; the median counts.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    compile: options.Compile = False,
+    backend: options.Backend = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure a plan against the plain model, model.generate, assistant_early_exit and prompt lookup.
+
+    Greedy, one prompt at a time, everything interleaved in one run.
+    """
+    at_least("--new-tokens", new_tokens, 1)
+    at_least("--repeats", repeats, 1)
+
+    from selfspec.plan import Plan
+    from selfspec.prompts import encode_prompts, read_prompts
+
+    chosen, read = Plan.from_pretrained(plan), read_prompts(prompts)
+    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+
+    from selfspec.benchmark import measure
+    from selfspec.contenders import GENERATE, PLAIN, line_up
+
+    encoded = encode_prompts(read, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens)
+    with progress_bar("finding the rivals' best settings", quiet=quiet) as report:
+        report(0, 1, "finding the rivals' best settings")
+        entrants = line_up(loaded.model, chosen, encoded, new_tokens, backend=backend, compile=compile)
+        measured = measure(
+            entrants.contenders,
+            encoded,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            on_progress=lambda done, total: report(done, total, "decoding"),
+        )
+    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=chosen.gamma)
+    out = results()
+    print_scores(out, scores)
+    for note in notes(loaded, entrants, measured, scores):
+        out.print(note, markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(to_dict(loaded, entrants, measured, scores)))
+    if sum(score.differing.errors for score in scores if score.stats is not None):
+        asides().print("the output of our runtime differs from the plain model's: please report this", style="red")
+
+
+def print_scores(out: Console, scores: list[Score]) -> None:
+    """One row per contender."""
+    bases = list(scores[0].ratios)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("decoder")
+    for heading in ("tokens/s", *(f"x {base} (95 %)" for base in bases), "acceptance", "tokens/round", "differing"):
+        table.add_column(heading, justify="right")
+    for score in scores:
+        drafted = score.stats is not None and score.stats.drafted > 0
+        table.add_row(
+            score.name,
+            f"{score.tokens_per_second:.1f}",
+            *("1" if base == score.name else str(score.ratios[base]).replace("x", "") for base in bases),
+            f"{score.stats.acceptance_rate:.0%}" if drafted and score.stats else "",
+            f"{score.stats.tokens_per_round:.2f}" if drafted and score.stats else "",
+            str(score.differing),
+        )
+    out.print(table)
+
+
+def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[Score]) -> list[str]:
+    """What the figures rest on, one line each."""
+    from selfspec.loading import describe_device
+
+    _, repeats, prompts = measured.seconds.shape
+    runtime, stats = entrants.ours.runtime, scores[-1].stats
+    lines = [
+        f"{loaded.name}, {describe_device(loaded.model.device)}, {loaded.dtype_name}; {prompts} prompts, "
+        f"{int(measured.tokens.max())} new tokens, medians of {repeats} repeats; {INTERVALS}",
+        f"plan: {entrants.ours.plan.skip_set}, gamma {entrants.ours.plan.gamma}",
+        f"attention backend {runtime.backend.backend.name} ({runtime.backend.reason})",
+        *(stats.slower_paths if stats is not None else []),
+        *(f"{score.name}: {_settings(score)}" for score in scores if score.stats is None and score.settings),
+        *(f"left out: {reason}" for reason in entrants.absent),
+        *(f"{name} did not write the same tokens in every repeat" for name in measured.unsteady),
+    ]
+    return lines + [f"{score.name}: {first}" for score in scores for first in score.differing.differences[:3]]
+
+
+def _settings(score: Score) -> str:
+    return ", ".join(f"{name}={value}" for name, value in score.settings.items())
+
+
+def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[Score]) -> dict[str, Any]:
+    """The JSON line."""
+    from selfspec.loading import describe_device, versions
+
+    _, repeats, prompts = measured.seconds.shape
+    runtime = entrants.ours.runtime
+    return {
+        "model": loaded.name,
+        "device": describe_device(loaded.model.device),
+        "dtype": loaded.dtype_name,
+        "prompts": prompts,
+        "repeats": repeats,
+        "new_tokens": int(measured.tokens.max()),
+        "backend": runtime.backend.backend.name,
+        "backend_reason": runtime.backend.reason,
+        "compiled": runtime.compile,
+        "intervals": INTERVALS,
+        "plan": entrants.ours.plan.model_dump(mode="json", include={"skip_set", "gamma", "exit_threshold"}),
+        "contenders": [score.to_dict() for score in scores],
+        "absent": entrants.absent,
+        "unsteady": measured.unsteady,
+        "versions": versions(),
+    }

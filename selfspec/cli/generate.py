@@ -1,0 +1,137 @@
+"""selfspec generate: decode by a plan, and watch it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selfspec.cli import options
+from selfspec.cli.terminal import DRAFTED, asides, at_least, load_model, results
+from selfspec.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from selfspec.generation import SelfSpeculator
+    from selfspec.prompts import Prompt
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def generate(
+    model: options.Model,
+    plan: options.PlanFile,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one after the other: text lines or .jsonl.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the tokenizer's chat template.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help=f"By default {DEFAULT_NEW_TOKENS}, or what the context has room for.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
+    seed: options.Seed = 0,
+    compile: options.Compile = False,
+    backend: options.Backend = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Decode by a plan, as it comes: drafted tokens that were accepted in [green]green[/green], the model's own plain.
+
+    Greedy unless a sampling option is given. The text goes to stdout, one line of figures to stderr.
+    """
+    prompts = _prompts(prompt, prompt_file, chat=chat)
+    if max_new_tokens is not None:
+        at_least("--max-new-tokens", max_new_tokens, 1)
+    sampling = sampling_options(temperature, top_p, top_k)
+
+    from selfspec.plan import Plan
+
+    chosen = Plan.from_pretrained(plan)
+    loaded = load_model(model, device=device, dtype=dtype)
+
+    import torch
+
+    from selfspec.generation import SelfSpeculator
+    from selfspec.prompts import check_length, encode_prompts
+
+    spec = SelfSpeculator(loaded.model, chosen, backend=backend, compile=compile)
+    encoded = encode_prompts(prompts, loaded.tokenizer)
+    for one, tokens in zip(prompts, encoded, strict=True):
+        check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)
+    torch.manual_seed(seed)
+    for tokens in encoded:
+        limit = max_new_tokens or DEFAULT_NEW_TOKENS
+        if loaded.context is not None:
+            limit = min(limit, loaded.context - len(tokens))
+        _stream(spec, loaded.tokenizer, tokens, max_new_tokens=limit, **sampling)
+
+
+def sampling_options(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """`generate`'s keyword arguments for these options; what is not given is left to the model's own config."""
+    if temperature is not None:
+        at_least("--temperature", temperature, 0)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"--top-p is {top_p}, but it must be above 0 and at most 1")
+    if top_k is not None:
+        at_least("--top-k", top_k, 1)
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if temperature == 0 or all(value is None for value in given.values()):
+        return {"do_sample": False}
+    return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
+
+
+def _prompts(text: str | None, file: Path | None, *, chat: bool) -> list[Prompt]:
+    from selfspec.prompts import Prompt, read_prompts
+
+    if (text is None) == (file is None):
+        raise typer.BadParameter("give either --prompt or --prompt-file")
+    if file is not None:
+        prompts = read_prompts(file)
+    elif text:
+        prompts = [Prompt(text=text)]
+    else:
+        raise InputError("the prompt is empty; give --prompt some text")
+    return [prompt.as_chat() for prompt in prompts] if chat else prompts
+
+
+def _stream(spec: SelfSpeculator, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, **options: Any) -> None:
+    """Write one continuation as its rounds come in, then its figures; ctrl-C ends it early, figures included."""
+    from selfspec.cli.detokenizer import Detokenizer
+
+    out, text = results(), Detokenizer(tokenizer, prompt.tolist())
+
+    def write(piece: str, *, drafted: bool = False) -> None:
+        out.out(_printable(piece), style=DRAFTED if drafted else None, end="", highlight=False)
+        out.file.flush()
+
+    rounds = spec.stream_rounds(prompt.to(spec.model.device)[None], **options)
+    interrupted = False
+    try:
+        for committed in rounds:
+            for index, token in enumerate(committed.tokens):
+                if piece := text.put(token):
+                    write(piece, drafted=index < committed.accepted)
+    except KeyboardInterrupt:
+        interrupted = True
+    write(text.end() + "\n")
+    rounds.close()  # type: ignore[attr-defined]
+    asides().out(_figures(spec), style="dim", highlight=False)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters by which a text could command the terminal."""
+    return "".join(char for char in text if char in "\n\t" or not (char < " " or "\x7f" <= char < "\xa0"))
+
+
+def _figures(spec: SelfSpeculator) -> str:
+    stats = spec.stats
+    compiled = ", compiled" if stats.compiled else ""
+    return "; ".join([str(stats), stats.backend + compiled, *stats.slower_paths])

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A Hugging Face hub id, a local directory, or 'demo' (the embedded model)."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is any.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16; auto is the checkpoint's own (for 'demo': float32).")
+]
+PlanFile = Annotated[
+    Path, typer.Option("--plan", metavar="PLAN", help="A plan file that 'search' wrote, or a directory that holds one.")
+]
+PromptFile = Annotated[
+    Path,
+    typer.Option(
+        "--prompts", metavar="FILE", help="Prompts: text, one a line; or .jsonl with 'prompt' or chat 'messages'."
+    ),
+]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Fuse passes: slower to start, faster to run.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]
+Trials = Annotated[int, typer.Option(help="Skip sets to try.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]

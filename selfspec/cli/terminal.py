@@ -1,0 +1,65 @@
+"""Where commands write: results on stdout, everything in passing on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from selfspec.errors import InputError
+
+if TYPE_CHECKING:
+    from selfspec.loading import Loaded
+
+DRAFTED = "green"
+"""The style of tokens that were drafted and accepted."""
+
+
+def results() -> Console:
+    """Stdout: a file or pipe gets plain text, and lines are not broken there."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def asides() -> Console:
+    """Stderr: progress and notes."""
+    return Console(stderr=True, highlight=False)
+
+
+def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Loaded:
+    """Load MODEL, with a line that says so while it takes its time."""
+    aside = asides()
+    with aside.status(f"loading {name}") if aside.is_terminal and not quiet else _nothing():
+        from selfspec.loading import load, quiet_hugging_face
+
+        quiet_hugging_face()
+        return load(name, device=device, dtype=dtype)
+
+
+@contextmanager
+def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """Yields a function of (done, total, description). Drawn only when it is called: nothing runs beside a timing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    aside = asides()
+    hidden = quiet or not aside.is_terminal
+    with Progress(*columns, console=aside, transient=True, auto_refresh=False, disable=hidden) as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(done: int, total: int, description: str = what) -> None:
+            bar.update(task, completed=done, total=total, description=description, refresh=True)
+
+        yield report
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise `InputError` for an option below its least value."""
+    if value < least:
+        raise InputError(f"{name} is {value}, but it must be at least {least}")

@@ -135,7 +135,7 @@ class Replay:
     """
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[Text], depths: int) -> None:
-        self.texts, self.depths = texts, depths
+        self.model, self.texts, self.depths = model, texts, depths
         self.view = draft_view(model, SkipSet())
         target = target_view(model)
         _pin_longrope(model, texts, (self.view, target), depths)
@@ -159,6 +159,16 @@ class Replay:
             if depth == 0 and worth_it is not None and not worth_it(table.from_first_depth()):
                 return None
         return table
+
+    def first_depth(self, skip_set: SkipSet) -> Table:
+        """The estimate from depth 0 alone."""
+        first: list[Table] = []
+        self.run(skip_set, lambda table: bool(first.append(table)))
+        return first[0]
+
+    def only(self, indices: Sequence[int]) -> Replay:
+        """A replay of some of the texts."""
+        return Replay(self.model, [self.texts[index] for index in indices], self.depths)
 
     def _step(self, recording: Recording, alive: Alive, depth: int, table: Table) -> Alive:
         """Draft one token at `depth` for every start alive, note it in the table, and return those that agreed."""

@@ -77,13 +77,15 @@ def decode_greedily(
     return [row[pad:stop].clone() for row, pad, stop in stops], stats
 
 
-def greedy_request(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, gamma: int) -> Request:
-    """A greedy request without processors, which ends at the model's own stop tokens or after `new_tokens`."""
+def greedy_request(
+    model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, gamma: int, *, stops: bool = True
+) -> Request:
+    """A greedy request without processors, which ends after `new_tokens`, or at the model's own stop tokens."""
     width = max(len(prompt) for prompt in prompts)
     pads = torch.tensor([width - len(prompt) for prompt in prompts])
     rows = [torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=width + new_tokens)])
-    if model.generation_config is not None and model.generation_config.eos_token_id is not None:
+    if stops and model.generation_config is not None and model.generation_config.eos_token_id is not None:
         criteria.append(EosTokenCriteria(eos_token_id=model.generation_config.eos_token_id))
     return Request(
         prompts=torch.stack(rows).to(model.device),

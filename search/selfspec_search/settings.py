@@ -1,0 +1,67 @@
+"""What a search may be told, and what it tells while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from selfspec.errors import InputError
+
+Phase = Literal["texts", "profile", "trials", "confirm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How long and how far to search.
+
+    Args:
+        trials: skip sets to try, pruned ones included.
+        timeout: seconds after which no further trial starts; None for no limit.
+        seed: of everything random in the search.
+        gamma_max: the longest draft considered.
+        new_tokens: how many tokens the target writes after each prompt.
+        confirm: how many of the best plans are decoded for real.
+        confirm_texts: on how many held-out prompts, spread over the list; None for all of them.
+        repeats: how often each is decoded and timed; the median counts.
+        compile: search for a runtime whose passes are compiled.
+        backend: an attention backend by name; None for the first that serves.
+        storage: where trials are kept: None for memory, a file for SQLite, or any URL that Optuna takes.
+        study_name: of the study in the storage; a study of this name is resumed. None names it after the model.
+    """
+
+    trials: int = 200
+    timeout: float | None = None
+    seed: int = 0
+    gamma_max: int = 8
+    new_tokens: int = 128
+    confirm: int = 3
+    confirm_texts: int | None = 8
+    repeats: int = 3
+    compile: bool = False
+    backend: str | None = None
+    storage: str | None = None
+    study_name: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {"trials": 1, "gamma_max": 1, "new_tokens": 2, "confirm": 1, "repeats": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise InputError(f"{name} is {getattr(self, name)}, but it must be at least {value}")
+        if self.gamma_max > 64:
+            raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most 64")
+        if self.confirm_texts is not None and self.confirm_texts < 1:
+            raise InputError(f"confirm_texts is {self.confirm_texts}, but at least one text must be decoded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far one phase is. `best` is the best predicted speedup so far, once there is one."""
+
+    phase: Phase
+    done: int
+    total: int
+    best: float | None = None
+
+
+OnProgress = Callable[[Progress], None]

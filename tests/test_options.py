@@ -199,11 +199,15 @@ def stop_string(plain: Tensor, row: int, index: int) -> str:
 @pytest.mark.parametrize("index", range(1, 7))
 def test_a_stop_string_ends_the_one_row_in_the_midst_of_a_round(plain: Tensor, index: int) -> None:
     strings = stop_string(plain, 1, index)
-    stats = assert_same(TOKENS[1:2], max_new_tokens=NEW, stop_strings=strings, tokenizer=tokenizer(), spec=speculator(5))
+    stats = assert_same(
+        TOKENS[1:2], max_new_tokens=NEW, stop_strings=strings, tokenizer=tokenizer(), spec=speculator(5)
+    )
     assert not stats.slower_paths
-    assert stats.tokens == speculator(5).generate(
-        TOKENS[1:2], max_new_tokens=NEW, stop_strings=strings, tokenizer=tokenizer()
-    ).shape[1] - WIDTH
+    assert (
+        stats.tokens
+        == speculator(5).generate(TOKENS[1:2], max_new_tokens=NEW, stop_strings=strings, tokenizer=tokenizer()).shape[1]
+        - WIDTH
+    )
 
 
 def test_stop_strings_in_a_batch_with_a_stop_token_pad_the_rows_that_ended(plain: Tensor) -> None:

@@ -1,0 +1,309 @@
+"""What `generate` returns and leaves behind: outputs, `custom_generate`, the cache, errors, threads, longrope."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import ENDS_SKIPPED, prompts, tiny_model
+from pairs import assert_same, llama, speculator
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
+
+from selfspec import InputError, Plan, SelfspecError, SelfSpeculator, SpeculativeOutput, UnsupportedOptionError, wrap
+
+TOKENS, MASK = prompts(5, 9, 2)
+WIDTH = TOKENS.shape[1]
+NEW = 17
+
+
+def batch(**options: Any) -> dict[str, Any]:
+    return {"input_ids": TOKENS, "attention_mask": MASK, "max_new_tokens": NEW, **options}
+
+
+@pytest.fixture
+def own() -> tuple[PreTrainedModel, SelfSpeculator]:
+    """A model that a test may change, and an object of its own."""
+    model = copy.deepcopy(llama())
+    return model, wrap(model, speculator().plan)
+
+
+# --- Outputs ---
+
+
+def test_the_output_object_holds_hugging_faces_fields_and_the_stats() -> None:
+    options = batch(return_dict_in_generate=True)
+    ours, theirs = speculator().generate(**options), llama().generate(**options)
+    assert isinstance(ours, SpeculativeOutput)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours["sequences"], ours[0])
+    assert ours.stats is speculator().stats
+    assert (ours.scores, ours.logits, ours.past_key_values) == (None, None, None)
+
+
+@pytest.mark.parametrize("new_tokens", [1, NEW])
+@pytest.mark.parametrize("eos", [False, True], ids=["no stop token", "rows stop at different times"])
+def test_scores_and_logits_are_hugging_faces_up_to_each_rows_end(eos: bool, new_tokens: int) -> None:
+    written = llama().generate(**batch())[:, WIDTH:]
+    stops = [int(written[0, 4]), int(written[1, 7])] if eos else None
+    options = batch(
+        max_new_tokens=new_tokens,
+        repetition_penalty=1.3,
+        eos_token_id=stops,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    ours, theirs = speculator(4).generate(**options), llama().generate(**options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len(ours.scores) == len(ours.logits) == len(theirs.scores)
+    finished = torch.zeros(3, dtype=torch.bool)
+    for step, token in enumerate(theirs.sequences[:, WIDTH:].T):
+        for mine, their in ((ours.scores[step], theirs.scores[step]), (ours.logits[step], theirs.logits[step])):
+            assert (mine.shape, mine.dtype) == (their.shape, their.dtype)
+            torch.testing.assert_close(mine[~finished], their[~finished], atol=1e-4, rtol=1e-4)
+            assert not mine[finished].any()
+        finished |= torch.isin(token, torch.tensor(stops or [-1]))
+    assert finished.any() == (eos and new_tokens > 1)
+
+
+def test_transition_scores_can_be_computed_from_the_output() -> None:
+    options = batch(return_dict_in_generate=True, output_scores=True)
+    ours, theirs = speculator().generate(**options), llama().generate(**options)
+    mine, their = (llama().compute_transition_scores(o.sequences, o.scores) for o in (ours, theirs))
+    torch.testing.assert_close(mine, their, atol=1e-4, rtol=1e-4)
+
+
+def test_outputs_are_ordinary_tensors_that_a_training_step_may_use() -> None:
+    model, spec = copy.deepcopy(llama()), speculator()
+    output = spec.generate(**batch(return_dict_in_generate=True, output_scores=True, output_logits=True))
+    assert not any(t.is_inference() for t in (output.sequences, *output.scores, *output.logits))
+    loss = model(input_ids=output.sequences, labels=output.sequences).loss
+    weight = torch.ones((), requires_grad=True)
+    (loss + (weight * output.scores[0]).logsumexp(dim=-1).sum()).backward()
+    assert weight.grad is not None
+    output.sequences.add_(1)
+
+
+def test_the_object_is_a_custom_generate_of_the_model_it_wraps() -> None:
+    spec = speculator()
+    assert torch.equal(llama().generate(**batch(), custom_generate=spec), llama().generate(**batch()))
+    assert spec.stats.drafted
+    output = llama().generate(**batch(return_dict_in_generate=True, output_scores=True), custom_generate=spec)
+    assert output.stats is spec.stats
+
+
+# --- Sampling ---
+
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 50, "num_return_sequences": 2}
+
+
+def test_sampling_is_reproducible_under_a_seed() -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(speculator().generate(**batch(**SAMPLED)))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_num_return_sequences_gives_each_prompt_its_own_rows() -> None:
+    out = speculator().generate(**batch(**SAMPLED))
+    assert torch.equal(out[:, :WIDTH], TOKENS.repeat_interleave(2, dim=0))
+    assert not torch.equal(out[0], out[1])
+
+
+def test_sampling_with_top_k_of_one_is_greedy_decoding() -> None:
+    out = speculator().generate(**batch(do_sample=True, top_k=1))
+    assert torch.equal(out, llama().generate(**batch()))
+    assert speculator().stats.accepted
+
+
+# --- The model and the cache ---
+
+
+def test_the_users_model_is_left_as_it_was() -> None:
+    model = copy.deepcopy(llama()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, generation_config = model.config.to_dict(), model.generation_config.to_dict()
+    spec = wrap(model, speculator().plan)
+    spec.generate(**batch())
+    assert model.training
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == (config, generation_config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_repeated_calls_neither_reallocate_nor_grow_the_cache(own: tuple[PreTrainedModel, SelfSpeculator]) -> None:
+    _, spec = own
+    spec.generate(**batch())
+    cache, size = spec.runtime.cache, spec.runtime.cache.nbytes
+    places = [tensor.data_ptr() for layer in range(7) for tensor in cache.layer(layer)]
+    for new_tokens in (1, 5, NEW, 40):
+        assert_same(**batch(max_new_tokens=new_tokens), spec=spec)
+    assert spec.runtime.cache is cache
+    assert spec.runtime.cache.nbytes == size
+    assert places == [tensor.data_ptr() for layer in range(7) for tensor in cache.layer(layer)]
+
+
+def test_a_request_leaves_nothing_behind_that_another_can_see(own: tuple[PreTrainedModel, SelfSpeculator]) -> None:
+    _, spec = own
+    for seed in range(3):
+        tokens, mask = prompts(3, 11 - seed, 6, seed=seed)
+        assert_same(tokens, attention_mask=mask, max_new_tokens=NEW, spec=spec)
+
+
+# --- Errors ---
+
+
+def test_nan_in_the_logits_is_one_clear_line_and_the_object_recovers(
+    own: tuple[PreTrainedModel, SelfSpeculator],
+) -> None:
+    model, spec = own
+    weight = model.get_decoder().layers[3].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    for options in ({}, {"do_sample": True}):
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        with pytest.raises(InputError, match="NaN or infinity in row 0 after 9 tokens") as error:
+            spec.generate(**batch(**options))
+        assert "\n" not in str(error.value)
+        with torch.no_grad():
+            weight.copy_(kept)
+        assert_same(**batch(), spec=spec)
+
+
+def test_infinite_logits_are_refused_in_sampling_as_by_hugging_face(
+    own: tuple[PreTrainedModel, SelfSpeculator],
+) -> None:
+    model, spec = own
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("inf")
+    with pytest.raises(InputError, match="infinity"):
+        spec.generate(**batch(do_sample=True))
+
+
+class Fails(LogitsProcessor):
+    """Raises at one step of the batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == self.at:
+            raise ValueError("this\nis the user's own")
+        return scores
+
+
+def test_an_error_of_the_users_own_comes_out_unchanged_and_the_object_recovers() -> None:
+    spec = speculator()
+    with pytest.raises(ValueError, match="this\nis the user's own"):
+        spec.generate(**batch(logits_processor=LogitsProcessorList([Fails(WIDTH + 4)])))
+    assert spec.stats.tokens == 3 * 4, "stats say how far the broken call came"
+    assert not spec.runtime.cache.lengths.any()
+    assert_same(**batch())
+
+
+class Recurses(LogitsProcessor):
+    """Asks the object that is calling it for another text."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        speculator().generate(TOKENS[1:2], max_new_tokens=2)
+        return scores
+
+
+def test_a_call_from_within_a_call_is_refused_rather_than_waiting_for_itself() -> None:
+    with pytest.raises(SelfspecError, match="still open in this thread"):
+        speculator().generate(**batch(logits_processor=LogitsProcessorList([Recurses()])))
+    assert_same(**batch())
+
+
+# --- Threads ---
+
+
+def test_concurrent_calls_wait_for_each_other_and_all_get_their_own_answers() -> None:
+    spec = speculator()
+    texts = [prompts(2 + i, 5, seed=i) for i in range(6)]
+    expected = [llama().generate(t, attention_mask=m, max_new_tokens=9) for t, m in texts]
+    got: dict[int, Tensor] = {}
+    start = threading.Barrier(len(texts))
+
+    def work(index: int) -> None:
+        tokens, mask = texts[index]
+        start.wait()
+        got[index] = spec.generate(tokens, attention_mask=mask, max_new_tokens=9)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(torch.equal(got[index], tokens) for index, tokens in enumerate(expected))
+
+
+# --- longrope ---
+
+SWITCH = 16
+
+
+@pytest.fixture(scope="module")
+def phi3() -> SelfSpeculator:
+    factors = {"short_factor": [1.0 + i / 3 for i in range(6)], "long_factor": [3.0 + i for i in range(6)]}
+    model = tiny_model(
+        "phi3",
+        original_max_position_embeddings=SWITCH,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": SWITCH,
+            **factors,
+        },
+    )
+    return wrap(model, Plan(skip_set=ENDS_SKIPPED, gamma=3))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new_tokens", "falls_back"),
+    [((9,), 7, False), ((9,), 8, True), ((17,), 9, False), ((16, 3), 1, True), ((6, 2), 9, False)],
+)
+def test_longrope_is_served_on_either_side_of_its_switch_and_falls_back_across_it(
+    phi3: SelfSpeculator, lengths: tuple[int, ...], new_tokens: int, falls_back: bool
+) -> None:
+    tokens, mask = prompts(*lengths)
+    stats = assert_same(tokens, attention_mask=mask, max_new_tokens=new_tokens, spec=phi3)
+    assert (stats.slower_paths != []) == falls_back
+    assert (stats.passes == 0) == falls_back
+
+
+def test_the_side_of_the_switch_is_kept_when_views_are_rebuilt(phi3: SelfSpeculator) -> None:
+    spec = wrap(copy.deepcopy(phi3.model), phi3.plan)
+    tokens, mask = prompts(21)
+    assert_same(tokens, attention_mask=mask, max_new_tokens=5, spec=spec)
+    spec.model.to(torch.float64)
+    assert_same(tokens, attention_mask=mask, max_new_tokens=5, spec=spec)
+
+
+def test_the_longrope_fallback_streams_and_returns_stats_like_any_call(phi3: SelfSpeculator) -> None:
+    class Recorder(TextStreamer):
+        def __init__(self) -> None:
+            self.calls: list[Any] = []
+
+        def put(self, value: Tensor) -> None:
+            self.calls.append(value.tolist())
+
+        def end(self) -> None:
+            self.calls.append("end")
+
+    tokens, mask = prompts(9, 4)
+    options = {"attention_mask": mask, "max_new_tokens": 11, "return_dict_in_generate": True, "output_scores": True}
+    theirs, ours = Recorder(), Recorder()
+    expected = phi3.model.generate(tokens, streamer=theirs, **options)
+    output = phi3.generate(tokens, streamer=ours, **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert ours.calls == theirs.calls
+    assert "longrope" in output.stats.slower_paths[0]
+    assert output.stats.seconds["total"] > 0
+    with pytest.raises(UnsupportedOptionError, match="longrope"):
+        next(phi3.stream(tokens[:1], max_new_tokens=11))

@@ -14,6 +14,8 @@ from selfspec.errors import InputError
 if TYPE_CHECKING:
     from selfspec.loading import Loaded
 
+Report = Callable[[int, int, str], None]
+"""Draws progress: (done, total, what is being done)."""
 DRAFTED = "green"
 """The style of tokens that were drafted and accepted."""
 
@@ -40,7 +42,7 @@ def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Lo
 
 
 @contextmanager
-def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
     """Yields a function of (done, total, description). Drawn only when it is called: nothing runs beside a timing."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     aside = asides()
@@ -48,7 +50,7 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, i
     with Progress(*columns, console=aside, transient=True, auto_refresh=False, disable=hidden) as bar:
         task = bar.add_task(what, total=None)
 
-        def report(done: int, total: int, description: str = what) -> None:
+        def report(done: int, total: int, description: str) -> None:
             bar.update(task, completed=done, total=total, description=description, refresh=True)
 
         yield report

@@ -21,7 +21,10 @@ PLAN_FILE = "selfspec_plan.json"
 PLAN_VERSION = 1
 
 # Keys of a config that do not change what the model computes.
-_INCIDENTAL = frozenset({"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"})
+_INCIDENTAL = frozenset(
+    {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"}
+)
 _INCIDENTAL_PREFIXES = ("_attn_implementation", "output_", "return_dict")
 
 
@@ -35,7 +38,9 @@ _SkipSetField = Annotated[
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, ser_json_inf_nan="constants"
+    )
 
 
 class ModelIdentity(_Strict):
@@ -102,15 +107,16 @@ class Plan(_Strict):
     provenance: Provenance | None = None
 
     def __init__(self, **data: Any) -> None:
+        version = data.get("selfspec_version", PLAN_VERSION)
+        if version != PLAN_VERSION:  # first, for another version's other keys are no mistake
+            raise PlanError(
+                f"plan has selfspec_version {version!r}, but this selfspec reads {PLAN_VERSION}; "
+                "search again, or install the selfspec that wrote it"
+            )
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise PlanError(_first_problem(error)) from None
-        if self.selfspec_version != PLAN_VERSION:
-            raise PlanError(
-                f"plan has selfspec_version {self.selfspec_version}, but this selfspec reads {PLAN_VERSION}; "
-                "search again, or install the selfspec that wrote it"
-            )
         if self.model is not None:
             self.skip_set.validate(self.model.num_layers)
 
@@ -164,7 +170,10 @@ class Plan(_Strict):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write the plan beside a model's `config.json`, as `selfspec_plan.json`."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(f"cannot make the directory {directory}: {error.strerror or error}") from None
         return self.save(Path(directory) / PLAN_FILE)
 
     @classmethod
@@ -183,29 +192,40 @@ class Plan(_Strict):
 
 
 def config_fingerprint(config: PretrainedConfig) -> str:
-    """Sixteen hex digits that change with anything in the config that changes what the model computes."""
+    """Sixteen hex digits that change with anything in the config that changes what the model computes.
+
+    Only settings that differ from the family's defaults count: a release of transformers that adds a setting must not
+    turn plans away.
+    """
     essential = {
         key: value
         for key, value in config.to_dict().items()
-        if key not in _INCIDENTAL and not key.startswith(_INCIDENTAL_PREFIXES)
+        if key not in _INCIDENTAL
+        and not key.startswith(_INCIDENTAL_PREFIXES)
+        and (not hasattr(type(config), key) or getattr(type(config), key) != value)
     }
     return hashlib.sha256(json.dumps(essential, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
     """Write to a temporary name beside `path`, then rename: readers see the old file or the new, never half of one."""
-    path = Path(path)
+    path, temporary = Path(path), None
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf8", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
+            temporary = Path(file.name)
             file.write(text)
-        os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private; a plan is meant to be shared
-        os.replace(file.name, path)
+        temporary.chmod(0o644)  # NamedTemporaryFile makes it private; a plan is meant to be shared
+        temporary.replace(path)
+        temporary = None
     except OSError as error:
         raise PlanError(
             f"cannot write {path}: {error.strerror or error}; choose a directory that is writable"
         ) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     return path
 
 

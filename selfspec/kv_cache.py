@@ -128,10 +128,19 @@ class KVCache:
             module.register_buffer("selfspec_values", values, persistent=False)
 
     @torch.inference_mode()
+    @staticmethod
+    def detach(attention: nn.Module) -> None:
+        """Take the keys and values from an attention module that no longer runs."""
+        for name in ("selfspec_keys", "selfspec_values"):
+            attention._buffers.pop(name, None)
+            attention._non_persistent_buffers_set.discard(name)
+
+    @torch.inference_mode()  # its tensors are inference tensors: outside, they cannot be written
     def reset(self) -> None:
         """Forget every token."""
         self.lengths.zero_()
 
+    @torch.inference_mode()
     @torch.inference_mode()
     def scrub(self) -> None:
         """Zero everything: after an error a slot may hold a NaN, which poisons attention even where it is masked."""

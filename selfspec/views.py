@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from selfspec.attention import ATTENTION_NAME, AttentionArgs, AttentionNeeds, additive_mask, masked_attention, register
 from selfspec.errors import UnsupportedModelError
-from selfspec.kv_cache import LayerShape
+from selfspec.kv_cache import KVCache, LayerShape
 from selfspec.skip_set import SkipSet
 
 SUPPORTED_MODEL_TYPES = frozenset(
@@ -120,6 +120,8 @@ def change_skip_set(view: PreTrainedModel, skip_set: SkipSet) -> None:
         object.__setattr__(view, "selfspec_full_stack", full)
     skip_set.validate(len(full.layers))
     for index, (layer, (attention, mlp)) in enumerate(zip(full.layers, full.branches, strict=True)):
+        if index in skip_set.attn:  # what no longer runs must not keep a replaced cache alive
+            KVCache.detach(attention)
         layer.self_attn = SkippedAttention() if index in skip_set.attn else attention
         layer.mlp = SkippedMLP() if index in skip_set.mlp else mlp
     kept = [index for index in range(len(full.layers)) if index not in skip_set.dropped_layers()]
@@ -180,11 +182,11 @@ def reachable_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def check_supported(model: PreTrainedModel) -> None:
     """Refuse, by name, what the views cannot reproduce."""
-    config = model.config
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"selfspec wraps a Hugging Face causal language model, but {type(model).__name__} was given"
         )
+    config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"'{config.model_type}' is an encoder-decoder model; selfspec decodes decoder-only models"
@@ -258,14 +260,16 @@ def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
     tokens = tokens.to(model.device)
     recorded = ProbePass()
     ours = run_view(view, tokens, torch.arange(_PROBE_LENGTH, device=tokens.device)[None], recorded).float()
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         theirs = model(input_ids=tokens, use_cache=False).logits.float()
     finally:
-        model.train(training)
+        for module in training:  # one by one: the user may have frozen some
+            module.training = True
     difference = (ours - theirs).abs().max().item()
-    bound = 64 * torch.finfo(model.dtype).eps * max(theirs.abs().max().item(), 1.0)
+    eps = torch.finfo(model.dtype).eps
+    bound = (64 if eps < 1e-5 else 32) * eps * max(theirs.abs().max().item(), 1.0)
     if not difference <= bound:
         raise UnsupportedModelError(
             f"this '{model.config.model_type}' cannot be reproduced: the largest logit difference on a short input is "

@@ -238,6 +238,8 @@ def choose_backend(needs: AttentionNeeds, name: str | None = None) -> BackendCho
 def _flash_obstacle(needs: AttentionNeeds) -> str | None:
     if needs.device.type != "cuda":
         return f"flash kernels need CUDA, the model is on {needs.device.type}"
+    if torch.cuda.get_device_capability(needs.device) < (8, 0):
+        return "flash kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"flash kernels need float16 or bfloat16, the model is in {str(needs.dtype).removeprefix('torch.')}"
     if max(needs.head_dims) > 256 or any(d % 8 for d in needs.head_dims):

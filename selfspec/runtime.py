@@ -120,7 +120,7 @@ class Runtime:
         """Cache each row's first `lengths` (`b`) of `tokens` (`b t`), without the head, in chunks."""
         cache = self.cache
         cache.reset()
-        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+        for chunk in tokens.split(PREFILL_CHUNK, dim=1) if tokens.shape[1] else ():  # prompts of one token: none
             step = cache.begin(chunk.shape[1])
             run_view(self.views["target"], chunk, step.positions, step, head=False)
             cache.lengths += chunk.shape[1]

@@ -163,7 +163,9 @@ class SelfSpeculator:
         )
         with closing(rounds):
             for committed in rounds:
-                yield from committed.tokens
+                for token in committed.tokens:
+                    yield token
+                    self._owner = threading.get_ident()  # the stream may have changed hands
 
     def stream_rounds(
         self,
@@ -190,7 +192,7 @@ class SelfSpeculator:
             for committed in rounds:
                 for row in committed:
                     yield row
-                    self._owner = threading.get_ident()  # the stream may have changed hands
+                    self._owner = threading.get_ident()  # as above
 
     def __call__(
         self,

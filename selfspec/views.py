@@ -268,6 +268,10 @@ def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
         for module in training:  # one by one: the user may have frozen some
             module.training = True
     difference = (ours - theirs).abs().max().item()
+    if not theirs.isfinite().all():
+        raise UnsupportedModelError(
+            "the model's own logits hold NaN or infinity on a short input; check the weights, or use a wider dtype"
+        )
     eps = torch.finfo(model.dtype).eps
     bound = (64 if eps < 1e-5 else 32) * eps * max(theirs.abs().max().item(), 1.0)
     if not difference <= bound:

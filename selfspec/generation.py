@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,57 +14,24 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from selfspec.decoding import decode
 from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter
 from selfspec.errors import InputError, SelfspecError, UnsupportedOptionError
+from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Plan
 from selfspec.processors import needs_lockstep
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime
 from selfspec.stats import Stats
+from selfspec.streaming import Streamed
 from selfspec.views import longrope_switch
-
-_REFUSED_ARGUMENTS = {
-    "assistant_model": "a second model",
-    "assistant_tokenizer": "a second model",
-    "inputs_embeds": "embeddings in place of tokens",
-    "past_key_values": "a cache from elsewhere; the runtime owns its cache",
-    "cache_implementation": "another cache; the runtime owns its cache",
-    "cache_config": "another cache; the runtime owns its cache",
-    "position_ids": "positions of your own; they follow from attention_mask",
-    "custom_generate": "another decoding method",
-    "synced_gpus": "a model spread over several devices",
-    "output_attentions": "attention weights",
-    "output_hidden_states": "hidden states",
-    "streamer": "a stream is itself what a streamer is for",
-}
-_CONFIG_DEFAULTS = {
-    "num_beams": (None, 1),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "token_healing": (None, False),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "use_mtp": (None, False),
-}
-_CACHE_DEFAULTS = {
-    "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic"),
-    "cache_config": (None,),
-}
-"""What a user may not ask for; a model's own generation config may hold it, since it does not change what comes out."""
-_EXPECTED_MODEL_ARGUMENTS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-)
 
 
 @dataclass
@@ -137,7 +104,7 @@ class SelfSpeculator:
         Greedy output is `model.generate`'s, token for token; sampled output has the same distribution, not the same
         draws. What cannot be served is refused by `UnsupportedOptionError`.
         """
-        criteria = self._with_stop_strings(generation_config, stopping_criteria, tokenizer, kwargs)
+        criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
 
         def run(*args: Any, **prepared: Any) -> Tensor | SpeculativeOutput:
             return self(*args, **prepared, selfspec_streamer=streamer)  # type: ignore[misc]
@@ -178,7 +145,7 @@ class SelfSpeculator:
         **kwargs: Any,
     ) -> Generator[Committed, None, None]:
         """Like `stream`, but yields each round whole: its tokens, and how many of them were drafted."""
-        criteria = self._with_stop_strings(generation_config, stopping_criteria, tokenizer, kwargs)
+        criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
         request: Request | _PlainDecoding = self._through_hugging_face(
             self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
         )
@@ -213,7 +180,7 @@ class SelfSpeculator:
         with self._alone():
             if isinstance(request, _PlainDecoding):
                 return self._decode_plainly(request, selfspec_streamer)
-            streamed = _Streamed(selfspec_streamer, request) if selfspec_streamer is not None else None
+            streamed = Streamed(selfspec_streamer, request) if selfspec_streamer is not None else None
             with closing(self._rounds(request)) as rounds:
                 for committed in rounds:
                     if streamed is not None:
@@ -234,7 +201,10 @@ class SelfSpeculator:
         kwargs: dict[str, Any],
     ) -> Any:
         """Let Hugging Face validate and prepare the inputs, then call `run` with them."""
-        self._check_arguments(inputs, generation_config, kwargs)
+        check_arguments(self.model, inputs, generation_config, kwargs)
+        own = self.model.generation_config
+        if own is not None and own.cache_implementation is not None:
+            kwargs["cache_implementation"] = "dynamic"  # else Hugging Face would allocate a cache that nobody fills
         prepared = False
 
         def begin(*args: Any, **arguments: Any) -> Any:
@@ -256,71 +226,6 @@ class SelfSpeculator:
                 raise
             raise InputError(" ".join(str(error).split())) from error
 
-    def _check_arguments(
-        self, inputs: Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> None:
-        """Refuse what Hugging Face would act on, or drop, before a custom method could see it."""
-        for name, what in _REFUSED_ARGUMENTS.items():
-            if (value := kwargs.get(name)) is not None and value is not False:
-                raise UnsupportedOptionError(f"{name} is not supported ({what}); leave it out, or use model.generate")
-        own = self.model.generation_config
-        _check_settings(kwargs, own)  # type: ignore[arg-type]
-        _check_settings(vars(generation_config) if generation_config is not None else {}, own)  # type: ignore[arg-type]
-        limit = kwargs.get("max_new_tokens")
-        if limit is not None and limit < 1:
-            raise InputError(f"max_new_tokens is {limit}, but at least one token must be asked for")
-        if inputs is not None and kwargs.get("input_ids") is not None:
-            raise InputError("the prompt was given twice, by position and as input_ids; give it once")
-        self._check_tokens(inputs if inputs is not None else kwargs.get("input_ids"))
-        if own is not None and own.cache_implementation is not None:
-            kwargs["cache_implementation"] = "dynamic"  # else Hugging Face would allocate a cache that nobody fills
-
-    def _check_tokens(self, tokens: Tensor | None) -> None:
-        if not isinstance(tokens, Tensor):
-            raise InputError(f"no prompt was given: input_ids must be a tensor (rows, tokens), not {tokens!r:.50}")
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            kind = str(tokens.dtype).removeprefix("torch.")
-            raise InputError(
-                f"input_ids must be whole numbers (rows, tokens), not {kind} of shape {tuple(tokens.shape)}"
-            )
-        if tokens.numel() == 0:
-            raise InputError(f"the prompt is empty: input_ids has shape {tuple(tokens.shape)}; give at least one token")
-        vocabulary: int = self.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        highest, lowest = int(tokens.max()), int(tokens.min())
-        if highest >= vocabulary or lowest < 0:
-            raise InputError(
-                f"the prompt holds token {highest if highest >= vocabulary else lowest}, but the model's vocabulary is "
-                f"0..{vocabulary - 1}; use the tokenizer that belongs to the model"
-            )
-
-    def _with_stop_strings(
-        self,
-        generation_config: GenerationConfig | None,
-        stopping_criteria: StoppingCriteriaList | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        kwargs: dict[str, Any],
-    ) -> StoppingCriteriaList:
-        """Stop strings as a criterion: Hugging Face drops `tokenizer` before a custom method could use it."""
-        criteria = StoppingCriteriaList(stopping_criteria or [])
-        strings = self._stop_strings(generation_config, kwargs)
-        if not strings:
-            return criteria
-        if tokenizer is None:
-            raise InputError(f"stop_strings {strings!r} need the model's tokenizer: pass tokenizer=...")
-        kwargs["stop_strings"] = None
-        if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # Hugging Face prefers the user's
-            criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
-        return criteria
-
-    def _stop_strings(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> str | list[str] | None:
-        """Hugging Face's precedence: the keyword, also if it is None; the config given; the model's own."""
-        if "stop_strings" in kwargs:
-            return kwargs["stop_strings"]  # type: ignore[no-any-return]
-        given = getattr(generation_config, "stop_strings", None)
-        return given if given is not None else getattr(self.model.generation_config, "stop_strings", None)
-
     def _prepare(
         self,
         model: PreTrainedModel,
@@ -331,24 +236,13 @@ class SelfSpeculator:
         **model_kwargs: Any,
     ) -> Request | _PlainDecoding:
         """The request for what Hugging Face prepared; or, where no view can serve it, a call of its own decoding."""
-        _check_settings(vars(generation_config), model.generation_config)  # type: ignore[arg-type]
-        _check_mode(generation_config)
-        given = {name for name, value in model_kwargs.items() if value is not None}
-        if unexpected := given - _EXPECTED_MODEL_ARGUMENTS:
-            raise UnsupportedOptionError(
-                f"{', '.join(sorted(unexpected))}: not supported; leave it out, or use model.generate"
-            )
-        cache = model_kwargs.get("past_key_values")
-        if getattr(cache, "_is_user_defined", False):
-            raise UnsupportedOptionError(f"past_key_values is not supported ({_REFUSED_ARGUMENTS['past_key_values']})")
-        pads = _padding(input_ids, model_kwargs.get("attention_mask"))
-        _check_positions(model_kwargs.get("position_ids"), input_ids, pads)
-        max_length = _max_length(stopping_criteria, input_ids.shape[1])
+        pads = check_prepared(model, input_ids, generation_config, model_kwargs)
+        limit = max_length(stopping_criteria, input_ids.shape[1])
         lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
         gamma = 0 if lockstep else self.plan.gamma
         switch = longrope_switch(model)
         longest = int((input_ids.shape[1] - pads).max())
-        if switch is not None and longest <= switch < longest + max_length - input_ids.shape[1]:
+        if switch is not None and longest <= switch < longest + limit - input_ids.shape[1]:
 
             def run(streamer: BaseStreamer | None) -> Any:
                 return model._sample(  # type: ignore[operator]
@@ -361,7 +255,7 @@ class SelfSpeculator:
         return Request(
             prompts=input_ids.to(model.device, torch.long),
             pads=pads.to(model.device),
-            max_length=max_length,
+            max_length=limit,
             room=gamma + 1,
             sampling=bool(generation_config.do_sample),
             processors=logits_processor,
@@ -385,7 +279,6 @@ class SelfSpeculator:
             rows=request.rows,
             backend=choice.backend.name,
             backend_reason=choice.reason,
-            compiled=self.runtime.compile,
             slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
         )
         drafter: Drafter = NoDrafter()
@@ -397,6 +290,9 @@ class SelfSpeculator:
             yield from decode(self.runtime, drafter, request, self.stats)
             whole = True
         finally:
+            self.stats.compiled = self.runtime.compile
+            if (obstacle := self.runtime.compile_obstacle) is not None:
+                self.stats.slower_paths.append(f"passes run eagerly: {obstacle}")
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
 
@@ -439,81 +335,3 @@ class _PlainDecoding:
     run: Callable[[BaseStreamer | None], Any]
     prompts: Tensor
     reason: str
-
-
-class _Streamed:
-    """Feeds a Hugging Face streamer: the prompt, then one `b` of tokens a step, as soon as every row has that step."""
-
-    def __init__(self, streamer: BaseStreamer, request: Request) -> None:
-        self.streamer, self.request = streamer, request
-        self.rows: list[list[int]] = [[] for _ in range(request.rows)]
-        self.sent = 0
-        streamer.put(request.prompts.cpu())
-
-    def put(self, committed: list[Committed]) -> None:
-        for row in committed:
-            self.rows[row.row].extend(row.tokens)
-        finished = self.request.finished.tolist()
-        ready = [len(row) for row, done in zip(self.rows, finished, strict=True) if not done]
-        self._send(min(ready) if ready else max(map(len, self.rows)))
-
-    def end(self) -> None:
-        self.streamer.end()
-
-    def _send(self, until: int) -> None:
-        pad = self.request.pad_token
-        for step in range(self.sent, until):
-            self.streamer.put(torch.tensor([row[step] if step < len(row) else pad for row in self.rows]))
-        self.sent = max(self.sent, until)
-
-
-def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
-    """Refuse what would otherwise be ignored."""
-    for name, defaults in (_CONFIG_DEFAULTS | _CACHE_DEFAULTS).items():
-        value = settings.get(name)
-        is_own = name in _CACHE_DEFAULTS and value == getattr(own, name, None)
-        if value not in defaults and not is_own:
-            raise UnsupportedOptionError(f"{name}={value} is not supported; leave it out, or use model.generate")
-
-
-def _check_mode(config: GenerationConfig) -> None:
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UnsupportedOptionError(
-            f"{mode.value} is not supported, only greedy decoding and sampling; use model.generate"
-        )
-
-
-def _max_length(criteria: StoppingCriteriaList, width: int) -> int:
-    """Where every row ends at the latest. Hugging Face looks at its criteria only after a first new token."""
-    limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
-    assert limits, "Hugging Face always sets a maximum length"
-    return max(min(limits), width + 1)
-
-
-def _check_positions(position_ids: Tensor | None, input_ids: Tensor, pads: Tensor) -> None:
-    """Refuse positions that do not count each prompt's own tokens from 0."""
-    if position_ids is None:
-        return
-    expected = torch.arange(input_ids.shape[1], device=pads.device) - pads[:, None]  # b t
-    given = position_ids.expand_as(expected) if position_ids.shape[-1] == expected.shape[-1] else None
-    if given is None or not torch.equal(given[expected >= 0], expected[expected >= 0]):
-        raise UnsupportedOptionError(f"position_ids is not supported ({_REFUSED_ARGUMENTS['position_ids']})")
-
-
-def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many tokens of padding stand before each prompt, `b`."""
-    if attention_mask is None:
-        return torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-    if attention_mask.shape != input_ids.shape:
-        raise InputError(f"attention_mask is {tuple(attention_mask.shape)}, but input_ids is {tuple(input_ids.shape)}")
-    visible = attention_mask.bool()
-    if not visible.any(dim=1).all():
-        raise InputError("a prompt is empty: its attention_mask holds no 1")
-    pads = visible.long().argmax(dim=1)
-    if not torch.equal(visible, torch.arange(visible.shape[1], device=visible.device) >= pads[:, None]):
-        raise InputError(
-            "attention_mask must be padding on the left, then ones; set tokenizer.padding_side = 'left' "
-            "(where no mask is given, Hugging Face masks every pad_token_id)"
-        )
-    return pads

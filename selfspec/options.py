@@ -1,0 +1,192 @@
+"""Which options of `model.generate` are served, and one clear line for each that is not.
+
+Hugging Face validates and prepares most of them itself; here is what it would act on, or drop, before a custom decoding
+method could see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
+
+from selfspec.errors import InputError, UnsupportedOptionError
+
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "a second model",
+    "assistant_tokenizer": "a second model",
+    "inputs_embeds": "embeddings in place of tokens",
+    "past_key_values": "a cache from elsewhere; the runtime owns its cache",
+    "cache_implementation": "another cache; the runtime owns its cache",
+    "cache_config": "another cache; the runtime owns its cache",
+    "position_ids": "positions of your own; they follow from attention_mask",
+    "custom_generate": "another decoding method",
+    "synced_gpus": "a model spread over several devices",
+    "output_attentions": "attention weights",
+    "output_hidden_states": "hidden states",
+    "streamer": "a stream is itself what a streamer is for",
+}
+_CONFIG_DEFAULTS = {
+    "num_beams": (None, 1),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "token_healing": (None, False),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "use_mtp": (None, False),
+}
+_CACHE_DEFAULTS = {
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "cache_config": (None,),
+}
+"""What a user may not ask for; a model's own generation config may hold it, since it does not change what comes out."""
+_EXPECTED_MODEL_ARGUMENTS = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+)
+
+
+def check_arguments(
+    model: PreTrainedModel, inputs: Tensor | None, config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> None:
+    """Refuse arguments of `generate` before Hugging Face sees them."""
+    for name, what in _REFUSED_ARGUMENTS.items():
+        if (value := kwargs.get(name)) is not None and value is not False:
+            raise UnsupportedOptionError(f"{name} is not supported ({what}); leave it out, or use model.generate")
+    own = model.generation_config
+    _check_settings(kwargs, own)  # type: ignore[arg-type]
+    _check_settings(vars(config) if config is not None else {}, own)  # type: ignore[arg-type]
+    limit = kwargs.get("max_new_tokens")
+    if limit is not None and limit < 1:
+        raise InputError(f"max_new_tokens is {limit}, but at least one token must be asked for")
+    if inputs is not None and kwargs.get("input_ids") is not None:
+        raise InputError("the prompt was given twice, by position and as input_ids; give it once")
+    _check_tokens(model, inputs if inputs is not None else kwargs.get("input_ids"))
+
+
+def check_prepared(
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Refuse what Hugging Face let pass; return how many tokens of padding stand before each prompt, `b`."""
+    _check_settings(vars(config), model.generation_config)  # type: ignore[arg-type]
+    _check_mode(config)
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    if unexpected := given - _EXPECTED_MODEL_ARGUMENTS:
+        raise UnsupportedOptionError(
+            f"{', '.join(sorted(unexpected))}: not supported; leave it out, or use model.generate"
+        )
+    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+        raise UnsupportedOptionError(f"past_key_values is not supported ({_REFUSED_ARGUMENTS['past_key_values']})")
+    pads = _padding(input_ids, model_kwargs.get("attention_mask"))
+    _check_positions(model_kwargs.get("position_ids"), input_ids, pads)
+    return pads
+
+
+def max_length(criteria: StoppingCriteriaList, width: int) -> int:
+    """Where every row ends at the latest. Hugging Face looks at its criteria only after a first new token."""
+    limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+    assert limits, "Hugging Face always sets a maximum length"
+    return max(min(limits), width + 1)
+
+
+def with_stop_strings(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig | None,
+    stopping_criteria: StoppingCriteriaList | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    kwargs: dict[str, Any],
+) -> StoppingCriteriaList:
+    """Stop strings as a criterion: Hugging Face drops `tokenizer` before a custom method could use it."""
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    strings = _stop_strings(model, generation_config, kwargs)
+    if not strings:
+        return criteria
+    if tokenizer is None:
+        raise InputError(f"stop_strings {strings!r} need the model's tokenizer: pass tokenizer=...")
+    kwargs["stop_strings"] = None
+    if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # Hugging Face prefers the user's
+        criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
+    return criteria
+
+
+def _stop_strings(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
+) -> str | list[str] | None:
+    """Hugging Face's precedence: the keyword, also if it is None; the config given; the model's own."""
+    if "stop_strings" in kwargs:
+        return kwargs["stop_strings"]  # type: ignore[no-any-return]
+    given = getattr(generation_config, "stop_strings", None)
+    return given if given is not None else getattr(model.generation_config, "stop_strings", None)
+
+
+def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
+    """Refuse what would otherwise be ignored."""
+    for name, defaults in (_CONFIG_DEFAULTS | _CACHE_DEFAULTS).items():
+        value = settings.get(name)
+        is_own = name in _CACHE_DEFAULTS and value == getattr(own, name, None)
+        if value not in defaults and not is_own:
+            raise UnsupportedOptionError(f"{name}={value} is not supported; leave it out, or use model.generate")
+
+
+def _check_mode(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedOptionError(
+            f"{mode.value} is not supported, only greedy decoding and sampling; use model.generate"
+        )
+
+
+def _check_tokens(model: PreTrainedModel, tokens: Tensor | None) -> None:
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"no prompt was given: input_ids must be a tensor (rows, tokens), not {tokens!r:.50}")
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        kind = str(tokens.dtype).removeprefix("torch.")
+        raise InputError(f"input_ids must be whole numbers (rows, tokens), not {kind} of shape {tuple(tokens.shape)}")
+    if tokens.numel() == 0:
+        raise InputError(f"the prompt is empty: input_ids has shape {tuple(tokens.shape)}; give at least one token")
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    highest, lowest = int(tokens.max()), int(tokens.min())
+    if highest >= vocabulary or lowest < 0:
+        raise InputError(
+            f"the prompt holds token {highest if highest >= vocabulary else lowest}, but the model's vocabulary is "
+            f"0..{vocabulary - 1}; use the tokenizer that belongs to the model"
+        )
+
+
+def _check_positions(position_ids: Tensor | None, input_ids: Tensor, pads: Tensor) -> None:
+    """Refuse positions that do not count each prompt's own tokens from 0."""
+    if position_ids is None:
+        return
+    expected = torch.arange(input_ids.shape[1], device=pads.device) - pads[:, None]  # b t
+    given = position_ids.expand_as(expected) if position_ids.shape[-1] == expected.shape[-1] else None
+    if given is None or not torch.equal(given[expected >= 0], expected[expected >= 0]):
+        raise UnsupportedOptionError(f"position_ids is not supported ({_REFUSED_ARGUMENTS['position_ids']})")
+
+
+def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """How many tokens of padding stand before each prompt, `b`."""
+    if attention_mask is None:
+        return torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(f"attention_mask is {tuple(attention_mask.shape)}, but input_ids is {tuple(input_ids.shape)}")
+    visible = attention_mask.bool()
+    if not visible.any(dim=1).all():
+        raise InputError("a prompt is empty: its attention_mask holds no 1")
+    pads = visible.long().argmax(dim=1)
+    if not torch.equal(visible, torch.arange(visible.shape[1], device=visible.device) >= pads[:, None]):
+        raise InputError(
+            "attention_mask must be padding on the left, then ones; set tokenizer.padding_side = 'left' "
+            "(where no mask is given, Hugging Face masks every pad_token_id)"
+        )
+    return pads

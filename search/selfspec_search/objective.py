@@ -18,6 +18,8 @@ THRESHOLDS = 6
 """Exit thresholds tried with every draft length."""
 INDIFFERENCE = 0.002
 """Speedups that differ by less, relatively, count as equal: then the simpler way of drafting is taken."""
+NEAR = 0.02
+"""Estimates from the first depth alone are about this far off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,25 @@ def best(table: Table, profile: Profile, skip_set: SkipSet) -> Prediction:
     fastest = max(prediction.speedup for prediction in predictions)
     # Ways come shortest first, thresholds last: the first one that is as good as the fastest is the simplest.
     return next(p for p in predictions if p.speedup >= fastest * (1 - INDIFFERENCE))
+
+
+def depths_worth_replaying(estimates: Sequence[Prediction]) -> int:
+    """One more than the longest draft that may turn out the best way, judging by estimates of every way.
+
+    Of each threshold that comes near the best, the shortest draft counts that is as good as longer ones.
+    """
+    fastest = max(estimate.speedup for estimate in estimates)
+    by_threshold: dict[float | None, list[Prediction]] = {}
+    for estimate in estimates:
+        if estimate.drafting.gamma > 0:
+            by_threshold.setdefault(estimate.drafting.threshold, []).append(estimate)
+    deepest = 1
+    for ways in by_threshold.values():
+        fastest_here = max(way.speedup for way in ways)
+        if fastest_here >= fastest * (1 - NEAR):
+            shortest = min(w.drafting.gamma for w in ways if w.speedup >= fastest_here * (1 - INDIFFERENCE))
+            deepest = max(deepest, shortest)
+    return deepest + 1
 
 
 def predict(table: Table, profile: Profile, skip_set: SkipSet, ways: Sequence[Drafting]) -> list[Prediction]:

@@ -23,12 +23,11 @@ from selfspec.skip_set import SkipSet
 from selfspec.stats import Stats
 from selfspec_search.texts import greedy_request
 
-CYCLES = 7
+CYCLES = 15
 """How often everything is measured, in turn, so that a slow moment of the machine falls on all alike."""
-CALLS = 3
-"""Timed calls of each thing in a cycle, behind one that is not timed."""
 STEPS = 4
-"""Draft length at which a step of the draft is timed."""
+"""Draft length at which a step of the draft is timed. Rounds are timed by as many, too: on a busy machine the median of
+long stretches and that of short ones are not to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +83,12 @@ def variants(num_layers: int) -> dict[str, SkipSet]:
     layers = range(num_layers)
     return {
         "nothing": SkipSet(),
-        "three layers in four": SkipSet.early_exit(-(-num_layers // 4), num_layers),
+        "all but one layer in eight": SkipSet.early_exit(-(-num_layers // 8), num_layers),
         "one layer in two": SkipSet.early_exit(-(-num_layers // 2), num_layers),
         "all attention": SkipSet(attn=layers),
         "all MLPs": SkipSet(mlp=layers),
+        "attention, one layer in two": SkipSet(attn=layers[::2]),
+        "MLPs, one layer in two": SkipSet(mlp=layers[::2]),
     }
 
 
@@ -115,28 +116,29 @@ def measure(
         for name, skip_set in variants(model.config.num_hidden_layers).items()
     }
     timed: dict[Any, list[float]] = {}
-    bench = {
+    bench: dict[str | int, Callable[[], Any]] = {
         **{name: _draft_bench(runtime, prompt, slots, None) for name, runtime in runtimes.items()},
         "confidence": _draft_bench(runtimes["one layer in two"], prompt, slots, 1e-30),
         **{n: _round_bench(runtimes["nothing"], prompt, slots, n) for n in range(gamma_max + 1)},
         "prefill": _prefill_bench(runtimes["nothing"], prompt, slots),
     }
     on_cycle(0, CYCLES)
+    for call in bench.values():
+        call()
     for cycle in range(CYCLES):
         for name, call in bench.items():
-            call()
-            timed.setdefault(name, []).extend(_seconds(call, model.device) for _ in range(CALLS))
+            timed.setdefault(name, []).append(_seconds(call, model.device))
         on_cycle(cycle + 1, CYCLES)
     medians = {name: median(seconds) for name, seconds in timed.items()}
     return _fit(model.config.num_hidden_layers, medians, gamma_max, compiled=compile)
 
 
 def _fit(num_layers: int, medians: dict[Any, float], gamma_max: int, *, compiled: bool) -> Profile:
-    """Least squares over the variants' steps, scaled so that the full model's sum equals its measured step."""
+    """Costs from the variants' steps, scaled so that the full model's sum equals its measured step."""
     skip_sets = variants(num_layers)
     steps = {name: medians[name] / STEPS for name in skip_sets}
     counts = np.stack([_counts(skip_set, num_layers) for skip_set in skip_sets.values()])
-    costs = np.linalg.lstsq(counts, np.array(list(steps.values())), rcond=None)[0].clip(min=0.0)
+    costs = fit_costs(counts, np.array(list(steps.values())))
     costs *= steps["nothing"] / float(counts[0] @ costs)
     fixed, layer, attention, mlp = costs.tolist()
     return Profile(
@@ -146,11 +148,25 @@ def _fit(num_layers: int, medians: dict[Any, float], gamma_max: int, *, compiled
         attention=attention,
         mlp=mlp,
         confidence=max(0.0, (medians["confidence"] - medians["one layer in two"]) / STEPS),
-        rounds=tuple(medians[n] for n in range(gamma_max + 1)),
+        rounds=tuple(medians[n] / STEPS for n in range(gamma_max + 1)),
         prefill=medians["prefill"],
         compiled=compiled,
         measured=steps,
     )
+
+
+def fit_costs(counts: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Costs that are not negative, of the least squared relative error: a short draft's step must be right, too."""
+    weighted = counts / seconds[:, None]
+    kept = np.ones(counts.shape[1], dtype=bool)
+    costs = np.zeros(counts.shape[1])
+    while kept.any():
+        costs[:] = 0.0
+        costs[kept] = np.linalg.lstsq(weighted[:, kept], np.ones(len(seconds)), rcond=None)[0]
+        if (costs >= 0).all():
+            break
+        kept[costs.argmin()] = False
+    return costs
 
 
 def _counts(skip_set: SkipSet, num_layers: int) -> NDArray[np.float64]:
@@ -196,9 +212,10 @@ def _round_bench(runtime: Runtime, prompt: Tensor, slots: int, n: int) -> Callab
     end = int(request.ends[0])
 
     def call() -> None:
-        request.ends.fill_(end)  # every call from the same state: other things run in between, on the same cache
-        runtime.cache.lengths.copy_(request.ends - 1)
-        step(runtime, drafter, request, stats)
+        for _ in range(STEPS):
+            request.ends.fill_(end)  # always from the same state: other things run in between, on the same cache
+            runtime.cache.lengths.copy_(request.ends - 1)
+            step(runtime, drafter, request, stats)
 
     return call
 

@@ -34,7 +34,7 @@ class Alive:
 
     rows: Tensor  # a, row of the recording
     starts: Tensor  # a, tokens written before the round begins
-    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: a k h d each, k the depth
+    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: a h 1 k d each, k depths
 
     @classmethod
     def every_start(cls, recording: Recording) -> Alive:
@@ -76,30 +76,35 @@ class ReplayPass:
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         index = int(layer.layer_idx)  # type: ignore[arg-type]
         keys, values = self.recording.layers[index]  # b h n d
-        own_keys, own_values = self._append(index, key, value)  # a k h d
+        own_keys, own_values = self._append(index, key, value)  # a h 1 k d
         query = rearrange(query, "1 (h g) a d -> a h g d", h=keys.shape[1]) * how.scale
         b, groups = keys.shape[0], query.shape[2]
 
-        to_recorded = self._lay_out(query, b) @ keys.transpose(-1, -2)  # b h (s g) n
-        to_own = torch.einsum("ahgd,akhd->ahgk", query, own_keys)
+        to_recorded = (self._lay_out(query, b) @ keys.transpose(-1, -2)).float()  # b h (s g) n
+        to_own = (rearrange(query, "a h g d -> a h g 1 d") * own_keys).sum(-1).float()  # a h g k
         if how.softcap is not None:
             to_recorded, to_own = (torch.tanh(x / how.softcap) * how.softcap for x in (to_recorded, to_own))
-        to_recorded = rearrange(to_recorded, "b h (s g) n -> b h s g n", g=groups)
-        to_recorded += self._mask(how.window, to_recorded.dtype)
+        rearrange(to_recorded, "b h (s g) n -> b h s g n", g=groups).add_(self._mask(how.window))
         if how.window is not None and how.window <= self.depth:
             to_own[..., : self.depth + 1 - how.window] = float("-inf")
 
-        scores = torch.cat([rearrange(to_recorded, "b h s g n -> b h (s g) n"), self._lay_out(to_own, b)], dim=-1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        n = keys.shape[2]
-        from_recorded = self._pack(weights[..., :n] @ values, groups)
-        from_own = torch.einsum("ahgk,akhd->ahgd", self._pack(weights[..., n:], groups), own_values)
-        return rearrange(from_recorded + from_own, "a h g d -> 1 a (h g) d")
+        # One softmax over both: in place and without joining them, since this is half of a trial's time. The largest
+        # score is finite, whatever the masks hide, because every token sees itself.
+        largest = torch.maximum(
+            to_recorded.amax(dim=-1, keepdim=True), self._lay_out(to_own.amax(dim=-1, keepdim=True), b)
+        )
+        to_recorded.sub_(largest).exp_()
+        to_own.sub_(self._pack(largest, groups)).exp_()
+        total = self._pack(to_recorded.sum(dim=-1, keepdim=True), groups) + to_own.sum(dim=-1, keepdim=True)
+        from_recorded = self._pack(to_recorded.to(values.dtype) @ values, groups)
+        from_own = (rearrange(to_own, "a h g k -> a h g k 1") * own_values).sum(-2)
+        attended = ((from_recorded + from_own) / total).to(values.dtype)
+        return rearrange(attended, "a h g d -> 1 a (h g) d")
 
     def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        new = tuple(rearrange(x, "1 h a d -> a 1 h d") for x in (key, value))
+        new = tuple(rearrange(x, "1 h a d -> a h 1 1 d") for x in (key, value))
         if old := self.alive.own.get(index):
-            new = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+            new = tuple(torch.cat(pair, dim=-2) for pair in zip(old, new, strict=True))
         self.alive.own[index] = (new[0], new[1])
         return self.alive.own[index]
 
@@ -109,7 +114,7 @@ class ReplayPass:
     def _pack(self, laid_out: Tensor, groups: int) -> Tensor:
         return rearrange(laid_out, "b h (s g) x -> (b s) h g x", g=groups)[self.places]
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _mask(self, window: int | None) -> Tensor:
         """Additive, `b 1 s 1 n`: recorded tokens before the round's start, and within the window."""
         if window not in self._masks:
             b, n = self.recording.tokens.shape
@@ -117,7 +122,7 @@ class ReplayPass:
             visible = slots < self.first[:, None]  # a n
             if window is not None:
                 visible &= slots > self.positions[:, None] - window
-            mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+            mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
             self._masks[window] = rearrange(mask[self.sources], "(b s) n -> b 1 s 1 n", b=b)
         return self._masks[window]
 
@@ -146,25 +151,33 @@ class Replay:
         ]
 
     @torch.inference_mode()
-    def run(self, skip_set: SkipSet, worth_it: Callable[[Table], bool] | None = None) -> Table | None:
+    def run(self, skip_set: SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
         """The table for a draft without `skip_set`.
 
-        `worth_it` sees an estimate from depth 0 alone (`Table.from_first_depth`) and may end the trial there: None.
+        `how_deep` sees an estimate from depth 0 alone (`Table.from_first_depth`), says how many depths are worth
+        replaying, and may end the trial by 0: then None is returned.
         """
         change_skip_set(self.view, skip_set)
         table = Table.empty(self.texts, self.depths)
         alive = [Alive.every_start(recording) for recording in self.recordings]
-        for depth in range(self.depths):
+        depths, depth = self.depths, 0
+        while depth < depths:
             alive = [self._step(*pair, depth, table) for pair in zip(self.recordings, alive, strict=True)]
-            if depth == 0 and worth_it is not None and not worth_it(table.from_first_depth()):
-                return None
-        return table
+            if depth == 0 and how_deep is not None:
+                depths = min(depths, how_deep(table.from_first_depth()))
+            depth += 1
+        return table.shallow(depths) if depths > 0 else None
 
     def first_depth(self, skip_set: SkipSet) -> Table:
         """The estimate from depth 0 alone."""
-        first: list[Table] = []
-        self.run(skip_set, lambda table: bool(first.append(table)))
-        return first[0]
+        seen: list[Table] = []
+
+        def stop(first: Table) -> int:
+            seen.append(first)
+            return 0
+
+        self.run(skip_set, stop)
+        return seen[0]
 
     def only(self, indices: Sequence[int]) -> Replay:
         """A replay of some of the texts."""

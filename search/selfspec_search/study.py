@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from selfspec.plan import config_fingerprint
 from selfspec.skip_set import SkipSet
-from selfspec_search.objective import Prediction, best
+from selfspec_search.objective import Prediction, best, depths_worth_replaying, predict, ways_to_draft
 from selfspec_search.profile import Profile
 from selfspec_search.replay import Replay
 from selfspec_search.settings import SearchSettings
@@ -115,15 +115,16 @@ class Study:
         skip_set = suggest(trial, self.num_layers)
         estimate = 0.0
 
-        def worth_it(first: Table) -> bool:
+        def how_deep(first: Table) -> int:
             nonlocal estimate
-            estimate = self.estimated[skip_set] = best(first, self.profile, skip_set).speedup
+            estimates = predict(first, self.profile, skip_set, ways_to_draft(first, self.profile))
+            estimate = self.estimated[skip_set] = max(way.speedup for way in estimates)
             trial.report(estimate, step=0)
-            return not self._is_hopeless(estimate)
+            return 0 if self._is_hopeless(estimate) else depths_worth_replaying(estimates)
 
         try:
             prediction = self.found.get(skip_set)
-            table = None if prediction else self.replay.run(skip_set, worth_it)
+            table = None if prediction else self.replay.run(skip_set, how_deep)
         except BaseException:
             self.optuna.tell(trial, state=TrialState.FAIL)
             raise

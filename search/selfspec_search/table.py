@@ -60,18 +60,23 @@ class Table:
         confidence[~on_path] = np.nan
         return Table(agreed & on_path, confidence, self.written, self.allowed)
 
+    def shallow(self, depths: int) -> Table:
+        """The first `depths` depths."""
+        return Table(self.agreed[..., :depths], self.confidence[..., :depths], self.written, self.allowed)
+
     @property
     def texts(self) -> int:
-        return self.agreed.shape[0]
+        return int(self.agreed.shape[0])
 
     @property
     def depths(self) -> int:
-        return self.agreed.shape[2]
+        return int(self.agreed.shape[2])
 
     @cached_property
     def runs(self) -> NDArray[np.int64]:
         """How many drafted tokens agree before one does not, `b s`."""
-        return np.cumprod(self.agreed, axis=2).sum(axis=2, dtype=np.int64)
+        runs: NDArray[np.int64] = np.cumprod(self.agreed, axis=2).sum(axis=2, dtype=np.int64)
+        return runs
 
     @property
     def agreement(self) -> float:

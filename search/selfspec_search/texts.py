@@ -40,7 +40,7 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], what: str) 
     """Raise `InputError` unless every prompt is a 1-D tensor of tokens that the model knows."""
     if not prompts:
         raise InputError(f"no {what} prompts were given; give at least one, better 32 or more")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     for index, prompt in enumerate(prompts):
         if prompt.ndim != 1 or len(prompt) == 0 or prompt.is_floating_point():
             raise InputError(

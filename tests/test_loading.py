@@ -86,9 +86,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_and_one_with_few
 def test_devices_and_dtypes_that_cannot_be_used_are_named(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complaint(model_dir, device="frob").startswith("device 'frob' cannot be used")
     assert complaint(model_dir, device="meta").startswith("device 'meta' cannot be used")
-    assert (
-        complaint(model_dir, dtype="int8") == "dtype 'int8' is unknown; choose one of auto, float32, bfloat16, float16"
-    )
+    assert complaint(model_dir, dtype="int8").startswith("dtype 'int8' is unknown; choose one of auto, float32")
 
     def no_half(*_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")

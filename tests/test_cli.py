@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FIRST_DROPPED
+from saved import CONTEXT, PLAN, byte_tokenizer, save_model
+from transformers import AutoModelForCausalLM, T5Config
+from typer.testing import CliRunner, Result
+
+from selfspec import Plan, SkipSet, __version__
+from selfspec.cli import app
+from selfspec.cli.generate import _printable
+from selfspec.cli.search import split
+from selfspec.plan import ModelIdentity
+from selfspec.prompts import Prompt
+
+PROMPT = "naïve"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    return PLAN.save(tmp_path / "plan.json")
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\ntwo more\nthree\nand four\nfive\n")
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def complaint(*arguments: object) -> str:
+    """The one line that a failing command prints; nothing else, and exit code 1."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.removeprefix("error: ").strip()
+
+
+def continuation(model_dir: Path, prompt: str, new_tokens: int) -> str:
+    """What the plain model writes, by transformers alone."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), byte_tokenizer()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    row = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+# --- generate ---
+
+
+def test_generate_writes_the_plain_models_text_to_stdout_and_one_line_of_figures_to_stderr(
+    model_dir: Path, plan_file: Path
+) -> None:
+    result = run("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == _printable(continuation(model_dir, PROMPT, 40)) + "\n"
+    assert result.stderr.count("\n") == 1
+    assert "40 tokens in" in result.stderr
+    assert "sdpa" in result.stderr
+
+
+def test_generate_colours_what_was_drafted_on_a_terminal(
+    model_dir: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
+    coloured = run(*arguments).stdout
+    assert "\x1b[32m" in coloured
+    Plan.none().save(plan_file)
+    assert "\x1b[32m" not in run(*arguments).stdout
+
+
+def test_generate_fills_the_context_by_default_and_no_more(model_dir: Path, plan_file: Path) -> None:
+    result = run("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT)
+    assert f"{CONTEXT - 6} tokens in" in result.stderr
+
+
+def test_generate_serves_every_prompt_of_a_file_and_chats(model_dir: Path, plan_file: Path, prompt_file: Path) -> None:
+    options = ("--plan", plan_file, "--max-new-tokens", 5)
+    result = run("generate", model_dir, "--prompt-file", prompt_file, *options)
+    assert result.stderr.count("5 tokens in") == 5
+    chat = run("generate", model_dir, "--prompt", "hi", "--chat", *options)
+    assert chat.stdout == _printable(continuation(model_dir, "user: hi\nassistant: ", 5)) + "\n"
+
+
+def test_sampling_repeats_itself_for_a_seed_and_differs_for_another(model_dir: Path, plan_file: Path) -> None:
+    def sample(seed: int) -> str:
+        options = ("--temperature", 1.5, "--top-p", 0.9, "--top-k", 50, "--seed", seed, "--max-new-tokens", 30)
+        return run("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, *options).stdout
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_a_temperature_of_zero_is_greedy(model_dir: Path, plan_file: Path) -> None:
+    arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert run(*arguments, "--temperature", 0).stdout == run(*arguments).stdout
+
+
+def test_control_characters_of_a_text_never_reach_the_terminal() -> None:
+    assert _printable("a\tb\n\x1b[31mc\x07\r\x9bd é") == "a\tb\n[31mcd é"
+
+
+# --- bench ---
+
+
+def test_bench_ends_with_one_line_of_json(model_dir: Path, plan_file: Path, prompt_file: Path) -> None:
+    options = ("--plan", plan_file, "--prompts", prompt_file, "--new-tokens", 7, "--repeats", 2, "--json")
+    result = run("bench", model_dir, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    *table, last = result.stdout.splitlines()
+    data = json.loads(last)
+    names = ["model.generate", "plain", "assistant_early_exit", "prompt_lookup", "selfspec"]
+    assert [contender["name"] for contender in data["contenders"]] == names
+    assert all(contender["differing_tokens"] == 0 for contender in data["contenders"])
+    assert (data["prompts"], data["repeats"], data["new_tokens"]) == (5, 2, 7)
+    assert (data["backend"], data["plan"]["gamma"]) == ("sdpa", 3)
+    assert "bootstrap" in data["intervals"]
+    for name in names:
+        assert any(line.startswith(name) for line in table)
+
+
+# --- search ---
+
+
+def test_search_writes_a_plan_that_generate_takes(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
+    out = tmp_path / "found.json"
+    options = ("--out", out, "--trials", 3, "--gamma-max", 2, "--new-tokens", 9, "--device", "cpu")
+    result = run("search", model_dir, "--prompts", prompt_file, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert f"wrote {out}" in result.stdout
+    plan = Plan.from_pretrained(out)
+    assert plan.model is not None
+    assert plan.provenance is not None
+    assert "measured" in result.stdout
+    if plan.speculates:
+        assert "by replay" in result.stdout
+        assert "equal in all" in result.stdout
+    assert run("generate", model_dir, "--plan", out, "--prompt", "x", "--max-new-tokens", 3).exit_code == 0
+
+
+def test_search_splits_off_a_quarter_that_depends_on_the_seed_alone() -> None:
+    prompts = [Prompt(text=str(number)) for number in range(17)]
+    calibration, held_out = split(prompts, 3)
+    assert len(held_out) == 4
+    assert sorted([*calibration, *held_out], key=lambda prompt: int(prompt.text)) == prompts
+    assert split(prompts, 3) == (calibration, held_out) != split(prompts, 4)
+
+
+def test_search_finds_out_that_it_cannot_write_before_it_starts(tmp_path: Path, prompt_file: Path) -> None:
+    message = complaint("search", "no-model", "--prompts", prompt_file, "--out", tmp_path / "none" / "plan.json")
+    assert "there is no directory" in message
+
+
+def test_a_search_that_fails_writes_nothing(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
+    out = tmp_path / "folder"
+    out.mkdir()
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", out)
+    assert "gamma_max is 65" in complaint(*search, "--gamma-max", 65)
+    assert "with 200 new ones exceeds the model's context" in complaint(*search, "--new-tokens", 200)
+    prompt_file.write_text("only one\n")
+    assert "one prompt cannot be split" in complaint(*search)
+    assert list(out.iterdir()) == []
+
+
+# --- demo ---
+
+
+def test_demo_searches_races_and_measures(
+    model_dir: Path, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfspec.demo.model_dir", lambda: model_dir)
+    monkeypatch.setattr("selfspec.demo.calibration_prompts", lambda: prompt_file)
+    monkeypatch.setattr("selfspec.demo.held_out_prompts", lambda: prompt_file)
+    monkeypatch.setattr("selfspec.cli.demo.NEW_TOKENS", 9)
+    monkeypatch.setattr("selfspec.cli.demo.REPEATS", 1)
+    result = run("demo", "--trials", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    for part in ("1. Search", "2. Decode", "3. Measure", "plain: 9 tokens in", "selfspec: 9 tokens in"):
+        assert part in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(("model.generate", "selfspec "))]
+    assert [(row[0], row[-1]) for row in rows] == [("model.generate", "0"), ("selfspec", "0")]  # differing tokens
+    assert Plan.from_pretrained(tmp_path).model is not None
+
+
+# --- Bad input: one clear line, exit code 1 ---
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no plan at"),
+        ("{", "is not JSON"),
+        ("{}", "is not a selfspec plan"),
+        ('{"selfspec_version": 1, "skip_set": {"attn": [1]}, "gamma": 2, "gama": 3}', "unknown key 'gama'"),
+        (
+            '{"selfspec_version": 1, "skip_set": {"attn": [40]}, "gamma": 2}',
+            "attn layer 40, but this model has 7 (0..6)",
+        ),
+        ('{"selfspec_version": 9, "skip_set": {}, "gamma": 2}', "this selfspec reads 1"),
+    ],
+)
+def test_a_bad_plan_takes_one_line(
+    model_dir: Path, plan_file: Path, prompt_file: Path, content: str | None, expected: str
+) -> None:
+    plan_file.unlink()
+    if content is not None:
+        plan_file.write_text(content)
+    assert expected in complaint("generate", model_dir, "--plan", plan_file, "--prompt", "x")
+    bench = ("bench", model_dir, "--plan", plan_file, "--prompts", prompt_file, "--new-tokens", 3)
+    assert expected in complaint(*bench)
+
+
+def test_a_plan_for_another_model_takes_one_line(model_dir: Path, plan_file: Path) -> None:
+    other = ModelIdentity(model_type="llama", num_layers=7, fingerprint="0123456789abcdef")
+    Plan(skip_set=FIRST_DROPPED, gamma=2, model=other).save(plan_file)
+    assert "another config" in complaint("generate", model_dir, "--plan", plan_file, "--prompt", "x")
+    Plan(skip_set=SkipSet(), gamma=2, model=other.model_copy(update={"num_layers": 9})).save(plan_file)
+    assert "llama with 9 layers" in complaint("generate", model_dir, "--plan", plan_file, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x" * 98], f"has 98 tokens, but the model's context is {CONTEXT}"),
+        (["--prompt", "x" * 97], f"exceeds the model's context of {CONTEXT}"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0, but it must be at least 1"),
+        (["--prompt", "x", "--max-new-tokens", "97"], f"exceeds the model's context of {CONTEXT}"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature is -1.0"),
+        (["--prompt", "x", "--top-p", "1.5"], "--top-p is 1.5"),
+        (["--prompt", "x", "--top-k", "0"], "--top-k is 0"),
+        (["--prompt", "x", "--backend", "frob"], "no attention backend is called 'frob'"),
+        (["--prompt", "x", "--device", "frob"], "device 'frob' cannot be used"),
+        (["--prompt", "x", "--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["--prompt-file", "no-such-file.txt"], "no prompt file at no-such-file.txt"),
+    ],
+)
+def test_a_bad_request_takes_one_line(model_dir: Path, plan_file: Path, options: list[str], expected: str) -> None:
+    assert expected in complaint("generate", model_dir, "--plan", plan_file, *options)
+
+
+def test_prompt_files_that_hold_nothing_useful_take_one_line(model_dir: Path, plan_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    for content, expected in (("", "is empty"), ("{}", "line 1 must be an object"), ('{"prompt": ""}', "is empty")):
+        path.write_text(content)
+        assert expected in complaint("bench", model_dir, "--plan", plan_file, "--prompts", path)
+        assert expected in complaint("search", model_dir, "--prompts", path, "--out", tmp_path / "found.json")
+        assert expected in complaint("generate", model_dir, "--plan", plan_file, "--prompt-file", path)
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_bench_and_search_need_something_to_do(model_dir: Path, plan_file: Path, prompt_file: Path) -> None:
+    bench = ("bench", model_dir, "--plan", plan_file, "--prompts", prompt_file)
+    assert "--new-tokens is 0" in complaint(*bench, "--new-tokens", 0)
+    assert "--repeats is 0" in complaint(*bench, "--repeats", 0)
+    assert "--trials is 0" in complaint(
+        "search", model_dir, "--prompts", prompt_file, "--out", plan_file, "--trials", 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (T5Config().to_dict(), "'t5' is an encoder-decoder model"),
+        ({"model_type": "gpt_neox"}, "model type 'gpt_neox' is not supported"),
+        ({"model_type": "frobnicator"}, "frobnicator"),
+    ],
+)
+def test_a_model_that_cannot_be_served_takes_one_line(
+    tmp_path: Path, plan_file: Path, prompt_file: Path, config: dict[str, Any], expected: str
+) -> None:
+    model_dir = save_model(tmp_path / "model")
+    (model_dir / "config.json").write_text(json.dumps(config))
+    assert expected in complaint("generate", model_dir, "--plan", plan_file, "--prompt", "x")
+    assert expected in complaint("bench", model_dir, "--plan", plan_file, "--prompts", prompt_file)
+    assert expected in complaint("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "found.json")
+
+
+def test_a_directory_without_weights_and_a_wrong_tokenizer_take_one_line(tmp_path: Path, plan_file: Path) -> None:
+    small = save_model(tmp_path / "small", vocab_size=211)
+    assert "vocabulary is 0..210" in complaint("generate", small, "--plan", plan_file, "--prompt", "x")
+    (small / "model.safetensors").unlink()
+    assert "has no weights" in complaint("generate", small, "--plan", plan_file, "--prompt", "x")
+
+
+def test_a_nan_in_the_logits_takes_one_line(tmp_path: Path, plan_file: Path) -> None:
+    model_dir = save_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.lm_head.weight[9] = float("nan")
+    model.save_pretrained(model_dir)
+    result = run("generate", model_dir, "--plan", plan_file, "--prompt", "x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+# --- The command line itself ---
+
+
+def test_usage_errors_exit_with_2(model_dir: Path, plan_file: Path) -> None:
+    assert run("frob").exit_code == 2
+    assert run("generate", model_dir).exit_code == 2
+    assert run("generate", model_dir, "--plan", plan_file).exit_code == 2
+    assert run("generate", model_dir, "--plan", plan_file, "--prompt", "x", "--prompt-file", "y").exit_code == 2
+
+
+def test_help_names_every_command_and_the_version_is_the_packages() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in ("demo", "search", "generate", "bench"))
+    for command in ("demo", "search", "generate", "bench"):
+        assert run(command, "--help").exit_code == 0
+    assert run("--version").stdout == f"selfspec {__version__}\n"
+
+
+def test_the_help_waits_for_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "optuna", "selfspec_search"]
+    check = f"import sys, selfspec.cli; sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+    heavy = ["torch", "optuna", "matplotlib", "typer"]
+    check = f"import sys, selfspec; sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

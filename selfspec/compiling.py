@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
+
+COMPILE_ERRORS = (TorchDynamoException, InductorError)
+"""What `torch.compile` raises for code that it cannot compile, as opposed to what that code raises when it runs."""
 
 _serial = itertools.count()
 
@@ -40,6 +45,12 @@ def compile_pass(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     options: dict[str, Any] = {"guard_filter_fn": _no_guards}
     compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, options=options)
     return compiled
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the pages that follow."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _no_guards(guards: list[Any]) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.attention import choose_backend
-from selfspec.compiling import compile_obstacle, compile_pass
+from selfspec.compiling import COMPILE_ERRORS, compile_obstacle, compile_pass, first_line
 from selfspec.kv_cache import KVCache, Pass
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
@@ -38,7 +38,7 @@ class Runtime:
         skip_set: what the draft leaves out; `skip` changes it later.
         backend: an attention backend by name; by default the first that serves this model.
         compile: fuse each view's pass with `torch.compile`, once per view, rows, pass length and capacity; where that
-            is not possible, `compile_obstacle` says why, and passes run eagerly.
+            is not possible, passes run eagerly, and `compile_obstacle` says why.
     """
 
     def __init__(
@@ -141,8 +141,26 @@ class Runtime:
             step = Pass(lengths, t, cache.slots, cache.backend)
             return run_view(module, tokens, step.positions, step)
 
-        run = compile_pass(forward) if self.compile else forward
-        return lambda tokens: run(tokens, cache.lengths)
+        if self.compile:
+            return self._compiled_or_eager(forward)
+        return lambda tokens: forward(tokens, cache.lengths)
+
+    def _compiled_or_eager(self, forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A compiled pass that, where this model cannot be compiled, becomes eager and leaves the reason."""
+        run, lengths = compile_pass(forward), self.cache.lengths
+
+        def attempt(tokens: Tensor) -> Tensor:
+            nonlocal run
+            try:
+                return run(tokens, lengths)
+            except COMPILE_ERRORS as error:
+                if run is forward:
+                    raise
+                self.compile, self.compile_obstacle = False, first_line(error)
+                run = forward
+                return run(tokens, lengths)
+
+        return attempt
 
 
 def _tensor_identity(model: PreTrainedModel) -> tuple[object, ...]:

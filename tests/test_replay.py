@@ -71,7 +71,7 @@ def test_replay_accepts_what_decoding_accepts_in_every_round(family: str, skip_s
     table = Replay(runtime.model, texts, DEPTHS).run(skip_set)
     assert table is not None
     assert 0.3 < table.agreement < 0.95
-    assert fmean(distinct_trigrams(text.tokens.tolist()) for text in texts) > 0.8, "the texts loop"
+    assert fmean(distinct_trigrams(text.tokens.tolist()) for text in texts) > 0.7, "the texts loop"
     ways = [Drafting(gamma) for gamma in (1, 2, 5)]
     ways += [Drafting(5, threshold) for threshold in table.thresholds(2)]
     assert_replay_equals_decoding(runtime, table, texts, ways)

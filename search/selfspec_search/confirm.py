@@ -88,7 +88,7 @@ def confirm(
     """Decode held-out texts by each prediction and plainly; figures of plain decoding, and of each plan.
 
     Args:
-        predictions: plans to confirm; those that do not speculate are the plain model itself, and left out.
+        predictions: plans to confirm.
         replay: of the held-out texts, all of which count for `predicted_on_held_out`.
         on_decoded: called with (texts decoded, of how many).
     """

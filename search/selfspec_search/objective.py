@@ -47,14 +47,14 @@ class Prediction:
 
 
 def ways_to_draft(table: Table, profile: Profile) -> list[Drafting]:
-    """Every draft length, without a threshold and with each worth trying; the plain way, gamma 0, first."""
+    """Every draft length, without a threshold and with each worth trying. Plain decoding is speedup 1."""
     thresholds: list[float | None] = [None, *table.thresholds(THRESHOLDS)]
     lengths = range(1, min(table.depths, len(profile.rounds) - 1) + 1)
-    return [Drafting(0), *(Drafting(gamma, threshold) for threshold in thresholds for gamma in lengths)]
+    return [Drafting(gamma, threshold) for threshold in thresholds for gamma in lengths]
 
 
 def best(table: Table, profile: Profile, skip_set: SkipSet) -> Prediction:
-    """The fastest way of drafting without `skip_set`; gamma 0 if none beats plain decoding."""
+    """The fastest way of drafting without `skip_set`; where it is below 1, plain decoding is faster."""
     predictions = predict(table, profile, skip_set, ways_to_draft(table, profile))
     fastest = max(prediction.speedup for prediction in predictions)
     # Ways come shortest first, thresholds last: the first one that is as good as the fastest is the simplest.
@@ -69,8 +69,7 @@ def depths_worth_replaying(estimates: Sequence[Prediction]) -> int:
     fastest = max(estimate.speedup for estimate in estimates)
     by_threshold: dict[float | None, list[Prediction]] = {}
     for estimate in estimates:
-        if estimate.drafting.gamma > 0:
-            by_threshold.setdefault(estimate.drafting.threshold, []).append(estimate)
+        by_threshold.setdefault(estimate.drafting.threshold, []).append(estimate)
     deepest = 1
     for ways in by_threshold.values():
         fastest_here = max(way.speedup for way in ways)

@@ -71,7 +71,7 @@ class _Search:
             profile = self._measure([*calibration, *held_out])
         with self._phase("trials"):
             study = self._study(replay, profile)
-        ranking = [prediction for prediction in study.ranking() if prediction.drafting.gamma > 0]
+        ranking = study.ranking()
         with self._phase("confirm"):
             plain, confirmed = confirm(
                 self.model,

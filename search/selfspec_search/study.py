@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
+from selfspec.errors import InputError
 from selfspec.plan import config_fingerprint
 from selfspec.skip_set import SkipSet
 from selfspec_search.objective import Prediction, best, depths_worth_replaying, predict, ways_to_draft
@@ -49,14 +50,15 @@ class Study:
         self.num_layers = self.profile.num_layers
         self._random = random.Random(self.settings.seed)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # The sampler works in memory and finished trials are copied to the storage, each at once: a database would
+        # otherwise be written to for every sub-layer of every trial, which takes longer than the replay.
         self.optuna = optuna.create_study(
-            direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=self.settings.seed),
-            storage=_storage_url(self.settings.storage),
-            study_name=self.settings.study_name or f"selfspec-{config_fingerprint(self.replay.view.config)}",
-            load_if_exists=True,
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.settings.seed)
         )
-        for trial in self.optuna.get_trials(states=(TrialState.COMPLETE,)):  # of an earlier search in this storage
+        self._stored = _open(self.settings, self.num_layers, self.replay) if self.settings.storage else None
+        if self._stored is not None:
+            self.optuna.add_trials(self._stored.trials)
+        for trial in self.optuna.get_trials(states=(TrialState.COMPLETE,)):
             skip_set = from_params(trial.params, self.num_layers)
             self.found[skip_set] = Prediction.from_dict(skip_set, trial.user_attrs)
 
@@ -133,13 +135,19 @@ class Study:
             self.largest_gap = max(self.largest_gap, prediction.speedup / estimate - 1)
         if prediction is None:
             self.pruned += 1
-            self.optuna.tell(trial, state=TrialState.PRUNED)
+            self._tell(trial, None)
             return
         self.complete += 1
         self.found[skip_set] = prediction
         for key, value in prediction.to_dict().items():
             trial.set_user_attr(key, value)
-        self.optuna.tell(trial, prediction.speedup)
+        self._tell(trial, prediction.speedup)
+
+    def _tell(self, trial: optuna.Trial, value: float | None) -> None:
+        """End a trial: complete with its value, or pruned."""
+        finished = self.optuna.tell(trial, value, state=TrialState.PRUNED if value is None else None)
+        if self._stored is not None:
+            self._stored.add_trial(finished)
 
     def _is_hopeless(self, estimate: float) -> bool:
         """Whether even the largest gap seen between estimate and truth would leave a trial behind the best."""
@@ -148,8 +156,19 @@ class Study:
         return estimate * (1 + self.largest_gap) < max(p.speedup for p in self.found.values())
 
 
-def _storage_url(storage: str | None) -> str | None:
-    """A path becomes SQLite's URL."""
-    if storage is None or "://" in storage:
-        return storage
-    return f"sqlite:///{Path(storage).absolute()}"
+def _open(settings: SearchSettings, num_layers: int, replay: Replay) -> optuna.Study:
+    """The study in the storage, which may be a file for SQLite; earlier trials of it are resumed."""
+    storage = settings.storage or ""
+    study = optuna.create_study(
+        direction="maximize",
+        storage=storage if "://" in storage else f"sqlite:///{Path(storage).absolute()}",
+        study_name=settings.study_name or f"selfspec-{config_fingerprint(replay.model.config)}",
+        load_if_exists=True,
+    )
+    names = set(to_params(SkipSet(), num_layers))
+    if any(set(trial.params) != names for trial in study.get_trials(states=(TrialState.COMPLETE,))):
+        raise InputError(
+            f"study '{study.study_name}' in {storage} is about a model with another number of layers than "
+            f"{num_layers}; choose another study name"
+        )
+    return study

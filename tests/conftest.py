@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    # The same examples in every run, and no deadline: on a busy machine a fast function may take a second.
+    settings.register_profile("selfspec", derandomize=True, deadline=None, max_examples=50, database=None)
+    settings.load_profile("selfspec")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,31 @@
+"""What importing the package brings along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["optuna", "flash_attn", "matplotlib", "typer", "fastapi", "selfspec_search"]
+
+
+def imported_by(statement: str, *names: str) -> list[str]:
+    code = f"{statement}\nimport sys\nprint(*(name for name in {names} if name in sys.modules))"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_the_runtime_imports_neither_the_search_nor_its_tools() -> None:
+    assert imported_by("from selfspec import *\nimport selfspec.generation, selfspec.plan", *HEAVY) == []
+
+
+def test_importing_selfspec_alone_does_not_wait_for_torch() -> None:
+    assert imported_by("import selfspec", *HEAVY, "torch", "transformers") == []
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import selfspec
+
+    assert all(getattr(selfspec, name).__name__ == name for name in selfspec.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'speculate'"):
+        selfspec.speculate  # noqa: B018

@@ -13,7 +13,16 @@ from pairs import assert_same, llama, speculator
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
 
-from selfspec import InputError, Plan, SelfspecError, SelfSpeculator, SpeculativeOutput, UnsupportedOptionError, wrap
+from selfspec import (
+    InputError,
+    Plan,
+    SelfspecError,
+    SelfSpeculator,
+    SkipSet,
+    SpeculativeOutput,
+    UnsupportedOptionError,
+    wrap,
+)
 
 TOKENS, MASK = prompts(5, 9, 2)
 WIDTH = TOKENS.shape[1]
@@ -120,6 +129,14 @@ def test_sampling_with_top_k_of_one_is_greedy_decoding() -> None:
     out = speculator().generate(**batch(do_sample=True, top_k=1))
     assert torch.equal(out, llama().generate(**batch()))
     assert speculator().stats.accepted
+
+
+def test_processors_shape_drafts_as_they_shape_the_target() -> None:
+    spec = wrap(llama(), Plan(skip_set=SkipSet(), gamma=3))  # drafts with the whole model: q is p
+    shaped = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 2.5, "no_repeat_ngram_size": 2}
+    for options in ({"do_sample": True, **shaped}, {"repetition_penalty": 2.5, "no_repeat_ngram_size": 1}):
+        spec.generate(**batch(**options))
+        assert spec.stats.acceptance_rate > 0.98, "an equal draft fails by rounding alone"
 
 
 # --- The model and the cache ---

@@ -52,6 +52,7 @@ def test_two_rows_of_three_rounds_counted_by_hand() -> None:
     play(rows, stats, [[1, 2, 3], [6, EOS, 3]], [[5, 2, 3, 4], [6, EOS, 3, 4]])  # none of 3; stops at its second token
     play(rows, stats, [[EOS, 2], []], [[EOS, 2, 3], [1, 1, 1]])  # stops at once; the other row is no longer counted
     assert rows.is_done()
+    assert rows.ends.tolist() == rows.stopped_at == [8, 8]
     assert rows.result().tolist() == [[1, 2, 3, 1, 2, 7, 5, EOS], [0, 4, 5, 4, 5, 6, 6, EOS]]
     assert (stats.tokens, stats.rounds, stats.passes) == (5 + 5, 5, 3)
     assert (stats.drafted, stats.accepted) == (3 + 2 + 3 + 3 + 2, 2 + 2 + 0 + 2 + 1)
@@ -67,6 +68,7 @@ def test_two_rows_of_three_rounds_counted_by_hand() -> None:
 def test_tokens_beyond_the_limit_do_not_count() -> None:
     rows, stats = request(max_length=5, rows=1), Stats(rows=1)
     play(rows, stats, [[1, 2, 3]], [[1, 2, 3, 4]])
+    assert rows.ends.tolist() == rows.stopped_at == [5]
     assert rows.result().tolist() == [[1, 2, 3, 1, 2]]
     assert (stats.tokens, stats.accepted, stats.drafted) == (2, 2, 3)
     assert stats.reached_at == stats.accepted_at == [1, 1, 0]

@@ -114,7 +114,9 @@ def test_a_stream_ends_at_the_stop_token_or_where_a_stop_string_is_complete(plai
         got = list(speculator(5).stream(ONE, max_new_tokens=NEW, eos_token_id=stop))
         assert got == new_tokens(llama().generate(ONE, max_new_tokens=NEW, eos_token_id=stop))
         options = {"max_new_tokens": NEW, "stop_strings": text(plain[1, index : index + 1]), "tokenizer": tokenizer()}
-        assert list(speculator(5).stream(ONE, **options)) == new_tokens(llama().generate(ONE, **options))
+        rounds = list(speculator(5).stream_rounds(ONE, **options))
+        assert [token for r in rounds for token in r.tokens] == new_tokens(llama().generate(ONE, **options))
+        assert all(r.accepted <= len(r.tokens) for r in rounds), "what follows a stop string was not accepted"
 
 
 def test_the_rounds_of_a_stream_tell_drafted_tokens_from_the_targets_own(plain: Tensor) -> None:

@@ -10,10 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selfspec.cli.bench import bench
-from selfspec.cli.demo import demo
-from selfspec.cli.generate import generate
-from selfspec.cli.search import search
+from selfspec.cli import bench, demo, generate, search
 from selfspec.errors import SelfspecError
 
 __all__ = ["app", "main"]
@@ -40,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with [bold]selfspec demo[/bold]. Every command answers to --help.",
 )
-for _command in (demo, search, generate, bench):
+for _command in (demo.demo, search.search, generate.generate, bench.bench):
     app.command()(_command)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.panel import Panel
+from rich.text import Text
 
 from selfspec.cli import options
 from selfspec.cli.terminal import load_model, progress_bar, results
@@ -16,10 +18,13 @@ if TYPE_CHECKING:
 NEW_TOKENS = 128
 PROMPTS, REPEATS = 6, 3
 """What the closing table is measured on."""
+PROMPT_LINES = 8
+SECONDS_OF_TRIALS = 60.0
+"""Keeps the whole within some three minutes on two slow cores; on a quick machine all trials fit."""
 
 
 def demo(
-    trials: options.Trials = 120,
+    trials: options.Trials = 100,
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="PLAN", help="Keep the plan: a file, or a directory.")] = None,
     quiet: options.Quiet = False,
@@ -62,6 +67,8 @@ def demo(
     console.print("\n[bold]2. Decode[/bold]  a prompt that the search did not see; in [green]green[/green], drafted")
     entrants = line_up(loaded.model, result.plan, unseen, NEW_TOKENS, peers=False)
     specs = [(entrant.name, entrant.spec) for entrant in entrants.contenders if isinstance(entrant, Ours)]
+    prompt = loaded.tokenizer.decode(unseen[0], skip_special_tokens=True)
+    console.print(Panel(Text(_end_of(prompt)), title="the prompt's end", title_align="left"))
     race(console, specs, loaded.tokenizer, unseen[0], NEW_TOKENS)
 
     console.print(f"\n[bold]3. Measure[/bold]  {len(unseen)} such prompts, everything interleaved")
@@ -82,4 +89,17 @@ def demo(
 def _settings(trials: int, seed: int) -> SearchSettings:
     from selfspec_search import SearchSettings
 
-    return SearchSettings(trials=trials, seed=seed, new_tokens=NEW_TOKENS, confirm=2, confirm_texts=6, repeats=2)
+    return SearchSettings(
+        trials=trials,
+        timeout=SECONDS_OF_TRIALS,
+        seed=seed,
+        new_tokens=NEW_TOKENS,
+        confirm=2,
+        confirm_texts=6,
+        repeats=2,
+    )
+
+
+def _end_of(prompt: str | list[str]) -> str:
+    assert isinstance(prompt, str)
+    return "\n".join(prompt.splitlines()[-PROMPT_LINES:])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from selfspec.cli import options
 from selfspec.cli.terminal import Report, asides, at_least, load_model, progress_bar, results
@@ -138,8 +139,10 @@ def report_search(out: Console, result: SearchResult) -> None:
     for row in rows:
         table.add_row(*row.values())
     out.print(table)
+    words = Table.grid(padding=(0, 2, 0, 0))
     for name, text in facts(result):
-        out.print(f"[bold]{name}[/bold]  {text}", soft_wrap=True)
+        words.add_row(Text(name, style="bold"), text)
+    out.print(words)
 
 
 def facts(result: SearchResult) -> list[tuple[str, str]]:
@@ -163,7 +166,7 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
             "model's",
         ),
         (
-            "calibration and held-out",
+            "calibration, held-out",
             f"{calibration.tokens_per_round:.3f} on {calibration.texts} prompts, {held_out.tokens_per_round:.3f} on "
             f"{held_out.texts} held-out ones: {_gap(held_out.tokens_per_round, calibration.tokens_per_round)}",
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,14 +18,16 @@ if TYPE_CHECKING:
 
 Report = Callable[[int, int, str], None]
 """Draws progress: (done, total, what is being done)."""
+PIPE_WIDTH = 140
 DRAFTED = "green"
 """The style of tokens that were drafted and accepted."""
 
 
 def results() -> Console:
-    """Stdout: a file or pipe gets plain text, and lines are not broken there."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    """Stdout; where it is a file or a pipe, plain text of a width that tables fit into."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console(highlight=False)
+    return Console(highlight=False, width=PIPE_WIDTH)
 
 
 def asides() -> Console:

@@ -192,14 +192,19 @@ def test_nan_in_the_logits_is_one_clear_line_and_the_object_recovers(
         assert_same(**batch(), spec=spec)
 
 
-def test_infinite_logits_are_refused_in_sampling_as_by_hugging_face(
-    own: tuple[PreTrainedModel, SelfSpeculator],
-) -> None:
-    model, spec = own
-    with torch.no_grad():
-        model.lm_head.weight[3] = float("inf")
+class Overflows(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, 3] = float("inf")
+        return scores
+
+
+def test_infinite_scores_serve_greedy_decoding_and_are_refused_in_sampling_as_by_hugging_face() -> None:
+    options = batch(logits_processor=LogitsProcessorList([Overflows()]))
+    assert_same(**options)
+    with pytest.raises(RuntimeError, match="inf"):
+        llama().generate(**options, do_sample=True)
     with pytest.raises(InputError, match="infinity"):
-        spec.generate(**batch(do_sample=True))
+        speculator().generate(**options, do_sample=True)
 
 
 class Fails(LogitsProcessor):

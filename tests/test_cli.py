@@ -181,6 +181,12 @@ def test_a_search_that_fails_writes_nothing(model_dir: Path, tmp_path: Path, pro
     assert list(out.iterdir()) == []
 
 
+def test_a_storage_that_cannot_be_opened_takes_one_line(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 5)
+    assert "storage 'frob://x' cannot be used" in complaint(*search, "--gamma-max", 1, "--storage", "frob://x")
+    assert not (tmp_path / "x.json").exists()
+
+
 # --- demo ---
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated
@@ -89,11 +91,26 @@ def search(
     )
     if compile and (obstacle := compile_obstacle(loaded.model.device)):
         asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
-    with progress_bar("searching", quiet=quiet) as report:
+    with progress_bar("searching", quiet=quiet) as report, _storage_errors(storage):
         result = selfspec_search.search(loaded.model, calibration, confirmation, settings, in_phases(report))
     result.plan.save(out)
     report_search(results(), result)
     results().print(f"wrote {out}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _storage_errors(storage: str | None) -> Iterator[None]:
+    """One line for a storage that cannot be opened."""
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (OptunaError, SQLAlchemyError, ModuleNotFoundError) as error:
+        if storage is None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"storage '{storage}' cannot be used: {reason}; give an SQLite file or a URL") from None
 
 
 def writable(out: Path) -> Path:

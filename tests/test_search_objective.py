@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from selfspec_search.objective import best, depths_worth_replaying, predict, ways_to_draft
-from selfspec_search.profile import Profile, fit_costs
+from selfspec_search.profile import Profile, fit_costs, round_lengths
 from selfspec_search.table import Table
 from selfspec_search.walk import Drafting
 
@@ -86,3 +86,9 @@ def test_costs_are_recovered_from_steps_and_never_negative() -> None:
     assert fit_costs(counts, counts @ costs) == pytest.approx(costs)
     free = np.array([0.0, 0.1, 0.3, 0.2])
     assert (fit_costs(counts, counts @ free * [1.0, 0.9, 1.0, 1.0, 1.0]) >= 0).all()
+
+
+def test_compiled_rounds_are_measured_at_few_lengths_from_the_plain_one_to_the_longest() -> None:
+    assert round_lengths(11, sparse=False) == list(range(12))
+    assert round_lengths(11, sparse=True) == [0, 1, 2, 4, 8, 11]
+    assert round_lengths(1, sparse=True) == [0, 1]

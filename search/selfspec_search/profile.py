@@ -92,6 +92,11 @@ def variants(num_layers: int) -> dict[str, SkipSet]:
     }
 
 
+def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:
+    """How many drafted tokens rounds are measured with: all, or few where each must be compiled (seconds each)."""
+    return [n for n in range(gamma_max + 1) if not sparse or n in (0, 1, 2, 4, gamma_max) or n % 8 == 0]
+
+
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,
@@ -111,6 +116,7 @@ def measure(
         on_cycle: called with (cycles done, of how many).
     """
     prompt = sorted(prompts, key=len)[len(prompts) // 2]
+    slots = max(slots, len(prompt) + 3 * max(gamma_max, STEPS) + 4)  # one cache for all: growing would replace it
     runtimes = {
         name: Runtime(model, skip_set, backend=backend, compile=compile)
         for name, skip_set in variants(model.config.num_hidden_layers).items()
@@ -119,7 +125,7 @@ def measure(
     bench: dict[str | int, Callable[[], Any]] = {
         **{name: _draft_bench(runtime, prompt, slots, None) for name, runtime in runtimes.items()},
         "confidence": _draft_bench(runtimes["one layer in two"], prompt, slots, 1e-30),
-        **{n: _round_bench(runtimes["nothing"], prompt, slots, n) for n in range(gamma_max + 1)},
+        **{n: _round_bench(runtimes["nothing"], prompt, slots, n) for n in round_lengths(gamma_max, sparse=compile)},
         "prefill": _prefill_bench(runtimes["nothing"], prompt, slots),
     }
     on_cycle(0, CYCLES)
@@ -130,7 +136,7 @@ def measure(
             timed.setdefault(name, []).append(_seconds(call, model.device))
         on_cycle(cycle + 1, CYCLES)
     medians = {name: median(seconds) for name, seconds in timed.items()}
-    return _fit(model.config.num_hidden_layers, medians, gamma_max, compiled=compile)
+    return _fit(model.config.num_hidden_layers, medians, gamma_max, compiled=runtimes["nothing"].compile)
 
 
 def _fit(num_layers: int, medians: dict[Any, float], gamma_max: int, *, compiled: bool) -> Profile:
@@ -141,6 +147,7 @@ def _fit(num_layers: int, medians: dict[Any, float], gamma_max: int, *, compiled
     costs = fit_costs(counts, np.array(list(steps.values())))
     costs *= steps["nothing"] / float(counts[0] @ costs)
     fixed, layer, attention, mlp = costs.tolist()
+    lengths = sorted(n for n in medians if isinstance(n, int))
     return Profile(
         num_layers=num_layers,
         fixed=fixed,
@@ -148,7 +155,7 @@ def _fit(num_layers: int, medians: dict[Any, float], gamma_max: int, *, compiled
         attention=attention,
         mlp=mlp,
         confidence=max(0.0, (medians["confidence"] - medians["one layer in two"]) / STEPS),
-        rounds=tuple(medians[n] / STEPS for n in range(gamma_max + 1)),
+        rounds=tuple(np.interp(range(gamma_max + 1), lengths, [medians[n] / STEPS for n in lengths]).tolist()),
         prefill=medians["prefill"],
         compiled=compiled,
         measured=steps,
@@ -189,7 +196,7 @@ class _Guesses:
 def _begin(runtime: Runtime, prompt: Tensor, slots: int, gamma: int) -> Request:
     """A request whose prompt is cached, with room for one round: every call is that same round again."""
     request = greedy_request(runtime.model, [prompt], 2 * gamma + 2, gamma, stops=False)
-    runtime.reserve(1, max(slots, request.max_length + request.room))
+    runtime.reserve(1, slots)
     prefill(runtime, request)
     return request
 

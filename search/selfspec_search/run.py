@@ -127,7 +127,7 @@ class _Search:
         predicted = winner.prediction.figures if winner else _plain_on(study.replay, profile)
         on_held_out = winner.predicted_on_held_out if winner else plain
         provenance = Provenance(
-            conditions=self._conditions(),
+            conditions=self._conditions(profile),
             seed=self.settings.seed,
             trials=study.trials,
             predicted=predicted,
@@ -160,13 +160,13 @@ class _Search:
             provenance=provenance,
         )
 
-    def _conditions(self) -> Conditions:
+    def _conditions(self, profile: Profile) -> Conditions:
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return Conditions(
             device=name,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            compiled=self.settings.compile,
+            compiled=profile.compiled,
             versions={
                 "selfspec": version("selfspec"),
                 "torch": torch.__version__,

@@ -11,6 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ def reachable_tensors(model: nn.Module) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 yield from walk(item)
-        elif isinstance(value, nn.Module) or (hasattr(value, "__dict__") and not callable(value)):
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, MethodType, ModuleType)):
             yield from walk(vars(value))
 
     return walk(model)
@@ -260,6 +261,12 @@ def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
     tokens = tokens.to(model.device)
     recorded = ProbePass()
     ours = run_view(view, tokens, torch.arange(_PROBE_LENGTH, device=tokens.device)[None], recorded).float()
+    unseen = set(range(len(decoder_layers(view)))) - set(recorded.shapes)
+    if unseen:
+        raise UnsupportedModelError(
+            f"attention of layer {min(unseen)} cannot be reached in a copy of this '{model.config.model_type}'; if its "
+            "forward was replaced (model.forward = torch.compile(...)), wrap the model before that"
+        )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -65,6 +65,9 @@ def test_views_share_tensors_that_are_neither_parameters_nor_buffers(model: PreT
         def __init__(self) -> None:
             self.scales = {"blocks": [torch.ones(3)]}
 
+        def __call__(self, x: Tensor) -> Tensor:
+            return x
+
     projection = model.get_submodule("model.layers.2.mlp.down_proj")
     projection.state = QuantiserState()  # type: ignore[assignment]
     projection.codebook = (torch.ones(5),)  # type: ignore[assignment]
@@ -249,6 +252,13 @@ def test_a_model_that_its_view_does_not_reproduce_is_refused_with_the_difference
     monkeypatch.setattr(type(decoder_layers(model)[0].self_attn), "forward", ignores_the_implementation)
     pattern = r"this 'llama' cannot be reproduced: the largest logit difference on a short input is [\d.e-]+, where"
     with pytest.raises(UnsupportedModelError, match=pattern):
+        wrap(model, PLAN)
+
+
+def test_a_model_whose_forward_was_replaced_is_refused(model: PreTrainedModel) -> None:
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as torch.compile(model.forward) would be
+    with pytest.raises(UnsupportedModelError, match=r"attention of layer 0 cannot be reached .* wrap the model before"):
         wrap(model, PLAN)
 
 

@@ -66,8 +66,8 @@ def test_every_exit_threshold_gives_the_models_own_tokens(threshold: float) -> N
 
 
 def test_the_shared_model_accepts_and_rejects_drafts_in_text_that_does_not_loop() -> None:
-    spec = speculator()
-    assert_exercised(spec.generate(**batch()) is not None and spec.stats, spec.generate(**batch()), WIDTH)
+    ours = speculator().generate(**batch())
+    assert_exercised(speculator().stats, ours, WIDTH)
 
 
 # --- Prompts ---
@@ -347,6 +347,14 @@ def test_a_cache_that_the_models_own_config_asks_for_is_replaced_by_ours(own: di
     assert torch.equal(model.generate(**batch(custom_generate=spec)), expected)
     with pytest.raises(UnsupportedOptionError, match="cache_implementation"):
         spec.generate(**batch(generation_config=GenerationConfig(cache_implementation="offloaded")))
+
+
+def test_no_cache_is_allocated_that_nobody_would_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(llama())
+    model.generation_config.cache_implementation = "static"
+    spec = wrap(model, speculator().plan)
+    monkeypatch.setattr(model, "_prepare_static_cache", None)  # calling it would raise
+    assert torch.equal(spec.generate(**batch()), llama().generate(**batch()))
 
 
 # --- Refused ---

@@ -127,7 +127,6 @@ class KVCache:
             module.register_buffer("selfspec_keys", keys, persistent=False)
             module.register_buffer("selfspec_values", values, persistent=False)
 
-    @torch.inference_mode()
     @staticmethod
     def detach(attention: nn.Module) -> None:
         """Take the keys and values from an attention module that no longer runs."""
@@ -140,7 +139,6 @@ class KVCache:
         """Forget every token."""
         self.lengths.zero_()
 
-    @torch.inference_mode()
     @torch.inference_mode()
     def scrub(self) -> None:
         """Zero everything: after an error a slot may hold a NaN, which poisons attention even where it is masked."""

@@ -79,7 +79,7 @@ class AttentionNeeds:
 
 
 class Backend(Protocol):
-    """Appends key and value `b t hkv d` to a layer's cache and attends to it. Query and result are `b t h d`."""
+    """Appends key and value `b hkv t d` to a layer's cache `b s hkv d`; attends with query `b h t d` to `b t h d`."""
 
     name: str
 
@@ -110,11 +110,11 @@ class FlashAttn:
 
         window = (-1, -1) if how.window is None else (how.window - 1, 0)
         attended: Tensor = flash_attn_with_kvcache(
-            query,
+            query.transpose(1, 2),
             keys,
             values,
-            k=key,
-            v=value,
+            k=key.transpose(1, 2),
+            v=value.transpose(1, 2),
             cache_seqlens=step.lengths,
             softmax_scale=how.scale,
             causal=True,
@@ -142,10 +142,10 @@ class TorchFlash:
     ) -> Tensor:
         step.append(keys, key)
         step.append(values, value)
-        b, t = query.shape[:2]
+        b, _, t, _ = query.shape
         s = keys.shape[1]
         attended = torch.ops.aten._flash_attention_forward(
-            rearrange(query, "b t h d -> (b t) h d"),
+            rearrange(query, "b h t d -> (b t) h d"),
             rearrange(keys, "b s h d -> (b s) h d"),
             rearrange(values, "b s h d -> (b s) h d"),
             step.starts(t),
@@ -178,22 +178,25 @@ class Sdpa:
     ) -> Tensor:
         step.append(keys, key)
         step.append(values, value)
-        (b, t), heads, groups = query.shape[:2], keys.shape[2], query.shape[2] // keys.shape[2]
+        (b, h, t, _), heads = query.shape, keys.shape[2]
+        groups = h // heads
         # A key head's group of query heads is folded into the query's length, so that nothing of the cache is copied:
-        # "b t (h g) d -> b h (g t) d" and back, in plain views, since einops costs as much here as attention itself.
-        folded = query.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).reshape(b, heads, groups * t, -1)
+        # "b (h g) t d -> b h (g t) d" and back, in plain views, since einops costs as much here as attention itself.
+        folded = query.reshape(b, heads, groups * t, -1)
         mask = step.mask(how.window, groups, query.dtype)
-        attended = masked_attention(folded, keys.transpose(1, 2), values.transpose(1, 2), mask, how)
-        unfolded: Tensor = attended.unflatten(2, (groups, t)).permute(0, 3, 1, 2, 4)
-        return unfolded.reshape(b, t, heads * groups, -1)
+        keys, values = (cached[:, : step.s].transpose(1, 2) for cached in (keys, values))
+        attended: Tensor = masked_attention(folded, keys, values, mask, how)
+        return attended.reshape(b, h, t, -1).transpose(1, 2)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: AttentionArgs) -> Tensor:
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionArgs) -> Tensor:
     """Attention of `b h t d` over `b h s d`, with an additive mask that broadcasts to `b h t s` and the soft cap."""
     if how.softcap is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scale)
     scores = query @ key.transpose(-1, -2) * how.scale
-    scores = torch.tanh(scores / how.softcap) * how.softcap + mask
+    scores = torch.tanh(scores / how.softcap) * how.softcap
+    if mask is not None:
+        scores = scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 

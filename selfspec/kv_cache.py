@@ -29,14 +29,15 @@ class Pass:
     """One forward pass over `t` new tokens of every row: where they go, where they stand, what they see.
 
     `lengths` (int32, `b`) are the tokens cached before the pass. Slots and positions are the same numbers today, but
-    separate notions: windows act on positions, and siblings of a tree draft will share a position, not a slot.
-    Lives for one pass; everything in it that does not depend on the layer is made once.
+    separate notions: windows act on positions, and siblings of a tree draft will share a position, not a slot. `s` is
+    how many slots the pass looks at. Lives for one pass; all that does not depend on the layer is made once.
     """
 
     lengths: Tensor  # b
     t: int
     s: int
     backend: Backend
+    sees_all: bool = False  # the only token of the only row, which goes to the last of the `s` slots
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,9 +48,9 @@ class Pass:
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         return self.backend.attend(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            query,
+            key,
+            value,
             layer.selfspec_keys,  # type: ignore[arg-type]  # buffers that `KVCache.attach` registered
             layer.selfspec_values,  # type: ignore[arg-type]
             self,
@@ -57,11 +58,13 @@ class Pass:
         )
 
     def append(self, cached: Tensor, new: Tensor) -> None:
-        """Write `new` (`b t h d`) to this pass's slots of one layer's cache (`b s h d`)."""
-        cached.index_put_((self.rows, self.slots), new)
+        """Write `new` (`b h t d`) to this pass's slots of one layer's cache (`b s h d`)."""
+        cached.index_put_((self.rows, self.slots), new.transpose(1, 2))
 
-    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-        """The additive mask `b 1 (g t) s` of causality, row lengths and the window."""
+    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask `b 1 (g t) s` of causality, row lengths and the window; None if every slot is seen."""
+        if self.sees_all and (window is None or self.s <= window):
+            return None
         key = (window, groups)
         if key not in self._masks:
             positions = rearrange(self.positions, "b t -> b t 1")
@@ -147,6 +150,12 @@ class KVCache:
             keys.zero_()
             values.zero_()
 
-    def begin(self, t: int) -> Pass:
-        """A pass over `t` tokens of every row, appended behind `lengths`. The caller moves `lengths` on."""
-        return Pass(self.lengths, t, self.slots, self.backend)
+    def begin(self, t: int, *, static: bool = False) -> Pass:
+        """A pass over `t` tokens of every row, appended behind `lengths`. The caller moves `lengths` on.
+
+        A `static` one looks at every slot, in use or not, so that its shapes never change.
+        """
+        if static or self.lengths.device.type != "cpu":  # reading `lengths` would stall another device
+            return Pass(self.lengths, t, self.slots, self.backend)
+        reach = int(self.lengths.max()) + t
+        return Pass(self.lengths, t, reach, self.backend, sees_all=t == self.rows == 1)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from selfspec.attention import choose_backend
 from selfspec.compiling import COMPILE_ERRORS, compile_obstacle, compile_pass, first_line
-from selfspec.kv_cache import KVCache, Pass
+from selfspec.kv_cache import KVCache
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
     attention_modules,
@@ -135,30 +135,28 @@ class Runtime:
         return self._passes[key](tokens)
 
     def _make_pass(self, view: ViewName, t: int) -> Callable[[Tensor], Tensor]:
-        module, cache = self.views[view], self.cache
+        module, cache, static = self.views[view], self.cache, self.compile
 
-        def forward(tokens: Tensor, lengths: Tensor) -> Tensor:
-            step = Pass(lengths, t, cache.slots, cache.backend)
+        def forward(tokens: Tensor) -> Tensor:
+            step = cache.begin(t, static=static)
             return run_view(module, tokens, step.positions, step)
 
-        if self.compile:
-            return self._compiled_or_eager(forward)
-        return lambda tokens: forward(tokens, cache.lengths)
+        return self._compiled_or_eager(forward) if self.compile else forward
 
-    def _compiled_or_eager(self, forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _compiled_or_eager(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """A compiled pass that, where this model cannot be compiled, becomes eager and leaves the reason."""
-        run, lengths = compile_pass(forward), self.cache.lengths
+        run = compile_pass(forward)
 
         def attempt(tokens: Tensor) -> Tensor:
             nonlocal run
             try:
-                return run(tokens, lengths)
+                return run(tokens)
             except COMPILE_ERRORS as error:
                 if run is forward:
                     raise
                 self.compile, self.compile_obstacle = False, first_line(error)
                 run = forward
-                return run(tokens, lengths)
+                return run(tokens)
 
         return attempt
 

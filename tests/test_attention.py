@@ -77,7 +77,10 @@ class Case:
         """The result and the cache after it; this case stays as it is."""
         keys, values = self.keys.clone(), self.values.clone()
         step = Pass(self.lengths.clone(), self.t, self.slots, backend)
-        return backend.attend(self.query, self.key, self.value, keys, values, step, how), keys, values
+        new = (
+            x.transpose(1, 2) for x in (self.query, self.key, self.value)
+        )  # b h t d, as Hugging Face hands them over
+        return backend.attend(*new, keys, values, step, how), keys, values
 
     def expected(self, how: AttentionArgs) -> Tensor:
         rows = []
@@ -129,7 +132,8 @@ def test_layers_of_one_pass_may_differ_in_window_and_groups() -> None:
         for window in (None, 5, 2):
             case, how = Case(4, groups=groups), AttentionArgs(scale=1.0, window=window)
             step = step or Pass(case.lengths, case.t, case.slots, Sdpa())
-            result = Sdpa().attend(case.query, case.key, case.value, case.keys.clone(), case.values.clone(), step, how)
+            new = (x.transpose(1, 2) for x in (case.query, case.key, case.value))
+            result = Sdpa().attend(*new, case.keys.clone(), case.values.clone(), step, how)
             torch.testing.assert_close(result, case.expected(how), rtol=0, atol=1e-12)
 
 

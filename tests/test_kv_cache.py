@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, FIRST_DROPPED, LAYERS, damped_model, prompts, tiny_model
+from models import FIRST_DROPPED, LAYERS, damped_model, prompts, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import selfspec.decoding
 import selfspec.kv_cache
 import selfspec.runtime
-from selfspec import Plan, SelfSpeculator, wrap
+from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.attention import Sdpa
 from selfspec.kv_cache import KVCache, LayerShape
 from selfspec.request import Request
@@ -184,11 +184,32 @@ def test_a_pass_stands_behind_each_rows_tokens() -> None:
 def test_a_mask_shows_what_came_before_and_no_more_than_the_window() -> None:
     cache = small_cache(slots=7)
     cache.lengths = torch.tensor([3, 0], dtype=torch.int32)
-    mask = cache.begin(2).mask(window=3, groups=2, dtype=torch.float32)
+    mask = cache.begin(2, static=True).mask(window=3, groups=2, dtype=torch.float32)
+    assert mask is not None
     seen = ["".join("#" if value == 0 else "." for value in line) for line in mask[:, 0].flatten(0, 1).tolist()]
     behind_three, behind_none = [".###...", "..###.."], ["#......", "##....."]
     assert mask.shape == (2, 1, 4, 7)
     assert seen == [*behind_three, *behind_three, *behind_none, *behind_none]  # once for each head of a group
+
+
+def test_a_pass_that_may_change_its_shape_looks_no_further_than_the_longest_row() -> None:
+    cache = small_cache(slots=7)
+    cache.lengths = torch.tensor([3, 0], dtype=torch.int32)
+    near, far = (cache.begin(2, static=static).mask(None, 1, torch.float32) for static in (False, True))
+    assert near is not None
+    assert far is not None
+    assert near.shape[-1] == 5
+    assert torch.equal(near, far[..., :5])
+    assert bool(far[..., 5:].isinf().all())
+
+
+@pytest.mark.parametrize(("t", "window", "needed"), [(1, None, False), (1, 4, False), (1, 3, True), (2, None, True)])
+def test_the_only_token_of_the_only_row_needs_a_mask_only_for_a_window_that_it_outgrew(
+    t: int, window: int | None, needed: bool
+) -> None:
+    cache = small_cache(rows=1, slots=7)
+    cache.lengths = torch.tensor([3], dtype=torch.int32)
+    assert (cache.begin(t).mask(window, 1, torch.float32) is not None) == needed
 
 
 # --- Prefill ---
@@ -293,7 +314,7 @@ def test_wrapping_adds_the_cache_and_nothing_else(model: PreTrainedModel) -> Non
 
 def test_nothing_keeps_an_outgrown_cache_alive(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
-    for skip_set in (ENDS_SKIPPED, FIRST_DROPPED):  # attention that no longer runs held on to it once
+    for skip_set in (SkipSet(), FIRST_DROPPED):  # attention that no longer runs held on to it once
         spec.runtime.skip(skip_set)
         spec.generate(prompts(11)[0], **GREEDY)
     outgrown = [weakref.ref(tensor) for tensor in cache_tensors(spec.runtime.cache)]

@@ -152,6 +152,11 @@ def _view(model: PreTrainedModel) -> PreTrainedModel:
         )
     view: PreTrainedModel = copy.deepcopy(model, memo)
     view.eval()
+    if model.config._attn_implementation == "sdpa":
+        # Older transformers run gemma2 on it, which leaves the soft cap out, so the view does without one too.
+        for module in view.modules():
+            if getattr(module, "attn_logit_softcapping", None) is not None:
+                module.attn_logit_softcapping = None  # type: ignore[assignment]
     view.config._attn_implementation = ATTENTION_NAME
     return view
 

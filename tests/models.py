@@ -133,6 +133,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     settings = _SIZES | _FAMILIES[family] | config
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
     _draw_weights(model, seed)
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # older transformers choose sdpa, which leaves the soft cap out
     model.generation_config.pad_token_id = PAD
     return model.to(dtype).eval()
 

@@ -62,7 +62,7 @@ def test_a_draft_view_computes_the_model_with_its_skipped_branches_zeroed(family
     # A wrong draft shows in no test of output: it is only rejected more often.
     model = tiny_model(family, dtype=torch.float64)
     model.set_experts_implementation("eager")  # the grouped kernels have no float64
-    assert_draft_is_exact(model, [ENDS_SKIPPED, MOSTLY_DROPPED], relative=1e-9)
+    assert_draft_is_exact(model, [ENDS_SKIPPED, MOSTLY_DROPPED])
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,15 @@ def test_a_draft_view_computes_the_model_with_its_skipped_branches_zeroed(family
 def test_dropping_any_one_layer_keeps_the_kind_of_every_other(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     assert len(set(model.config.layer_types)) == 2
-    assert_draft_is_exact(model, [SkipSet(attn={i}, mlp={i}) for i in range(LAYERS)], relative=1e-9)
+    assert_draft_is_exact(model, [SkipSet(attn={i}, mlp={i}) for i in range(LAYERS)])
 
 
 @torch.inference_mode()
-def assert_draft_is_exact(model: PreTrainedModel, skip_sets: list[SkipSet], relative: float) -> None:
-    """Compare one pass over several windows of tokens, cached in two parts, with the user's model under hooks."""
+def assert_draft_is_exact(model: PreTrainedModel, skip_sets: list[SkipSet]) -> None:
+    """Compare one pass over several windows of tokens, cached in two parts, with the user's model under hooks.
+
+    In float64, but to float32's precision: Hugging Face's norms, rotations and some softmaxes round to it.
+    """
     tokens, _ = prompts(4 * WINDOW - 1, 4 * WINDOW - 1)
     runtime = Runtime(model)
     runtime.reserve(2, 64)
@@ -90,7 +93,7 @@ def assert_draft_is_exact(model: PreTrainedModel, skip_sets: list[SkipSet], rela
             hook.remove()
         assert (expected - full).abs().max() > 0.1 * full.abs().max(), "the skip set changes nothing, so proves nothing"
         torch.testing.assert_close(
-            _in_two_passes(runtime, tokens), expected, rtol=0, atol=relative * full.abs().max().item()
+            _in_two_passes(runtime, tokens), expected, rtol=0, atol=1e-6 * full.abs().max().item()
         )
 
 

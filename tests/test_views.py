@@ -272,6 +272,14 @@ def test_the_probe_passes_whatever_attention_the_user_chose(implementation: str,
     assert recorded.windows == {None, 5}
 
 
+@pytest.mark.parametrize(("implementation", "cap"), [("sdpa", None), ("eager", 1.5)])
+def test_a_view_does_without_the_soft_cap_that_sdpa_leaves_out(implementation: str, cap: float | None) -> None:
+    model = tiny_model("gemma2")
+    model.config._attn_implementation = implementation  # newer transformers would not let the user choose sdpa
+    assert {module.attn_logit_softcapping for module in attention_modules(target_view(model))} == {cap}
+    assert {module.attn_logit_softcapping for module in attention_modules(model)} == {1.5}
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_model_whose_logits_are_not_finite_is_refused(model: PreTrainedModel, value: float) -> None:
     model.lm_head.weight.data[3, 5] = value

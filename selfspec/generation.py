@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decoding import decode
 from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter

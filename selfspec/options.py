@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from selfspec.errors import InputError, UnsupportedOptionError
 

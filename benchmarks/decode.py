@@ -4,7 +4,7 @@ Greedy decoding of held-out prompts, one row, everything interleaved in one proc
 `model.generate`, `assistant_early_exit` at its best exit layer, prompt lookup, and ours. The plan is searched first, on
 other prompts, unless one is given. Prints a table; the last line is JSON.
 
-    python benchmarks/decode.py                         # embedded model, float32, all cores
+    python benchmarks/decode.py                         # embedded model, float32, one thread
     python benchmarks/decode.py --compile               # the same with compiled passes
     python benchmarks/decode.py --model DIR --calibration FILE --held-out FILE --dtype bfloat16
 """
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     console = Console(width=140)
     quiet_hugging_face()
+    torch.set_num_threads(options.threads)
     loaded = load(options.model, device=options.device, dtype=options.dtype)
     model = loaded.model
     held_out = read(options.held_out or held_out_prompts(), loaded, options)
@@ -70,6 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1, help="the embedded model is too small to gain from more")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--out", help="write the JSON here too")
     return parser.parse_args(argv)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec.attention import choose_backend
@@ -67,11 +67,11 @@ class Runtime:
         self.backend = choose_backend(recorded.needs(self.model), self._backend_name)
         self._cache: KVCache | None = None
         self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
-        self._fingerprint = _tensor_identity(self.model)
+        self._fingerprint = _identity(self.model)
 
     def refresh(self) -> None:
         """Build the views anew if the user moved, cast or re-adapted the model since."""
-        if _tensor_identity(self.model) != self._fingerprint:
+        if _identity(self.model) != self._fingerprint:
             check_supported(self.model)
             self._build()
 
@@ -89,8 +89,7 @@ class Runtime:
         if self._cache is not None and self._cache.rows == rows and self._cache.slots >= slots:
             self._cache.reset()
             return
-        self._cache = None  # free the old one before taking the new one
-        self._passes.clear()
+        self._let_go_of_cache()
         self._cache = KVCache(
             self.layer_shapes,
             rows=rows,
@@ -101,6 +100,14 @@ class Runtime:
         )
         for view in self.views.values():
             self._cache.attach(attention_modules(view))
+
+    def _let_go_of_cache(self) -> None:
+        """Free the cache before another one is taken: everything that holds it must let go."""
+        self._cache = None
+        self._passes.clear()
+        for view in self.views.values():
+            for attention in attention_modules(view):
+                KVCache.detach(attention)
 
     def skip(self, skip_set: SkipSet) -> None:
         """Draft without `skip_set` from now on."""
@@ -161,8 +168,27 @@ class Runtime:
         return attempt
 
 
-def _tensor_identity(model: PreTrainedModel) -> tuple[object, ...]:
-    """Changes whenever the views would no longer share the model's tensors, or its adapters changed."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # `training` among them: views are always in evaluation mode
+
+
+def _identity(model: PreTrainedModel) -> tuple[object, ...]:
+    """Changes whenever the views would no longer compute what the model does: tensors replaced, moved or cast; a
+    module's own settings changed, as adapters do when they are switched, merged or disabled."""
     tensors = (*model.parameters(), *model.buffers())
-    adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else ()
-    return (*((id(t), t.data_ptr(), t.device, t.dtype) for t in tensors), str(adapters))
+    return (
+        *((id(t), t.data_ptr(), t.device, t.dtype) for t in tensors),
+        *((id(module), *_settings(module)) for module in model.modules()),
+    )
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    own = vars(module).items()
+    return [(name, repr(value)) for name, value in own if name not in _OF_EVERY_MODULE and _is_plain(value)]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return _is_plain([*value, *value.values()])
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -312,6 +312,24 @@ def test_wrapping_adds_the_cache_and_nothing_else(model: PreTrainedModel) -> Non
     assert storages_of_views(spec) == storages(reachable_tensors(model)) | storages(cache_tensors(spec.runtime.cache))
 
 
+def test_the_old_cache_is_free_before_a_larger_one_is_taken(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(model, FIRST_DROPPED)
+    runtime.reserve(1, 13)
+    old = [weakref.ref(tensor) for tensor in cache_tensors(runtime.cache)]
+    alive: list[int] = []
+
+    class Watched(KVCache):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            alive.append(sum(reference() is not None for reference in old))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(selfspec.runtime, "KVCache", Watched)
+    runtime.reserve(1, 1300)
+    assert alive == [0]
+
+
 def test_nothing_keeps_an_outgrown_cache_alive(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     for skip_set in (SkipSet(), FIRST_DROPPED):  # attention that no longer runs held on to it once

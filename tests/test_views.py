@@ -317,20 +317,26 @@ def test_weights_changed_in_place_are_followed(model: PreTrainedModel) -> None:
     assert not torch.equal(assert_lossless(spec, model, 7), before)
 
 
-def test_layers_replaced_after_wrapping_are_followed(model: PreTrainedModel) -> None:
-    class Adapted(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base, self.extra = base, nn.Linear(base.in_features, base.out_features, bias=False)
+class Adapted(nn.Module):
+    """A linear layer with an adapter that can be switched off."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.extra(x)  # type: ignore[no-any-return]
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.extra = base, nn.Linear(base.in_features, base.out_features, bias=False)
+        self.off = False
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) if self.off else self.base(x) + self.extra(x)  # type: ignore[no-any-return]
+
+
+def test_adapters_put_on_and_switched_off_after_wrapping_are_followed(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     before = assert_lossless(spec, model, 7)
     mlp = decoder_layers(model)[1].get_submodule("mlp")
     mlp.down_proj = Adapted(mlp.down_proj)
     assert not torch.equal(assert_lossless(spec, model, 7), before)
+    mlp.down_proj.off = True
+    assert torch.equal(assert_lossless(spec, model, 7), before)
 
 
 # --- RoPE ---

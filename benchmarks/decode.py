@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(f"plan: gamma {plan.gamma}, exit threshold {plan.exit_threshold}, {plan.skip_set}")
     result = to_json(options, plan, lined_up, measured, scores)
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", "utf8")
-    print(json.dumps(result))
+        Path(options.out).write_text(json.dumps(result, indent=1, default=str) + "\n", "utf8")
+    print(json.dumps(result, default=str))
     return result
 
 
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, help="prompts to decode")
     parser.add_argument("--prompts", type=int, default=16, help="how many held-out prompts to decode")
     parser.add_argument("--trials", type=int, default=150)
+    parser.add_argument("--gamma-max", type=int, default=8, help="the longest draft that the search considers")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +89,11 @@ def find_plan(
     options: argparse.Namespace,
 ) -> Plan:
     settings = SearchSettings(
-        trials=options.trials, seed=options.seed, compile=options.compile, new_tokens=options.new_tokens
+        trials=options.trials,
+        seed=options.seed,
+        compile=options.compile,
+        new_tokens=options.new_tokens,
+        gamma_max=options.gamma_max,
     )
     return search(model, calibration, held_out, settings).plan
 
@@ -119,7 +124,7 @@ def to_json(
         "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions()},
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "settings": {key: value for key, value in vars(options).items() if key != "out"},
         "backend": lined_up.ours.runtime.backend.backend.name,
         "plan": json.loads(plan.to_json()),
         "scores": [score.to_dict() for score in scores],

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from selfspec_search import SearchSettings
 
 NEW_TOKENS = 128
-PROMPTS, REPEATS = 6, 3
+PROMPTS, REPEATS = 6, 2
 """What the closing table is measured on."""
+CALIBRATION = 32
+"""How many prompts the search compares plans on."""
 PROMPT_LINES = 8
 SECONDS_OF_TRIALS = 60.0
 """Keeps the whole within some three minutes on two slow cores; on a quick machine all trials fit."""
@@ -40,6 +42,7 @@ def demo(
     loaded = load_model("demo", device="cpu", dtype="float32", quiet=quiet)
 
     import selfspec_search
+    import torch
 
     from selfspec.benchmark import measure
     from selfspec.cli.bench import notes, print_scores
@@ -48,12 +51,13 @@ def demo(
     from selfspec.demo import calibration_prompts, held_out_prompts
     from selfspec.prompts import load_prompts
 
+    torch.set_num_threads(1)  # the model is too small to gain from more, and loses where cores are shared
     console = results()
     calibration, held_out = (
         load_prompts(prompts, loaded.tokenizer, context=loaded.context, new_tokens=NEW_TOKENS)
         for prompts in (calibration_prompts(), held_out_prompts())
     )
-    confirming, unseen = held_out[::2], held_out[1::2][:PROMPTS]
+    calibration, confirming, unseen = calibration[:CALIBRATION], held_out[::2], held_out[1::2][:PROMPTS]
     layers = loaded.model.config.num_hidden_layers
     console.print(f"[bold]1. Search[/bold]  which of the model's {2 * layers} sub-layers can a draft do without?")
     with progress_bar("searching", quiet=quiet) as report:

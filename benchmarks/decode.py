@@ -23,7 +23,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from selfspec_search import SearchSettings, search
+from selfspec_search import SearchResult, SearchSettings, search
 
 from selfspec import Plan
 from selfspec.benchmark import Measurement, Score, measure
@@ -41,17 +41,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     loaded = load(options.model, device=options.device, dtype=options.dtype)
     model = loaded.model
     held_out = read(options.held_out or held_out_prompts(), loaded, options)
-    if options.plan:
-        plan = Plan.from_pretrained(options.plan)
-    else:
-        plan = find_plan(model, read(options.calibration or calibration_prompts(), loaded, options), held_out, options)
-    held_out = held_out[: options.prompts]
+    held_out, confirming = held_out[: options.prompts], held_out[options.prompts :]  # what is measured stays unseen
+    found = None
+    if not options.plan:
+        calibration = read(options.calibration or calibration_prompts(), loaded, options)
+        found = find_plan(model, calibration, confirming, options)
+    plan = found.plan if found else Plan.from_pretrained(options.plan)
     lined_up = line_up(model, plan, held_out, options.new_tokens, compile=options.compile)
     measured = measure(lined_up.contenders, held_out, new_tokens=options.new_tokens, repeats=options.repeats)
     scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.gamma)
     console.print(table(scores))
+    if found:
+        console.print(found.summary())
     console.print(f"plan: gamma {plan.gamma}, exit threshold {plan.exit_threshold}, {plan.skip_set}")
     result = to_json(options, plan, lined_up, measured, scores)
+    if found:
+        result["replay_equals_decoding_in_every_round"] = found.rounds_equal
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1, default=str) + "\n", "utf8")
     print(json.dumps(result, default=str))
@@ -64,7 +69,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", help="a plan to measure; without one, search")
     parser.add_argument("--calibration", type=Path, help="prompts to search on")
     parser.add_argument("--held-out", type=Path, help="prompts to decode")
-    parser.add_argument("--prompts", type=int, default=16, help="how many held-out prompts to decode")
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="how many held-out prompts to measure; the others confirm"
+    )
     parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--gamma-max", type=int, default=8, help="the longest draft that the search considers")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -85,9 +92,9 @@ def read(path: Path, loaded: Loaded, options: argparse.Namespace) -> list[torch.
 def find_plan(
     model: transformers.PreTrainedModel,
     calibration: list[torch.Tensor],
-    held_out: list[torch.Tensor],
+    confirming: list[torch.Tensor],
     options: argparse.Namespace,
-) -> Plan:
+) -> SearchResult:
     settings = SearchSettings(
         trials=options.trials,
         seed=options.seed,
@@ -95,7 +102,7 @@ def find_plan(
         new_tokens=options.new_tokens,
         gamma_max=options.gamma_max,
     )
-    return search(model, calibration, held_out, settings).plan
+    return search(model, calibration, confirming, settings)
 
 
 def table(scores: Sequence[Score]) -> Table:

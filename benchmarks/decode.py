@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from selfspec_search import SearchResult, SearchSettings, search
 
-from selfspec import Plan
+from selfspec import InputError, Plan
 from selfspec.benchmark import Measurement, Score, measure
 from selfspec.contenders import GENERATE, PLAIN, LineUp, line_up
 from selfspec.demo import calibration_prompts, held_out_prompts
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held_out = read(options.held_out or held_out_prompts(), loaded, options)
     held_out, confirming = held_out[: options.prompts], held_out[options.prompts :]  # what is measured stays unseen
     found = None
+    if not options.plan and not confirming:
+        raise InputError(f"all {len(held_out)} held-out prompts would be measured; leave some to confirm (--prompts)")
     if not options.plan:
         calibration = read(options.calibration or calibration_prompts(), loaded, options)
         found = find_plan(model, calibration, confirming, options)

@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfspec.errors import InputError, PlanError, SelfspecError, UnsupportedModelError, UnsupportedOptionError
+    from selfspec.errors import (
+        InputError,
+        PlanError,
+        PlanWarning,
+        SelfspecError,
+        UnsupportedModelError,
+        UnsupportedOptionError,
+    )
     from selfspec.generation import SelfSpeculator, SpeculativeOutput, wrap
     from selfspec.plan import Plan
     from selfspec.skip_set import SkipSet
@@ -20,6 +27,7 @@ __all__ = [
     "InputError",
     "Plan",
     "PlanError",
+    "PlanWarning",
     "SelfSpeculator",
     "SelfspecError",
     "SkipSet",

@@ -47,6 +47,7 @@ def prefill(runtime: Runtime, request: Request) -> None:
     """Cache all of each prompt but its last token; ragged prompts lose their padding here."""
     b, width = request.prompts.shape
     lengths = width - request.pads  # b
+    runtime.pin_longrope(int(lengths.max()))
     columns = torch.arange(int(lengths.max()) - 1, device=request.prompts.device)
     # Row r's tokens start behind its padding; what lies beyond its last one is never seen.
     compact = request.prompts.gather(1, (columns + request.pads[:, None]).clamp(max=width - 1).expand(b, -1))

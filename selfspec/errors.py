@@ -1,4 +1,4 @@
-"""One base class for everything that a user can cause and mend."""
+"""One base class for everything that a user can cause and mend; and one warning."""
 
 
 class SelfspecError(Exception):
@@ -19,3 +19,7 @@ class UnsupportedOptionError(SelfspecError):
 
 class InputError(SelfspecError):
     """Prompts, files or tensors that cannot be used as given."""
+
+
+class PlanWarning(UserWarning):
+    """A plan that was searched in other conditions: right, but perhaps not the fastest here."""

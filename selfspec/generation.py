@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decoding import decode
 from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter
-from selfspec.errors import InputError, SelfspecError, UnsupportedOptionError
+from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Plan
 from selfspec.processors import needs_lockstep
@@ -83,6 +84,7 @@ class SelfSpeculator:
         self.runtime = Runtime(model, backend=backend, compile=compile)
         self.plan.check_fits(model.config)
         self.runtime.skip(self.plan.skip_set)
+        self._warn_if_stale()
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
         self._lock = threading.Lock()
@@ -189,6 +191,17 @@ class SelfSpeculator:
                 streamed.end()
             return self._output(request, generation_config)
 
+    def _warn_if_stale(self) -> None:
+        device = self.model.device
+        reason = self.plan.stale_because(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            compiled=self.runtime.compile,
+        )
+        if reason is not None:
+            advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
+            warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
+
     # --- Preparing a request ---
 
     def _through_hugging_face(
@@ -270,10 +283,6 @@ class SelfSpeculator:
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
         self.runtime.refresh()
-        switch = longrope_switch(self.model)
-        if switch is not None:
-            longest = request.prompts.shape[1] - int(request.pads.min())
-            self.runtime.pin_longrope(long=longest > switch)
         choice = self.runtime.backend
         self.stats = Stats(
             rows=request.rows,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,7 +29,16 @@ DEMO = "demo"
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, HfHubHTTPError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    ImportError,
+    SafetensorError,
+    HfHubHTTPError,
+    StrictDataclassError,
+)
 """What transformers raises for files that are missing, damaged or not what the config says."""
 
 
@@ -85,11 +94,11 @@ def _resolve(name: str) -> str:
         from selfspec.demo import model_dir
 
         name = str(model_dir())
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # of os.path, which answers no where a Path raises
+    if os.path.isdir(path):
         _check_directory(path)
         return str(path)
-    if path.exists():
+    if os.path.exists(path):
         raise InputError(f"model '{name}' is a file; give the directory that holds config.json and the weights")
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.sep in name.replace("/", ""):
         raise InputError(f"there is no model directory at '{name}'")
@@ -97,7 +106,7 @@ def _resolve(name: str) -> str:
 
 
 def _check_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         raise InputError(f"model directory '{path}' has no config.json; give one that save_pretrained wrote")
     if not any(file.is_file() for pattern in _WEIGHT_FILES for file in path.glob(pattern)):
         raise InputError(f"model directory '{path}' has no weights (model.safetensors); give one that has")

@@ -69,7 +69,7 @@ class Conditions(_Strict):
 
 
 class Figures(_Strict):
-    """Speed of one plan, predicted or measured. Times in milliseconds; speedup is against the plain model."""
+    """Speed of one plan, predicted or measured; speedup is against the plain model in the same run."""
 
     tokens_per_round: float
     acceptance_rate: float
@@ -146,6 +146,14 @@ class Plan(_Strict):
                 f"this model's is {given.fingerprint}); run 'selfspec search' on this model"
             )
 
+    def stale_because(self, *, device: str, dtype: str, compiled: bool) -> str | None:
+        """Why this plan's figures (never its output) may not hold here; None if they were found in such conditions."""
+        if self.provenance is None:
+            return None
+        found, here = self.provenance.conditions, {"device": device, "dtype": dtype, "compiled": compiled}
+        changed = [f"{k} {getattr(found, k)}, here {v}" for k, v in here.items() if getattr(found, k) != v]
+        return "; ".join(changed) or None
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2, exclude_none=True) + "\n"
 
@@ -180,7 +188,7 @@ class Plan(_Strict):
     def from_pretrained(cls, directory_or_file: str | os.PathLike[str]) -> Plan:
         """Read a plan from a file, or from `selfspec_plan.json` in a directory."""
         path = Path(directory_or_file)
-        if path.is_dir():
+        if os.path.isdir(path):  # which answers no where `Path.is_dir` raises
             path = path / PLAN_FILE
         try:
             text = path.read_text("utf8")

@@ -52,7 +52,7 @@ class Prompt:
             raise InputError(f"{self.source} is a chat, but the tokenizer has no chat template; give plain text")
         try:
             text = tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise InputError(f"{self.source} does not fit the tokenizer's chat template: {error}") from None
         return str(text)
 
@@ -171,6 +171,10 @@ def _from_prompt(value: Any, source: str) -> Prompt:
 def _from_messages(value: Any, source: str) -> Prompt:
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         raise InputError(f"{source}: 'messages' must be a list of objects with 'role' and 'content'")
-    if not value or not any(message.get("content") for message in value):
+    for message in value:
+        if not isinstance(message.get("content"), str):
+            given = type(message.get("content")).__name__
+            raise InputError(f"{source}: 'content' must be a string, but {given} was given")
+    if not value or not any(message["content"] for message in value):
         raise InputError(f"{source}: the chat is empty")
     return Prompt(messages=tuple(value), source=source)

@@ -18,6 +18,7 @@ from selfspec.views import (
     change_skip_set,
     check_supported,
     draft_view,
+    longrope_switch,
     pin_longrope,
     probe,
     run_view,
@@ -117,10 +118,11 @@ class Runtime:
         if self._cache is not None:
             self._cache.attach(attention_modules(self.views["draft"]))
 
-    def pin_longrope(self, *, long: bool) -> None:
-        """Serve one side of the longrope switch; nothing for models with another RoPE."""
-        for view in self.views.values():
-            pin_longrope(view, long=long)
+    def pin_longrope(self, longest: int) -> None:
+        """Serve the side of the longrope switch on which prompts of up to `longest` tokens are, if there is one."""
+        if (switch := longrope_switch(self.model)) is not None:
+            for view in self.views.values():
+                pin_longrope(view, long=longest > switch)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor) -> None:

@@ -97,6 +97,7 @@ class Stats:
             "tokens_per_round": self.tokens_per_round,
             "tokens_per_second": self.tokens_per_second,
             "agreement": self.agreement,
+            "other_seconds": self.other_seconds,
         }
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from selfspec import (
     InputError,
     Plan,
+    PlanWarning,
     SelfspecError,
     SelfSpeculator,
     SkipSet,
@@ -330,3 +331,16 @@ def test_the_longrope_fallback_streams_and_returns_stats_like_any_call(phi3: Sel
     assert output.stats.seconds["total"] > 0
     with pytest.raises(UnsupportedOptionError, match="longrope"):
         next(phi3.stream(tokens[:1], max_new_tokens=11))
+
+
+def test_a_plan_searched_in_other_conditions_warns_that_another_may_be_faster() -> None:
+    def plan(**changes: object) -> Plan:
+        conditions = {"device": "cpu", "dtype": "float32", "compiled": False} | changes
+        provenance = {"conditions": conditions, "seed": 0, "trials": 1}
+        return Plan(skip_set=SkipSet(mlp={1}), gamma=2, provenance=provenance)
+
+    wrap(llama(), plan())  # a warning would be an error here
+    with pytest.warns(PlanWarning, match="searched with dtype bfloat16, here float32: the output stays right"):
+        wrap(llama(), plan(dtype="bfloat16"))
+    with pytest.warns(PlanWarning, match="compiled True, here False"):
+        wrap(llama(), plan(compiled=True))

@@ -58,6 +58,17 @@ def test_damaged_files_are_told_apart(model_dir: Path) -> None:
     assert "is not a valid JSON file" in complaint(model_dir)
 
 
+def test_a_config_that_contradicts_itself_takes_one_line(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "many"}))
+    assert "num_hidden_layers" in complaint(model_dir) or "config" in complaint(model_dir)
+
+
+def test_names_that_no_file_system_takes_are_no_directories() -> None:
+    assert "there is no model directory" in complaint("/" + "x" * 300)
+    assert "there is no model directory" in complaint("~nobody-of-this-name/model")
+
+
 def test_missing_weights_are_never_filled_at_random(model_dir: Path) -> None:
     tensors = load_file(model_dir / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]

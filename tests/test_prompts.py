@@ -56,6 +56,10 @@ def test_a_text_becomes_a_chat_when_asked_for(tmp_path: Path) -> None:
         ('{"prompt": ""}', "line 2: the prompt is empty"),
         ('{"prompt": 7}', "line 2: 'prompt' must be a string, but int was given"),
         ('{"messages": []}', "line 2: the chat is empty"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            "line 2: 'content' must be a string, but list",
+        ),
         ('{"messages": "hi"}', "line 2: 'messages' must be a list"),
         ('{"messages": [{"content": "hi"}]}', "line 2: 'messages' must be a list of objects with 'role'"),
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "chat template: no robots here"),

@@ -148,6 +148,19 @@ def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_pat
         assert len(study.trials) == searches * settings.trials
 
 
+def test_a_search_with_other_settings_does_not_mix_with_a_stored_one(model: PreTrainedModel, tmp_path: Path) -> None:
+    storage = str(tmp_path / "trials.db")
+    search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, storage=storage, study_name="mine"))
+    other = SearchSettings(**SETTINGS | {"gamma_max": 2}, storage=storage, study_name="mine")
+    with pytest.raises(InputError, match=r"study 'mine' in .* is about another model, other prompts or other settings"):
+        search(model, CALIBRATION, HELD_OUT, other)
+
+
+def test_a_search_that_tried_nothing_says_so_instead_of_advising_against_speculation(model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="ended before it had tried one skip set; give it more time"):
+        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, timeout=1e-9))
+
+
 def test_results_print_as_rows_and_a_summary(model: PreTrainedModel) -> None:
     result: SearchResult = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
     rows = result.rows()
@@ -162,6 +175,10 @@ def test_settings_that_make_no_sense_are_named() -> None:
         SearchSettings(trials=0)
     with pytest.raises(InputError, match="gamma_max is 65"):
         SearchSettings(gamma_max=65)
+    with pytest.raises(InputError, match="seed is -1"):
+        SearchSettings(seed=-1)
+    with pytest.raises(InputError, match="timeout is 0 seconds"):
+        SearchSettings(timeout=0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.errors import InputError
 from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance
 from selfspec.runtime import Runtime
 from selfspec_search.confirm import Confirmed, confirm
@@ -71,6 +72,8 @@ class _Search:
             profile = self._measure([*calibration, *held_out])
         with self._phase("trials"):
             study = self._study(replay, profile)
+        if not study.found:
+            raise InputError("the search ended before it had tried one skip set; give it more time")
         ranking = study.ranking()
         with self._phase("confirm"):
             plain, confirmed = confirm(

@@ -27,7 +27,8 @@ class SearchSettings:
         compile: search for a runtime whose passes are compiled.
         backend: an attention backend by name; None for the first that serves.
         storage: where trials are kept: None for memory, a file for SQLite, or any URL that Optuna takes.
-        study_name: of the study in the storage; a study of this name is resumed. None names it after the model.
+        study_name: of the study in the storage, which is resumed if it is about the same model, prompts and settings.
+            None makes one name for each kind of search, so that different ones never mix.
     """
 
     trials: int = 200
@@ -48,6 +49,10 @@ class SearchSettings:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{name} is {getattr(self, name)}, but it must be at least {value}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}, but it must be between 0 and {2**32 - 1}")
+        if self.timeout is not None and self.timeout <= 0:
+            raise InputError(f"timeout is {self.timeout} seconds, but it must be more than 0; leave it out for none")
         if self.gamma_max > 64:
             raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most 64")
         if self.confirm_texts is not None and self.confirm_texts < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ class Study:
 
     def run(self) -> None:
         """Run trials until there were enough, time is up, or the user interrupts; what was found until then stays."""
-        deadline = time.monotonic() + (self.settings.timeout or float("inf"))
+        deadline = time.monotonic() + (float("inf") if self.settings.timeout is None else self.settings.timeout)
         try:
             for skip_set in self._proposals():
                 if self.trials >= self.settings.trials or time.monotonic() > deadline:
@@ -157,18 +158,28 @@ class Study:
 
 
 def _open(settings: SearchSettings, num_layers: int, replay: Replay) -> optuna.Study:
-    """The study in the storage, which may be a file for SQLite; earlier trials of it are resumed."""
-    storage = settings.storage or ""
+    """The study in the storage, which may be a file for SQLite; earlier trials of a search of the same kind count."""
+    storage, kind = settings.storage or "", _kind_of(settings, replay)
     study = optuna.create_study(
         direction="maximize",
         storage=storage if "://" in storage else f"sqlite:///{Path(storage).absolute()}",
-        study_name=settings.study_name or f"selfspec-{config_fingerprint(replay.model.config)}",
+        study_name=settings.study_name or f"selfspec-{kind}",
         load_if_exists=True,
     )
     names = set(to_params(SkipSet(), num_layers))
-    if any(set(trial.params) != names for trial in study.get_trials(states=(TrialState.COMPLETE,))):
+    alien = any(set(trial.params) != names for trial in study.get_trials(states=(TrialState.COMPLETE,)))
+    if alien or study.user_attrs.get("kind", kind) != kind:
         raise InputError(
-            f"study '{study.study_name}' in {storage} is about a model with another number of layers than "
-            f"{num_layers}; choose another study name"
+            f"study '{study.study_name}' in {storage} is about another model, other prompts or other settings; "
+            "choose another study name"
         )
+    study.set_user_attr("kind", kind)
     return study
+
+
+def _kind_of(settings: SearchSettings, replay: Replay) -> str:
+    """A digest of all that two searches must share for their trials to be compared."""
+    model = replay.model
+    parts = [config_fingerprint(model.config), model.dtype, model.device.type, settings.compile, settings.backend]
+    parts += [settings.gamma_max, settings.new_tokens, [text.tokens.tolist() for text in replay.texts]]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from selfspec.cli import bench, demo, generate, search
-from selfspec.errors import SelfspecError
+from selfspec.errors import PlanWarning, SelfspecError
 
 __all__ = ["app", "main"]
 
@@ -67,6 +67,8 @@ def main() -> None:
     """The `selfspec` console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # advice of the libraries beneath, to programmers
+        warnings.simplefilter("default", PlanWarning)
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks

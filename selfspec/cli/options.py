@@ -27,7 +27,7 @@ Backend = Annotated[
     str | None,
     typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]
 Trials = Annotated[int, typer.Option(help="Skip sets to try.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]

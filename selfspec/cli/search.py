@@ -109,7 +109,7 @@ def _storage_errors(storage: str | None) -> Iterator[None]:
     except (OptunaError, SQLAlchemyError, ModuleNotFoundError) as error:
         if storage is None:
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"storage '{storage}' cannot be used: {reason}; give an SQLite file or a URL") from None
 
 
@@ -117,10 +117,10 @@ def writable(out: Path) -> Path:
     """The file to write, found out before minutes are spent; a directory gets a `selfspec_plan.json`."""
     from selfspec.plan import PLAN_FILE
 
-    file = out / PLAN_FILE if out.is_dir() else out
-    if not file.parent.is_dir():
+    file = out / PLAN_FILE if os.path.isdir(out) else out
+    if not os.path.isdir(file.parent):
         raise InputError(f"cannot write {out}: there is no directory {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK) or file.is_dir():
+    if not os.access(file.parent, os.W_OK) or os.path.isdir(file):
         raise InputError(f"cannot write {out}: choose a directory that is writable")
     return file
 

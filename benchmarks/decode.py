@@ -34,7 +34,7 @@ from selfspec.prompts import load_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parse(argv)
+    options, code = parse(argv), commit()  # of now: the tree may change while this runs
     console = Console(width=140)
     quiet_hugging_face()
     torch.set_num_threads(options.threads)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if found:
         console.print(found.summary())
     console.print(f"plan: gamma {plan.gamma}, exit threshold {plan.exit_threshold}, {plan.skip_set}")
-    result = to_json(options, plan, lined_up, measured, scores)
+    result = {"benchmark": "decode", "commit": code, **to_json(options, plan, lined_up, measured, scores)}
     if found:
         result["replay_equals_decoding_in_every_round"] = found.rounds_equal
     if options.out:
@@ -128,8 +128,6 @@ def to_json(
     options: argparse.Namespace, plan: Plan, lined_up: LineUp, measured: Measurement, scores: Sequence[Score]
 ) -> dict[str, Any]:
     return {
-        "benchmark": "decode",
-        "commit": commit(),
         "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions()},

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 from selfspec_search import SearchResult, SearchSettings, search
 
 from selfspec import InputError, Plan
 from selfspec.benchmark import Measurement, Score, measure
+from selfspec.cli.bench import print_scores
+from selfspec.cli.found import report_search
 from selfspec.contenders import GENERATE, PLAIN, LineUp, line_up
 from selfspec.demo import calibration_prompts, held_out_prompts
-from selfspec.loading import Loaded, load, quiet_hugging_face, versions
+from selfspec.loading import Loaded, load, processor_name, quiet_hugging_face, versions
 from selfspec.prompts import load_prompts
 
 
@@ -51,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     plan = found.plan if found else Plan.from_pretrained(options.plan)
     lined_up = line_up(model, plan, held_out, options.new_tokens, compile=options.compile)
     measured = measure(lined_up.contenders, held_out, new_tokens=options.new_tokens, repeats=options.repeats)
-    scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.gamma)
-    console.print(table(scores))
+    scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.longest_draft)
+    print_scores(console, scores)
     if found:
-        console.print(found.summary())
-    console.print(f"plan: gamma {plan.gamma}, exit threshold {plan.exit_threshold}, {plan.skip_set}")
+        report_search(console, found)
+    console.print(f"plan: {plan}")
     result = {"benchmark": "decode", "commit": code, **to_json(options, plan, lined_up, measured, scores)}
     if found:
         result["replay_equals_decoding_in_every_round"] = found.rounds_equal
@@ -107,23 +108,6 @@ def find_plan(
     return search(model, calibration, confirming, settings)
 
 
-def table(scores: Sequence[Score]) -> Table:
-    shown = Table(title="greedy decoding, one row; ratios with 95 % intervals")
-    for column in ("", "tokens/s", "against plain", "against generate", "acceptance", "tokens/round", "differing"):
-        shown.add_column(column, justify="left" if not column else "right")
-    for score in scores:
-        counted = score.stats is not None and score.stats.drafted > 0
-        shown.add_row(
-            score.name,
-            f"{score.tokens_per_second:.1f}",
-            *(str(score.ratios.get(base, "")) for base in (PLAIN, GENERATE)),
-            f"{score.stats.acceptance_rate:.2f}" if counted and score.stats else "",
-            f"{score.stats.tokens_per_round:.2f}" if counted and score.stats else "",
-            str(score.differing),
-        )
-    return shown
-
-
 def to_json(
     options: argparse.Namespace, plan: Plan, lined_up: LineUp, measured: Measurement, scores: Sequence[Score]
 ) -> dict[str, Any]:
@@ -155,10 +139,7 @@ def commit() -> str:
 def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 if __name__ == "__main__":

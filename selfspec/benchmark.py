@@ -24,6 +24,8 @@ from selfspec.stats import Stats
 
 RESAMPLES = 2000
 
+Array = np.ndarray[Any, Any]
+
 Progress = Callable[[int, int], None]
 """Called with decodings done and decodings in all."""
 
@@ -77,13 +79,13 @@ class Measurement:
 
     contenders: list[Contender]
     prompts: list[Tensor]
-    seconds: np.ndarray[Any, Any]  # contenders repeats prompts
+    seconds: Array  # contenders repeats prompts
     outputs: list[list[Tensor]]  # by contender and prompt; every repeat of a greedy decoding is the same
     unsteady: list[str]
     """Contenders that did not write the same tokens in every repeat, which greedy decoding must."""
 
     @property
-    def tokens(self) -> np.ndarray[Any, Any]:
+    def tokens(self) -> Array:
         """How many tokens each contender wrote for each prompt, `contenders prompts`."""
         return np.array([[len(output) for output in outputs] for outputs in self.outputs], dtype=float)
 
@@ -92,25 +94,13 @@ class Measurement:
 
     def tokens_per_second(self, name: str) -> float:
         """Of the median repeat of each prompt, over all prompts together."""
-        return float(self._speed(self.index(name), self.seconds))
+        at = self.index(name)
+        return float(_speed(self.seconds[at], self.tokens[at]))
 
     def ratio(self, name: str, base: str, *, seed: int = 0) -> Ratio:
         """The speed of `name` over that of `base`, with a 95 % interval (see the module's docstring)."""
-        one, other = self.index(name), self.index(base)
-        _, repeats, prompts = self.seconds.shape
-        random = np.random.default_rng(seed)
-        ratios = []
-        for _ in range(RESAMPLES):
-            columns = random.integers(prompts, size=prompts)
-            rows = random.integers(repeats, size=(repeats, prompts))
-            drawn = self.seconds[:, rows, columns]
-            ratios.append(self._speed(one, drawn, columns) / self._speed(other, drawn, columns))
-        low, high = np.quantile(ratios, [0.025, 0.975])
-        value = self._speed(one, self.seconds) / self._speed(other, self.seconds)
-        return Ratio(value=float(value), low=float(low), high=float(high))
-
-    def _speed(self, index: int, seconds: np.ndarray[Any, Any], columns: Any = slice(None)) -> Any:
-        return self.tokens[index, columns].sum() / np.median(seconds[index], axis=0).sum()
+        both = [self.index(name), self.index(base)]
+        return speed_ratio(self.seconds[both], self.tokens[both], seed=seed)
 
     def scores(self, runtime: Runtime, *, against: Sequence[str], gamma: int) -> list[Score]:
         """Every contender's score, with its ratios to the contenders named in `against`."""
@@ -127,6 +117,33 @@ class Measurement:
             )
             for contender, outputs in zip(self.contenders, self.outputs, strict=True)
         ]
+
+
+def speed_ratio(seconds: Array, tokens: Array, *, seed: int = 0) -> Ratio:
+    """The speed of the first over that of the second, from decodings in turn.
+
+    Args:
+        seconds: `2 repeats prompts`.
+        tokens: `2 prompts`; or `2 repeats prompts` where repeats differ in what they write, as samples do.
+    """
+    _, repeats, prompts = seconds.shape
+    random, ratios = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        columns = random.integers(prompts, size=prompts)
+        rows = random.integers(repeats, size=(repeats, prompts))
+        at = (rows, columns) if tokens.ndim == 3 else (columns,)
+        one, other = (_speed(seconds[i, rows, columns], tokens[(i, *at)]) for i in (0, 1))
+        ratios.append(one / other)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    value = _speed(seconds[0], tokens[0]) / _speed(seconds[1], tokens[1])
+    return Ratio(value=float(value), low=float(low), high=float(high))
+
+
+def _speed(seconds: Array, tokens: Array) -> Any:
+    """Tokens per second, of the median repeat of each prompt (`repeats prompts` and `prompts`), or of all samples."""
+    if tokens.ndim == 2:
+        return tokens.sum() / seconds.sum()
+    return tokens.sum() / np.median(seconds, axis=0).sum()
 
 
 def measure(

@@ -119,8 +119,7 @@ class Ours:
 
     @property
     def settings(self) -> dict[str, Any]:
-        plan = self.spec.plan
-        return {"gamma": plan.gamma, "exit_threshold": plan.exit_threshold, "skip_set": str(plan.skip_set)}
+        return {"plan": str(self.spec.plan)}
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
         result = self.spec.generate(prompt.to(self.spec.model.device)[None], max_new_tokens=new_tokens, do_sample=False)

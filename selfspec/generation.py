@@ -23,13 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decoding import decode
-from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter
+from selfspec.drafting import NoDrafter, drafter_of
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Plan
 from selfspec.processors import needs_lockstep
 from selfspec.request import Committed, Request
-from selfspec.runtime import Runtime
+from selfspec.runtime import Runtime, device_name
 from selfspec.stats import Stats
 from selfspec.streaming import Streamed
 from selfspec.views import longrope_switch
@@ -84,7 +84,12 @@ class SelfSpeculator:
         self.runtime = Runtime(model, backend=backend, compile=compile)
         self.plan.check_fits(model.config)
         self.runtime.skip(self.plan.skip_set)
-        self._warn_if_stale()
+        self._warn_if_stale(
+            device=device_name(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            compiled=self.runtime.compile,
+        )
+        self._told_of_sampling = False
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
         self._lock = threading.Lock()
@@ -191,14 +196,8 @@ class SelfSpeculator:
                 streamed.end()
             return self._output(request, generation_config)
 
-    def _warn_if_stale(self) -> None:
-        device = self.model.device
-        reason = self.plan.stale_because(
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            compiled=self.runtime.compile,
-        )
-        if reason is not None:
+    def _warn_if_stale(self, **here: Any) -> None:
+        if (reason := self.plan.stale_because(**here)) is not None:
             advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
             warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
 
@@ -250,9 +249,12 @@ class SelfSpeculator:
     ) -> Request | _PlainDecoding:
         """The request for what Hugging Face prepared; or, where no view can serve it, a call of its own decoding."""
         pads = check_prepared(model, input_ids, generation_config, model_kwargs)
+        if not self._told_of_sampling:
+            self._told_of_sampling = True
+            self._warn_if_stale(do_sample=bool(generation_config.do_sample))
         limit = max_length(stopping_criteria, input_ids.shape[1])
         lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
-        gamma = 0 if lockstep else self.plan.gamma
+        gamma = 0 if lockstep else self.plan.longest_draft
         switch = longrope_switch(model)
         longest = int((input_ids.shape[1] - pads).max())
         if switch is not None and longest <= switch < longest + limit - input_ids.shape[1]:
@@ -290,9 +292,7 @@ class SelfSpeculator:
             backend_reason=choice.reason,
             slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
         )
-        drafter: Drafter = NoDrafter()
-        if self.plan.speculates and not request.lockstep:
-            drafter = LayerSkipDrafter(self.runtime, self.plan.gamma, self.plan.exit_threshold)
+        drafter = NoDrafter() if request.lockstep else drafter_of(self.plan, self.runtime)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "selfspec_plan.json"
 PLAN_VERSION = 1
+MOST_DRAFTED = 64
+"""The longest draft that a plan may ask for."""
 
 # Keys of a config that do not change what the model computes.
 _INCIDENTAL = frozenset(
@@ -58,40 +60,89 @@ class ModelIdentity(_Strict):
 
 
 class Conditions(_Strict):
-    """Where and how the search ran: another device, dtype or sampling makes its figures (not its output) stale."""
+    """Where and how the search ran: another device, dtype or sampling makes its figures (not its output) stale.
+
+    `context` is how many tokens a row had cached on average while it was decoded.
+    """
 
     device: str
     dtype: str
     rows: int = 1
+    context: int | None = None
     sampling: dict[str, Any] = {}
     compiled: bool = False
     versions: dict[str, str] = {}
 
+    @property
+    def do_sample(self) -> bool:
+        """Whether the search was for sampling, and not for greedy decoding."""
+        return bool(self.sampling.get("do_sample", False))
+
 
 class Figures(_Strict):
-    """Speed of one plan, predicted or measured; speedup is against the plain model in the same run."""
+    """Speed of one plan, predicted or measured; speedup is against the plain model in the same run.
+
+    `agreement` is by draft position: the share accepted of tokens drafted there behind an accepted prefix. Measured
+    figures have the speedup's 95 % `interval`, and the lowest, median and highest tokens per round of a prompt as
+    `spread`.
+    """
 
     tokens_per_round: float
     acceptance_rate: float
     tokens_per_second: float
     speedup: float
     texts: int = 0
+    agreement: list[float] = []
+    interval: list[float] = []
+    spread: list[float] = []
 
 
 class Provenance(_Strict):
-    """What the search saw: predicted and measured figures side by side."""
+    """What the search saw: predicted and measured figures side by side.
+
+    `errors` are measured over predicted on the held-out texts, less 1. `study` is the study's name in its storage.
+    """
 
     conditions: Conditions
     seed: int
     trials: int
+    study: str | None = None
+    settings: dict[str, Any] = {}
     predicted: Figures | None = None
     predicted_on_held_out: Figures | None = None
     measured: Figures | None = None
+    errors: dict[str, float] = {}
     profile: dict[str, Any] = {}
 
 
+class PromptLookup(_Strict):
+    """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
+
+    The longest match counts, of up to `max_ngram` tokens.
+    """
+
+    gamma: Annotated[int, Field(ge=1, le=MOST_DRAFTED)]
+    min_ngram: Annotated[int, Field(ge=1, le=64)] = 2
+    max_ngram: Annotated[int, Field(ge=1, le=64)] = 8
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(_first_problem(error)) from None
+        if self.min_ngram > self.max_ngram:
+            raise PlanError(
+                f"prompt lookup's min_ngram is {self.min_ngram}, but it must be at most max_ngram, {self.max_ngram}"
+            )
+
+    def __str__(self) -> str:
+        return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted"
+
+
 class Plan(_Strict):
-    """How to draft: the skip set, the draft length gamma and the exit threshold. `gamma=0` means: do not speculate.
+    """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
+
+    `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
 
     A plan never changes what comes out, only how fast.
 
@@ -101,8 +152,9 @@ class Plan(_Strict):
 
     selfspec_version: int = PLAN_VERSION
     skip_set: _SkipSetField
-    gamma: Annotated[int, Field(ge=0, le=64)]
+    gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prompt_lookup: PromptLookup | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
 
@@ -127,7 +179,20 @@ class Plan(_Strict):
 
     @property
     def speculates(self) -> bool:
-        return self.gamma > 0
+        return self.longest_draft > 0
+
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round drafts, whoever drafts them."""
+        return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
+
+    def __str__(self) -> str:
+        """In words: what is looked up, what is skipped, how far is drafted."""
+        parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
+        if self.gamma:
+            threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
+            parts.append(f"skip {self.skip_set}; gamma {self.gamma}{threshold}")
+        return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:
         """Raise `PlanError` if this plan was made for another model."""
@@ -146,11 +211,14 @@ class Plan(_Strict):
                 f"this model's is {given.fingerprint}); run 'selfspec search' on this model"
             )
 
-    def stale_because(self, *, device: str, dtype: str, compiled: bool) -> str | None:
-        """Why this plan's figures (never its output) may not hold here; None if they were found in such conditions."""
+    def stale_because(self, **here: Any) -> str | None:
+        """Why this plan's figures (never its output) may not hold here; None if they were found in such conditions.
+
+        `here` are fields of `Conditions`.
+        """
         if self.provenance is None:
             return None
-        found, here = self.provenance.conditions, {"device": device, "dtype": dtype, "compiled": compiled}
+        found = self.provenance.conditions
         changed = [f"{k} {getattr(found, k)}, here {v}" for k, v in here.items() if getattr(found, k) != v]
         return "; ".join(changed) or None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
-_CONTEXT_FREE = frozenset(
+CONTEXT_FREE = frozenset(
     getattr(logits_process, name)
     for name in (
         "TemperatureLogitsWarper",
@@ -65,7 +65,7 @@ def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaLi
     Watermarks, guidance and the user's own processors and criteria must see each context exactly once; so must anything
     that is not known to be a pure function.
     """
-    unknown = [type(p).__name__ for p in processors if type(p) not in _CONTEXT_FREE | _CONTEXTUAL]
+    unknown = [type(p).__name__ for p in processors if type(p) not in CONTEXT_FREE | _CONTEXTUAL]
     unknown += [type(c).__name__ for c in criteria if type(c) not in _KNOWN_CRITERIA]
     reasons = [f"{name} must see each context once" for name in unknown]
     if rows > 1 and not has_stop_token(criteria):
@@ -87,7 +87,7 @@ def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, 
     scores = logits.to(torch.float32, copy=True)
     lengths: list[int] | None = None
     for processor in processors:
-        if type(processor) in _CONTEXT_FREE:
+        if type(processor) in CONTEXT_FREE:
             b = scores.shape[0]
             scores = processor(sequences[:, :0], scores.flatten(0, 1)).unflatten(0, (b, -1))
         else:

@@ -170,6 +170,11 @@ class Runtime:
         return attempt
 
 
+def device_name(device: torch.device) -> str:
+    """What plans and profiles call a device: an accelerator's model, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # `training` among them: views are always in evaluation mode
 
 

@@ -80,14 +80,14 @@ def accept(draft: Draft, scores: Tensor, *, sampling: bool) -> Acceptance:
     p = to_probs(scores)
     if n == 0:
         return Acceptance(draft.lengths, sample(p[:, 0]))
-    q = _one_hot(draft.tokens, p) if draft.probs is None else draft.probs
+    q = one_hot(draft.tokens, p) if draft.probs is None else draft.probs
     p_drafted, q_drafted = (probs[:, :n].gather(2, draft.tokens[..., None])[..., 0] for probs in (p, q))  # b n
     # u < p / q without dividing; u < 1, so p >= q always passes, and p = 0 never does.
     accepted = _leading(torch.rand_like(p_drafted) * q_drafted < p_drafted, draft.lengths)
     return Acceptance(accepted, _recovered_or_bonus(p, q, accepted, accepted < draft.lengths))
 
 
-def _one_hot(tokens: Tensor, p: Tensor) -> Tensor:
+def one_hot(tokens: Tensor, p: Tensor) -> Tensor:
     """All probability on each token: `b n` to `b n v`, in p's type."""
     return p.new_zeros(*tokens.shape, p.shape[-1]).scatter_(2, tokens[..., None], 1)
 

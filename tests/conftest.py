@@ -19,3 +19,9 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_others(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are cached in a directory of the test's own."""
+    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))

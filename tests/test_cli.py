@@ -10,6 +10,8 @@ import pytest
 import torch
 from models import FIRST_DROPPED
 from saved import CONTEXT, PLAN, byte_tokenizer, save_model
+from selfspec_search import load_study
+from selfspec_search.study import Study
 from transformers import AutoModelForCausalLM, T5Config
 from typer.testing import CliRunner, Result
 
@@ -181,9 +183,104 @@ def test_a_search_that_fails_writes_nothing(model_dir: Path, tmp_path: Path, pro
     assert list(out.iterdir()) == []
 
 
+def test_a_prompt_of_one_token_takes_one_line(model_dir: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\nx\nabc\n")
+    search = ("search", model_dir, "--prompts", prompts, "--held-out", prompts, "--out", tmp_path / "x.json")
+    assert "line 2 has 1 token, but at least 2 are needed" in complaint(*search, "--new-tokens", 5)
+
+
 def test_a_storage_that_cannot_be_opened_takes_one_line(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
     search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 5)
-    assert "storage 'frob://x' cannot be used" in complaint(*search, "--gamma-max", 1, "--storage", "frob://x")
+    assert "storage: 'frob' is no kind of database" in complaint(*search, "--gamma-max", 1, "--storage", "frob://x")
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_the_same_command_goes_on_where_it_ended_and_picks_again(
+    model_dir: Path, tmp_path: Path, prompt_file: Path
+) -> None:
+    out = tmp_path / "found.json"
+    short = ("--gamma-max", 2, "--new-tokens", 9, "--device", "cpu", "--no-lookup")
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", out, *short)
+    assert run(*search, "--trials", 2).exit_code == 0
+    again = run(*search, "--trials", 4, "--start-from", out, "--max-draft-cost", 1.0)
+    assert again.exit_code == 0, again.output
+    result = run(*search, "--trials", 4)
+    assert "writing texts" not in result.stdout
+    assert load_study(str(tmp_path / "found.db"), study_named_in(out)).trials[3].number > 0
+    picked = run("search", model_dir, "--out", out, "--repick", "--rows", 2, "--study", study_named_in(out))
+    assert picked.exit_code == 0, picked.output
+    plan = Plan.from_pretrained(out)
+    assert plan.provenance is not None
+    assert plan.provenance.conditions.rows == 2
+
+
+def study_named_in(plan: Path) -> str:
+    provenance = Plan.from_pretrained(plan).provenance
+    assert provenance is not None
+    assert provenance.study is not None
+    return provenance.study
+
+
+def test_picking_again_needs_a_study(model_dir: Path, tmp_path: Path) -> None:
+    repick = ("search", model_dir, "--out", tmp_path / "x.json", "--repick")
+    assert "x.db" in complaint(*repick)
+    assert not list(tmp_path.iterdir())
+
+
+def test_picking_again_takes_texts_and_sampling_from_the_study(tmp_path: Path, prompt_file: Path) -> None:
+    repick = ("search", "demo", "--out", tmp_path / "x.json", "--repick")
+    for option in (("--prompts", prompt_file), ("--temperature", 0.7)):
+        result = run(*repick, *option)
+        assert result.exit_code == 2
+        assert option[0] in result.output
+
+
+def test_a_search_for_sampling_says_so_in_its_plan(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
+    out = tmp_path / "found.json"
+    options = ("--trials", 2, "--gamma-max", 2, "--new-tokens", 9, "--temperature", 0.7, "--top-k", 9, "--seed", 3)
+    result = run("search", model_dir, "--prompts", prompt_file, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    provenance = Plan.from_pretrained(out).provenance
+    assert provenance is not None
+    assert provenance.conditions.sampling == {"do_sample": True, "temperature": 0.7, "top_k": 9}
+
+
+def test_ctrl_c_keeps_the_best_so_far_and_exits_with_130(
+    model_dir: Path, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Study, skip_set: SkipSet) -> None:
+        try_one(self, skip_set)
+        raise KeyboardInterrupt  # before the study has learnt of it
+
+    try_one = Study._try
+    monkeypatch.setattr(Study, "_try", interrupt)
+    out = tmp_path / "found.json"
+    options = ("--trials", 9, "--gamma-max", 2, "--new-tokens", 9, "--quiet")
+    result = run("search", model_dir, "--prompts", prompt_file, "--out", out, *options)
+    assert result.exit_code == 130
+    assert "then interrupted" in result.stdout
+    assert Plan.from_pretrained(out).provenance is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory", "1K"), "a memory budget of 1 KiB is too small"),
+        (("--memory", "lots"), "memory is 'lots', but a size such as 512M or 4G is expected"),
+        (("--sampler", "best"), "sampler is 'best', but it must be one of"),
+        (("--rows", 0), "rows is 0, but it must be at least 1"),
+        (("--max-draft-cost", 2), "max_draft_cost is 2"),
+        (("--temperature", -1), "--temperature is -1"),
+        (("--start-from", "none.json"), "no plan at none.json"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_search_options_that_make_no_sense_take_one_line(
+    model_dir: Path, tmp_path: Path, prompt_file: Path, options: tuple[object, ...], message: str
+) -> None:
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 5)
+    assert message in complaint(*search, "--gamma-max", 1, *options)
     assert not (tmp_path / "x.json").exists()
 
 

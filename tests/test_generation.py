@@ -344,3 +344,10 @@ def test_a_plan_searched_in_other_conditions_warns_that_another_may_be_faster() 
         wrap(llama(), plan(dtype="bfloat16"))
     with pytest.warns(PlanWarning, match="compiled True, here False"):
         wrap(llama(), plan(compiled=True))
+    greedy = wrap(llama(), plan())
+    tokens = prompts(5)[0]
+    greedy.generate(tokens, max_new_tokens=3, do_sample=False)
+    spec = wrap(llama(), plan(sampling={"do_sample": True}))
+    with pytest.warns(PlanWarning, match="do_sample True, here False"):
+        spec.generate(tokens, max_new_tokens=3, do_sample=False)
+    spec.generate(tokens, max_new_tokens=3, do_sample=False)  # told once

@@ -23,6 +23,25 @@ def test_importing_selfspec_alone_does_not_wait_for_torch() -> None:
     assert imported_by("import selfspec", *HEAVY, "torch", "transformers") == []
 
 
+def test_importing_the_search_alone_waits_for_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "optuna", "matplotlib", "sqlalchemy"]
+    assert imported_by("import selfspec_search", *heavy) == []
+    assert set(imported_by("from selfspec_search import search", *heavy)) >= {"torch", "transformers", "optuna"}
+
+
+def test_every_public_name_of_the_search_is_itself_whatever_was_imported_before() -> None:
+    code = """
+import pkgutil, importlib, inspect, selfspec_search
+for module in pkgutil.iter_modules(selfspec_search.__path__):
+    importlib.import_module(f"selfspec_search.{module.name}")
+print(*(name for name in selfspec_search.__all__ if inspect.ismodule(getattr(selfspec_search, name))))
+print(*(set(selfspec_search.__all__) - set(dir(selfspec_search))))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == []
+    with pytest.raises(ImportError, match="cannot import name 'explore'"):
+        exec("from selfspec_search import explore")
+
+
 def test_every_public_name_can_be_imported() -> None:
     import selfspec
 

@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
 import pytest
+import selfspec_search.recording
 import selfspec_search.replay
 import torch
 from models import ENDS_SKIPPED, FIRST_DROPPED, VOCABULARY, damped_model, distinct_trigrams
+from replays import (
+    DEPTHS,
+    LENGTHS,
+    NEW_TOKENS,
+    assert_replay_equals_decoding,
+    decoded_rounds,
+    llama_runtime,
+    random_prompts,
+    texts_of,
+    threshold_of,
+)
 from selfspec_search.replay import Replay
-from selfspec_search.table import Table
-from selfspec_search.texts import Text, decode_greedily, write_texts
 from selfspec_search.walk import Drafting, walk
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from selfspec.drafting import LayerSkipDrafter
 from selfspec.runtime import Runtime
 from selfspec.skip_set import SkipSet
-
-NEW_TOKENS = 23
-DEPTHS = 5
-LENGTHS = (1, 3, 7, 13, 2)
-
-Rounds = list[list[tuple[float, int]]]
-
-
-def random_prompts(*lengths: int, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in lengths]
-
-
-def texts_of(runtime: Runtime, prompts: Sequence[Tensor], new_tokens: int = NEW_TOKENS) -> list[Text]:
-    texts = dict(write_texts(runtime, prompts, new_tokens))
-    return [texts[index] for index in range(len(prompts))]
-
-
-def decoded_rounds(runtime: Runtime, texts: Sequence[Text], way: Drafting) -> Rounds:
-    """What the real loop does on all texts in one ragged batch; checks that it writes the same texts."""
-    drafter = LayerSkipDrafter(runtime, way.gamma, way.threshold)
-    prompts = [text.tokens[: text.prompt] for text in texts]
-    written, stats = decode_greedily(runtime, drafter, prompts, texts[0].allowed)
-    assert all(torch.equal(tokens, text.tokens) for tokens, text in zip(written, texts, strict=True))
-    rounds: Rounds = [[] for _ in texts]
-    for step in stats.history:
-        for row, drafted, accepted in step:
-            rounds[row].append((drafted, accepted))
-    return rounds
-
-
-def accepted(rounds: Rounds) -> list[list[int]]:
-    return [[count for _, count in row] for row in rounds]
-
-
-def assert_replay_equals_decoding(runtime: Runtime, table: Table, texts: Sequence[Text], ways: list[Drafting]) -> None:
-    walked = walk(table, ways)
-    for index, way in enumerate(ways):
-        decoded, replayed = decoded_rounds(runtime, texts, way), walked.rounds(index)
-        assert accepted(replayed) == accepted(decoded), way
-        if way.threshold is None:
-            assert replayed == decoded, way
 
 
 @pytest.mark.parametrize("skip_set", [ENDS_SKIPPED, FIRST_DROPPED], ids=["ends skipped", "first dropped"])
@@ -74,6 +39,30 @@ def test_replay_accepts_what_decoding_accepts_in_every_round(family: str, skip_s
     assert fmean(distinct_trigrams(text.tokens.tolist()) for text in texts) > 0.7, "the texts loop"
     ways = [Drafting(gamma) for gamma in (1, 2, 5)]
     ways += [Drafting(5, threshold) for threshold in table.thresholds(2)]
+    assert_replay_equals_decoding(runtime, table, texts, ways)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_windows_that_hide_a_rounds_own_tokens_hide_them_in_replay(family: str, window: int) -> None:
+    runtime = Runtime(damped_model(family, ENDS_SKIPPED, sliding_window=window), ENDS_SKIPPED)
+    texts = texts_of(runtime, random_prompts(*LENGTHS))
+    table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
+    assert table is not None
+    assert 0.2 < table.agreement < 0.98
+    assert (table.weight[..., window:] > 0).any(), "no round gets as deep as the window"
+    assert_replay_equals_decoding(runtime, table, texts, [Drafting(gamma) for gamma in (2, 5)])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_any_threshold_and_gamma_accept_what_decoding_accepts_in_every_round(family: str) -> None:
+    runtime = Runtime(damped_model(family, ENDS_SKIPPED), ENDS_SKIPPED)
+    texts = texts_of(runtime, random_prompts(*LENGTHS))
+    table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
+    assert table is not None
+    draw = np.random.default_rng(7)
+    ways = [Drafting(int(draw.integers(1, DEPTHS + 1)), threshold_of(table, draw)) for _ in range(8)]
+    assert len({way.gamma for way in ways}) > 2
     assert_replay_equals_decoding(runtime, table, texts, ways)
 
 
@@ -98,7 +87,7 @@ def test_the_empty_skip_set_agrees_everywhere() -> None:
     assert table is not None
     assert table.agreement == 1.0
     walked = walk(table, [Drafting(DEPTHS)])
-    assert walked.visited.sum() == len(texts) * -(-NEW_TOKENS // (DEPTHS + 1))
+    assert walked.visits.sum() == len(texts) * -(-NEW_TOKENS // (DEPTHS + 1))
 
 
 def test_rounds_end_at_a_stop_token_as_in_decoding() -> None:
@@ -119,13 +108,13 @@ def test_batches_of_texts_do_not_change_the_table(monkeypatch: pytest.MonkeyPatc
     runtime = llama_runtime()
     texts = texts_of(runtime, random_prompts(*LENGTHS))
     whole = Replay(runtime.model, texts, DEPTHS)
-    monkeypatch.setattr(selfspec_search.replay, "MOST_LOGITS", 2 * NEW_TOKENS * VOCABULARY)
+    monkeypatch.setattr(selfspec_search.recording, "TEXTS_TOGETHER", 2)
     split = Replay(runtime.model, texts, DEPTHS)
     assert (len(whole.recordings), len(split.recordings)) == (1, 3)
     one, other = whole.run(ENDS_SKIPPED), split.run(ENDS_SKIPPED)
     assert one is not None
     assert other is not None
-    assert (one.agreed == other.agreed).all()
+    assert (one.weight == other.weight).all()
     torch.testing.assert_close(
         torch.from_numpy(one.confidence), torch.from_numpy(other.confidence), equal_nan=True, rtol=1e-4, atol=1e-5
     )
@@ -140,7 +129,7 @@ def test_the_first_depth_alone_can_end_a_trial_or_shorten_it() -> None:
     shallow = replay.run(ENDS_SKIPPED, lambda first: 2)
     assert shallow is not None
     assert shallow.depths == 2
-    assert (shallow.agreed == whole.agreed[..., :2]).all()
+    assert (shallow.weight == whole.weight[..., :2]).all()
 
 
 def test_the_first_depth_alone_estimates_the_rounds_well() -> None:
@@ -148,8 +137,8 @@ def test_the_first_depth_alone_estimates_the_rounds_well() -> None:
     replay = Replay(runtime.model, texts_of(runtime, random_prompts(*LENGTHS * 3), 61), DEPTHS)
     whole, first = replay.run(ENDS_SKIPPED), replay.first_depth(ENDS_SKIPPED)
     assert whole is not None
-    assert (whole.agreed[..., 0] == first.agreed[..., 0]).all()
-    exact, estimate = (walk(table, [Drafting(4)]).visited.sum() for table in (whole, first))
+    assert (whole.weight[..., 0] == first.weight[..., 0]).all()
+    exact, estimate = (walk(table, [Drafting(4)]).visits.sum() for table in (whole, first))
     assert estimate == pytest.approx(exact, rel=0.1)
 
 
@@ -164,8 +153,3 @@ def test_drafted_tokens_behind_a_threshold_are_close_to_decoding() -> None:
     unlimited = sum(drafted for row in walk(table, [Drafting(DEPTHS)]).rounds(0) for drafted, _ in row)
     assert expected == pytest.approx(real, rel=0.1)
     assert unlimited > 1.5 * real
-
-
-def llama_runtime() -> Runtime:
-    model: PreTrainedModel = damped_model("llama", ENDS_SKIPPED)
-    return Runtime(model, ENDS_SKIPPED)

@@ -30,6 +30,7 @@ from transformers.generation import (
 
 import selfspec
 from selfspec import Plan, SkipSet
+from selfspec.plan import PromptLookup
 from selfspec.processors import process
 from selfspec.sampling import Acceptance, Draft, accept, pick, sample
 
@@ -319,6 +320,8 @@ ROWS = 499
 CALLS = 2
 EOS = 3
 
+LOOKUP = PromptLookup(gamma=3, min_ngram=1, max_ngram=2)
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.6},
@@ -357,16 +360,20 @@ def law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tens
 
 
 @pytest.mark.parametrize(
-    ("setting", "threshold"),
-    [(setting, None) for setting in OPTIONS] + [(setting, 0.5) for setting in ("plain", "top_p", "stop token")],
+    ("setting", "way"),
+    [(setting, {}) for setting in OPTIONS]
+    + [(setting, {"exit_threshold": 0.5}) for setting in ("plain", "top_p", "stop token")]
+    + [(setting, {"gamma": 0, "prompt_lookup": LOOKUP}) for setting in ("plain", "all together", "stop token")]
+    + [(setting, {"gamma": 2, "prompt_lookup": LOOKUP}) for setting in ("plain", "all together", "stop token")],
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "layers",
 )
 def test_sampled_texts_of_a_tiny_model_follow_its_own_distribution(
-    small: PreTrainedModel, setting: str, threshold: float | None
+    small: PreTrainedModel, setting: str, way: dict[str, Any]
 ) -> None:
     torch.manual_seed(23)
-    prompts = torch.tensor([[0, 4, 1, 2], [1, 3, 2, 4]])  # the first is padded: three tokens of its own
+    prompts = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the second repeats a token
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    spec = selfspec.wrap(small, Plan(skip_set=SkipSet(attn={0}, mlp={2}), gamma=3, exit_threshold=threshold))
+    spec = selfspec.wrap(small, Plan(**{"skip_set": SkipSet(attn={0}, mlp={2}), "gamma": 3, **way}))
     options = {"top_k": 0, **OPTIONS[setting]}
     counts = torch.zeros(2, V**LENGTH, dtype=torch.long)
     powers = torch.tensor([V**i for i in reversed(range(LENGTH))])
@@ -386,7 +393,8 @@ def test_sampled_texts_of_a_tiny_model_follow_its_own_distribution(
             counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=V**LENGTH)
         ragged |= {(drafted, accepted) for _, drafted, accepted in spec.stats.history[0]}
     assert {accepted for _, accepted in ragged} == {0, 1, 2, 3}, "rows were to accept different numbers of tokens"
-    assert (len({drafted for drafted, _ in ragged}) > 1) == (threshold is not None), "a threshold makes drafts ragged"
+    lengths = {drafted for drafted, _ in ragged}
+    assert (len(lengths) > 1) == bool(way), "thresholds make drafts ragged, and so does lookup in one of two rows"
     expected = torch.stack([law(small, prompts[:1, 1:], options), law(small, prompts[1:], options)])
     torch.testing.assert_close(expected.sum(dim=1), torch.ones(2, dtype=torch.double))
     assert_follows(counts, expected)

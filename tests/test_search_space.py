@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from selfspec_search.space import flips, from_params, nested, seeds, sublayers, to_params
+from selfspec_search.space import flipped, from_params, nested, seeds, sublayers, to_params
 
 from selfspec.skip_set import SkipSet
 
@@ -30,11 +30,11 @@ def test_seeds_fit_the_model_and_hold_nothing_skipped_and_the_early_exits(layers
     assert sum(exits) == min(layers - 1, 16)
 
 
-def test_flips_differ_in_one_sublayer_each() -> None:
+def test_a_flip_runs_what_was_skipped_and_skips_what_was_run() -> None:
     skip_set = SkipSet(attn={1}, mlp={2})
-    found = flips(skip_set, LAYERS)
-    assert len(set(found)) == 2 * LAYERS
-    assert all(len(set(skip_set) ^ set(other)) == 1 for other in found)
+    assert flipped(skip_set, ("attn", 1)) == SkipSet(mlp={2})
+    assert flipped(skip_set, ("attn", 1), ("attn", 2)) == SkipSet(attn={2}, mlp={2})
+    assert len({flipped(skip_set, sublayer) for sublayer in sublayers(LAYERS)}) == 2 * LAYERS
 
 
 def test_nested_sets_grow_along_the_order() -> None:

@@ -4,9 +4,50 @@ The target writes text once; replay computes what any draft would have got accep
 device turns that into tokens per second; a study looks for the best skip set; decoding confirms it.
 """
 
-from selfspec_search.confirm import Confirmed
-from selfspec_search.result import SearchResult
-from selfspec_search.run import search
-from selfspec_search.settings import OnProgress, Progress, SearchSettings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Confirmed", "OnProgress", "Progress", "SearchResult", "SearchSettings", "search"]
+if TYPE_CHECKING:
+    from selfspec_search.confirm import Confirmed
+    from selfspec_search.repicking import repick
+    from selfspec_search.result import SearchResult
+    from selfspec_search.run import search
+    from selfspec_search.sampling import Sampling
+    from selfspec_search.settings import OnProgress, Progress, SearchSettings
+    from selfspec_search.store import load_study
+
+__all__ = [
+    "Confirmed",
+    "OnProgress",
+    "Progress",
+    "Sampling",
+    "SearchResult",
+    "SearchSettings",
+    "load_study",
+    "repick",
+    "search",
+]
+
+# No module may have the name of something public: once imported, it would stand in its place.
+_HOMES = {
+    "Confirmed": "confirm",
+    "OnProgress": "settings",
+    "Progress": "settings",
+    "Sampling": "sampling",
+    "SearchResult": "result",
+    "SearchSettings": "settings",
+    "load_study": "store",
+    "repick": "repicking",
+    "search": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command line need not wait seconds for torch and Optuna."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

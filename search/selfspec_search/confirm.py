@@ -7,81 +7,163 @@ from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter
-from selfspec.plan import Figures
+from selfspec.benchmark import Ratio, speed_ratio
+from selfspec.drafting import Drafter, NoDrafter, drafter_of
+from selfspec.plan import Figures, Plan
 from selfspec.runtime import Runtime
 from selfspec.stats import Stats
-from selfspec_search.objective import Prediction, predict
-from selfspec_search.profile import Profile
+from selfspec_search.objective import Prediction, Prices, predict
 from selfspec_search.replay import Replay
 from selfspec_search.settings import SearchSettings
-from selfspec_search.texts import Text, decode_greedily
-from selfspec_search.walk import walk
+from selfspec_search.table import Table
+from selfspec_search.texts import Text, decode_batch
+from selfspec_search.walk import agreement, walk
+
+LEAST_BATCHES = 4
+"""With fewer, an interval from drawing among them says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
     """One plan's figures side by side: predicted on both sets of texts, and measured on the held-out ones.
 
-    `rounds_equal` says whether replay and decoding agree in every round of every text that was decoded: accepted
-    tokens always, drafted ones where there is no exit threshold (behind a wrong token, replay only expects those).
-    `differing_texts` counts decoded texts that are not, token for token, the plain model's.
+    `expected_here` is predicted for the texts that were decoded, and nothing else. `rounds_equal` says whether replay
+    and greedy decoding agree in every round of every one of them: accepted tokens always, drafted ones where there is
+    no exit threshold (behind a wrong token, replay only expects those); None when sampling, where each run differs.
+    `drafted_replayed` and `drafted_decoded` are tokens drafted per round. `differing_texts` counts decoded texts that
+    are not, token for token, the plain model's (0 when sampling). `is_faster`: than the plain model, beyond doubt.
     """
 
     prediction: Prediction
     predicted_on_held_out: Figures
+    expected_here: Figures
     measured: Figures
-    tokens_per_round_replayed: float
-    tokens_per_round_decoded: float
+    drafted_replayed: float
+    drafted_decoded: float
     rounds: int
-    rounds_equal: bool
+    rounds_equal: bool | None
     differing_texts: int
+    is_faster: bool
+
+    @property
+    def tokens_per_round_replayed(self) -> float:
+        """On the texts that were decoded."""
+        return self.expected_here.tokens_per_round
+
+    @property
+    def tokens_per_round_decoded(self) -> float:
+        """On the same texts."""
+        return self.measured.tokens_per_round
+
+    @property
+    def rank(self) -> tuple[float, bool, int]:
+        """To sort by: the fastest first, of equals lookup alone, then the smaller draft."""
+        return -round(self.measured.speedup, 2), self.prediction.drafting.gamma > 0, -len(self.prediction.skip_set)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Measured over predicted, less 1, on the texts that were decoded."""
+        names = ("tokens_per_second", "speedup", "tokens_per_round")
+        errors = {name: getattr(self.measured, name) / getattr(self.expected_here, name) - 1 for name in names}
+        drafted = self.drafted_decoded / self.drafted_replayed - 1 if self.drafted_replayed else 0.0
+        return {**errors, "drafted": drafted}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One decoding of a batch."""
+
+    seconds: float
+    stats: Stats
+    tokens: list[Tensor]
 
 
 @dataclass
 class _Contender:
-    """A way of decoding, and what its decodings gave so far: by text and repeat."""
+    """A way of decoding, and what its decodings gave so far: by batch of texts, and repeat."""
 
     runtime: Runtime
     drafter: Drafter
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    stats: dict[int, Stats] = field(default_factory=dict)
-    tokens: dict[int, Tensor] = field(default_factory=dict)
+    settings: SearchSettings
+    runs: dict[int, list[_Run]] = field(default_factory=dict)
 
-    def decode(self, index: int, text: Text) -> None:
+    def decode(self, batch: int, texts: Sequence[Text]) -> None:
+        prompts, sampling = [text.tokens[: text.prompt] for text in texts], self.settings.sampling
         start = perf_counter()
-        (tokens,), stats = decode_greedily(self.runtime, self.drafter, [text.tokens[: text.prompt]], text.allowed)
-        if tokens.device.type == "cuda":
-            torch.cuda.synchronize(tokens.device)
-        self.seconds.setdefault(index, []).append(perf_counter() - start)
-        self.stats[index], self.tokens[index] = stats, tokens
-
-    def figures(self, plain: _Contender) -> Figures:
-        """Measured figures over the texts, each at the median of its repeats."""
-        tokens = sum(stats.tokens for stats in self.stats.values())
-        drafted = sum(stats.drafted for stats in self.stats.values())
-        return Figures(
-            tokens_per_round=tokens / max(1, sum(stats.rounds for stats in self.stats.values())),
-            acceptance_rate=sum(stats.accepted for stats in self.stats.values()) / drafted if drafted else 0.0,
-            tokens_per_second=tokens / self.total,
-            speedup=plain.total / self.total,
-            texts=len(self.stats),
-        )
+        tokens, stats = decode_batch(self.runtime, self.drafter, prompts, texts[0].allowed, sampling)
+        if tokens[0].device.type == "cuda":
+            torch.cuda.synchronize(tokens[0].device)
+        self.runs.setdefault(batch, []).append(_Run(perf_counter() - start, stats, tokens))
 
     @property
-    def total(self) -> float:
-        return sum(median(seconds) for seconds in self.seconds.values())
+    def stats(self) -> list[Stats]:
+        """Of every batch; of all its repeats where they are samples, else of one, since they are all the same."""
+        last = slice(None) if self.settings.sampling.do_sample else slice(-1, None)
+        return [run.stats for runs in self.runs.values() for run in runs[last]]
+
+    def figures(self, plain: _Contender) -> Figures:
+        """Measured figures over the texts: each batch at the median of its repeats; samples all together."""
+        ratio, every = self._against(plain), self.stats
+        tokens, drafted = sum(stats.tokens for stats in every), sum(stats.drafted for stats in every)
+        reached, accepted = (
+            _summed(lists) for lists in ([one.reached_at for one in every], [one.accepted_at for one in every])
+        )
+        per_text = sorted(sum(a + 1 for _, a in rounds) / max(1, len(rounds)) for rounds in self.rounds())
+        return Figures(
+            tokens_per_round=tokens / max(1, sum(stats.rounds for stats in every)),
+            acceptance_rate=sum(stats.accepted for stats in every) / drafted if drafted else 0.0,
+            tokens_per_second=tokens / self._seconds,
+            speedup=ratio.value,
+            interval=[ratio.low, ratio.high],
+            texts=sum(runs[-1].stats.rows for runs in self.runs.values()),
+            agreement=[a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)],
+            spread=[per_text[0], median(per_text), per_text[-1]],
+        )
+
+    def is_faster_than(self, plain: _Contender) -> bool:
+        """Whether it is beyond doubt: by the whole interval; with few batches, by every repeat, too."""
+        sure = all(
+            max(run.seconds for run in self.runs[batch]) < min(run.seconds for run in plain.runs[batch])
+            for batch in self.runs
+        )
+        return self._against(plain).low > 1 and (sure or len(self.runs) >= LEAST_BATCHES)
+
+    def _against(self, plain: _Contender) -> Ratio:
+        both = [[one.runs[batch] for batch in self.runs] for one in (self, plain)]
+        seconds = np.array([[[run.seconds for run in runs] for runs in one] for one in both]).transpose(0, 2, 1)
+        tokens = np.array([[[float(run.stats.tokens) for run in runs] for runs in one] for one in both])
+        return speed_ratio(seconds, tokens.transpose(0, 2, 1) if self.settings.sampling.do_sample else tokens[:, :, -1])
+
+    def rounds(self) -> list[list[tuple[int, int]]]:
+        """(drafted, accepted) of each round of each text, in the order in which they were decoded."""
+        texts: list[list[tuple[int, int]]] = []
+        for stats in self.stats:
+            rows: list[list[tuple[int, int]]] = [[] for _ in range(stats.rows)]
+            for step in stats.history:
+                for row, drafted, accepted in step:
+                    rows[row].append((drafted, accepted))
+            texts += rows
+        return texts
+
+    @property
+    def _seconds(self) -> float:
+        """That `stats` took."""
+        seconds = [[run.seconds for run in runs] for runs in self.runs.values()]
+        if self.settings.sampling.do_sample:
+            return sum(map(sum, seconds))
+        return sum(map(median, seconds))
 
 
 def confirm(
     model: PreTrainedModel,
     predictions: Sequence[Prediction],
     replay: Replay,
-    profile: Profile,
+    prices: Prices,
     settings: SearchSettings,
     on_decoded: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Figures, list[Confirmed]]:
@@ -90,61 +172,93 @@ def confirm(
     Args:
         predictions: plans to confirm.
         replay: of the held-out texts, all of which count for `predicted_on_held_out`.
-        on_decoded: called with (texts decoded, of how many).
+        prices: of the held-out texts.
+        on_decoded: called with (batches decoded, of how many).
     """
-    texts = replay.texts
-    count = min(settings.confirm_texts or len(texts), len(texts))
-    chosen = [index * len(texts) // count for index in range(count)]
-    plain = _Contender(Runtime(model, backend=settings.backend, compile=settings.compile), NoDrafter())
+    batches = _batches(replay.texts, settings)
+    plain = _Contender(Runtime(model, backend=settings.backend, compile=settings.compile), NoDrafter(), settings)
     contenders = [_contender(model, prediction, settings) for prediction in predictions]
     everyone = [plain, *contenders]
-    room = max(len(text.tokens[: text.prompt]) + text.allowed for text in texts) + settings.gamma_max + 1
+    room = max(text.prompt + text.allowed for text in replay.texts) + settings.gamma_max + 1
+    texts = [[replay.texts[index] for index in batch] for batch in batches]
     for contender in everyone:  # one capacity for all: it decides what a pass costs, and growing would recompile
-        contender.runtime.reserve(1, room)
-        contender.decode(chosen[0], texts[chosen[0]])  # warm up
-        contender.seconds.clear()
-    total = settings.repeats * count * len(everyone)
+        contender.runtime.reserve(settings.rows, room)
+        contender.decode(0, texts[0])  # warm up
+        contender.runs.clear()
+    total = settings.repeats * len(batches) * len(everyone)
     for repeat in range(settings.repeats):
-        for place, index in enumerate(chosen):
-            for turn, contender in enumerate(everyone):
-                contender.decode(index, texts[index])
-                on_decoded((repeat * count + place) * len(everyone) + turn + 1, total)
-    confirmed = [
-        _compare(prediction, contender, plain, replay, profile)
+        for place, batch in enumerate(texts):
+            for turn in range(len(everyone)):
+                everyone[(turn + place + repeat) % len(everyone)].decode(place, batch)
+                on_decoded((repeat * len(batches) + place) * len(everyone) + turn + 1, total)
+    decoded = [index for batch in batches for index in batch]
+    return plain.figures(plain), [
+        _compare(prediction, contender, plain, replay, prices, decoded)
         for prediction, contender in zip(predictions, contenders, strict=True)
     ]
-    return plain.figures(plain), confirmed
+
+
+def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]:
+    """Texts to decode, spread over the list, in batches of as many rows as the plan is for."""
+    rows = settings.rows
+    count = min(settings.confirm_texts or len(texts), len(texts))
+    batches = count if rows == 1 else max(LEAST_BATCHES, count // rows)
+    chosen = [index * len(texts) // (batches * rows) for index in range(batches * rows)]
+    return [chosen[first : first + rows] for first in range(0, len(chosen), rows)]
 
 
 def _contender(model: PreTrainedModel, prediction: Prediction, settings: SearchSettings) -> _Contender:
     runtime = Runtime(model, prediction.skip_set, backend=settings.backend, compile=settings.compile)
-    return _Contender(runtime, LayerSkipDrafter(runtime, prediction.drafting.gamma, prediction.drafting.threshold))
+    return _Contender(runtime, drafter_of(plan_of(prediction), runtime), settings)
+
+
+def plan_of(prediction: Prediction) -> Plan:
+    """The plan that drafts this way."""
+    way = prediction.drafting
+    return Plan(skip_set=prediction.skip_set, gamma=way.gamma, exit_threshold=way.threshold, prompt_lookup=way.lookup)
 
 
 def _compare(
-    prediction: Prediction, contender: _Contender, plain: _Contender, replay: Replay, profile: Profile
+    prediction: Prediction,
+    contender: _Contender,
+    plain: _Contender,
+    replay: Replay,
+    prices: Prices,
+    decoded: Sequence[int],
 ) -> Confirmed:
-    table = replay.run(prediction.skip_set)
+    table = replay.run(prediction.skip_set) if prediction.drafting.gamma else Table.empty(replay.texts, 1)
     assert table is not None
-    replayed = walk(table, [prediction.drafting]).rounds(0)
-    decoded = {
-        index: [(drafted, accepted) for step in stats.history for _, drafted, accepted in step]
-        for index, stats in contender.stats.items()
-    }
+    here = prices.only(decoded)
+    walked = walk(table.only(decoded), [prediction.drafting], here.lookup)
+    rounds, greedy = contender.rounds(), not contender.settings.sampling.do_sample
     exact = slice(0 if prediction.drafting.threshold is None else 1, 2)
-    equal = all(
-        [pair[exact] for pair in rounds] == [pair[exact] for pair in replayed[index]]
-        for index, rounds in decoded.items()
-    )
-    written = sum(replay.texts[index].written for index in decoded)
-    rounds = sum(map(len, decoded.values()))
+    replayed = [[pair[exact] for pair in text] for text in walked.rounds(0)]
+    outputs = [
+        (ours, theirs)
+        for batch in contender.runs
+        for ours, theirs in zip(contender.runs[batch][-1].tokens, plain.runs[batch][-1].tokens, strict=True)
+    ]
     return Confirmed(
         prediction=prediction,
-        predicted_on_held_out=predict(table, profile, prediction.skip_set, [prediction.drafting])[0].figures,
+        predicted_on_held_out=_expected(prediction, table, prices),
+        expected_here=_expected(prediction, table.only(decoded), here),
         measured=contender.figures(plain),
-        tokens_per_round_replayed=written / max(1, sum(len(replayed[index]) for index in decoded)),
-        tokens_per_round_decoded=sum(contender.stats[index].tokens for index in decoded) / max(1, rounds),
-        rounds=rounds,
-        rounds_equal=equal,
-        differing_texts=sum(not torch.equal(contender.tokens[i], plain.tokens[i]) for i in decoded),
+        drafted_replayed=float((walked.visits * walked.drafted).sum() / walked.visits.sum()),
+        drafted_decoded=sum(drafted for text in rounds for drafted, _ in text) / max(1, sum(map(len, rounds))),
+        rounds=sum(map(len, rounds)),
+        rounds_equal=[[pair[exact] for pair in text] for text in rounds] == replayed if greedy else None,
+        differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
+        is_faster=contender.is_faster_than(plain),
     )
+
+
+def _expected(prediction: Prediction, table: Table, prices: Prices) -> Figures:
+    (expected,) = predict(table, prices, prediction.skip_set, [prediction.drafting])
+    by_position = agreement(table, prediction.drafting, prices.lookup)
+    return expected.figures.model_copy(update={"agreement": by_position})
+
+
+def _summed(lists: Sequence[Sequence[int]]) -> list[int]:
+    """Element by element, of lists of unequal length."""
+    width = max(map(len, lists), default=0)
+    return [sum(values[place] for values in lists if place < len(values)) for place in range(width)]

@@ -1,95 +1,113 @@
-"""Profile: what a step of the draft and a round cost on this device, measured with the real runtime and its loop."""
+"""Profile: what steps and rounds cost on this device at several context lengths, measured with the real runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.decoding import prefill, step
-from selfspec.drafting import LayerSkipDrafter
-from selfspec.request import Request
-from selfspec.runtime import Runtime
-from selfspec.sampling import Draft
-from selfspec.skip_set import SkipSet
-from selfspec.stats import Stats
-from selfspec_search.texts import greedy_request
+from selfspec.errors import InputError
+from selfspec.loading import processor_name, versions
+from selfspec.runtime import Runtime, device_name
+from selfspec_search.costs import Costs, Record, at_another_context, fit_step, variants
+from selfspec_search.timing import STEPS, Bench, Call, medians, share_cache
 
 CYCLES = 15
-"""How often everything is measured, in turn, so that a slow moment of the machine falls on all alike."""
-STEPS = 4
-"""Draft length at which a step of the draft is timed. Rounds are timed by as many, too: on a busy machine the median of
-long stretches and that of short ones are not to be compared."""
+"""How often everything is measured, in turn."""
+CONTEXTS = (128, 512, 2048)
+"""Measured where neither contexts nor prompts are given, as far as the model's positions reach."""
+ALMOST_ZERO = 1e-30
+"""An exit threshold that is computed and never ends a draft."""
+
+FULL, HALF = "nothing", "one layer in two"
+"""Variants by name: the one that skips nothing, and the one that is timed with an exit threshold, too."""
+
+Name = tuple[int, str | int]
+"""Of what is timed: a context; a variant, 'confidence', 'lookup', 'prefill', or the drafted tokens of a round."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """Seconds. A step of the draft is one token drafted; a round is what comes on top: verify, accept, commit.
+class Profile(Record):
+    """Costs at each of `contexts`, the tokens in the cache when a pass begins, and where they were measured."""
 
-    `rounds[n]` is a round over n drafted tokens; `rounds[0]` is all that plain decoding does for a token. `measured`
-    holds the steps that the sub-layers' costs were fitted to, for the record.
-    """
-
-    num_layers: int
-    fixed: float  # embedding, head, launch, and the loop's own work
-    layer: float  # norms and additions of a layer that is run at all
-    attention: float
-    mlp: float
-    confidence: float  # per drafted token, where there is an exit threshold
-    rounds: tuple[float, ...]
-    prefill: float
+    device: str
+    processor: str = ""  # the CPU's name
+    threads: int  # of the CPU, which does part of the work on any device
+    dtype: str
+    rows: Annotated[int, Field(ge=1)]
     compiled: bool
-    measured: dict[str, float]
+    backend: str
+    num_layers: int
+    gamma_max: int
+    versions: dict[str, str]
+    contexts: Annotated[tuple[int, ...], Field(min_length=1)]
+    costs: tuple[Costs, ...]
 
-    def draft_step(self, skip_set: SkipSet, *, threshold: bool = False) -> float:
-        """Seconds per drafted token of a draft without `skip_set`."""
-        counts = _counts(skip_set, self.num_layers)
-        return float(counts @ self._costs) + (self.confidence if threshold else 0.0)
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Self:
+        if len(self.costs) != len(self.contexts) or list(self.contexts) != sorted(set(self.contexts)):
+            raise ValueError("contexts must rise, and each must have its costs")
+        expected = (self.num_layers, self.compiled, self.gamma_max + 1)
+        if any((costs.num_layers, costs.compiled, len(costs.rounds)) != expected for costs in self.costs):
+            raise ValueError("costs must be of this profile's layers and draft lengths, compiled or not like itself")
+        return self
 
-    def saved(self, kind: str) -> float:
-        """Seconds that skipping one more attention (`attn`) or MLP (`mlp`) saves a step; half a layer with it."""
-        return (self.attention if kind == "attn" else self.mlp) + self.layer / 2
+    def at(self, context: float) -> Costs:
+        """Costs at a context: linear in between, as the work of attention is, and constant beyond the ends.
 
-    def round(self, drafted: NDArray[np.float64], gamma: int) -> NDArray[np.float64]:
-        """Seconds of rounds over so many drafted tokens, of `gamma` at most; they may be expectations."""
-        if self.compiled:  # which pads every draft to one length
-            return np.full_like(drafted, self.rounds[gamma])
-        return np.interp(drafted, np.arange(len(self.rounds)), self.rounds)
+        Beyond them, what is measured is all that is said: a slope between two timings is mostly their noise.
+        Measure at contexts that span what will be decoded.
+        """
+        last = len(self.contexts) - 1
+        upper = bisect_right(self.contexts, context)
+        if upper == 0 or upper > last:
+            return self.costs[min(upper, last)]
+        low, high = self.contexts[upper - 1 : upper + 1]
+        if context == low:
+            return self.costs[upper - 1]
+        return self.costs[upper - 1].mixed(self.costs[upper], (context - low) / (high - low))
+
+    def is_of(self, device: torch.device) -> bool:
+        """Whether it was measured on such a device as this process has."""
+        here = (device_name(device), processor_name(), torch.get_num_threads())
+        return here == (self.device, self.processor, self.threads)
 
     @property
-    def _costs(self) -> NDArray[np.float64]:
-        return np.array([self.fixed, self.layer, self.attention, self.mlp])
+    def conditions(self) -> str:
+        """Where it was measured, in words."""
+        threads = f", threads {self.threads}" if self.device == "cpu" else ""
+        passes = "compiled" if self.compiled else "eager"
+        return f"{self.device}{threads}, {self.dtype}, rows {self.rows}, {passes}, {self.backend}"
 
     def to_dict(self) -> dict[str, Any]:
-        """In milliseconds, for the plan's provenance."""
-        names = ("fixed", "layer", "attention", "mlp", "confidence", "prefill")
-        return {
-            **{f"{name}_ms": round(getattr(self, name) * 1e3, 4) for name in names},
-            "rounds_ms": [round(seconds * 1e3, 4) for seconds in self.rounds],
-            "measured_steps_ms": {name: round(seconds * 1e3, 4) for name, seconds in self.measured.items()},
-        }
+        """For JSON; seconds."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
+        """The inverse of `to_dict`. Raises `InputError` for what it did not write."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "profile"
+            raise InputError(f"not a profile of this release: {where}: {problem['msg']}; measure it anew") from None
 
 
-def variants(num_layers: int) -> dict[str, SkipSet]:
-    """Drafts that differ in what they skip, so that their costs tell the sub-layers' apart."""
-    layers = range(num_layers)
-    return {
-        "nothing": SkipSet(),
-        "all but one layer in eight": SkipSet.early_exit(-(-num_layers // 8), num_layers),
-        "one layer in two": SkipSet.early_exit(-(-num_layers // 2), num_layers),
-        "all attention": SkipSet(attn=layers),
-        "all MLPs": SkipSet(mlp=layers),
-        "attention, one layer in two": SkipSet(attn=layers[::2]),
-        "MLPs, one layer in two": SkipSet(mlp=layers[::2]),
-    }
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model's positions reach, None where its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def default_contexts(limit: int | None, gamma_max: int) -> list[int]:
+    """`CONTEXTS`, as far as a round still fits behind them."""
+    longest = max(1, limit - gamma_max - 1) if limit is not None else CONTEXTS[-1]
+    return sorted({min(context, longest) for context in CONTEXTS})
 
 
 def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:
@@ -100,146 +118,138 @@ def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Tensor] | None = None,
     *,
     gamma_max: int,
-    slots: int,
+    contexts: Sequence[int] | None = None,
+    rows: int = 1,
+    slots: int = 0,
     backend: str | None = None,
     compile: bool = False,
     on_cycle: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure a profile: medians of interleaved cycles.
 
+    All that is skipped is measured at one context, the middle one; at the others the full model's step, and rounds over
+    few lengths, since nothing else depends on the context.
+
     Args:
-        prompts: the one of median length is decoded.
-        slots: the cache's capacity; the cost of a pass depends on it where attention has static shapes.
+        prompts: what stands in the cache, joined; random tokens where they are too few. Costs hardly depend on it.
+        gamma_max: the longest draft whose round is measured.
+        contexts: tokens in the cache when a pass begins; by default those of the median prompt, or `CONTEXTS`.
+        rows: how many are decoded together; each has the whole context.
+        slots: the least capacity of the cache; the cost of a pass depends on it where attention has static shapes.
         on_cycle: called with (cycles done, of how many).
+
+    Raises:
+        InputError: a context of no tokens or beyond the model's positions, or no row.
     """
-    prompt = sorted(prompts, key=len)[len(prompts) // 2]
-    slots = max(slots, len(prompt) + 3 * max(gamma_max, STEPS) + 4)  # one cache for all: growing would replace it
-    runtimes = {
-        name: Runtime(model, skip_set, backend=backend, compile=compile)
-        for name, skip_set in variants(model.config.num_hidden_layers).items()
-    }
-    timed: dict[Any, list[float]] = {}
-    bench: dict[str | int, Callable[[], Any]] = {
-        **{name: _draft_bench(runtime, prompt, slots, None) for name, runtime in runtimes.items()},
-        "confidence": _draft_bench(runtimes["one layer in two"], prompt, slots, 1e-30),
-        **{n: _round_bench(runtimes["nothing"], prompt, slots, n) for n in round_lengths(gamma_max, sparse=compile)},
-        "prefill": _prefill_bench(runtimes["nothing"], prompt, slots),
-    }
-    on_cycle(0, CYCLES)
-    for call in bench.values():
-        call()
-    for cycle in range(CYCLES):
-        for name, call in bench.items():
-            timed.setdefault(name, []).append(_seconds(call, model.device))
-        on_cycle(cycle + 1, CYCLES)
-    medians = {name: median(seconds) for name, seconds in timed.items()}
-    return _fit(model.config.num_hidden_layers, medians, gamma_max, compiled=runtimes["nothing"].compile)
-
-
-def _fit(num_layers: int, medians: dict[Any, float], gamma_max: int, *, compiled: bool) -> Profile:
-    """Costs from the variants' steps, scaled so that the full model's sum equals its measured step."""
-    skip_sets = variants(num_layers)
-    steps = {name: medians[name] / STEPS for name in skip_sets}
-    counts = np.stack([_counts(skip_set, num_layers) for skip_set in skip_sets.values()])
-    costs = fit_costs(counts, np.array(list(steps.values())))
-    costs *= steps["nothing"] / float(counts[0] @ costs)
-    fixed, layer, attention, mlp = costs.tolist()
-    lengths = sorted(n for n in medians if isinstance(n, int))
+    contexts = _checked(model, contexts or _contexts_of(model, prompts, gamma_max), rows)
+    slots = max(slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)  # one cache for all: growing would replace it
+    skip_sets = variants(model.config.num_hidden_layers)
+    runtimes = {name: Runtime(model, skip, backend=backend, compile=compile) for name, skip in skip_sets.items()}
+    share_cache(runtimes.values(), rows, slots)
+    base = contexts[len(contexts) // 2]
+    calls: dict[Name, Call] = {}
+    for context in contexts:
+        bench = Bench(_cached(model, prompts or (), rows, context + 1))
+        lengths = round_lengths(gamma_max, sparse=compile or context != base)
+        some = runtimes if context == base else {FULL: runtimes[FULL]}
+        calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
+    timed = medians(calls, rare=_is_prefill, cycles=CYCLES, device=model.device, on_cycle=on_cycle)
+    full = runtimes[FULL]
     return Profile(
-        num_layers=num_layers,
-        fixed=fixed,
-        layer=layer,
-        attention=attention,
-        mlp=mlp,
-        confidence=max(0.0, (medians["confidence"] - medians["one layer in two"]) / STEPS),
-        rounds=tuple(np.interp(range(gamma_max + 1), lengths, [medians[n] / STEPS for n in lengths]).tolist()),
-        prefill=medians["prefill"],
-        compiled=compiled,
-        measured=steps,
+        device=device_name(model.device),
+        processor=processor_name(),
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        rows=rows,
+        compiled=full.compile,
+        backend=full.backend.backend.name,
+        num_layers=model.config.num_hidden_layers,
+        gamma_max=gamma_max,
+        versions=versions(),
+        contexts=tuple(contexts),
+        costs=costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile),
     )
 
 
-def fit_costs(counts: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Costs that are not negative, of the least squared relative error: a short draft's step must be right, too."""
-    weighted = counts / seconds[:, None]
-    kept = np.ones(counts.shape[1], dtype=bool)
-    costs = np.zeros(counts.shape[1])
-    while kept.any():
-        costs[:] = 0.0
-        costs[kept] = np.linalg.lstsq(weighted[:, kept], np.ones(len(seconds)), rcond=None)[0]
-        if (costs >= 0).all():
-            break
-        kept[costs.argmin()] = False
-    return costs
+def _is_prefill(name: Name) -> bool:
+    return name[1] == "prefill"
 
 
-def _counts(skip_set: SkipSet, num_layers: int) -> NDArray[np.float64]:
-    """How often each cost falls due in a step: fixed, layers, attentions, MLPs."""
-    run = num_layers - len(skip_set.dropped_layers())
-    return np.array([1, run, num_layers - len(skip_set.attn), num_layers - len(skip_set.mlp)], dtype=float)
+def _checked(model: PreTrainedModel, contexts: Sequence[int], rows: int) -> list[int]:
+    """The contexts in order, if the model can have them."""
+    if rows < 1:
+        raise InputError(f"rows is {rows}, but it must be at least 1")
+    if (least := min(contexts)) < 1:
+        raise InputError(f"a context of {least} tokens was given, but it must be at least 1")
+    limit = position_limit(model)
+    if limit is not None and (most := max(contexts)) >= limit:
+        raise InputError(
+            f"a context of {most} tokens was given, but this model's positions end at {limit}; "
+            f"give at most {limit - 1}, for a pass adds one"
+        )
+    return sorted(set(contexts))
 
 
-class _Guesses:
-    """A drafter that costs nothing: the same token over and over. What is left of a round is all but drafting."""
-
-    def __init__(self, gamma: int) -> None:
-        self.gamma = gamma
-
-    def draft(self, request: Request) -> Draft:
-        tokens = request.prompts.new_zeros(request.rows, self.gamma)
-        return Draft(tokens, torch.full_like(request.ends, self.gamma), None)
+def _contexts_of(model: PreTrainedModel, prompts: Sequence[Tensor] | None, gamma_max: int) -> list[int]:
+    """The median prompt's, or the default."""
+    if prompts:
+        return [max(1, sorted(map(len, prompts))[len(prompts) // 2] - 1)]
+    return default_contexts(position_limit(model), gamma_max)
 
 
-def _begin(runtime: Runtime, prompt: Tensor, slots: int, gamma: int) -> Request:
-    """A request whose prompt is cached, with room for one round: every call is that same round again."""
-    request = greedy_request(runtime.model, [prompt], 2 * gamma + 2, gamma, stops=False)
-    runtime.reserve(1, slots)
-    prefill(runtime, request)
-    return request
+def _cached(model: PreTrainedModel, prompts: Sequence[Tensor], rows: int, length: int) -> Tensor:
+    """Tokens `b length` to fill the cache with: the prompts, one behind the other, then random ones."""
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    random = torch.randint(vocabulary, (rows * length,), generator=torch.Generator().manual_seed(0))
+    joined = torch.cat([*(prompt.cpu() for prompt in prompts), random])
+    return joined[: rows * length].view(rows, length)
 
 
-def _draft_bench(runtime: Runtime, prompt: Tensor, slots: int, threshold: float | None) -> Callable[[], Any]:
-    request = _begin(runtime, prompt, slots, STEPS)
-    lengths = runtime.cache.lengths.clone()
-    drafter = LayerSkipDrafter(runtime, STEPS, threshold)
-
-    def call() -> None:
-        runtime.cache.lengths.copy_(lengths)
-        drafter.draft(request)
-
-    return call
+def _calls(bench: Bench, runtimes: Mapping[str, Runtime], lengths: Sequence[int]) -> dict[str | int, Call]:
+    """What is timed at one context: steps of each runtime's draft, rounds over `lengths` tokens, and the rest."""
+    full = runtimes[FULL]
+    calls: dict[str | int, Call] = {name: bench.draft(runtime) for name, runtime in runtimes.items()}
+    if HALF in runtimes:
+        calls["confidence"] = bench.draft(runtimes[HALF], ALMOST_ZERO)
+    calls |= {n: bench.round(full, n) for n in lengths}
+    return calls | {"lookup": bench.lookup(full, max(1, lengths[-1])), "prefill": bench.prefill(full)}
 
 
-def _round_bench(runtime: Runtime, prompt: Tensor, slots: int, n: int) -> Callable[[], Any]:
-    drafter, stats = _Guesses(n), Stats()
-    request = _begin(runtime, prompt, slots, n)
-    end = int(request.ends[0])
+def costs_at(
+    contexts: Sequence[int], base: int, timed: Mapping[Name, float], num_layers: int, *, compiled: bool
+) -> tuple[Costs, ...]:
+    """Costs at every context, from all that was timed at `base` and what was timed at the others."""
+    steps = {name: timed[base, name] / STEPS for name in variants(num_layers)}
+    fitted = fit_step(num_layers, steps)
+    confidence = max(0.0, timed[base, "confidence"] / STEPS - steps[HALF])
+    rounds = _rounds(base, timed)
+    base_rounds = np.interp(range(max(rounds) + 1), list(rounds), list(rounds.values()))
+    found = []
+    for context in contexts:
+        step, here = timed[context, FULL] / STEPS, _rounds(context, timed)
+        ratios = [seconds / base_rounds[n] for n, seconds in here.items()]
+        fixed, layer, attention, mlp = at_another_context(fitted, step, num_layers).tolist()
+        found.append(
+            Costs(
+                num_layers=num_layers,
+                fixed=fixed,
+                layer=layer,
+                attention=attention,
+                mlp=mlp,
+                confidence=confidence,
+                rounds=tuple((base_rounds * np.interp(range(len(base_rounds)), list(here), ratios)).tolist()),
+                prefill=timed[context, "prefill"],
+                lookup=timed[context, "lookup"] / STEPS,
+                compiled=compiled,
+                measured=steps if context == base else {FULL: step},
+            )
+        )
+    return tuple(found)
 
-    def call() -> None:
-        for _ in range(STEPS):
-            request.ends.fill_(end)  # always from the same state: other things run in between, on the same cache
-            runtime.cache.lengths.copy_(request.ends - 1)
-            step(runtime, drafter, request, stats)
 
-    return call
-
-
-def _prefill_bench(runtime: Runtime, prompt: Tensor, slots: int) -> Callable[[], Any]:
-    request = _begin(runtime, prompt, slots, 0)
-    return lambda: prefill(runtime, request)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait_for(device)
-    start = perf_counter()
-    call()
-    _wait_for(device)
-    return perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _rounds(context: int, timed: Mapping[Name, float]) -> dict[int, float]:
+    """Seconds of the rounds that were timed at a context, by how many tokens they had drafted."""
+    return {n: seconds / STEPS for (at, n), seconds in timed.items() if at == context and isinstance(n, int)}

@@ -2,129 +2,39 @@
 
 A round starts at some token of the text, and a token drafted at depth d only matters if the d tokens before it in the
 round were accepted, that is, equal to the text's own. So depth d is one pass of the draft over *all* starts whose first
-d tokens agreed: the token at position t = start + d attends to the target's recorded keys for j < start, which is what
-the cache holds when the round begins, and to the draft's own keys of depths 0..d, which is what the draft wrote since.
+d tokens may have been: the token at position t = start + d attends to the target's recorded keys for j < start, which
+is what the cache holds when the round begins, and to the draft's own keys of depths 0..d, which it wrote since.
+
+Greedy decoding accepts a drafted token or it does not. When sampling, given that the text's token x came out behind an
+accepted prefix, it was an accepted draft with probability w = min(1, q(x) / p(x)), for the chance that a draft of x is
+both made and accepted is min(p(x), q(x)), and that x comes out at all is p(x) (Leviathan et al. 2023, Alg. 1).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.attention import AttentionArgs
 from selfspec.errors import InputError
 from selfspec.skip_set import SkipSet
 from selfspec.views import change_skip_set, draft_view, longrope_switch, pin_longrope, run_view, target_view
-from selfspec_search.recording import Recording
+from selfspec_search.memory import Memory
+from selfspec_search.recording import Recording, batches, probabilities
+from selfspec_search.replay_pass import ReplayPass, Starts, Step
+from selfspec_search.sampling import Sampling, process_packed
 from selfspec_search.table import Table
 from selfspec_search.texts import Text
 
-MOST_LOGITS = 2**26
-"""The most logits in one pass: texts are replayed in batches that stay below it."""
+Result = TypeVar("Result")
 
-
-@dataclass
-class Alive:
-    """The `a` starts of one recording whose draft agreed so far, and the draft's own keys and values since then."""
-
-    rows: Tensor  # a, row of the recording
-    starts: Tensor  # a, tokens written before the round begins
-    own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: a h 1 k d each, k depths
-
-    @classmethod
-    def every_start(cls, recording: Recording) -> Alive:
-        starts = torch.arange(int(recording.written.max()), device=recording.tokens.device)
-        rows, starts = torch.nonzero(starts < recording.written[:, None], as_tuple=True)
-        return cls(rows, starts).only(_draftable(recording, rows, starts) > 0)
-
-    def only(self, keep: Tensor) -> Alive:
-        """The starts where `keep` (`a`) holds."""
-        if bool(keep.all()):
-            return self
-        index = keep.nonzero()[:, 0]
-        own = {layer: (keys[index], values[index]) for layer, (keys, values) in self.own.items()}
-        return Alive(self.rows[index], self.starts[index], own)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class ReplayPass:
-    """One pass of the draft over one token of every start that is alive, all starts in one row `1 a`.
-
-    Attention to the recorded keys needs the starts of one text side by side; everything else in the model does not.
-    So the starts travel packed, and are laid out as `b s` (texts, and starts of each, padded) inside `attend` only.
-    """
-
-    def __init__(self, recording: Recording, alive: Alive, depth: int) -> None:
-        self.recording, self.alive, self.depth = recording, alive, depth
-        first = recording.prompts[alive.rows] - 1 + alive.starts  # a, the last committed token
-        self.first, self.positions = first, first + depth
-        counts = torch.bincount(alive.rows, minlength=len(recording.prompts))  # b
-        rank = torch.arange(len(alive), device=first.device) - (counts.cumsum(0) - counts)[alive.rows]
-        self.width = int(counts.max())
-        self.places = alive.rows * self.width + rank  # a, where each start stands in the padded layout
-        self.sources = torch.zeros(len(counts) * self.width, dtype=torch.long, device=first.device)
-        self.sources[self.places] = torch.arange(len(alive), device=first.device)  # b*s, and back
-        self._masks: dict[int | None, Tensor] = {}
-
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
-        index = int(layer.layer_idx)  # type: ignore[arg-type]
-        keys, values = self.recording.layers[index]  # b h n d
-        own_keys, own_values = self._append(index, key, value)  # a h 1 k d
-        query = rearrange(query, "1 (h g) a d -> a h g d", h=keys.shape[1]) * how.scale
-        b, groups = keys.shape[0], query.shape[2]
-
-        to_recorded = (self._lay_out(query, b) @ keys.transpose(-1, -2)).float()  # b h (s g) n
-        to_own = (rearrange(query, "a h g d -> a h g 1 d") * own_keys).sum(-1).float()  # a h g k
-        if how.softcap is not None:
-            to_recorded, to_own = (torch.tanh(x / how.softcap) * how.softcap for x in (to_recorded, to_own))
-        rearrange(to_recorded, "b h (s g) n -> b h s g n", g=groups).add_(self._mask(how.window))
-        if how.window is not None and how.window <= self.depth:
-            to_own[..., : self.depth + 1 - how.window] = float("-inf")
-
-        # One softmax over both: in place and without joining them, since this is half of a trial's time. The largest
-        # score is finite, whatever the masks hide, because every token sees itself.
-        largest = torch.maximum(
-            to_recorded.amax(dim=-1, keepdim=True), self._lay_out(to_own.amax(dim=-1, keepdim=True), b)
-        )
-        to_recorded.sub_(largest).exp_()
-        to_own.sub_(self._pack(largest, groups)).exp_()
-        total = self._pack(to_recorded.sum(dim=-1, keepdim=True), groups) + to_own.sum(dim=-1, keepdim=True)
-        from_recorded = self._pack(to_recorded.to(values.dtype) @ values, groups)
-        from_own = (rearrange(to_own, "a h g k -> a h g k 1") * own_values).sum(-2)
-        attended = ((from_recorded + from_own) / total).to(values.dtype)
-        return rearrange(attended, "a h g d -> 1 a (h g) d")
-
-    def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        new = tuple(rearrange(x, "1 h a d -> a h 1 1 d") for x in (key, value))
-        if old := self.alive.own.get(index):
-            new = tuple(torch.cat(pair, dim=-2) for pair in zip(old, new, strict=True))
-        self.alive.own[index] = (new[0], new[1])
-        return self.alive.own[index]
-
-    def _lay_out(self, packed: Tensor, b: int) -> Tensor:
-        return rearrange(packed[self.sources], "(b s) h g x -> b h (s g) x", b=b)
-
-    def _pack(self, laid_out: Tensor, groups: int) -> Tensor:
-        return rearrange(laid_out, "b h (s g) x -> (b s) h g x", g=groups)[self.places]
-
-    def _mask(self, window: int | None) -> Tensor:
-        """Additive, `b 1 s 1 n`: recorded tokens before the round's start, and within the window."""
-        if window not in self._masks:
-            b, n = self.recording.tokens.shape
-            slots = torch.arange(n, device=self.first.device)
-            visible = slots < self.first[:, None]  # a n
-            if window is not None:
-                visible &= slots > self.positions[:, None] - window
-            mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
-            self._masks[window] = rearrange(mask[self.sources], "(b s) n -> b 1 s 1 n", b=b)
-        return self._masks[window]
+LEAST_CHANCE = 1e-3
+"""Sampled drafts are followed while at least this chance is left that all their tokens were accepted."""
 
 
 class Replay:
@@ -134,23 +44,44 @@ class Replay:
         model: the model that wrote the texts.
         texts: as `write_texts` yields them, in any order.
         depths: the most tokens that a round may draft (gamma_max).
+        sampling: how the texts' tokens were chosen.
+        memory: bytes that keys, values and passes of drafts may take beside the model; None for `Memory.default`. The
+            passes that record the texts, one batch of few tokens at a time, come on top while the replay is made.
 
     Raises:
-        InputError: texts on both sides of a longrope switch, which no one pass can serve.
+        InputError: texts on both sides of a longrope switch, which no one pass can serve; too little memory.
     """
 
-    def __init__(self, model: PreTrainedModel, texts: Sequence[Text], depths: int) -> None:
-        self.model, self.texts, self.depths = model, texts, depths
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[Text],
+        depths: int,
+        *,
+        sampling: Sampling | None = None,
+        memory: int | None = None,
+    ) -> None:
+        self.model, self.texts, self.depths, self._memory = model, texts, depths, memory
+        self.sampling = sampling or Sampling()
+        self.processors = self.sampling.processors(model)
         self.view = draft_view(model, SkipSet())
         target = target_view(model)
         _pin_longrope(model, texts, (self.view, target), depths)
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.recordings = [
-            Recording.of(target, [texts[index] for index in batch], batch)
-            for batch in _batches(texts, MOST_LOGITS // vocabulary)
-        ]
+        budget = Memory(model, depths, memory, sampled=self.sampling.do_sample)
+        budget.check(texts)
+        self.recordings = [Recording.of(target, [texts[i] for i in batch], batch) for batch in batches(texts)]
+        self.tokens = torch.cat([text.tokens.to(model.device) for text in texts])
+        begins = [0, *torch.tensor([len(text) for text in texts]).cumsum(0).tolist()]
+        self.chosen = self._chosen(target, budget.most_starts(texts)) if self.sampling.do_sample else None
+        everyone = Starts.of(self.recordings, begins)
+        self._threads = threads_for(model.device)
+        most = min(budget.most_starts(texts) // self._threads, -(-len(everyone) // self._threads))
+        places = torch.arange(len(everyone), device=model.device).split(max(1, most))
+        self.chunks = [everyone.only(index) for index in places]
+        # Steps hold masks, so they are kept between trials only where all are held at once in a trial anyway.
+        kept = len(self.chunks) <= self._threads
+        self._first_steps = [Step.of(self.recordings, chunk, 0) if kept else None for chunk in self.chunks]
 
-    @torch.inference_mode()
     def run(self, skip_set: SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
         """The table for a draft without `skip_set`.
 
@@ -159,14 +90,31 @@ class Replay:
         """
         change_skip_set(self.view, skip_set)
         table = Table.empty(self.texts, self.depths)
-        alive = [Alive.every_start(recording) for recording in self.recordings]
-        depths, depth = self.depths, 0
-        while depth < depths:
-            alive = [self._step(*pair, depth, table) for pair in zip(self.recordings, alive, strict=True)]
-            if depth == 0 and how_deep is not None:
-                depths = min(depths, how_deep(table.from_first_depth()))
-            depth += 1
-        return table.shallow(depths) if depths > 0 else None
+        begun = self._each(lambda chunk: self._begin(chunk, table))
+        depths = self.depths if how_deep is None else min(self.depths, how_deep(table.from_first_depth()))
+        if depths == 0:
+            return None
+        self._each(lambda chunk: self._go_on(chunk, begun[chunk], depths, table))
+        return table.shallow(depths)
+
+    def _each(self, do: Callable[[int], Result]) -> list[Result]:
+        """Do something for every chunk, as many at a time as there are threads."""
+        chunks = range(len(self.chunks))
+        if self._threads == 1:
+            return [do(chunk) for chunk in chunks]
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(do, chunks))
+
+    def _begin(self, chunk: int, table: Table, *, keep: bool = False) -> Starts | None:
+        """Depth 0; what goes on, unless there are more chunks than can be held at once."""
+        alive = self._advance(self.chunks[chunk].afresh(), 0, table, self._first_steps[chunk])
+        return alive if keep or len(self.chunks) <= self._threads else None
+
+    def _go_on(self, chunk: int, begun: Starts | None, depths: int, table: Table) -> None:
+        alive = self._begin(chunk, table, keep=True) if begun is None else begun
+        assert alive is not None
+        for depth in range(1, depths):
+            alive = self._advance(alive, depth, table, None)
 
     def first_depth(self, skip_set: SkipSet) -> Table:
         """The estimate from depth 0 alone."""
@@ -181,38 +129,61 @@ class Replay:
 
     def only(self, indices: Sequence[int]) -> Replay:
         """A replay of some of the texts."""
-        return Replay(self.model, [self.texts[index] for index in indices], self.depths)
+        texts = [self.texts[index] for index in indices]
+        return Replay(self.model, texts, self.depths, sampling=self.sampling, memory=self._memory)
 
-    def _step(self, recording: Recording, alive: Alive, depth: int, table: Table) -> Alive:
-        """Draft one token at `depth` for every start alive, note it in the table, and return those that agreed."""
+    @torch.inference_mode()
+    def _advance(self, alive: Starts, depth: int, table: Table, step: Step | None) -> Starts:
+        """Draft one token at `depth` for every start alive, note it in the table, and return those that go on."""
         if len(alive) == 0:
             return alive
-        step = ReplayPass(recording, alive, depth)
-        tokens = recording.tokens[alive.rows, step.positions]
-        logits = run_view(self.view, tokens[None], step.positions[None], step)[0].float()  # a v
-        top, drafted = logits.max(dim=-1)
-        agreed = drafted == recording.tokens[alive.rows, step.positions + 1]
-        confidence = torch.exp(top - torch.logsumexp(logits, dim=-1))
-        table.note(recording.indices[alive.rows], alive.starts, depth, agreed, confidence)
-        return alive.only(agreed & (_draftable(recording, alive.rows, alive.starts) > depth + 1))
+        step = step or Step.of(self.recordings, alive, depth)
+        places = alive.begins + step.positions
+        logits = run_view(
+            self.view, self.tokens[places][None], step.positions[None], ReplayPass(step, alive.own, depth)
+        )[0].float()  # a v
+        weight = self._accepted(logits, alive, places + 1)  # a
+        top = logits.amax(dim=-1, keepdim=True)
+        confidence = 1 / logits.sub_(top).exp_().sum(dim=-1)  # in place: `logits` is the largest thing here
+        table.note(alive.texts, alive.starts, depth, weight, confidence)
+        alive.chance = alive.chance * weight
+        least = LEAST_CHANCE if self.sampling.do_sample else 0.5
+        return alive.only(((alive.chance >= least) & (alive.draftable > depth + 1)).nonzero()[:, 0])
+
+    def _accepted(self, logits: Tensor, alive: Starts, places: Tensor) -> Tensor:
+        """The chance that the text's token was an accepted draft, given that it came out: `a`, 0 or 1 if greedy."""
+        tokens = self.tokens[places]
+        scores = self._processed(logits, alive.begins, places - alive.begins)
+        if self.chosen is None:
+            return (scores.argmax(dim=-1) == tokens).float()
+        q = torch.softmax(scores, dim=-1).gather(1, tokens[:, None])[:, 0]
+        # At the edge of top-k or top-p, rounding may leave a token out of p that did come out: p is 0 then, and q
+        # decides. A draft that gave the token any chance had it accepted; one that gave it none never drafted it.
+        p = self.chosen[places].clamp(min=torch.finfo(q.dtype).tiny)
+        return (q / p).clamp(min=0, max=1)
+
+    def _processed(self, logits: Tensor, begins: Tensor, lengths: Tensor) -> Tensor:
+        if not self.processors:
+            return logits
+        return process_packed(self.processors, logits, self.tokens, begins, lengths)
+
+    def _chosen(self, target: PreTrainedModel, most: int) -> Tensor:
+        """p of every token of every text, as processed and drawn from; 1 for those of the prompts."""
+        parts: list[Tensor] = []
+        for text in self.texts:
+            parts.append(torch.ones(text.prompt, device=target.device))
+            parts.append(probabilities(target, text, self.processors, most))
+        return torch.cat(parts)
 
 
-def _draftable(recording: Recording, rows: Tensor, starts: Tensor) -> Tensor:
-    """How many of a round's drafted tokens lie in the text, `a`: the last token allowed is never drafted."""
-    return torch.minimum(recording.written[rows], recording.allowed[rows] - 1) - starts
+def threads_for(device: torch.device) -> int:
+    """How many chunks to replay at a time: one for each core, where PyTorch itself was told to use one thread.
 
-
-def _batches(texts: Sequence[Text], most_starts: int) -> list[list[int]]:
-    """Indices of texts, by length so that batches pad little, in batches of at most so many starts."""
-    batches: list[list[int]] = []
-    starts = 0
-    for index in sorted(range(len(texts)), key=lambda index: len(texts[index])):
-        starts += texts[index].written
-        if not batches or starts > most_starts:
-            batches.append([])
-            starts = texts[index].written
-        batches[-1].append(index)
-    return batches
+    Whoever did that had a model too small to share one operation among cores; whole chunks can be shared all the same.
+    """
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pin_longrope(

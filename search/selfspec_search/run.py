@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from time import perf_counter
+from typing import Any
 
-import optuna
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
-from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance
 from selfspec.runtime import Runtime
-from selfspec_search.confirm import Confirmed, confirm
-from selfspec_search.objective import Prediction
-from selfspec_search.profile import Profile, measure
+from selfspec.views import check_supported
+from selfspec_search import text_cache
+from selfspec_search.finish import Finish, Phases, Trials, measure_for
+from selfspec_search.objective import Prices
+from selfspec_search.profile import Profile
+from selfspec_search.repicking import repick
 from selfspec_search.replay import Replay
 from selfspec_search.result import SearchResult
-from selfspec_search.settings import OnProgress, Phase, Progress, SearchSettings
+from selfspec_search.settings import OnProgress, SearchSettings
+from selfspec_search.store import Store, load_study
 from selfspec_search.study import Study
+from selfspec_search.text_cache import TEXTS, TextCache, digest_of, model_fingerprint
 from selfspec_search.texts import Text, check_prompts, write_texts
+
+PROFILE = "profile"
+"""What the workers of a study share besides the texts, by key."""
 
 
 def search(
@@ -32,6 +38,7 @@ def search(
     held_out: Sequence[Tensor],
     settings: SearchSettings | None = None,
     on_progress: OnProgress | None = None,
+    on_notice: Callable[[str], None] | None = None,
 ) -> SearchResult:
     """Find the plan that decodes fastest on this device, and confirm it by decoding.
 
@@ -44,148 +51,137 @@ def search(
         held_out: other such prompts, on which the best few plans are confirmed.
         settings: see `SearchSettings`.
         on_progress: called as the search goes on, with what a progress bar needs.
+        on_notice: told in one line of what the user should know, such as a lost connection.
 
     Raises:
-        InputError: prompts or settings that cannot be used.
+        InputError: prompts, settings or a storage that cannot be used.
         UnsupportedModelError: the model's family is not supported.
     """
-    return _Search(model, settings or SearchSettings(), on_progress or (lambda progress: None)).run(
-        calibration, held_out
-    )
+    return _Search(model, calibration, held_out, settings, on_progress, on_notice).run()
 
 
 class _Search:
     """One search, phase by phase."""
 
-    def __init__(self, model: PreTrainedModel, settings: SearchSettings, on_progress: OnProgress) -> None:
-        self.model, self.settings, self.on_progress = model, settings, on_progress
-        self.seconds: dict[str, float] = {}
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Sequence[Tensor],
+        held_out: Sequence[Tensor],
+        settings: SearchSettings | None,
+        on_progress: OnProgress | None,
+        on_notice: Callable[[str], None] | None,
+    ) -> None:
+        check_supported(model)
+        check_prompts(model, calibration, "calibration")
+        check_prompts(model, held_out, "held-out")
+        self.model, self.settings = model, settings or SearchSettings()
+        for skip_set in self.settings.start_from:
+            skip_set.validate(model.config.num_hidden_layers)
+        self.prompts, self.calibration = [*calibration, *held_out], len(calibration)
+        self.phases = Phases(on_progress=on_progress or (lambda progress: None))
+        self.on_notice = on_notice or (lambda line: None)
 
-    def run(self, calibration: Sequence[Tensor], held_out: Sequence[Tensor]) -> SearchResult:
-        check_prompts(self.model, calibration, "calibration")
-        check_prompts(self.model, held_out, "held-out")
-        with self._phase("texts"):
-            texts = self._write([*calibration, *held_out])
-            replay = Replay(self.model, texts[: len(calibration)], self.settings.gamma_max)
-            check = Replay(self.model, texts[len(calibration) :], self.settings.gamma_max)
-        with self._phase("profile"):
-            profile = self._measure([*calibration, *held_out])
-        with self._phase("trials"):
-            study = self._study(replay, profile)
-        if not study.found:
-            raise InputError("the search ended before it had tried one skip set; give it more time")
-        ranking = study.ranking()
-        with self._phase("confirm"):
-            plain, confirmed = confirm(
-                self.model,
-                ranking[: self.settings.confirm],
-                check,
-                profile,
-                self.settings,
-                lambda done, total: self._tell("confirm", done, total, ranking[0].speedup if ranking else None),
-            )
-        confirmed.sort(key=lambda c: -c.measured.speedup)
-        return self._result(profile, study, plain, confirmed)
+    def run(self) -> SearchResult:
+        identity = self._identity()
+        num_layers = self.model.config.num_hidden_layers
+        with Store.open(
+            self.settings.storage,
+            self.settings.study_name,
+            identity,
+            num_layers=num_layers,
+            on_notice=self.on_notice,
+        ) as store:
+            shared = store.share(self._make_shared)
+            texts = text_cache.from_bytes(shared[TEXTS])
+            profile = Profile.from_dict(json.loads(shared[PROFILE]))
+            with self.phases.phase("trials"):
+                study = self._study(store, profile, texts[: self.calibration])
+        return self._result(study, profile, texts, store.name)
 
-    @contextmanager
-    def _phase(self, name: Phase) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self.seconds[name] = perf_counter() - start
-
-    def _tell(self, phase: Phase, done: int, total: int, best: float | None = None) -> None:
-        self.on_progress(Progress(phase=phase, done=done, total=total, best=best))
-
-    def _write(self, prompts: Sequence[Tensor]) -> list[Text]:
-        runtime = Runtime(self.model, backend=self.settings.backend)
-        texts: dict[int, Text] = {}
-        self._tell("texts", 0, len(prompts))
-        for index, text in write_texts(runtime, prompts, self.settings.new_tokens):
-            texts[index] = text
-            self._tell("texts", len(texts), len(prompts))
-        return [texts[index] for index in range(len(prompts))]
-
-    def _measure(self, prompts: Sequence[Tensor]) -> Profile:
-        return measure(
-            self.model,
-            prompts,
-            gamma_max=self.settings.gamma_max,
-            slots=max(map(len, prompts)) + self.settings.new_tokens + self.settings.gamma_max + 1,
-            backend=self.settings.backend,
-            compile=self.settings.compile,
-            on_cycle=lambda done, total: self._tell("profile", done, total),
+    def _result(self, study: Study, profile: Profile, texts: Sequence[Text], name: str) -> SearchResult:
+        settings = self.settings
+        if not (ranking := study.ranking()):
+            raise InputError(_nothing_found(study))
+        if settings.storage is not None and not profile.is_of(self.model.device):
+            # The study is priced for its maker's device: this one picks from the same trials at its own prices.
+            picked = repick(self.model, load_study(settings.storage, name), settings, self.phases.on_progress)
+            return replace(picked, interrupted=study.interrupted)
+        trials = Trials(
+            study=name,
+            ranking=ranking,
+            lookup=study.prices.best_lookup(study.replay.texts),
+            complete=study.complete,
+            pruned=study.pruned,
+            interrupted=study.interrupted,
         )
+        finish = Finish(model=self.model, settings=settings, profile=profile, phases=self.phases)
+        return finish.run(trials, texts[: self.calibration], texts[self.calibration :])
 
-    def _study(self, replay: Replay, profile: Profile) -> Study:
-        total = self.settings.trials
-        self._tell("trials", 0, total)
+    def _identity(self) -> dict[str, Any]:
+        """All that the workers of a study must agree on for their trials to be compared."""
+        settings = self.settings
+        return {
+            "model": self.model.config.model_type,
+            "weights": model_fingerprint(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "prompts": digest_of([prompt.tolist() for prompt in self.prompts]),
+            "calibration": self.calibration,
+            "gamma_max": settings.gamma_max,
+            "new_tokens": settings.new_tokens,
+            "sampling": settings.sampling.to_dict(),
+            "generation config": settings.sampling.resolved(self.model),
+            "release": version("selfspec"),
+            "rows": settings.rows,
+            "lookup": settings.lookup,
+            "compiled": settings.compile,
+            "max_draft_cost": settings.max_draft_cost,
+        }
+
+    def _make_shared(self) -> Mapping[str, bytes]:
+        """The target's texts and the profile, which price every worker's trials."""
+        with self.phases.phase("texts"):
+            texts = self._write()
+        with self.phases.phase("profile"):
+            profile = measure_for(self.model, texts, self.settings, self.phases)
+        return {TEXTS: text_cache.to_bytes(texts), PROFILE: json.dumps(profile.to_dict()).encode()}
+
+    def _write(self) -> list[Text]:
+        settings, cache = self.settings, TextCache()
+        sampling = settings.sampling.resolved(self.model)
+        made_with = {"new_tokens": settings.new_tokens, "sampling": sampling, "backend": settings.backend}
+        if settings.sampling.do_sample:
+            made_with["seed"] = settings.seed
+        key = cache.key(self.model, self.prompts, **made_with)
+        if (kept := cache.read(key)) is not None:
+            return kept
+        runtime, texts = Runtime(self.model, backend=settings.backend), dict[int, Text]()
+        self.phases.tell("texts", 0, len(self.prompts))
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            for index, text in write_texts(runtime, self.prompts, settings.new_tokens, settings.sampling):
+                texts[index] = text
+                self.phases.tell("texts", len(texts), len(self.prompts))
+        written = [texts[index] for index in range(len(self.prompts))]
+        cache.write(key, written)
+        return written
+
+    def _study(self, store: Store, profile: Profile, texts: Sequence[Text]) -> Study:
+        settings, total = self.settings, self.settings.trials
+        self.phases.tell("trials", 0, total)
         study = Study(
-            replay, profile, self.settings, on_trial=lambda done, best: self._tell("trials", done, total, best)
+            Replay(self.model, texts, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
+            Prices.of(profile, texts, lookup=settings.lookup).with_lookups(texts),
+            settings,
+            store,
+            on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
         )
         study.run()
         return study
 
-    def _result(self, profile: Profile, study: Study, plain: Figures, confirmed: Sequence[Confirmed]) -> SearchResult:
-        winner = next((c for c in confirmed[:1] if c.measured.speedup > 1), None)
-        predicted = winner.prediction.figures if winner else _plain_on(study.replay, profile)
-        on_held_out = winner.predicted_on_held_out if winner else plain
-        provenance = Provenance(
-            conditions=self._conditions(profile),
-            seed=self.settings.seed,
-            trials=study.trials,
-            predicted=predicted,
-            predicted_on_held_out=on_held_out,
-            measured=winner.measured if winner else plain,
-            profile=profile.to_dict(),
-        )
-        return SearchResult(
-            plan=self._plan(winner.prediction if winner else None, provenance),
-            plain=plain,
-            confirmed=confirmed,
-            calibration_figures=predicted,
-            held_out_figures=winner.measured if winner else plain,
-            profile=profile,
-            trials_complete=study.complete,
-            trials_pruned=study.pruned,
-            interrupted=study.interrupted,
-            seconds=self.seconds,
-        )
 
-    def _plan(self, winner: Prediction | None, provenance: Provenance) -> Plan:
-        identity = ModelIdentity.of(self.model.config)
-        if winner is None:
-            return Plan.none(model=identity, provenance=provenance)
-        return Plan(
-            skip_set=winner.skip_set,
-            gamma=winner.drafting.gamma,
-            exit_threshold=winner.drafting.threshold,
-            model=identity,
-            provenance=provenance,
-        )
-
-    def _conditions(self, profile: Profile) -> Conditions:
-        device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return Conditions(
-            device=name,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            compiled=profile.compiled,
-            versions={
-                "selfspec": version("selfspec"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "optuna": optuna.__version__,
-            },
-        )
-
-
-def _plain_on(replay: Replay, profile: Profile) -> Figures:
-    tokens = sum(text.written for text in replay.texts)
-    seconds = tokens * profile.rounds[0] + len(replay.texts) * profile.prefill
-    return Figures(
-        tokens_per_round=1.0,
-        acceptance_rate=0.0,
-        tokens_per_second=tokens / seconds,
-        speedup=1.0,
-        texts=len(replay.texts),
-    )
+def _nothing_found(study: Study) -> str:
+    limit = study.settings.max_draft_cost
+    if study.trials and limit is not None:
+        return f"no skip set that was tried costs at most {limit} of a step of the whole model; raise max_draft_cost"
+    return "the search ended before it had tried one skip set; give it more time"

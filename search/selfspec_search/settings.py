@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from selfspec.errors import InputError
+from selfspec.plan import MOST_DRAFTED
+from selfspec.skip_set import SkipSet
+from selfspec_search.sampling import Sampling
 
 Phase = Literal["texts", "profile", "trials", "confirm"]
+SamplerName = Literal["tpe", "gp", "nsga2", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How long and how far to search.
+    """How long and how far to search, for what use, and where trials are kept.
 
     Args:
-        trials: skip sets to try, pruned ones included.
+        trials: skip sets to try in the study, by all its workers and earlier runs, pruned ones included.
         timeout: seconds after which no further trial starts; None for no limit.
         seed: of everything random in the search.
+        sampler: who proposes skip sets once those known to be good were tried: Optuna's TPE, Gaussian process, NSGA-II
+            or random sampling.
+        max_draft_cost: the most that a step of the draft may cost, as a share of the whole model's; None for no limit.
+        start_from: skip sets to try first, such as the best of an earlier search.
         gamma_max: the longest draft considered.
         new_tokens: how many tokens the target writes after each prompt.
+        sampling: how it chooses them, greedily by default.
+        rows: how many rows decode together where the plan will be used.
+        lookup: whether prompt lookup takes part.
+        memory: bytes that the replay may take beside the model; None for a share of what is there.
         confirm: how many of the best plans are decoded for real.
         confirm_texts: on how many held-out prompts, spread over the list; None for all of them.
         repeats: how often each is decoded and timed; the median counts.
         compile: search for a runtime whose passes are compiled.
         backend: an attention backend by name; None for the first that serves.
-        storage: where trials are kept: None for memory, a file for SQLite, or any URL that Optuna takes.
-        study_name: of the study in the storage, which is resumed if it is about the same model, prompts and settings.
+        storage: where trials are kept: None for memory, an SQLite file, a '.journal' file, or a URL that Optuna takes.
+        study_name: of the study in the storage, which is joined if it is about the same model, prompts and settings.
             None makes one name for each kind of search, so that different ones never mix.
     """
 
     trials: int = 200
     timeout: float | None = None
     seed: int = 0
+    sampler: SamplerName = "tpe"
+    max_draft_cost: float | None = None
+    start_from: Sequence[SkipSet] = ()
     gamma_max: int = 8
     new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    rows: int = 1
+    lookup: bool = True
+    memory: int | None = None
     confirm: int = 3
     confirm_texts: int | None = 8
     repeats: int = 3
@@ -45,16 +64,20 @@ class SearchSettings:
     study_name: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"trials": 1, "gamma_max": 1, "new_tokens": 2, "confirm": 1, "repeats": 1}
+        least = {"trials": 1, "gamma_max": 1, "new_tokens": 2, "rows": 1, "confirm": 1, "repeats": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{name} is {getattr(self, name)}, but it must be at least {value}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}, but it must be between 0 and {2**32 - 1}")
+        if self.sampler not in get_args(SamplerName):
+            raise InputError(f"sampler is '{self.sampler}', but it must be one of {', '.join(get_args(SamplerName))}")
+        if self.max_draft_cost is not None and not 0 < self.max_draft_cost <= 1:
+            raise InputError(f"max_draft_cost is {self.max_draft_cost}, but it must be above 0 and at most 1")
         if self.timeout is not None and self.timeout <= 0:
             raise InputError(f"timeout is {self.timeout} seconds, but it must be more than 0; leave it out for none")
-        if self.gamma_max > 64:
-            raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most 64")
+        if self.gamma_max > MOST_DRAFTED:
+            raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most {MOST_DRAFTED}")
         if self.confirm_texts is not None and self.confirm_texts < 1:
             raise InputError(f"confirm_texts is {self.confirm_texts}, but at least one text must be decoded")
 

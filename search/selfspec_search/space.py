@@ -26,18 +26,22 @@ def skip_set_of(skipped: Sequence[Sublayer] | set[Sublayer]) -> SkipSet:
 def to_params(skip_set: SkipSet, num_layers: int) -> dict[str, bool]:
     """A skip set as an Optuna trial's parameters: True where a sub-layer is skipped."""
     skipped = set(skip_set)
-    return {_name(sublayer): sublayer in skipped for sublayer in sublayers(num_layers)}
+    return {sublayer_name(sublayer): sublayer in skipped for sublayer in sublayers(num_layers)}
 
 
 def from_params(params: Mapping[str, Any], num_layers: int) -> SkipSet:
     """The inverse of `to_params`."""
-    return skip_set_of([sublayer for sublayer in sublayers(num_layers) if params[_name(sublayer)]])
+    return skip_set_of([sublayer for sublayer in sublayers(num_layers) if params[sublayer_name(sublayer)]])
 
 
 def suggest(trial: optuna.Trial, num_layers: int) -> SkipSet:
     """Let an Optuna trial choose."""
     return skip_set_of(
-        [sublayer for sublayer in sublayers(num_layers) if trial.suggest_categorical(_name(sublayer), [False, True])]
+        [
+            sublayer
+            for sublayer in sublayers(num_layers)
+            if trial.suggest_categorical(sublayer_name(sublayer), [False, True])
+        ]
     )
 
 
@@ -63,11 +67,10 @@ def nested(order: Sequence[Sublayer]) -> Iterator[SkipSet]:
         yield skip_set_of(order[: len(order) * eighths // 8])
 
 
-def flips(skip_set: SkipSet, num_layers: int) -> list[SkipSet]:
-    """Every set that differs in one sub-layer."""
-    skipped = set(skip_set)
-    return [skip_set_of(skipped ^ {sublayer}) for sublayer in sublayers(num_layers)]
+def flipped(skip_set: SkipSet, *changed: Sublayer) -> SkipSet:
+    """The set with these sub-layers run that it skips, and skipped that it runs."""
+    return skip_set_of(set(skip_set) ^ set(changed))
 
 
-def _name(sublayer: Sublayer) -> str:
+def sublayer_name(sublayer: Sublayer) -> str:
     return f"{sublayer[0]}_{sublayer[1]}"

@@ -1,4 +1,4 @@
-"""The command line: `selfspec demo | search | generate | bench`.
+"""The command line: `selfspec demo | search | generate | bench | profile | report`.
 
 Nothing heavy is imported before a command runs, so that `selfspec --help` answers at once.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from selfspec.cli import bench, demo, generate, search
+from selfspec.cli import bench, demo, generate, profile, report, search
 from selfspec.errors import PlanWarning, SelfspecError
 
 __all__ = ["app", "main"]
@@ -37,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with [bold]selfspec demo[/bold]. Every command answers to --help.",
 )
-for _command in (demo.demo, search.search, generate.generate, bench.bench):
+for _command in (demo.demo, search.search, generate.generate, bench.bench, profile.profile, report.report):
     app.command()(_command)
 
 

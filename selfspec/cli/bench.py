@@ -60,7 +60,7 @@ def bench(
             repeats=repeats,
             on_progress=lambda done, total: report(done, total, "decoding"),
         )
-    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=chosen.gamma)
+    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=chosen.longest_draft)
     out = results()
     print_scores(out, scores)
     for note in notes(loaded, entrants, measured, scores):
@@ -100,7 +100,7 @@ def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[
     lines = [
         f"{loaded.name}, {describe_device(loaded.model.device)}, {loaded.dtype_name}; {prompts} prompts, "
         f"{int(measured.tokens.max())} new tokens, medians of {repeats} repeats; {INTERVALS}",
-        f"plan: {entrants.ours.plan.skip_set}, gamma {entrants.ours.plan.gamma}",
+        f"plan: {entrants.ours.plan}",
         f"attention backend {runtime.backend.backend.name} ({runtime.backend.reason})",
         *(stats.slower_paths if stats is not None else []),
         *(f"{score.name}: {_settings(score)}" for score in scores if score.stats is None and score.settings),
@@ -131,7 +131,9 @@ def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: lis
         "backend_reason": runtime.backend.reason,
         "compiled": runtime.compile,
         "intervals": INTERVALS,
-        "plan": entrants.ours.plan.model_dump(mode="json", include={"skip_set", "gamma", "exit_threshold"}),
+        "plan": entrants.ours.plan.model_dump(
+            mode="json", include={"skip_set", "gamma", "exit_threshold", "prompt_lookup"}
+        ),
         "contenders": [score.to_dict() for score in scores],
         "absent": entrants.absent,
         "unsteady": measured.unsteady,

@@ -35,14 +35,14 @@ def demo(
 
     Takes a few minutes on two cores, needs no network, and writes nothing unless --out is given.
     """
-    from selfspec.cli.search import in_phases, report_search, writable
+    from selfspec.cli.found import in_phases, report_search
+    from selfspec.cli.search import writable
 
     file = writable(out) if out is not None else None
     settings = _settings(trials, seed)
     loaded = load_model("demo", device="cpu", dtype="float32", quiet=quiet)
 
     import selfspec_search
-    import torch
 
     from selfspec.benchmark import measure
     from selfspec.cli.bench import notes, print_scores
@@ -51,7 +51,6 @@ def demo(
     from selfspec.demo import calibration_prompts, held_out_prompts
     from selfspec.prompts import load_prompts
 
-    torch.set_num_threads(1)  # the model is too small to gain from more, and loses where cores are shared
     console = results()
     calibration, held_out = (
         load_prompts(prompts, loaded.tokenizer, context=loaded.context, new_tokens=NEW_TOKENS)
@@ -84,7 +83,7 @@ def demo(
             repeats=REPEATS,
             on_progress=lambda done, total: report(done, total, "decoding"),
         )
-    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=result.plan.gamma)
+    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=result.plan.longest_draft)
     print_scores(console, scores)
     for note in notes(loaded, entrants, measured, scores):
         console.print(note, markup=False, soft_wrap=True, style="dim")

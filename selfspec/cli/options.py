@@ -16,12 +16,11 @@ Dtype = Annotated[
 PlanFile = Annotated[
     Path, typer.Option("--plan", metavar="PLAN", help="A plan file that 'search' wrote, or a directory that holds one.")
 ]
-PromptFile = Annotated[
-    Path,
-    typer.Option(
-        "--prompts", metavar="FILE", help="Prompts: text, one a line; or .jsonl with 'prompt' or chat 'messages'."
-    ),
-]
+_prompts = typer.Option(
+    "--prompts", metavar="FILE", help="Prompts: text, one a line; or .jsonl with 'prompt' or chat 'messages'."
+)
+PromptFile = Annotated[Path, _prompts]
+PromptFileOrNone = Annotated[Path | None, _prompts]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Fuse passes: slower to start, faster to run.")]
 Backend = Annotated[
     str | None,
@@ -29,5 +28,5 @@ Backend = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]
-Trials = Annotated[int, typer.Option(help="Skip sets to try.")]
+Trials = Annotated[int, typer.Option(help="Skip sets to try in the study, by all its workers together.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from selfspec.cli import options
-from selfspec.cli.terminal import Report, asides, at_least, load_model, progress_bar, results
+from selfspec.cli.found import in_phases, report_search
+from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from selfspec_search import OnProgress, Progress, SearchResult
+    from selfspec_search import SearchResult, SearchSettings
 
-    from selfspec.plan import Figures
+    from selfspec.loading import Loaded
     from selfspec.prompts import Prompt
 
+LEAST_TOKENS = 2
+"""Of a prompt that a search can use."""
 HELD_OUT_SHARE = 4
 """One prompt in so many is held out, where no held-out prompts are given."""
-PHASES = {
-    "texts": "writing texts",
-    "profile": "timing passes",
-    "trials": "trying skip sets",
-    "confirm": "decoding with the best",
-}
+INTERRUPTED = 130
+"""Exit code where ctrl-C ended the trials; the plan of the best so far is written all the same."""
 
 
 def search(
     model: options.Model,
-    prompts: options.PromptFile,
     out: Annotated[Path, typer.Option(metavar="PLAN", help="Where to write the plan: a file, or a directory.")],
+    prompts: options.PromptFileOrNone = None,
     held_out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts to confirm plans on; by default a quarter of --prompts."),
@@ -45,72 +39,162 @@ def search(
     trials: options.Trials = 200,
     timeout: Annotated[float | None, typer.Option(help="Start no further trial after so many seconds.")] = None,
     seed: options.Seed = 0,
+    sampler: Annotated[str, typer.Option(help="Who proposes skip sets: tpe, gp, nsga2 or random.")] = "tpe",
+    max_draft_cost: Annotated[
+        float | None, typer.Option(help="The most that a step of the draft may cost, as a share of the model's.")
+    ] = None,
+    start_from: Annotated[
+        list[Path] | None, typer.Option(metavar="PLAN", help="Try this plan's skip set first; may be repeated.")
+    ] = None,
+    lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="Let prompt lookup take part.")] = True,
     gamma_max: Annotated[int, typer.Option(help="The longest draft to consider.")] = 8,
     new_tokens: options.NewTokens = 128,
+    rows: Annotated[int, typer.Option(help="How many rows will decode together.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Search for sampling at this temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="... from the most likely tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="... from this many tokens.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What trials may take beside the model, such as 512M or 4G.")
+    ] = None,
     compile: options.Compile = False,
     backend: options.Backend = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     storage: Annotated[
-        str | None, typer.Option(help="Keep trials, and go on from them: an SQLite file, or a URL that Optuna takes.")
+        str | None,
+        typer.Option(
+            help="Where trials are kept, and shared by workers: an SQLite file, a .journal file on a shared disk, or a "
+            "URL (postgresql://...); by default PLAN with the ending .db."
+        ),
     ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Join or resume this study; by default named by its settings.")
+    ] = None,
+    pick_again: Annotated[
+        bool, typer.Option("--repick", help="No new trials: price those of the study for this device and --rows.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Find what to skip, and write a plan.
 
     The model writes text once; what any draft would have got accepted is computed from it, timed on this device, and
-    the best few plans are confirmed by decoding held-out prompts. Ctrl-C ends the trials and keeps the best so far.
+    the best few plans are confirmed by decoding held-out prompts. Trials are kept: the same command goes on where an
+    earlier one ended, and on other machines joins in. Ctrl-C ends the trials, confirms the best so far, writes the plan
+    and exits with 130.
     """
-    from selfspec.prompts import encode_prompts, read_prompts
-
     out = writable(out)
     at_least("--new-tokens", new_tokens, 2)
     at_least("--trials", trials, 1)
-    read = read_prompts(prompts)
-    held = read_prompts(held_out) if held_out is not None else []
-    if not held:
-        read, held = split(read, seed)
-    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+    storage = storage or str(out.with_suffix(".db"))
+    known = [_skip_set(plan) for plan in start_from or ()]
 
-    import selfspec_search
+    from selfspec_search.memory import parse_size
 
-    from selfspec.compiling import compile_obstacle
-
-    settings = selfspec_search.SearchSettings(
-        trials=trials,
-        timeout=timeout,
-        seed=seed,
-        gamma_max=gamma_max,
-        new_tokens=new_tokens,
-        compile=compile,
-        backend=backend,
-        storage=storage,
-    )
-    calibration, confirmation = (
-        encode_prompts(some, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens) for some in (read, held)
-    )
-    if compile and (obstacle := compile_obstacle(loaded.model.device)):
-        asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
-    with progress_bar("searching", quiet=quiet) as report, _storage_errors(storage):
-        result = selfspec_search.search(loaded.model, calibration, confirmation, settings, in_phases(report))
+    given: dict[str, Any] = {
+        "trials": trials,
+        "timeout": timeout,
+        "seed": seed,
+        "sampler": sampler,
+        "max_draft_cost": max_draft_cost,
+        "start_from": known,
+        "gamma_max": gamma_max,
+        "new_tokens": new_tokens,
+        "rows": rows,
+        "lookup": lookup,
+        "memory": None if memory is None else parse_size(memory),
+        "compile": compile,
+        "backend": backend,
+        "storage": storage,
+        "study_name": study,
+    }
+    settings = _settings(given, temperature, top_p, top_k)
+    if pick_again:
+        _refuse_beside_repick(
+            {
+                "--prompts": prompts,
+                "--held-out": held_out,
+                "--start-from": start_from,
+                "--temperature": temperature,
+                "--top-p": top_p,
+                "--top-k": top_k,
+            }
+        )
+        result = _repick(model, settings, device=device, dtype=dtype, quiet=quiet)
+    else:
+        calibration, confirmation = _prompts(prompts, held_out, seed)
+        loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+        result = _search(loaded, calibration, confirmation, settings, quiet=quiet)
     result.plan.save(out)
     report_search(results(), result)
     results().print(f"wrote {out}", markup=False, soft_wrap=True)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
-@contextmanager
-def _storage_errors(storage: str | None) -> Iterator[None]:
-    """One line for a storage that cannot be opened."""
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
+def _refuse_beside_repick(given: dict[str, object]) -> None:
+    """A usage error for what picking again takes from the study."""
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter(f"--repick takes texts and sampling from the study; leave out {name}")
 
-    try:
-        yield
-    except (OptunaError, SQLAlchemyError, ModuleNotFoundError) as error:
-        if storage is None:
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"storage '{storage}' cannot be used: {reason}; give an SQLite file or a URL") from None
+
+def _settings(
+    given: dict[str, Any], temperature: float | None, top_p: float | None, top_k: int | None
+) -> SearchSettings:
+    from selfspec_search import Sampling, SearchSettings
+
+    from selfspec.cli.generate import sampling_options
+
+    return SearchSettings(**given, sampling=Sampling(**sampling_options(temperature, top_p, top_k)))
+
+
+def _search(
+    loaded: Loaded, calibration: list[Prompt], confirmation: list[Prompt], settings: SearchSettings, *, quiet: bool
+) -> SearchResult:
+    import selfspec_search
+
+    from selfspec.compiling import compile_obstacle
+    from selfspec.prompts import encode_prompts
+
+    first, second = (
+        encode_prompts(
+            some, loaded.tokenizer, at_least=LEAST_TOKENS, context=loaded.context, new_tokens=settings.new_tokens
+        )
+        for some in (calibration, confirmation)
+    )
+    if settings.compile and (obstacle := compile_obstacle(loaded.model.device)):
+        asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
+    with progress_bar("searching", quiet=quiet) as report:
+        return selfspec_search.search(loaded.model, first, second, settings, in_phases(report), _notice)
+
+
+def _repick(model: str, settings: SearchSettings, *, device: str, dtype: str, quiet: bool) -> SearchResult:
+    import selfspec_search
+
+    study = selfspec_search.load_study(settings.storage or "", settings.study_name)
+    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+    with progress_bar("picking again", quiet=quiet) as report:
+        return selfspec_search.repick(loaded.model, study, settings, in_phases(report))
+
+
+def _notice(line: str) -> None:
+    asides().print(line, style="yellow", markup=False)
+
+
+def _skip_set(plan: Path) -> Any:
+    from selfspec.plan import Plan
+
+    return Plan.from_pretrained(plan).skip_set
+
+
+def _prompts(prompts: Path | None, held_out: Path | None, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Calibration and held-out prompts."""
+    from selfspec.prompts import read_prompts
+
+    if prompts is None:
+        raise typer.BadParameter("give --prompts FILE (or --repick, which needs none)")
+    read = read_prompts(prompts)
+    return (read, read_prompts(held_out)) if held_out is not None else split(read, seed)
 
 
 def writable(out: Path) -> Path:
@@ -135,77 +219,3 @@ def split(prompts: list[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]
         [prompt for index, prompt in enumerate(prompts) if index not in held],
         [prompt for index, prompt in enumerate(prompts) if index in held],
     )
-
-
-def in_phases(report: Report) -> OnProgress:
-    """Shows a search's progress on one bar."""
-
-    def on_progress(progress: Progress) -> None:
-        best = f", best {progress.best:.2f}x predicted" if progress.best is not None else ""
-        report(progress.done, progress.total, PHASES[progress.phase] + best)
-
-    return on_progress
-
-
-def report_search(out: Console, result: SearchResult) -> None:
-    """What was tried, the plan, and what it is worth: by replay and by decoding, predicted and measured."""
-    rows = result.rows()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "plan" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    out.print(table)
-    words = Table.grid(padding=(0, 2, 0, 0))
-    for name, text in facts(result):
-        words.add_row(Text(name, style="bold"), text)
-    out.print(words)
-
-
-def facts(result: SearchResult) -> list[tuple[str, str]]:
-    """The figures of the plan that is written, in words."""
-    phases = ", ".join(f"{PHASES[name]} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    early = ", then interrupted" if result.interrupted else ""
-    lines = [
-        ("search", f"{result.trials_complete} trials whole, {result.trials_pruned} ended early{early} ({phases})"),
-        ("plan", _plan_in_words(result)),
-    ]
-    if (winner := result.winner) is None:
-        return lines
-    equal = f"equal in all {winner.rounds} rounds" if winner.rounds_equal else "NOT equal in every round"
-    calibration, held_out = winner.prediction.figures, winner.predicted_on_held_out
-    return [
-        *lines,
-        (
-            "tokens per round",
-            f"{winner.tokens_per_round_replayed:.3f} by replay, {winner.tokens_per_round_decoded:.3f} by decoding "
-            f"{winner.measured.texts} held-out prompts: {equal}; {winner.differing_texts} texts differ from the plain "
-            "model's",
-        ),
-        (
-            "calibration, held-out",
-            f"{calibration.tokens_per_round:.3f} on {calibration.texts} prompts, {held_out.tokens_per_round:.3f} on "
-            f"{held_out.texts} held-out ones: {_gap(held_out.tokens_per_round, calibration.tokens_per_round)}",
-        ),
-        ("tokens per second", _speed(held_out, winner.measured, result.plain)),
-    ]
-
-
-def _plan_in_words(result: SearchResult) -> str:
-    plan = result.plan
-    if not plan.speculates:
-        return "do not speculate: nothing decodes faster than the plain model"
-    threshold = f", exit below {plan.exit_threshold:.3f}" if plan.exit_threshold is not None else ""
-    return f"skip {plan.skip_set}; gamma {plan.gamma}{threshold}"
-
-
-def _speed(predicted: Figures, measured: Figures, plain: Figures) -> str:
-    return (
-        f"{predicted.tokens_per_second:.1f} predicted, {measured.tokens_per_second:.1f} measured "
-        f"({_gap(measured.tokens_per_second, predicted.tokens_per_second)}); plain {plain.tokens_per_second:.1f}, "
-        f"so {measured.speedup:.2f}x measured, {predicted.speedup:.2f}x predicted"
-    )
-
-
-def _gap(value: float, base: float) -> str:
-    return f"{value / base - 1:+.1%}"

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from selfspec.errors import InputError
 
@@ -39,16 +46,28 @@ def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Lo
     """Load MODEL, with a line that says so while it takes its time."""
     aside = asides()
     with aside.status(f"loading {name}") if aside.is_terminal and not quiet else _nothing():
-        from selfspec.loading import load, quiet_hugging_face
+        from selfspec.loading import DEMO, load, quiet_hugging_face
 
         quiet_hugging_face()
-        return load(name, device=device, dtype=dtype)
+        loaded = load(name, device=device, dtype=dtype)
+    if name == DEMO and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)  # it is too small to gain from more, and loses where cores are shared
+    return loaded
 
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
     """Yields a function of (done, total, description). Drawn only when it is called: nothing runs beside a timing."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     aside = asides()
     hidden = quiet or not aside.is_terminal
     with Progress(*columns, console=aside, transient=True, auto_refresh=False, disable=hidden) as bar:

@@ -1,0 +1,158 @@
+"""Judging: a method's sets get their draft lengths, and the best of them decode held-out prompts for real."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from selfspec_search.objective import Prediction, Prices, best, predict
+from selfspec_search.replay import Replay
+from selfspec_search.table import Table
+from selfspec_search.walk import Drafting
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rivals.context import Candidate, Context, Select
+from selfspec.benchmark import Measurement, Ratio, measure
+from selfspec.contenders import PLAIN, Ours
+from selfspec.generation import SelfSpeculator
+from selfspec.plan import Plan
+from selfspec.skip_set import SkipSet
+
+OURS = "ours"
+JUDGED = 2
+"""So many of a method's sets, the best by prediction, decode for real."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A plan that takes part, the method that chose its skip set, and how long the method searched."""
+
+    method: str
+    name: str
+    plan: Plan
+    ratio: float | None
+    predicted: float
+    sets: int
+    seconds: float
+
+
+def enter(method: str, select: Select, context: Context, replay: Replay, budget: float, seed: int) -> list[Entry]:
+    """Let a method select; the best of its sets, each with the draft length and exit threshold that replay finds best.
+
+    That is the most generous reading: draft length and threshold are not the method's own, but what is predicted to
+    suit its set best, on the same calibration texts that ours is searched on, and their choice costs it no time.
+    """
+    start = perf_counter()
+    candidates = select(context, budget, seed)
+    seconds = perf_counter() - start
+    by_set = {candidate.skip_set: candidate for candidate in reversed(candidates) if candidate.skip_set}
+    predictions = sorted((_price(replay, context, skip_set) for skip_set in by_set), key=lambda p: -p.speedup)
+    return [
+        _entry(method, rank, by_set[prediction.skip_set], prediction, len(by_set), seconds)
+        for rank, prediction in enumerate(predictions[:JUDGED])
+    ]
+
+
+def predicted_speedup(replay: Replay, context: Context, plan: Plan) -> float:
+    """Of a plan without prompt lookup, at the prices of all others here."""
+    if not plan.speculates:
+        return 1.0
+    ways = [Drafting(plan.gamma, plan.exit_threshold)]
+    return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.skip_set, ways)[0].speedup
+
+
+def _price(replay: Replay, context: Context, skip_set: SkipSet) -> Prediction:
+    return best(_table(replay, skip_set), Prices(costs=context.costs), skip_set)
+
+
+def _table(replay: Replay, skip_set: SkipSet) -> Table:
+    table = replay.run(skip_set)
+    assert table is not None, "without a say in the depths, every one is replayed"
+    return table
+
+
+def _entry(method: str, rank: int, candidate: Candidate, prediction: Prediction, sets: int, seconds: float) -> Entry:
+    way = prediction.drafting
+    return Entry(
+        method=method,
+        name=method if rank == 0 else f"{method}, its next",
+        plan=Plan(skip_set=prediction.skip_set, gamma=way.gamma, exit_threshold=way.threshold),
+        ratio=candidate.ratio,
+        predicted=prediction.speedup,
+        sets=sets,
+        seconds=seconds,
+    )
+
+
+def judge(
+    model: PreTrainedModel,
+    entries: Sequence[Entry],
+    prompts: Sequence[Tensor],
+    *,
+    new_tokens: int,
+    repeats: int,
+) -> Measurement:
+    """Decode every prompt with every plan and plainly, interleaved."""
+    plans = {PLAIN: Plan.none(), **{entry.name: entry.plan for entry in entries}}
+    contenders = [Ours(name, SelfSpeculator(model, plan)) for name, plan in plans.items()]
+    return measure(contenders, prompts, new_tokens=new_tokens, repeats=repeats)
+
+
+def rows(measured: Measurement, entries: Sequence[Entry], context: Context) -> list[dict[str, Any]]:
+    """For each plan what was chosen, predicted and measured, ready for JSON; the fastest first."""
+    longest = max(entry.plan.longest_draft for entry in entries)
+    runtime = next(c for c in measured.contenders if isinstance(c, Ours)).spec.runtime
+    scores = {score.name: score for score in measured.scores(runtime, against=[PLAIN], gamma=max(longest, 1))}
+    ours = [entry.name for entry in entries if entry.method == OURS]
+    found = [
+        {
+            "method": entry.method,
+            **scores[entry.name].to_dict(),
+            "speedup": scores[entry.name].ratios[PLAIN].to_dict(),
+            "ours_over_it": _against(measured, ours, entry).to_dict() if _is_rival(entry, ours) else None,
+            "predicted_speedup": round(entry.predicted, 4),
+            "draft_cost": round(draft_cost(context, entry.plan.skip_set), 4) if entry.plan.gamma else None,
+            "skip_set": entry.plan.skip_set.to_dict(),
+            "gamma": entry.plan.gamma,
+            "exit_threshold": entry.plan.exit_threshold,
+            "ratio": entry.ratio,
+            "sets": entry.sets,
+            "selection_seconds": round(entry.seconds, 2),
+        }
+        for entry in entries
+    ]
+    for row in found:
+        del row["ratios"], row["settings"]
+    return sorted(found, key=lambda row: -row["speedup"]["value"])
+
+
+def best_of_each(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest row of each method, as measured: a rival is allowed what it could not have known."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -row["speedup"]["value"]):
+        best.setdefault(row["method"], row)
+    return list(best.values())
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether ours is faster than a rival's row, beyond the 95 % interval."""
+    against = row["ours_over_it"]
+    if against is None:
+        return ""
+    return "faster" if against["low"] > 1 else "slower" if against["high"] < 1 else "level"
+
+
+def draft_cost(context: Context, skip_set: SkipSet) -> float:
+    """A step of the draft, in steps of a draft that skips nothing."""
+    return context.costs.draft_step(skip_set) / context.costs.draft_step(SkipSet())
+
+
+def _is_rival(entry: Entry, ours: Sequence[str]) -> bool:
+    return bool(ours) and entry.method != OURS
+
+
+def _against(measured: Measurement, ours: Sequence[str], entry: Entry) -> Ratio:
+    return measured.ratio(ours[0], entry.name)

@@ -1,0 +1,163 @@
+"""Finish: what every search ends with: a profile of this device, the best plans decoded, and the plan that won."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from time import perf_counter
+
+import optuna
+from transformers import PreTrainedModel
+
+from selfspec.loading import versions
+from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance
+from selfspec_search.confirm import Confirmed, confirm, plan_of
+from selfspec_search.objective import Prediction, Prices, plain_figures
+from selfspec_search.profile import Profile, measure, position_limit
+from selfspec_search.replay import Replay
+from selfspec_search.result import SearchResult
+from selfspec_search.settings import OnProgress, Phase, Progress, SearchSettings
+from selfspec_search.table import Table
+from selfspec_search.texts import Text
+
+
+@dataclass(kw_only=True)
+class Phases:
+    """Where the time goes, and what is told on the way."""
+
+    on_progress: OnProgress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[name] = perf_counter() - start
+
+    def tell(self, phase: Phase, done: int, total: int, best: float | None = None) -> None:
+        self.on_progress(Progress(phase=phase, done=done, total=total, best=best))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """What there is to choose from.
+
+    Attributes:
+        study: its name.
+        ranking: predictions, best first.
+        lookup: prompt lookup alone, where it takes part.
+        complete: trials that ran whole, by any worker.
+        pruned: trials that were ended early.
+        interrupted: whether the user ended them.
+    """
+
+    study: str
+    ranking: Sequence[Prediction]
+    lookup: Prediction | None
+    complete: int
+    pruned: int
+    interrupted: bool = False
+
+
+def measure_for(model: PreTrainedModel, texts: Sequence[Text], settings: SearchSettings, phases: Phases) -> Profile:
+    """A profile at the contexts that decoding these texts passes through, shortest prompt to longest end."""
+    prompts = [text.tokens[: text.prompt].to(model.device) for text in texts]
+    middle = sorted(text.prompt + text.written // 2 for text in texts)[len(texts) // 2]
+    contexts = {min(text.prompt for text in texts), middle, max(map(len, texts))}
+    most = max(1, (position_limit(model) or 2**31) - settings.gamma_max - 2)
+    return measure(
+        model,
+        prompts,
+        gamma_max=settings.gamma_max,
+        contexts=sorted({min(context, most) for context in contexts}),
+        rows=settings.rows,
+        slots=max(text.prompt + text.allowed for text in texts) + settings.gamma_max + 1,
+        backend=settings.backend,
+        compile=settings.compile,
+        on_cycle=lambda done, total: phases.tell("profile", done, total),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Decodes the best plans, and writes down what came of it."""
+
+    model: PreTrainedModel
+    settings: SearchSettings
+    profile: Profile
+    phases: Phases
+
+    def run(self, trials: Trials, texts: Sequence[Text], held_out: Sequence[Text]) -> SearchResult:
+        """Confirm the best of `trials`, which were predicted on `texts`, on `held_out` ones."""
+        chosen = list(trials.ranking[: self.settings.confirm])
+        if trials.lookup is not None and trials.lookup.speedup > 1:
+            chosen.append(trials.lookup)
+        with self.phases.phase("confirm"):
+            plain, confirmed = self._confirm(chosen, held_out)
+        confirmed.sort(key=lambda one: one.rank)
+        winner = next((one for one in confirmed if one.is_faster), None)
+        identity = ModelIdentity.of(self.model.config)
+        provenance = self._provenance(winner, plain, trials, texts, held_out)
+        plan = Plan.none(model=identity, provenance=provenance)
+        if winner is not None:
+            plan = plan_of(winner.prediction).model_copy(update={"model": identity, "provenance": provenance})
+        return SearchResult(
+            plan=plan,
+            plain=plain,
+            confirmed=confirmed,
+            winner=winner,
+            profile=self.profile,
+            trials_complete=trials.complete,
+            trials_pruned=trials.pruned,
+            interrupted=trials.interrupted,
+            seconds=self.phases.seconds,
+        )
+
+    def _confirm(self, chosen: Sequence[Prediction], held_out: Sequence[Text]) -> tuple[Figures, list[Confirmed]]:
+        settings, fastest = self.settings, max(prediction.speedup for prediction in chosen)
+        return confirm(
+            self.model,
+            chosen,
+            Replay(self.model, held_out, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
+            Prices.of(self.profile, held_out, lookup=settings.lookup),
+            settings,
+            lambda done, total: self.phases.tell("confirm", done, total, fastest),
+        )
+
+    def _provenance(
+        self,
+        winner: Confirmed | None,
+        plain: Figures,
+        trials: Trials,
+        texts: Sequence[Text],
+        held_out: Sequence[Text],
+    ) -> Provenance:
+        plainly, plainly_held_out = (
+            plain_figures(Table.empty(some, 1), Prices.of(self.profile, some, lookup=False))
+            for some in (texts, held_out)
+        )
+        return Provenance(
+            conditions=self._conditions(texts),
+            seed=self.settings.seed,
+            trials=trials.complete + trials.pruned,
+            study=trials.study,
+            settings={"sampler": self.settings.sampler, "gamma_max": self.settings.gamma_max, "texts": len(texts)},
+            predicted=winner.prediction.figures if winner else plainly,
+            predicted_on_held_out=winner.predicted_on_held_out if winner else plainly_held_out,
+            measured=winner.measured if winner else plain,
+            errors=winner.errors if winner else {},
+            profile=self.profile.to_dict(),
+        )
+
+    def _conditions(self, texts: Sequence[Text]) -> Conditions:
+        return Conditions(
+            device=self.profile.device,
+            dtype=self.profile.dtype,
+            rows=self.profile.rows,
+            context=round(sum(text.prompt + text.written / 2 for text in texts) / len(texts)),
+            sampling=self.settings.sampling.to_dict(),
+            compiled=self.profile.compiled,
+            versions={**versions(), "selfspec": version("selfspec"), "optuna": optuna.__version__},
+        )

@@ -1,0 +1,91 @@
+"""Memory: how many starts a replay may take into one pass, so that all it holds stays within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from selfspec.errors import InputError
+from selfspec.views import probe, target_view
+from selfspec_search.recording import PADDING, batches
+from selfspec_search.texts import Text
+
+_COLUMNS = 100
+"""Bytes of a start's places, kept and on the way, and of its text's token."""
+ON_CPU = 4 * 2**30
+"""The budget where none is given and there is no accelerator whose free memory could be asked for."""
+SHARE = 0.5
+"""Of an accelerator's free memory, the budget where none is given."""
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Memory:
+    """Estimates, from above, of what a replay of `depths` holds beside the model, in bytes."""
+
+    def __init__(
+        self, model: PreTrainedModel, depths: int, budget: int | None = None, *, sampled: bool = False
+    ) -> None:
+        config, item = model.config.get_text_config(), model.dtype.itemsize
+        shapes = probe(model, target_view(model)).shapes.values()
+        self.budget = self.default(model.device) if budget is None else budget
+        self.per_token: int = sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * item
+        vocabulary, hidden = model.get_output_embeddings().weight.shape
+        wide = getattr(config, "intermediate_size", None) or 4 * hidden
+        # Logits, their float32 copies for processors and softmax, and what top-p sorts and sums; a layer's activations;
+        # keys and values of all depths, twice while starts are dropped.
+        copies = item + (32 if sampled else 12)
+        self._per_start: int = vocabulary * copies + (12 * hidden + 3 * wide) * item + 2 * depths * self.per_token
+        self._heads = int(config.num_attention_heads)
+        # Those of depth 0: for windows and without, for every query head that shares a key, laid out with padding.
+        groups = -(-self._heads // min(shape.heads for shape in shapes))
+        self._kept_masks = 2 * groups * item * PADDING
+
+    @staticmethod
+    def default(device: torch.device) -> int:
+        if device.type == "cuda":
+            return int(SHARE * torch.cuda.mem_get_info(device)[0])
+        return ON_CPU
+
+    def recorded(self, texts: Sequence[Text]) -> int:
+        """Keys and values of the texts, padded as they are recorded, and the places of all starts."""
+        padded = sum(len(batch) * max(len(texts[index]) for index in batch) for batch in batches(texts))
+        return (self.per_token + _COLUMNS) * padded
+
+    def per_start(self, texts: Sequence[Text]) -> int:
+        """One start's share of a pass, with the scores and masks of attention to the longest text, and kept masks."""
+        return self._per_start + (12 * self._heads * PADDING + self._kept_masks) * max(map(len, texts))
+
+    def most_starts(self, texts: Sequence[Text]) -> int:
+        """How many starts may go through all depths together, at least one."""
+        return max(1, (self.budget - self.recorded(texts)) // self.per_start(texts))
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """Raise `InputError` where the budget does not hold the recorded texts and one start."""
+        recorded, one = self.recorded(texts), self.per_start(texts)
+        if self.budget < recorded + one:
+            raise InputError(
+                f"a memory budget of {in_words(self.budget)} is too small: the keys and values of {len(texts)} texts "
+                f"take {in_words(recorded)}, and one position {in_words(one)}; give at least "
+                f"{in_words(recorded + one)}, or fewer or shorter prompts"
+            )
+
+
+def in_words(size: int) -> str:
+    """Bytes for people, rounded up: what is said to be enough must be."""
+    unit, name = next(((size_of, name) for name, size_of in reversed(_UNITS.items()) if size >= size_of), (1, ""))
+    return f"{-(-size * 10 // unit) / 10:g} {name}{'i' if name else ''}B"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from '512M', '4G', '1.5GiB' or a plain number; units are powers of 1024."""
+    bare = text.strip().upper().removesuffix("B").removesuffix("I")
+    number, unit = (bare[:-1], bare[-1]) if bare[-1:] in _UNITS and bare[-1:] else (bare, "")
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise InputError(f"memory is '{text}', but a size such as 512M or 4G is expected")
+    return size

@@ -1,0 +1,87 @@
+"""repicking: the best plan of a study's trials, priced for another device or another number of rows."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from selfspec.errors import InputError
+from selfspec_search import text_cache
+from selfspec_search.finish import Finish, Phases, Trials, measure_for
+from selfspec_search.objective import Prices, best, is_cheap
+from selfspec_search.result import SearchResult
+from selfspec_search.sampling import Sampling
+from selfspec_search.settings import OnProgress, SearchSettings
+from selfspec_search.store import StoredStudy, StoredTrial
+from selfspec_search.table import Table
+from selfspec_search.text_cache import TEXTS, model_fingerprint
+
+
+def repick(
+    model: PreTrainedModel,
+    study: StoredStudy,
+    settings: SearchSettings | None = None,
+    on_progress: OnProgress | None = None,
+) -> SearchResult:
+    """Pick the best plan of a study for this device, and for `settings.rows` rows, without any new trial.
+
+    Every trial keeps what its draft got accepted; a profile measured here prices it anew, and the best few are
+    confirmed by decoding here. Depths that were not replayed, because the trial was ended early or longer drafts did
+    not look worth it where the study was made, are estimated from the first one.
+
+    Args:
+        model: the one that the study is about.
+        study: see `load_study`.
+        settings: `rows`, `compile`, `backend`, `lookup`, `max_draft_cost` and those of the confirmation count; texts,
+            sampling and the longest draft are the study's.
+
+    Raises:
+        InputError: the study is about another model, or holds no finished trial.
+    """
+    _check(model, study)
+    made_with = study.identity
+    settings = replace(
+        settings or SearchSettings(),
+        gamma_max=made_with["gamma_max"],
+        new_tokens=made_with["new_tokens"],
+        sampling=Sampling(**made_with["sampling"]),
+    )
+    phases = Phases(on_progress=on_progress or (lambda progress: None))
+    texts, calibration = text_cache.from_bytes(study.blobs[TEXTS]), int(made_with["calibration"])
+    with phases.phase("profile"):
+        profile = measure_for(model, texts, settings, phases)
+    with phases.phase("trials"):
+        prices = Prices.of(profile, texts[:calibration], lookup=settings.lookup).with_lookups(texts[:calibration])
+        # Sets that were too expensive to be tried at all have no table.
+        priced = [trial for trial in study.trials if "table" in trial.record]
+        found = [best(table_of(trial, settings.gamma_max), prices, trial.skip_set) for trial in priced]
+        found = [prediction for prediction in found if is_cheap(prediction.skip_set, prices, settings.max_draft_cost)]
+    if not found:
+        raise InputError(f"no trial of study '{study.name}' is as cheap here as max_draft_cost asks; raise it")
+    whole = sum(trial.value is not None for trial in study.trials)
+    trials = Trials(
+        study=study.name,
+        ranking=sorted(found, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set))),
+        lookup=prices.best_lookup(texts[:calibration]),
+        complete=whole,
+        pruned=len(study.trials) - whole,
+    )
+    finish = Finish(model=model, settings=settings, profile=profile, phases=phases)
+    return finish.run(trials, texts[:calibration], texts[calibration:])
+
+
+def table_of(trial: StoredTrial, depths: int) -> Table:
+    """What a trial's draft got accepted, and beyond the depths that were replayed an estimate from the first one."""
+    return Table.from_bytes(b64decode(trial.record["table"])).extended(depths)
+
+
+def _check(model: PreTrainedModel, study: StoredStudy) -> None:
+    if study.identity.get("weights") != model_fingerprint(model):
+        raise InputError(
+            f"study '{study.name}' is about another model than the one given (its weights, config or dtype differ); "
+            "give the model and dtype that it was made with"
+        )
+    if TEXTS not in study.blobs or not any("table" in trial.record for trial in study.trials):
+        raise InputError(f"study '{study.name}' holds no finished trial; run 'selfspec search' on it first")

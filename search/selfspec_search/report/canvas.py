@@ -1,0 +1,78 @@
+"""Canvas: how every figure of a report looks, and how it becomes an SVG inside the page or a PNG beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO, StringIO
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH = 6.8
+"""Inches of every figure, so that letters have one size throughout."""
+PNG_DPI = 200
+
+INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e3e7eb", "#ffffff"
+KEPT, SKIPPED = "#34516e", "#e1e7ed"
+PREDICTED, MEASURED, CHOSEN = "#7fa3cc", "#1f5f8b", "#c8462b"
+
+_STYLE: Any = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page asks for the reader's own in its place
+    "font.size": 8.5,
+    "axes.titlesize": 9.0,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "text.parse_math": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "figure.facecolor": PAPER,
+    "hatch.linewidth": 0.6,
+    "svg.fonttype": "none",  # letters, not outlines: they can be selected and searched
+    "svg.hashsalt": "selfspec",  # the same figure is the same text
+}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures that are made and saved in here look like the report's; nothing outside of it changes."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of the report's width, `height` inches high, with so many axes side by side."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def to_svg(figure: Figure) -> str:
+    """An `<svg>` element to stand in a page among others: it scales with the page, and no two share names of groups."""
+    out = StringIO()
+    figure.savefig(out, format="svg", metadata=_NO_METADATA)
+    element = out.getvalue()
+    element = element[element.index("<svg") :]
+    element = re.sub(r'<g id="[^"]*"', "<g", element)  # the names of what is referred to are hashes of the content
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1))
+
+
+def to_png(figure: Figure) -> bytes:
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=PNG_DPI)
+    return out.getvalue()

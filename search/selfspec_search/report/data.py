@@ -1,0 +1,205 @@
+"""ReportData: everything that a report shows, read defensively, since it comes from files and databases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from selfspec.errors import InputError, PlanError
+from selfspec.plan import Plan, PromptLookup
+from selfspec.skip_set import SkipSet
+from selfspec_search.pareto import pareto_front
+
+Sublayer = tuple[str, int]
+DEFAULT_GAMMA_MAX = 8
+
+
+class Stored(Protocol):
+    """What a storage gives for one finished trial; `value` is the predicted speedup, None where it was pruned."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def skip_set(self) -> SkipSet: ...
+    @property
+    def value(self) -> float | None: ...
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One finished trial. All figures are predicted; None where they were not recorded, or the trial ended early."""
+
+    number: int
+    skip_set: SkipSet
+    speedup: float | None = None
+    estimate: float | None = None
+    draft_cost: float | None = None
+    agreement: float | None = None
+    gamma: int | None = None
+    threshold: float | None = None
+    lookup: str | None = None
+    tokens_per_round: float | None = None
+    acceptance_rate: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    worker: str | None = None
+
+    @classmethod
+    def of(cls, stored: Stored) -> Trial:
+        record = stored.record if isinstance(stored.record, Mapping) else {}
+        prediction = record.get("prediction")
+        prediction = prediction if isinstance(prediction, Mapping) else {}
+        estimate = number(record, "estimate")
+        gamma, lookup, worker = number(prediction, "gamma"), prediction.get("lookup"), record.get("worker")
+        return cls(
+            number=stored.number,
+            skip_set=stored.skip_set,
+            speedup=_finite(stored.value),
+            estimate=estimate if estimate else None,  # 0 stands for a set that was refused unreplayed
+            gamma=None if gamma is None else int(gamma),
+            lookup=None if lookup is None else _lookup_in_words(lookup),
+            worker=None if worker is None else str(worker),
+            **{name: number(record, name) for name in ("draft_cost", "agreement", "seconds")},
+            **{name: number(prediction, name) for name in ("threshold", *_PREDICTED)},
+        )
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.speedup is None
+
+    @property
+    def speedup_or_estimate(self) -> float | None:
+        """The predicted speedup, from all depths where they were replayed, else from the first."""
+        return self.estimate if self.speedup is None else self.speedup
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """(draft cost, agreement), where both are known."""
+        return None if self.draft_cost is None or self.agreement is None else (self.draft_cost, self.agreement)
+
+
+_PREDICTED = ("tokens_per_round", "acceptance_rate", "tokens_per_second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyData:
+    """One study: its trials, what it was about, and how much each sub-layer matters, where that was recorded.
+
+    `sensitivity` is the first depth's agreement when that one sub-layer alone is skipped.
+    """
+
+    name: str
+    trials: Sequence[Trial]
+    num_layers: int
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    sensitivity: Mapping[Sublayer, float] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> list[Trial]:
+        return [trial for trial in self.trials if not trial.is_pruned]
+
+    @property
+    def workers(self) -> list[str]:
+        return sorted({trial.worker for trial in self.trials if trial.worker is not None})
+
+    @property
+    def gamma_max(self) -> int:
+        given = number(self.identity, "gamma_max")
+        return int(given) if given is not None and given >= 1 else DEFAULT_GAMMA_MAX
+
+    def best(self, count: int) -> list[Trial]:
+        """The complete trials of the highest predicted speedup; of equals the smaller draft, as the search ranks."""
+        ranked = sorted(self.complete, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
+        unique: dict[SkipSet, Trial] = {}
+        for trial in ranked:
+            unique.setdefault(trial.skip_set, trial)
+        return list(unique.values())[:count]
+
+    def front(self) -> list[Trial]:
+        """Trials on the Pareto front of draft cost and agreement, by rising cost."""
+        placed = [(trial, trial.point) for trial in self.trials]
+        known = [(trial, point) for trial, point in placed if point is not None]
+        return [known[index][0] for index in pareto_front([point for _, point in known])]
+
+    def trial_of(self, skip_set: SkipSet) -> Trial | None:
+        """The trial that tried this set, if one did; a complete one before a pruned one."""
+        same = [trial for trial in self.trials if trial.skip_set == skip_set]
+        return min(same, key=lambda trial: (trial.is_pruned, trial.number), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """A plan, a study, or both; of the same model. `source` is what the user named."""
+
+    source: str
+    plan: Plan | None = None
+    study: StudyData | None = None
+
+    def __post_init__(self) -> None:
+        if self.plan is None or self.study is None:
+            return
+        named = self.plan.model.num_layers if self.plan.model else None
+        if named is not None and named != self.study.num_layers:
+            raise InputError(
+                f"the plan is for a model of {named} layers, but study '{self.study.name}' searched one of "
+                f"{self.study.num_layers}; give a plan and a study of the same model"
+            )
+        self.plan.skip_set.validate(self.study.num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """The model's; as far as the skip set reaches, where neither plan nor study says."""
+        if self.study is not None:
+            return self.study.num_layers
+        if self.plan is not None and self.plan.model is not None:
+            return self.plan.model.num_layers
+        return max((layer for _, layer in self.skip_set or ()), default=-1) + 1
+
+    @property
+    def best_trial(self) -> Trial | None:
+        return next(iter(self.study.best(1)), None) if self.study else None
+
+    @property
+    def chosen_trial(self) -> Trial | None:
+        """The trial of the plan's skip set; without a plan the best one; None where the plan's draft skips nothing."""
+        if self.plan is None:
+            return self.best_trial
+        return self.study.trial_of(self.plan.skip_set) if self.study and self.plan.gamma else None
+
+    @property
+    def skip_set(self) -> SkipSet | None:
+        """The plan's, without a plan the best trial's."""
+        if self.plan is not None:
+            return self.plan.skip_set
+        return self.best_trial.skip_set if self.best_trial else None
+
+
+def _lookup_in_words(lookup: Any) -> str:
+    try:
+        given = PromptLookup(**lookup)
+    except (PlanError, TypeError):
+        return in_words(lookup)
+    return f"{given.min_ngram} to {given.max_ngram} tokens, drafts {given.gamma}"
+
+
+def number(record: Mapping[str, Any], key: str) -> float | None:
+    """A finite number out of a record; None for anything else."""
+    return _finite(record.get(key))
+
+
+def _finite(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def in_words(value: Any) -> str:
+    """Any JSON value on one line: nested mappings and lists as 'key value, key value'."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(in_words(item) for item in value) or "none"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else str(value)

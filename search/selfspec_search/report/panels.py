@@ -1,0 +1,209 @@
+"""Panels: for each figure of a report its title, its drawing and a caption that says how it was computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from selfspec.plan import Figures
+from selfspec.skip_set import SkipSet
+from selfspec_search.report import figures
+from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One figure of the page; `key` names it in links and in its PNG."""
+
+    key: str
+    title: str
+    figure: Figure
+    caption: str
+
+
+def panels(data: ReportData) -> Iterator[Panel]:
+    """All panels that there is data for, in the order of the page."""
+    for make in (_strip, _pareto, _history, _comparison, _positions, _sensitivity):
+        panel = make(data)
+        if panel is not None:
+            yield panel
+
+
+def provenance_figures(data: ReportData) -> dict[str, Figures]:
+    """The plan's figures by where they are from; 'measured' is the only one that was not computed."""
+    provenance = data.plan.provenance if data.plan else None
+    if provenance is None:
+        return {}
+    named = {
+        "predicted, calibration": provenance.predicted,
+        "predicted, held-out": provenance.predicted_on_held_out,
+        "measured": provenance.measured,
+    }
+    return {label: given for label, given in named.items() if given is not None}
+
+
+def _strip(data: ReportData) -> Panel | None:
+    skip_set, layers = data.skip_set, data.num_layers
+    if skip_set is None or not layers or (data.plan is not None and not data.plan.gamma):
+        return None
+    lost = len(skip_set.dropped_layers())
+    dropped = f"; {_count(lost, 'layer')} in whole" if lost else ""
+    whose = "The plan" if data.plan else "The best trial"
+    return Panel(
+        key="skipped",
+        title="What the draft leaves out",
+        figure=figures.strip(skip_set, layers),
+        caption=f"{whose} skips {len(skip_set.attn)} of {layers} attention and {len(skip_set.mlp)} of {layers} MLP "
+        f"sub-layers{dropped}. Every token is still checked by the whole model.",
+    )
+
+
+def _pareto(data: ReportData) -> Panel | None:
+    study = data.study
+    if study is None or not study.front():
+        return None
+    chosen = data.chosen_trial
+    name = "chosen plan" if data.plan else "best trial"
+    return Panel(
+        key="pareto",
+        title="Draft cost against agreement",
+        figure=figures.pareto(study, chosen, name),
+        caption="Every trial, predicted: how much a draft step costs (from the profile) and how often its first token "
+        f"is the model's own (by replay). Trials on the front are beaten by none in both. {_mark(data, name)} Grey "
+        f"lines join points of equal speedup in an idealised model, the best over gamma of {_IDEAL} for agreement a "
+        "and cost c: the same agreement at every position, and a check that costs one plain step. The trials' own "
+        f"speedups, the colours, assume neither{_lookup_helps(study)}.",
+    )
+
+
+_IDEAL = "(1 + a + … + a^gamma) / (gamma c + 1)".replace(" ", "\u00a0")
+
+
+def _mark(data: ReportData, name: str) -> str:
+    if data.chosen_trial is not None:
+        return f"The ring marks the {name}." if data.chosen_trial.point else f"The {name} is at no known point."
+    if data.plan is None:
+        return "No trial was whole, so none is marked."
+    return "The plan's skip set is not among them." if data.plan.gamma else "The plan runs no layer-skipping draft."
+
+
+def _lookup_helps(study: StudyData) -> str:
+    return ", and count what prompt lookup drafts before the layers do" if any(t.lookup for t in study.trials) else ""
+
+
+def _history(data: ReportData) -> Panel | None:
+    study = data.study
+    if study is None or all(trial.speedup_or_estimate is None for trial in study.trials):
+        return None
+    pruned = len(study.trials) - len(study.complete)
+    workers = f" by {len(study.workers)} workers" if len(study.workers) > 1 else ""
+    return Panel(
+        key="history",
+        title="How the search went",
+        figure=figures.history(study),
+        caption=f"Predicted speedup of {_count(len(study.complete), 'whole trial')}{workers}, in the order in which "
+        f"they began, and the best so far. {pruned} ended early, drawn at what their first draft position promised. "
+        "Plain decoding is 1.",
+    )
+
+
+def _comparison(data: ReportData) -> Panel | None:
+    given = provenance_figures(data)
+    if not given or data.plan is None or not data.plan.speculates:
+        return None
+    names = {"speedup": "speedup", "tokens per round": "tokens_per_round", "tokens per second": "tokens_per_second"}
+    bars = {title: {label: getattr(f, name) for label, f in given.items()} for title, name in names.items()}
+    measured = given.get("measured")
+    how = (
+        f"Measured is by decoding {_texts(measured)}, in turn with the plain model in the same run."
+        if measured
+        else "Nothing was measured yet: confirm the plan by 'selfspec bench'."
+    )
+    return Panel(
+        key="predicted-measured",
+        title="Predicted against measured",
+        figure=figures.comparison(bars),
+        caption="Predicted is by replay and the latency profile, without decoding: on the calibration prompts, by "
+        f"which the plan was chosen, and on held-out ones, which it never saw. {how} Speedups are against plain "
+        "decoding; errors are measured over predicted, less 1.",
+    )
+
+
+def _texts(given: Figures) -> str:
+    return _count(given.texts, "held-out prompt") if given.texts else "held-out prompts"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _positions(data: ReportData) -> Panel | None:
+    lines = {label: _agreement(given) for label, given in provenance_figures(data).items()}
+    lines = {label: values for label, values in lines.items() if values}
+    if not lines or data.plan is None or not data.plan.speculates:
+        return None
+    return Panel(
+        key="positions",
+        title="Acceptance by draft position",
+        figure=figures.positions(lines),
+        caption="Left: of the tokens drafted at this position behind an accepted prefix, the share that was accepted. "
+        "Right: their product, the share of rounds that would accept so many tokens or more if all drafted them. "
+        f"{_looks(lines)}",
+    )
+
+
+def _looks(lines: Mapping[str, Sequence[float]]) -> str:
+    solid = "Solid is measured by decoding" if "measured" in lines else ""
+    broken = "broken is predicted by replay" if set(lines) - {"measured"} else ""
+    said = ", ".join(filter(None, (solid, broken)))
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _agreement(given: Figures) -> list[float]:
+    """By draft position; empty where it was not recorded."""
+    values = getattr(given, "agreement", None) or ()
+    return [float(value) for value in values]
+
+
+def _sensitivity(data: ReportData) -> Panel | None:
+    study = data.study
+    if study is None:
+        return None
+    dotted = data.skip_set if data.skip_set is not None else SkipSet()
+    dots = " Dots are what the " + ("plan" if data.plan else "best trial") + " skips." if dotted else ""
+    if study.sensitivity:
+        values, differences = study.sensitivity, False
+        caption = (
+            "Predicted, by replay: how often the first drafted token is the model's own when this one sub-layer alone "
+            f"is skipped. The darker, the more it is needed; those below the scale are darkest.{dots}"
+        )
+    else:
+        values, differences = gains(study.trials, study.num_layers), True
+        caption = (
+            "From the trials, predicted: the mean speedup of those that skip this sub-layer less that of those that "
+            "run it. Red is better run, blue is better skipped. The search favours good sets, so this shows where it "
+            f"went, and is no experiment on each sub-layer.{dots}"
+        )
+    if not values:
+        return None
+    drawn = figures.sensitivity(values, study.num_layers, dotted, differences=differences)
+    return Panel(key="sensitivity", title="How much each sub-layer matters", figure=drawn, caption=caption)
+
+
+def gains(trials: Sequence[Trial], num_layers: int) -> Mapping[Sublayer, float]:
+    """Mean predicted speedup with a sub-layer skipped less the mean with it run, where there are trials of both."""
+    known = [(trial.skip_set, trial.speedup_or_estimate) for trial in trials]
+    found: dict[Sublayer, float] = {}
+    for layer in range(num_layers):
+        for kind in figures.KINDS:
+            sides: dict[bool, list[float]] = {True: [], False: []}
+            for skip_set, speedup in known:
+                if speedup is not None:
+                    sides[layer in getattr(skip_set, kind)].append(speedup)
+            if sides[True] and sides[False]:
+                found[kind, layer] = fmean(sides[True]) - fmean(sides[False])
+    return {sublayer: gain for sublayer, gain in found.items() if math.isfinite(gain)}

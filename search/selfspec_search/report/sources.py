@@ -1,0 +1,113 @@
+"""Sources: from what the user named, a plan or a study's storage, to what a report shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selfspec.errors import InputError
+from selfspec.plan import PLAN_FILE, Plan
+from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial, number
+from selfspec_search.space import sublayers
+
+SQLITE_MAGIC = b"SQLite format 3\x00"
+JOURNAL_SUFFIX = ".journal"
+SENSITIVITY = "sensitivity"
+"""Under this key a study keeps each sub-layer's agreement when it alone is skipped, as JSON."""
+
+
+def read_source(source: str, *, study: str | None = None, plan: str | os.PathLike[str] | None = None) -> ReportData:
+    """Read a plan or a study.
+
+    Args:
+        source: a plan file or a directory that holds one, whose study is read too if its storage is beside it
+            ('plan.db' beside 'plan.json'); or a study's storage: an SQLite file, a journal file or a URL.
+        study: the study's name, where the storage holds several.
+        plan: the chosen plan, to show in a study's report.
+
+    Raises:
+        InputError: neither a plan nor a storage, or one that holds no such study.
+        PlanError: a plan that cannot be read.
+    """
+    if is_storage(source):
+        chosen = Plan.from_pretrained(plan) if plan is not None else None
+        return ReportData(source=_without_password(source), plan=chosen, study=_read_study(source, study))
+    if plan is not None:
+        raise InputError(f"'{source}' is a plan already, so --plan {plan} is one too many; give one of them")
+    return _read_plan(Path(source), study)
+
+
+def is_storage(source: str) -> bool:
+    """Whether this names a storage rather than a plan; `InputError` for a file that is neither."""
+    if "://" in source:
+        return True
+    path = Path(source)
+    if os.path.isdir(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(SQLITE_MAGIC))
+    except FileNotFoundError:
+        raise InputError(f"there is no file '{source}'; give a plan, an SQLite file of a search, or its URL") from None
+    except OSError as error:
+        raise InputError(f"'{source}' cannot be read: {error.strerror or error}") from None
+    if start == SQLITE_MAGIC or path.suffix == JOURNAL_SUFFIX:
+        return True
+    if not start.lstrip().startswith(b"{"):
+        raise InputError(f"'{source}' is neither a plan (JSON) nor a study's storage (an SQLite or journal file)")
+    return False
+
+
+def _read_plan(path: Path, study: str | None) -> ReportData:
+    plan = Plan.from_pretrained(path)
+    file = path / PLAN_FILE if os.path.isdir(path) else path
+    storage = file.with_suffix(".db")
+    if not storage.is_file():
+        if study is not None:
+            raise InputError(f"there is no storage {storage} beside the plan to look for study '{study}' in; name it")
+        return ReportData(source=str(file), plan=plan)
+    recorded = getattr(plan.provenance, "study", None)
+    return ReportData(source=str(file), plan=plan, study=_read_study(str(storage), study or recorded))
+
+
+def _read_study(storage: str, name: str | None) -> StudyData:
+    from selfspec_search.stored import load_study
+
+    try:
+        stored = load_study(storage, name)
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"storage '{storage}' cannot be read: {error}; give another file") from None
+    return StudyData(
+        name=stored.name,
+        trials=[Trial.of(trial) for trial in stored.trials],
+        num_layers=stored.num_layers,
+        identity=stored.identity,
+        sensitivity=_sensitivity(stored.blobs.get(SENSITIVITY), stored.num_layers),
+    )
+
+
+def _sensitivity(data: bytes | None, num_layers: int) -> Mapping[Sublayer, float]:
+    """What there is of it; nothing, where it is not what it should be: the page then shows the trials instead."""
+    try:
+        given: Any = json.loads(data) if data else {}
+    except ValueError:
+        given = {}
+    named = given if isinstance(given, Mapping) else {}
+    values = {(kind, layer): number(named, f"{kind}_{layer}") for kind, layer in sublayers(num_layers)}
+    return {sublayer: value for sublayer, value in values.items() if value is not None}
+
+
+def _without_password(source: str) -> str:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if "://" not in source:
+        return source
+    try:
+        return make_url(source).render_as_string(hide_password=True)
+    except ArgumentError:
+        return source.partition("://")[0] + "://…"

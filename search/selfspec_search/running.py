@@ -1,0 +1,153 @@
+"""Running: a trial that this worker works on; its heartbeats tell the others that the worker is alive."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import cached_property
+from operator import methodcaller
+from types import TracebackType
+from typing import Any, Self
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from selfspec.errors import InputError
+from selfspec.skip_set import SkipSet
+from selfspec_search.storage import STORAGE_ERRORS, Storage, reason_of
+
+HEARTBEAT_SECONDS = 10.0
+"""Between two heartbeats: one small write each, which no database minds."""
+GRACE_SECONDS = 30.0
+"""A worker silent for so long is taken for dead: one lost connection must not look like it."""
+RECORD = "record"
+OWNER, BEAT = "selfspec:owner", "selfspec:beat"
+
+
+class Running:
+    """A trial in state RUNNING, as a context manager: left without `finish` or `prune`, the trial has failed.
+
+    Heartbeats come from a thread of their own, so also while the main thread is inside torch.
+
+    Args:
+        storage: where the trial is.
+        trial_id: Optuna's.
+        skip_set: what is tried.
+        interval: seconds between heartbeats.
+    """
+
+    def __init__(self, storage: Storage, trial_id: int, skip_set: SkipSet, interval: float) -> None:
+        self.skip_set = skip_set
+        self._storage = storage
+        self._trial_id = trial_id
+        self._interval = interval
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    @cached_property
+    def number(self) -> int:
+        """Of the trial in its study."""
+        return self._storage.do(lambda storage: storage.get_trial_number_from_id(self._trial_id))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(InputError) if error else nullcontext():  # what went wrong first is what the user must see
+            if not self._ended.is_set():
+                self.fail()
+        self._stop()
+
+    def finish(self, value: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
+        """Complete the trial.
+
+        Args:
+            value: the objective.
+            record: what to keep of it; anything that JSON can hold.
+            constraints: values that are feasible if at most 0, as Optuna keeps them.
+        """
+        self._note(record, constraints)
+        self._end(TrialState.COMPLETE, [value])
+
+    def prune(self, estimate: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
+        """End the trial early: `estimate` is what the first depth promised."""
+        self._note(record, constraints)
+        self._write(lambda storage: storage.set_trial_intermediate_value(self._trial_id, 0, estimate))
+        self._end(TrialState.PRUNED)
+
+    def fail(self) -> None:
+        """End the trial without a result; its skip set may be tried again."""
+        self._end(TrialState.FAIL)
+
+    def _note(self, record: Mapping[str, Any], constraints: Mapping[str, float] | None) -> None:
+        for name, value in (constraints or {}).items():
+            self._write(methodcaller("set_trial_system_attr", self._trial_id, f"constraints:{name}", value))
+        self._write(lambda storage: storage.set_trial_user_attr(self._trial_id, RECORD, dict(record)))
+
+    def _end(self, state: TrialState, values: Sequence[float] | None = None) -> None:
+        self._write(lambda storage: storage.set_trial_state_values(self._trial_id, state, values), ends=state)
+        self._stop()
+
+    def _write(self, action: Callable[[BaseStorage], object], ends: TrialState | None = None) -> None:
+        """Run `action`, unless another worker ended this trial because this one had been silent for too long."""
+        if self._ended.is_set():
+            return
+        try:
+            self._storage.do(action)
+        except UpdateFinishedTrialError:
+            # A connection lost between a write and its confirmation: the second try finds the work of the first.
+            if self._storage.do(lambda storage: storage.get_trial(self._trial_id)).state != ends:
+                self._storage.on_notice(
+                    f"trial {self.number} was taken over by another worker, because this one had been silent; its "
+                    "result here is dropped"
+                )
+            self._ended.set()
+
+    def _stop(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _beat(self) -> None:
+        count, silent = 0, False
+        while not self._ended.wait(self._interval):
+            count += 1
+            try:
+                # Once: the main thread is the one that waits for lost connections, and tells of them.
+                self._storage.raw.set_trial_system_attr(self._trial_id, BEAT, count)
+                silent = False
+            except (UpdateFinishedTrialError, KeyError):
+                return  # the main thread finds out when it writes
+            except STORAGE_ERRORS as error:
+                if not silent:
+                    self._storage.on_notice(
+                        f"no heartbeat reaches storage '{self._storage.label}': {reason_of(error)}; trying on"
+                    )
+                silent = True
+
+
+def owner() -> dict[str, Any]:
+    """Who works on a trial that this process begins; the token tells its trials apart."""
+    return {"machine": machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+
+
+def machine() -> str:
+    """A name of the machine, and of the container where process numbers have a meaning."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def trial_with_token(storage: BaseStorage, study_id: int, token: str) -> FrozenTrial | None:
+    """The trial that was begun with this token."""
+    trials = storage.get_all_trials(study_id, deepcopy=False)
+    return next((trial for trial in reversed(trials) if trial.system_attrs.get(OWNER, {}).get("token") == token), None)

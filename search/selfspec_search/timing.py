@@ -1,0 +1,147 @@
+"""Timing: stretches of the real runtime and its loop that do the same work at every call, and how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfspec.decoding import prefill, step
+from selfspec.drafting import LayerSkipDrafter, PromptLookupDrafter
+from selfspec.kv_cache import KVCache
+from selfspec.plan import PromptLookup
+from selfspec.request import Request
+from selfspec.runtime import Runtime
+from selfspec.sampling import Draft
+from selfspec.stats import Stats
+from selfspec.views import attention_modules
+from selfspec_search.texts import request_for
+
+STEPS = 4
+"""Draft length at which a step of the draft is timed. Rounds are timed by as many, too: on a busy machine the median of
+long stretches and that of short ones are not to be compared."""
+RARELY = 5
+"""Prefills, which take long and count once a text, are timed in one cycle of so many."""
+
+Call = Callable[[], Any]
+
+
+class Bench:
+    """What is timed at one context: the tokens in the cache when a call begins.
+
+    Args:
+        prompts: `b t`; all but the last token of each row are the context. The runtimes' cache must have room for
+            them, and for three times what a call drafts.
+    """
+
+    def __init__(self, prompts: Tensor) -> None:
+        self.prompts = prompts
+
+    def draft(self, runtime: Runtime, threshold: float | None = None) -> Call:
+        """STEPS tokens drafted in every row."""
+        request = self._begin(runtime, STEPS)
+        drafter = LayerSkipDrafter(runtime, STEPS, threshold)
+
+        def call() -> None:
+            runtime.cache.lengths.copy_(request.ends - 1)
+            drafter.draft(request)
+
+        return call
+
+    def round(self, runtime: Runtime, n: int) -> Call:
+        """STEPS rounds over `n` tokens that cost nothing to draft."""
+        request = self._begin(runtime, n)
+        drafter, stats = _Guesses(request, n), Stats(rows=request.rows)
+        ends = request.ends.clone()
+
+        def call() -> None:
+            for _ in range(STEPS):
+                request.ends.copy_(ends)  # always from the same state: other things run in between, on the same cache
+                runtime.cache.lengths.copy_(ends - 1)
+                step(runtime, drafter, request, stats)
+
+        return call
+
+    def lookup(self, runtime: Runtime, gamma: int) -> Call:
+        """STEPS times prompt lookup."""
+        request = self._begin(runtime, gamma)
+        drafter = PromptLookupDrafter(PromptLookup(gamma=gamma))
+        return lambda: [drafter.draft(request) for _ in range(STEPS)]
+
+    def prefill(self, runtime: Runtime) -> Call:
+        """One prefill."""
+        request = self._begin(runtime, 0)
+        return lambda: prefill(runtime, request)
+
+    def _begin(self, runtime: Runtime, gamma: int) -> Request:
+        """A request with room for one round: every call is that same round again.
+
+        Its prompts need not be cached: whatever is there takes as long to attend to.
+        """
+        runtime.pin_longrope(self.prompts.shape[1])
+        return request_for(runtime.model, list(self.prompts), 2 * gamma + 2, gamma, stops=False)
+
+
+class _Guesses:
+    """A drafter that costs nothing: the same tokens over and over. What is left of a round is all but drafting."""
+
+    def __init__(self, request: Request, gamma: int) -> None:
+        self.gamma = gamma
+        tokens = request.prompts.repeat(1, -(-gamma // request.prompts.shape[1]))[:, :gamma]
+        self._draft = Draft(tokens, torch.full_like(request.ends, gamma), None)
+
+    def draft(self, request: Request) -> Draft:
+        return self._draft
+
+
+def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:
+    """Let runtimes of one model use one cache: seven of them could take more memory than the model."""
+    first, *others = runtimes
+    first.reserve(rows, slots)
+    for other in others:
+        other._cache = first.cache
+        for view in other.views.values():
+            KVCache.attach(first.cache, attention_modules(view))
+
+
+def medians(
+    calls: Mapping[Any, Call],
+    *,
+    rare: Callable[[Any], bool],
+    cycles: int,
+    device: torch.device,
+    on_cycle: Callable[[int, int], None],
+) -> dict[Any, float]:
+    """Median seconds of each call, after one that warms up, timed in turn: a slow moment falls on all alike.
+
+    Args:
+        rare: whether a call, by name, is timed in few of the cycles.
+        on_cycle: called with (cycles done, of how many).
+    """
+    timed: dict[Any, list[float]] = {name: [] for name in calls}
+    on_cycle(0, cycles)
+    for call in calls.values():
+        call()
+    for cycle in range(cycles):
+        for name, call in calls.items():
+            if cycle % RARELY == 0 or not rare(name):
+                timed[name].append(_seconds(call, device))
+        on_cycle(cycle + 1, cycles)
+    return {name: median(seconds) for name, seconds in timed.items()}
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    _wait_for(device)
+    start = perf_counter()
+    call()
+    _wait_for(device)
+    return perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,181 @@
+"""selfspec profile: measure what passes and sub-layers cost on this device, print it, keep it, plot it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from selfspec.cli import options
+from selfspec.cli.search import writable
+from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
+from selfspec.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from selfspec_search.profile import Profile
+
+PROFILE_FILE = "profile.json"
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+SHOWN = (1, 2, 3, 5, 9, 17, 33, 65)
+"""Tokens of the passes that the table shows, as far as they were measured; and the longest."""
+
+
+def profile(
+    model: options.Model,
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Tokens in the cache when a pass begins; by default 128, 512 and 2048, if they fit."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
+    gamma_max: Annotated[int, typer.Option(help="The longest draft to verify.")] = 8,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the profile as JSON, in seconds.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
+    compile: options.Compile = False,
+    backend: options.Backend = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what passes and sub-layers cost on this device.
+
+    Passes of the real runtime over one and more tokens, and steps of drafts that skip this and that: what the search
+    prices its plans with. Medians, in milliseconds.
+    """
+    lengths = parse_contexts(contexts)
+    at_least("--rows", rows, 1)
+    at_least("--gamma-max", gamma_max, 1)
+    check_longest_draft(gamma_max)
+    out, plot = checked_out(out), checked_plot(plot)
+    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+
+    from selfspec_search.profile import measure
+
+    from selfspec.compiling import compile_obstacle
+
+    if compile and (obstacle := compile_obstacle(loaded.model.device)):
+        asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
+    with progress_bar("timing passes", quiet=quiet) as report:
+        measured = measure(
+            loaded.model,
+            gamma_max=gamma_max,
+            contexts=lengths,
+            rows=rows,
+            backend=backend,
+            compile=compile,
+            on_cycle=lambda done, total: report(done, total, "timing passes"),
+        )
+    report_profile(results(), measured)
+    if out is not None:
+        write(measured, out)
+    if plot is not None:
+        draw(measured, loaded.name, plot)
+
+
+def parse_contexts(text: str | None) -> list[int] | None:
+    """Lengths from '128,512'; None stays None. Whether the model reaches so far is found out when it is measured."""
+    if text is None:
+        return None
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--contexts is '{text}', but numbers of tokens are expected, as in 128,512,1024") from None
+    at_least("--contexts", min(lengths), 1)
+    return lengths
+
+
+def check_longest_draft(gamma_max: int) -> None:
+    """Raise `InputError` for a draft longer than any plan's."""
+    from selfspec.plan import MOST_DRAFTED
+
+    if gamma_max > MOST_DRAFTED:
+        raise InputError(f"--gamma-max is {gamma_max}, but a plan's draft length is at most {MOST_DRAFTED}")
+
+
+def checked_out(out: Path | None) -> Path | None:
+    """The file to write, found out before anything is measured; a directory gets a `profile.json`."""
+    if out is None:
+        return None
+    return writable(out / PROFILE_FILE if os.path.isdir(out) else out)
+
+
+def checked_plot(plot: Path | None) -> Path | None:
+    """The file to draw into, found out before anything is measured."""
+    if plot is None:
+        return None
+    if plot.suffix.lower() not in PLOT_SUFFIXES or os.path.isdir(plot):
+        raise InputError(f"--plot is {plot}, but a file that ends in {', '.join(PLOT_SUFFIXES)} is expected")
+    return writable(plot)
+
+
+def report_profile(out: Console, profile: Profile) -> None:
+    """Milliseconds at every context, and what they mean for drafting."""
+    shown = [tokens for tokens in SHOWN if tokens <= profile.gamma_max] + [profile.gamma_max + 1]
+    table = Table(box=None, pad_edge=False, header_style="bold", title="milliseconds", title_justify="left")
+    passes = [f"pass of {shown[0]}", *map(str, shown[1:])]
+    for column in ("context", *passes, "draft step", "attention", "MLP", "layer", "fixed", "prefill"):
+        table.add_column(column, justify="right")
+    for context, costs in zip(profile.contexts, profile.costs, strict=True):
+        seconds = [
+            *(costs.rounds[tokens - 1] for tokens in shown),
+            costs.measured["nothing"],
+            costs.attention,
+            costs.mlp,
+            costs.layer,
+            costs.fixed,
+            costs.prefill,
+        ]
+        table.add_row(str(context), *map(milliseconds, seconds))
+    out.print(table)
+    words = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in facts(profile):
+        words.add_row(Text(name, style="bold"), text)
+    out.print(words)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits or more."""
+    return f"{seconds * 1e3:.{3 if seconds < 1e-3 else 2 if seconds < 0.1 else 1}f}"
+
+
+def facts(profile: Profile) -> list[tuple[str, str]]:
+    """What the figures mean, in words."""
+    longest = profile.gamma_max + 1
+    at = [(f"at {context}", costs) for context, costs in zip(profile.contexts, profile.costs, strict=True)]
+    verify = ", ".join(f"{costs.rounds[-1] / costs.rounds[0]:.2f} {where}" for where, costs in at)
+    saved = {
+        kind: ", ".join(f"{costs.saved(kind) / costs.measured['nothing']:.1%} {where}" for where, costs in at)
+        for kind in ("attn", "mlp")
+    }
+    return [
+        ("measured on", profile.conditions),
+        ("verify", f"a pass of {longest} tokens costs so many plain passes: {verify}"),
+        ("skip an attention", f"saves of a draft step: {saved['attn']}"),
+        ("skip an MLP", f"saves of a draft step: {saved['mlp']}"),
+    ]
+
+
+def write(profile: Profile, out: Path) -> None:
+    """Write the profile as JSON."""
+    from selfspec.plan import write_atomically
+
+    write_atomically(out, json.dumps(profile.to_dict(), indent=2) + "\n")
+    results().print(f"wrote {out}", markup=False, soft_wrap=True)
+
+
+def draw(profile: Profile, model: str, out: Path) -> None:
+    """Draw the profile into a file."""
+    from selfspec_search.profile_plot import plot
+
+    try:
+        plot(profile, model).savefig(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another file") from None
+    results().print(f"wrote {out}", markup=False, soft_wrap=True)

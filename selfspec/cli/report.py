@@ -1,0 +1,71 @@
+"""selfspec report: a study and its plan on one page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfspec.cli.terminal import results
+from selfspec.errors import InputError
+
+NAME_FOR_URLS = "selfspec_report.html"
+
+
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY_OR_PLAN",
+            help="A plan that 'search' wrote (its trials are shown too where they lie beside it), or the storage of a "
+            "search: an SQLite file, a journal file, a URL.",
+        ),
+    ],
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Which study, where there are several.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="The plan that was chosen, to show in the report of a storage.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page to write; by default beside what it is about, *_report.html."),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each figure as a PNG into this directory, too.")
+    ] = None,
+) -> None:
+    """Show what a search found and why: one HTML page that needs no network.
+
+    What is skipped, what it costs and how often it agrees, how the search went, what was predicted and what measured.
+    """
+    page = page_path(source, out)
+    from selfspec_search.report import read_source, write_report
+
+    data = read_source(source, study=study, plan=plan)
+    written = write_report(data, page, png)
+    figures = f" and {len(written) - 1} figures in {png}" if png is not None else ""
+    results().print(f"wrote {page}{figures}", markup=False, soft_wrap=True)
+
+
+def page_path(source: str, out: Path | None) -> Path:
+    """The file to write; `InputError` where that cannot be."""
+    page = out or default_page(source)
+    if os.path.isdir(page):
+        page = page / NAME_FOR_URLS
+    if not os.path.isdir(page.parent):
+        raise InputError(f"cannot write {page}: there is no directory {page.parent}; make it first, or choose --out")
+    if not os.access(page.parent, os.W_OK):
+        raise InputError(f"cannot write {page}: its directory is not writable; choose another with --out")
+    return page
+
+
+def default_page(source: str) -> Path:
+    """Beside a file or in a directory, with its name; for a URL in the working directory."""
+    from selfspec.plan import PLAN_FILE
+
+    if "://" in source:
+        return Path(NAME_FOR_URLS)
+    path = Path(source)
+    file = path / PLAN_FILE if os.path.isdir(path) else path
+    return file.with_name(f"{file.stem}_report.html")

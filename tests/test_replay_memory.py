@@ -1,0 +1,142 @@
+"""Replay stays within its memory, which changes how long it takes and nothing else."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import selfspec_search.recording
+import selfspec_search.replay
+import torch
+from models import ENDS_SKIPPED
+from replays import (
+    DEPTHS,
+    LENGTHS,
+    NEW_TOKENS,
+    SAMPLING,
+    llama_runtime,
+    random_prompts,
+    texts_of,
+)
+from selfspec_search.memory import Memory, parse_size
+from selfspec_search.recording import batches, probabilities
+from selfspec_search.replay import Replay
+from selfspec_search.sampling import Sampling
+from selfspec_search.texts import Text
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from selfspec.errors import InputError
+from selfspec.views import target_view
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_small_memory_changes_the_time_and_not_the_table(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(selfspec_search.replay, "threads_for", lambda device: threads)
+    runtime = llama_runtime()
+    texts = texts_of(runtime, random_prompts(*LENGTHS))
+    whole = Replay(runtime.model, texts, DEPTHS)
+    need = Memory(runtime.model, DEPTHS)
+    small = Replay(runtime.model, texts, DEPTHS, memory=need.recorded(texts) + threads * 13 * need.per_start(texts))
+    assert (len(whole.chunks), len(small.chunks)) == (threads, -(-len(texts) * (NEW_TOKENS - 1) // 13))
+    one, other = whole.run(ENDS_SKIPPED, lambda first: 4), small.run(ENDS_SKIPPED, lambda first: 4)
+    assert one is not None
+    assert other is not None
+    assert (one.weight == other.weight).all()
+    torch.testing.assert_close(
+        torch.from_numpy(one.confidence), torch.from_numpy(other.confidence), equal_nan=True, rtol=1e-4, atol=1e-5
+    )
+    assert small.run(ENDS_SKIPPED, lambda first: 0) is None
+
+
+def test_memory_too_small_for_one_position_is_refused_with_what_would_do() -> None:
+    runtime = llama_runtime()
+    texts = texts_of(runtime, random_prompts(*LENGTHS))
+    with pytest.raises(
+        InputError, match=r"budget of 3 KiB is too small: the keys and values of 5 texts take .* give at least"
+    ) as e:
+        Replay(runtime.model, texts, DEPTHS, memory=3000)
+    enough = parse_size(str(e.value).split("at least ")[1].split(",")[0].replace(" ", ""))
+    assert len(Replay(runtime.model, texts, DEPTHS, memory=enough).chunks) > 1
+
+
+@pytest.mark.parametrize("starts", [17, 60, 2000])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(do_sample=True, top_p=0.95)], ids=["greedy", "sampled"])
+def test_a_replay_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch, sampling: Sampling, starts: int) -> None:
+    # Counts what torch allocates, as a budget must hold whatever the allocator reuses. The count sees one thread only.
+    monkeypatch.setattr(selfspec_search.replay, "threads_for", lambda device: 1)
+    runtime = llama_runtime()
+    short = texts_of(runtime, random_prompts(*LENGTHS * 2), 31, sampling)
+    texts = [*short[:4], *texts_of(runtime, random_prompts(7, 23), 211, sampling), *short[4:]]
+    need = Memory(runtime.model, DEPTHS, sampled=sampling.do_sample)
+    budget = need.recorded(texts) + starts * need.per_start(texts)
+    with Allocations() as allocations:
+        replay = Replay(runtime.model, texts, DEPTHS, sampling=sampling, memory=budget)
+        allocations.peak = allocations.now
+        for _ in range(2):
+            replay.run(ENDS_SKIPPED)
+    assert max(len(chunk) for chunk in replay.chunks) == min(starts, 10 * 30 + 2 * 210)
+    assert allocations.peak < budget
+    if len(replay.chunks) > 1:
+        assert allocations.peak - need.recorded(texts) > starts * need.per_start(texts) / 20, "far too cautious"
+
+
+def test_the_logits_of_recorded_texts_stay_within_memory_and_do_not_depend_on_it() -> None:
+    runtime = llama_runtime()
+    (text,) = texts_of(runtime, random_prompts(97), 43, SAMPLING)
+    view, processors = target_view(runtime.model), SAMPLING.processors(runtime.model)
+    with Allocations() as at_once:
+        whole = probabilities(view, text, processors, 43)
+    with Allocations() as in_pieces:
+        split = probabilities(view, text, processors, 5)
+    torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-5)
+    assert whole.shape == (43,)
+    assert in_pieces.peak < at_once.peak
+
+
+def test_padding_makes_no_batch_much_larger() -> None:
+    texts = [Text(tokens=torch.zeros(length), prompt=1, allowed=length) for length in (3, 300, 5, 290, 4, 20)]
+    assert batches(texts) == [[0, 4, 2], [5, 3, 1]]
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that tensors made inside take at any one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512M", 2**29), ("4G", 2**32), ("1.5GiB", 3 * 2**29), ("77", 77), ("2kb", 2048)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4G", "0", "4Q", "infM"])
+def test_sizes_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="a size such as 512M or 4G is expected"):
+        parse_size(text)

@@ -1,0 +1,144 @@
+"""Replay of sampled text, of processors, and of prompt lookup."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import ENDS_SKIPPED, damped_model
+from replays import (
+    DEPTHS,
+    LENGTHS,
+    SAMPLING,
+    assert_replay_equals_decoding,
+    begun,
+    bfloat16_runtime,
+    decode_rounds,
+    in_common,
+    llama_runtime,
+    random_prompts,
+    texts_of,
+)
+from selfspec_search.lookup import LookupTable
+from selfspec_search.replay import Replay
+from selfspec_search.sampling import Sampling
+from selfspec_search.table import Table
+from selfspec_search.texts import decode_batch
+from selfspec_search.walk import Drafting, walk
+
+from selfspec.drafting import drafter_of
+from selfspec.errors import InputError
+from selfspec.plan import Plan, PromptLookup
+from selfspec.skip_set import SkipSet
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_processors_act_on_both_sides_as_in_decoding(penalty: float) -> None:
+    runtime, sampling = llama_runtime(), Sampling(repetition_penalty=penalty)
+    prompts = random_prompts(*LENGTHS)
+    texts = texts_of(runtime, prompts, sampling=sampling)
+    assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(texts, texts_of(runtime, prompts), strict=True))
+    table = Replay(runtime.model, texts, DEPTHS, sampling=sampling).run(ENDS_SKIPPED)
+    assert table is not None
+    ways = [Drafting(3), Drafting(5, table.thresholds(1)[0])]
+    # One text at a time, as the search does: padding would be part of what the penalty sees.
+    for index, text in enumerate(texts):
+        arrays = (table.weight, table.confidence, table.written, table.allowed)
+        one = Table(*(array[index : index + 1] for array in arrays))
+        assert_replay_equals_decoding(runtime, one, [text], ways, sampling)
+
+
+@pytest.mark.parametrize(
+    "threshold", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no threshold", "threshold"]
+)
+def test_sampled_decoding_takes_the_rounds_that_replay_expects(threshold: bool) -> None:
+    # Many short decodings of one prompt against the expectation from as many texts of the target's own: two means of
+    # independent samples, told apart at 4 standard errors of their difference (a false alarm: 1 in 16,000).
+    runtime = llama_runtime()
+    torch.manual_seed(3)
+    prompts = random_prompts(7) * 320
+    texts = texts_of(runtime, prompts, 13, SAMPLING)
+    table = Replay(runtime.model, texts, 4, sampling=SAMPLING).run(ENDS_SKIPPED)
+    assert table is not None
+    way = Drafting(4, table.thresholds(1)[0] if threshold else None)
+    plan = Plan(skip_set=ENDS_SKIPPED, gamma=way.gamma, exit_threshold=way.threshold)
+    rounds = torch.zeros(len(prompts))
+    for first in range(0, len(prompts), 64):
+        _, stats = decode_batch(runtime, drafter_of(plan, runtime), prompts[first : first + 64], 13, SAMPLING)
+        for step in stats.history:
+            for row, _, _ in step:
+                rounds[first + row] += 1
+    walked = walk(table, [way])
+    expected = torch.from_numpy(walked.visits[0].sum(axis=1)).float()
+    error = (rounds.var() / len(rounds) + expected.var() / len(expected)).sqrt()
+    assert abs(rounds.mean() - expected.mean()) < 4 * error
+    assert error < 0.02 * rounds.mean(), "the comparison would not notice much"
+    assert 1.1 * rounds.mean() < 13, "the draft is of no use"
+
+
+def test_a_sampled_target_accepts_its_own_draft_always() -> None:
+    runtime = llama_runtime()
+    texts = texts_of(runtime, random_prompts(*LENGTHS), sampling=SAMPLING)
+    table = Replay(runtime.model, texts, DEPTHS, sampling=SAMPLING).run(SkipSet())
+    assert table is not None
+    assert table.agreement == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.8}], ids=["top_k", "top_p"])
+def test_a_sampled_token_that_rounding_cuts_from_the_recording_leaves_a_weight(cut: dict[str, Any]) -> None:
+    runtime, sampling = bfloat16_runtime(), Sampling(do_sample=True, **cut)
+    torch.manual_seed(11)
+    texts = texts_of(runtime, random_prompts(*LENGTHS * 5), 61, sampling)
+    replay = Replay(runtime.model, texts, DEPTHS, sampling=sampling)
+    assert replay.chosen is not None
+    assert (replay.chosen == 0).any(), "rounding cuts nothing here"
+    table = replay.run(ENDS_SKIPPED)
+    assert table is not None
+    assert np.isfinite(table.weight).all()
+    assert ((table.weight >= 0) & (table.weight <= 1)).all()
+
+
+def test_in_bfloat16_most_rounds_are_those_of_decoding() -> None:
+    # Not all: both round, each in its own way, and near ties may fall to either side.
+    runtime = bfloat16_runtime()
+    texts = texts_of(runtime, random_prompts(*LENGTHS * 3), 61)
+    table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
+    assert table is not None
+    for way in (Drafting(2), Drafting(5)):
+        written, rounds = decode_rounds(runtime, texts, way)
+        ends = [in_common(tokens, text) for tokens, text in zip(written, texts, strict=True)]
+        replayed, decoded = (begun(side, ends, way.gamma) for side in (walk(table, [way]).rounds(0), rounds))
+        assert len(decoded) > 100
+        assert len(replayed & decoded) >= 0.9 * len(decoded)
+        assert 0.2 < fmean(count for *_, count in decoded) / way.gamma < 0.9
+
+
+def test_sampling_that_cannot_be_replayed_is_refused() -> None:
+    model = damped_model("llama", ENDS_SKIPPED)
+    with pytest.raises(InputError, match="temperature"):
+        Sampling(do_sample=True, temperature=-1.0).processors(model)
+    model.generation_config.min_length = 9
+    model.generation_config.eos_token_id = 1
+    with pytest.raises(InputError, match="MinLengthLogitsProcessor, which the search cannot replay"):
+        Sampling().processors(model)
+
+
+# --- Prompt lookup ---
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+@pytest.mark.parametrize("least", [1, 2])
+def test_lookup_is_replayed_round_by_round(least: int, gamma: int) -> None:
+    runtime = llama_runtime()
+    prompts = [prompt % 5 + 1 for prompt in random_prompts(17, 1, 29, 11)]
+    texts = texts_of(runtime, prompts, 41)
+    table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
+    assert table is not None
+    lookup = PromptLookup(gamma=4, min_ngram=least, max_ngram=8)
+    way = Drafting(gamma, None, lookup)
+    assert_replay_equals_decoding(runtime, table, texts, [way, Drafting(gamma, table.thresholds(1)[0], lookup)])
+    rounds = [drafted for text in walk(table, [way], LookupTable.of(texts, DEPTHS)).rounds(0) for drafted, _ in text]
+    assert {0, 4} <= set(rounds) if gamma == 0 else {3, 4} <= set(rounds)

@@ -1,0 +1,345 @@
+"""The search as users run it: from the command line, on several machines, killed and interrupted at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from safetensors.torch import load_file, save_file
+from saved import save_model
+from selfspec_search import storage_file
+from selfspec_search.running import OWNER
+from selfspec_search.storage import STORAGE_ERRORS
+from selfspec_search.storage_url import open_storage
+from selfspec_search.store import StoredStudy, load_study
+from selfspec_search.stored import FINISHED
+
+from selfspec import InputError, Plan
+
+if TYPE_CHECKING:
+    from postgres import Server
+
+pytest_plugins = ["postgres"]
+pytestmark = pytest.mark.slow
+
+TRIALS = 40
+DEADLINE = 240.0
+SELFSPEC = [sys.executable, "-c", "from selfspec.cli import main; main()"]
+STUDY = "together"
+
+
+@dataclass
+class Bench:
+    """A place to work in: a model, prompts, and processes that are gone when the tests are over."""
+
+    place: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def cache(self) -> Path:
+        return self.place / "cache"
+
+    def search(self, *options: object, **changed: object) -> subprocess.Popen[str]:
+        """Start a search; `changed` gives other values than a study's workers agree on."""
+        agreed = {"prompts": self.place / "prompts.txt", "gamma_max": 2, "new_tokens": 17, "trials": TRIALS} | changed
+        model = agreed.pop("model", self.place / "model")
+        named = [part for name, value in agreed.items() for part in (f"--{name.replace('_', '-')}", value)]
+        process = subprocess.Popen(
+            [*SELFSPEC, *map(str, ("search", model, *named, *options))],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "SELFSPEC_CACHE": str(self.cache), "COLUMNS": "200"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("together"))
+    save_model(bench.place / "model")
+    (bench.place / "prompts.txt").write_text("".join(f"prompt {number} of some\n" for number in range(12)))
+    yield bench
+    for process in bench.started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _look_again_soon() -> Iterator[None]:
+    """A worker may be stopped while it holds an SQLite file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage_file, "LOCK_SECONDS", 1)
+        yield
+
+
+def printed(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code, err
+    assert err == ""
+    return out
+
+
+def complaint(process: subprocess.Popen[str]) -> str:
+    """The one line of a search that ended for a reason that the user can mend."""
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1, err
+    assert out == ""
+    assert re.fullmatch("error: .*\n", err), err
+    return err
+
+
+def all_trials(storage: str) -> list[FrozenTrial]:
+    """Whatever state they are in; none while the study cannot be read."""
+    try:
+        opened = open_storage(storage, on_notice=lambda _: None, create=False)
+    except InputError:
+        return []
+    try:
+        return opened.raw.get_all_trials(opened.raw.get_study_id_from_name(STUDY))
+    except (KeyError, *STORAGE_ERRORS):
+        return []
+    finally:
+        opened.close()
+
+
+def finished(storage: str) -> int:
+    return sum(trial.state in FINISHED for trial in all_trials(storage))
+
+
+def tried_by(process: subprocess.Popen[str], storage: str) -> FrozenTrial | None:
+    """The trial that a worker is in the midst of, unless it will leave the set to another worker that has it."""
+    trials = [trial for trial in all_trials(storage) if trial.params and trial.state != TrialState.FAIL]
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    own = next((trial for trial in running if trial.system_attrs[OWNER]["pid"] == process.pid), None)
+    return own if own and sum(trial.params == own.params for trial in trials) == 1 else None
+
+
+def tell(workers: Sequence[subprocess.Popen[str]], sign: signal.Signals) -> None:
+    for worker in workers:
+        worker.send_signal(sign)
+
+
+def stop_in_a_trial(workers: Sequence[subprocess.Popen[str]], storage: str, after: int) -> FrozenTrial:
+    """Stop all workers when the first is in the midst of a trial, once so many are finished; SIGCONT lets them go."""
+
+    def stopped() -> FrozenTrial | None:
+        tell(workers, signal.SIGSTOP)  # what is seen now stays true
+        if (trial := tried_by(workers[0], storage)) is None:
+            tell(workers, signal.SIGCONT)
+        return trial
+
+    until(lambda: finished(storage) >= after, workers[:1])
+    return until(stopped, workers[:1])
+
+
+def kill_in_a_trial(workers: Sequence[subprocess.Popen[str]], storage: str, after: int) -> FrozenTrial:
+    """Kill the first worker in the midst of a trial: the trial that died with it."""
+    trial = stop_in_a_trial(workers, storage, after)
+    workers[0].kill()
+    workers[0].communicate()
+    tell(workers[1:], signal.SIGCONT)
+    return trial
+
+
+def until(condition: Callable[[], Any], workers: Sequence[subprocess.Popen[str]]) -> Any:
+    """What the condition holds, as soon as it holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not (held := condition()):
+        assert time.monotonic() < deadline, "it never came to this"
+        if all(worker.poll() is not None for worker in workers):
+            raise AssertionError("it never came to this: " + "".join(worker.communicate()[1] for worker in workers))
+        time.sleep(0.01)
+    return held
+
+
+def contents(study: StoredStudy) -> dict[int, str]:
+    """All that is stored of each finished trial, as text."""
+    return {t.number: json.dumps([str(t.skip_set), t.value, t.record], sort_keys=True) for t in study.trials}
+
+
+def assert_lossless(out: str) -> None:
+    """Every way of decoding that was confirmed printed no differing text."""
+    lines = out[: out.index("\nsearch ")].splitlines()
+    assert lines[0].endswith("differing texts")
+    assert len(lines) > 2
+    assert {line.split()[-1] for line in lines[1:]} == {"0"}, out
+
+
+def test_of_three_workers_on_one_database_the_maker_is_killed_and_the_others_finish_every_trial(
+    bench: Bench, postgres: Server
+) -> None:
+    storage = postgres.new_database().replace("postgresql:", "postgresql+psycopg:")
+    outs = [bench.place / f"worker {number}.json" for number in range(3)]
+    workers = [bench.search("--out", out, "--storage", storage, "--study", STUDY) for out in outs]
+    maker = until(lambda: next(iter(all_trials(storage)), None), workers).system_attrs[OWNER]["pid"]
+    workers.sort(key=lambda worker: worker.pid != maker)
+    lost = kill_in_a_trial(workers, storage, after=1)
+    for worker in workers[1:]:
+        assert_lossless(printed(worker))
+
+    study = load_study(storage, STUDY)
+    assert TRIALS <= len(study.trials) <= TRIALS + 1  # both may be in their last trial
+    assert Counter(trial.skip_set for trial in study.trials).most_common(1)[0][1] == 1
+    anew = {trial.number: trial.state for trial in all_trials(storage) if trial.params == lost.params}
+    assert anew.pop(lost.number) == TrialState.FAIL
+    assert [number > lost.number for number, state in anew.items() if state in FINISHED] == [True]
+    assert {trial.record["worker"].partition(":")[2] for trial in study.trials} == {str(w.pid) for w in workers}
+
+    priced = json.loads(study.blobs["profile"])
+    plans = [out for out in outs if out.exists()]
+    assert len(plans) == 2
+    for out in plans:
+        provenance = Plan.from_pretrained(out).provenance
+        assert provenance is not None
+        assert provenance.study == STUDY
+        assert provenance.profile == priced
+        assert provenance.trials >= TRIALS
+
+
+@dataclass(frozen=True)
+class Story:
+    """One command given three times: the first search was killed, the second interrupted, the third left alone."""
+
+    storage: str
+    studies: list[StoredStudy]
+    interrupted: str
+    finished: str
+    plans: list[Plan]
+    texts_written_anew: list[Path]
+
+
+@pytest.fixture(scope="module")
+def story(bench: Bench) -> Story:
+    """Told once, for all tests that begin where it ends."""
+    out = bench.place / "plan.json"
+    storage = str(out.with_suffix(".db"))
+    command = ("--out", out, "--study", STUDY)
+    studies, plans = [], []
+
+    def keep() -> None:
+        studies.append(load_study(storage, STUDY))
+
+    kill_in_a_trial([bench.search(*command)], storage, after=2)
+    keep()
+    assert not out.exists()
+    for text in (bench.cache / "texts").iterdir():
+        text.unlink()  # so that texts come from the study or are written anew
+
+    second = bench.search(*command)
+    stop_in_a_trial([second], storage, after=len(studies[0].trials) + 1)
+    second.send_signal(signal.SIGINT)
+    second.send_signal(signal.SIGCONT)
+    interrupted = printed(second, code=130)
+    keep()
+    plans.append(Plan.from_pretrained(out))
+
+    last = printed(bench.search(*command))
+    keep()
+    plans.append(Plan.from_pretrained(out))
+    return Story(
+        storage=storage,
+        studies=studies,
+        interrupted=interrupted,
+        finished=last,
+        plans=plans,
+        texts_written_anew=list((bench.cache / "texts").iterdir()),
+    )
+
+
+def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c_until_exactly_all_trials_are_finished(
+    story: Story,
+) -> None:
+    killed, interrupted, complete = map(contents, story.studies)
+    assert 2 <= len(killed) < len(interrupted) < len(complete) == TRIALS
+    assert killed.items() <= interrupted.items() <= complete.items()
+    assert len({trial.skip_set for trial in story.studies[-1].trials}) == TRIALS
+    assert {trial.state for trial in all_trials(story.storage)} <= {*FINISHED, TrialState.FAIL}
+
+
+def test_a_search_that_goes_on_neither_writes_texts_nor_measures_a_profile_again(story: Story) -> None:
+    first, *later = [{key: study.blobs[key] for key in ("texts", "profile")} for study in story.studies]
+    assert all(blobs == first for blobs in later)
+    for out in (story.interrupted, story.finished):
+        assert "trying skip sets" in out
+        assert "writing texts" not in out
+        assert "timing passes" not in out
+    assert not story.texts_written_anew
+
+
+def test_ctrl_c_in_the_trials_confirms_and_writes_the_best_so_far(story: Story) -> None:
+    assert "then interrupted" in story.interrupted
+    assert_lossless(story.interrupted)
+    assert_lossless(story.finished)
+    trials = [plan.provenance.trials for plan in story.plans if plan.provenance is not None]
+    assert trials == [len(study.trials) for study in story.studies[1:]]
+
+
+def test_a_worker_that_would_mix_is_refused_by_what_differs(story: Story, bench: Bench) -> None:
+    heavier = save_other_weights(bench.place / "other")
+    fewer = bench.place / "fewer.txt"
+    fewer.write_text("another prompt\nand one more\n")
+    join = ("--storage", story.storage, "--study", STUDY, "--out", bench.place / "mixed.json")
+    refused = [
+        (bench.search(*join, gamma_max=3), r"with gamma_max 2 \(here 3\); choose another --study"),
+        (bench.search(*join, prompts=fewer), r"with calibration 9 \(here 1\), prompts \w+ \(here \w+\); choose"),
+        (bench.search(*join, model=heavier), r"with weights \w+ \(here \w+\); choose another --study"),
+    ]
+    for worker, expected in refused:
+        assert re.search(expected, complaint(worker))
+    assert contents(load_study(story.storage, STUDY)) == contents(story.studies[-1])
+    assert not (bench.place / "mixed.json").exists()
+
+
+def save_other_weights(directory: Path) -> Path:
+    """The same model but for one tensor."""
+    save_model(directory)
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] *= 1.5
+    save_file(weights, file, metadata={"format": "pt"})
+    return directory
+
+
+def test_a_storage_or_plan_that_cannot_be_written_takes_one_line_and_loses_nothing(bench: Bench) -> None:
+    out, a_file = bench.place / "kept.json", bench.place / "file"
+    a_file.write_text("not a directory")
+    out.write_text("an earlier plan")
+    refused = [
+        (bench.search("--out", a_file / "plan.json"), "cannot write"),
+        (bench.search("--out", out, "--storage", a_file / "plan.db"), "there is no directory"),
+        (bench.search("--out", out, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), "cannot be used"),
+    ]
+    for worker, expected in refused:
+        line = complaint(worker)
+        assert expected in line
+        assert "secret" not in line
+    assert out.read_text() == "an earlier plan"
+    assert a_file.read_text() == "not a directory"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_protected_directory_takes_one_line(bench: Bench, tmp_path: Path) -> None:
+    protected = tmp_path / "protected"
+    protected.mkdir(mode=0o555)
+    refused = [
+        (bench.search("--out", protected / "plan.json"), "choose a directory that is writable"),
+        (bench.search("--out", tmp_path / "plan.json", "--storage", protected / "plan.db"), "is protected"),
+    ]
+    for worker, expected in refused:
+        assert expected in complaint(worker)
+    assert list(protected.iterdir()) == []

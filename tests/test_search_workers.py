@@ -1,0 +1,222 @@
+"""Workers in processes of their own, some of them killed: every set ends finished exactly once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from selfspec_search import running as running_module
+from selfspec_search import watch as watch_module
+from selfspec_search.space import skip_set_of, sublayers
+from selfspec_search.store import Store, load_study
+
+from selfspec import SkipSet
+
+if TYPE_CHECKING:
+    from postgres import Server
+
+pytest_plugins = ["postgres"]
+pytestmark = pytest.mark.slow
+
+LAYERS = 4
+SETS = [skip_set_of([sublayer]) for sublayer in sublayers(LAYERS)]
+DEADLINE = 120.0
+
+
+def join(storage: str, **options: Any) -> Store:
+    return Store.open(storage, "study", {"model": "tiny"}, num_layers=LAYERS, **options)
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Forked from a process that has imported everything: a worker starts in a moment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfspec_search.store", "test_search_workers"])
+    return context
+
+
+@pytest.fixture(params=["sqlite", "journal", "postgresql"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A storage where nothing was ever stored, not even tables."""
+    if request.param == "postgresql":
+        server: Server = request.getfixturevalue("postgres")
+        return server.new_database()
+    return str(tmp_path / {"sqlite": "plan.db", "journal": "plan.journal"}[request.param])
+
+
+class Workers:
+    """Processes that are gone when the test is over."""
+
+    def __init__(self, context: ForkServerContext) -> None:
+        self._context = context
+        self.started: list[ForkServerProcess] = []
+
+    def start(self, target: Any, *arguments: Any) -> ForkServerProcess:
+        process = self._context.Process(target=target, args=arguments)
+        process.start()
+        self.started.append(process)
+        return process
+
+    def wait(self) -> None:
+        for process in self.started:
+            process.join(DEADLINE)
+            assert process.exitcode is not None
+
+
+@pytest.fixture
+def workers(processes: ForkServerContext) -> Iterator[Workers]:
+    workers = Workers(processes)
+    yield workers
+    for process in workers.started:
+        process.kill()
+        process.join()
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to this"
+        time.sleep(0.02)
+
+
+def opens(storage: str, answers: Any) -> None:
+    with join(storage) as store:
+        shared = store.share(lambda: {"profile": str(time.time_ns()).encode()})
+        answers.put((store.created, shared["profile"]))
+
+
+def dies_in_a_trial(storage: str, at_it: Any) -> None:
+    with join(storage) as store:
+        store.share(dict)
+        for skip_set in SETS[:2]:
+            with store.begin(skip_set) as running:
+                running.finish(1.0, {"table": "x" * 1000})
+        with store.begin(SETS[2]):
+            at_it.set()
+            time.sleep(DEADLINE)
+
+
+def dies_in_making(storage: str, at_it: Any) -> None:
+    def make() -> dict[str, bytes]:
+        at_it.set()
+        time.sleep(DEADLINE)
+        return {}
+
+    with join(storage) as store:
+        store.share(make)
+
+
+def works(storage: str, share: list[SkipSet], dies_on: SkipSet | None, machine: str, expected: int, at_it: Any) -> None:
+    """Try a share of the sets and whatever dead workers leave, until so many sets are finished."""
+    running_module.machine = watch_module.machine = lambda: machine  # type: ignore[assignment]
+    found = 0
+    with join(storage, heartbeat=0.1, grace=2.0) as store:
+        store.share(dict)
+        while found < expected:
+            skip_set = store.waiting() or (share.pop(0) if share else None)
+            if skip_set is not None:
+                with store.begin(skip_set) as running:
+                    if skip_set == dies_on:
+                        at_it.set()
+                        time.sleep(DEADLINE)
+                    running.finish(1.0, {"by": machine})
+            time.sleep(0.02)
+            found += len(store.news())
+
+
+def works_until_killed(storage: str, seed: int) -> None:
+    sets = random.Random(seed)
+    with join(storage, heartbeat=0.05, grace=5.0) as store:
+        store.share(dict)
+        while True:
+            with store.begin(sets.choice(SETS)) as running:
+                running.finish(1.0, {"table": "x" * 20_000})
+
+
+def test_of_workers_that_start_at_once_one_makes_and_all_share(workers: Workers, shared: str) -> None:
+    answers = multiprocessing.get_context("forkserver").Queue()
+    for _ in range(3):
+        workers.start(opens, shared, answers)
+    told = [answers.get(timeout=DEADLINE) for _ in range(3)]
+    workers.wait()
+    assert sorted(created for created, _ in told) == [False, False, True]
+    assert len({profile for _, profile in told}) == 1
+
+
+def test_a_search_resumed_after_a_kill_has_all_that_was_finished_and_retries_the_rest_once(
+    workers: Workers, shared: str, processes: ForkServerContext
+) -> None:
+    at_it = processes.Event()
+    process = workers.start(dies_in_a_trial, shared, at_it)
+    assert at_it.wait(DEADLINE)
+    process.kill()
+    process.join()
+    with join(shared) as store:
+        assert [trial.skip_set for trial in store.news()] == SETS[:2]
+        assert store.waiting() == SETS[2]  # at once: the process is gone from this machine
+        assert store.waiting() is None
+        with store.begin(SETS[2]) as running:
+            running.finish(1.0, {})
+        assert store.waiting() is None
+        (retried,) = [trial for trial in store._ledger.trials() if trial.number == running.number]
+    assert retried.system_attrs["retry_history"] == [3]  # where Optuna and its dashboard look for it
+
+
+def test_a_maker_that_is_killed_is_replaced_at_once(
+    workers: Workers, shared: str, processes: ForkServerContext
+) -> None:
+    at_it = processes.Event()
+    process = workers.start(dies_in_making, shared, at_it)
+    assert at_it.wait(DEADLINE)
+    process.kill()
+    process.join()
+    with join(shared) as store:
+        assert store.created
+        assert store.share(lambda: {"profile": b"new"}, seconds=5) == {"profile": b"new"}
+
+
+def test_of_three_workers_one_is_killed_and_another_finishes_its_trial(
+    workers: Workers, shared: str, processes: ForkServerContext
+) -> None:
+    # Each worker believes to be on a machine of its own: heartbeats alone tell who is dead. The victim's share is one.
+    at_it, shares = processes.Event(), [SETS[1::2], SETS[2::2], SETS[:1]]
+    for index, share in enumerate(shares):
+        workers.start(works, shared, share, SETS[0] if index == 2 else None, f"machine {index}", len(SETS), at_it)
+    assert at_it.wait(DEADLINE)
+    victim = workers.started.pop()
+    victim.kill()
+    victim.join()
+    workers.wait()
+    trials = load_study(shared).trials
+    assert Counter(trial.skip_set for trial in trials) == Counter(SETS)
+    (rescued,) = [trial for trial in trials if trial.skip_set == SETS[0]]
+    assert rescued.record["by"] in ("machine 0", "machine 1")
+
+
+def test_workers_killed_at_any_moment_leave_nothing_half_done(workers: Workers, shared: str) -> None:
+    moments = random.Random(0)
+    finished = 0
+    for seed in range(8):
+        process = workers.start(works_until_killed, shared, seed)
+        time.sleep(moments.uniform(0.3, 1.5))
+        process.kill()
+        process.join()
+        trials = load_study(shared).trials if seed else []
+        assert len(trials) >= finished
+        finished = len(trials)
+    with join(shared) as store:
+        left = 0
+        while store.waiting() is not None:
+            left += 1
+        trials = store.news()
+        assert store.claimed() == set()
+    assert left <= 8
+    assert trials
+    assert all(trial.record == {"table": "x" * 20_000} for trial in trials)

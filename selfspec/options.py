@@ -28,6 +28,7 @@ _REFUSED_ARGUMENTS = {
     "assistant_tokenizer": "a second model",
     "inputs_embeds": "embeddings in place of tokens",
     "past_key_values": "a cache from elsewhere; the runtime owns its cache",
+    "cache": "a cache from elsewhere; the runtime owns its cache",
     "cache_implementation": "another cache; the runtime owns its cache",
     "cache_config": "another cache; the runtime owns its cache",
     "position_ids": "positions of your own; they follow from attention_mask",
@@ -52,8 +53,10 @@ _CACHE_DEFAULTS = {
     "cache_config": (None,),
 }
 """What a user may not ask for; a model's own generation config may hold it, since it does not change what comes out."""
+_CACHE_NAMES = ("past_key_values", "cache")
+"""What transformers calls the cache that it prepares: before 5.24, and since."""
 _EXPECTED_MODEL_ARGUMENTS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+    {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHE_NAMES}
 )
 
 
@@ -86,8 +89,9 @@ def check_prepared(
         raise UnsupportedOptionError(
             f"{', '.join(sorted(unexpected))}: not supported; leave it out, or use model.generate"
         )
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-        raise UnsupportedOptionError(f"past_key_values is not supported ({_REFUSED_ARGUMENTS['past_key_values']})")
+    for name in _CACHE_NAMES:
+        if getattr(model_kwargs.get(name), "_is_user_defined", False):
+            raise UnsupportedOptionError(f"{name} is not supported ({_REFUSED_ARGUMENTS[name]})")
     pads = _padding(input_ids, model_kwargs.get("attention_mask"))
     _check_positions(model_kwargs.get("position_ids"), input_ids, pads)
     return pads

@@ -8,12 +8,13 @@ leaving them out changes some tokens and not others. `assert_exercised` checks b
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from selfspec import SkipSet, Stats
 
@@ -21,6 +22,9 @@ LAYERS = 7
 VOCABULARY = 211
 WINDOW = 5
 PAD = 0
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""The argument by which Hugging Face takes a cache: renamed in transformers 5.24."""
 
 ENDS_SKIPPED = SkipSet(attn={0, 2, 3, 6}, mlp={2, 4, 6})
 """Skips attention alone in the first layer, and all of a middle layer and the last."""

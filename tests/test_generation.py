@@ -51,7 +51,8 @@ def test_the_output_object_holds_hugging_faces_fields_and_the_stats() -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
     assert torch.equal(ours["sequences"], ours[0])
     assert ours.stats is speculator().stats
-    assert (ours.scores, ours.logits, ours.past_key_values) == (None, None, None)
+    assert (ours.scores, ours.logits) == (None, None)
+    assert ours.to_tuple() == (ours.sequences, ours.stats)
 
 
 @pytest.mark.parametrize("new_tokens", [1, NEW])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FIRST_DROPPED, LAYERS, damped_model, prompts, tiny_model
+from models import CACHE, FIRST_DROPPED, LAYERS, damped_model, prompts, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -71,7 +71,7 @@ def test_between_rounds_every_layer_holds_the_committed_tokens_but_the_last_in_e
         assert runtime.cache.lengths.tolist() == (request.ends - request.pads - 1).tolist()
         for row, (pad, end) in enumerate(zip(request.pads.tolist(), request.ends.tolist(), strict=True)):
             fresh = DynamicCache()
-            model(request.sequences[row : row + 1, pad : end - 1], past_key_values=fresh)
+            model(request.sequences[row : row + 1, pad : end - 1], **{CACHE: fresh})
             for index in range(LAYERS):
                 keys, values = runtime.cache.layer(index)
                 for ours, theirs in ((keys, fresh.layers[index].keys), (values, fresh.layers[index].values)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, PAD, VOCABULARY, assert_exercised, damped_model, prompts
+from models import CACHE, ENDS_SKIPPED, PAD, VOCABULARY, assert_exercised, damped_model, prompts
 from pairs import assert_same, llama, speculator, text, tokenizer
 from torch import Tensor
 from transformers import (
@@ -370,6 +370,7 @@ REFUSED: dict[str, Any] = {
     "output_hidden_states": True,
     "inputs_embeds": torch.zeros(3, WIDTH, 67),
     "past_key_values": DynamicCache(),
+    "cache": DynamicCache(),
     "cache_implementation": "static",
     "cache_config": {"nbits": 4},
     "use_cache": False,
@@ -430,7 +431,7 @@ def test_what_is_refused_is_refused_through_custom_generate_too() -> None:
         {"prompt_lookup_num_tokens": 3},
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"past_key_values": DynamicCache()},
+        {CACHE: DynamicCache()},
         {"position_ids": torch.arange(WIDTH).expand(3, -1)},
         {"output_hidden_states": True},
     ):

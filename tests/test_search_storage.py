@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
 import sqlite3
+import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +20,7 @@ import psycopg
 import pytest
 from selfspec_search import storage as storage_module
 from selfspec_search import storage_file, storage_url
+from selfspec_search.interrupts import hold_back
 from selfspec_search.space import seeds
 from selfspec_search.store import Store, StoredTrial, load_study, study_names
 
@@ -49,6 +55,88 @@ def protected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != place and allowed(path, mode))
     return place
+
+
+def interrupts(action: Callable[[], object], at: int | None = None) -> int:
+    """How many Python functions an action calls; ctrl-C comes with the one whose number is given."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            signal.raise_signal(signal.SIGINT)
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return calls
+
+
+class TestCtrlC:
+    """It may come between any two instructions."""
+
+    def test_at_whatever_call_it_strikes_nothing_stays_locked_or_half_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.1)
+        path = tmp_path / "plan.db"
+        with join(str(path)) as store:
+            store.publish("key", b"before")
+            for call in range(1, interrupts(lambda: store.publish("key", b"before")), 11):
+                with pytest.raises(KeyboardInterrupt) as held:  # its traceback keeps all that it came through
+                    interrupts(lambda: store.publish("key", b"after"), at=call)
+                with contextlib.closing(sqlite3.connect(path, timeout=0)) as other:
+                    other.execute("BEGIN IMMEDIATE")  # raises where the file is locked
+                assert held.value.__traceback__ is not None
+                store.publish("key", b"before")
+            assert store.get("key") == b"before"
+
+    def test_while_a_connection_is_waited_for_it_strikes_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lose(_: object) -> None:
+            raise OSError(errno.EIO, "away")
+
+        monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+        with join(None) as store, pytest.raises(KeyboardInterrupt):
+            store._ledger.storage.do(lose)
+
+    def test_a_second_one_strikes_at_once(self) -> None:
+        reached = []
+
+        @hold_back()
+        def twice() -> None:
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the first waits")
+            signal.raise_signal(signal.SIGINT)
+            reached.append("so does the second")
+
+        with pytest.raises(KeyboardInterrupt):
+            twice()
+        assert reached == ["the first waits"]
+
+    def test_afterwards_it_is_what_it_was(self) -> None:
+        usual = signal.getsignal(signal.SIGINT)
+        with hold_back(), hold_back():
+            assert signal.getsignal(signal.SIGINT) is not usual
+        assert signal.getsignal(signal.SIGINT) is usual
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with hold_back():
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    def test_threads_go_on_unhindered(self) -> None:
+        with ThreadPoolExecutor(1) as pool, hold_back():
+
+            def hold() -> bool:
+                with hold_back():
+                    return True
+
+            assert pool.submit(hold).result()
 
 
 class TestRefusals:

@@ -63,9 +63,15 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_listen_to_ctrl_c,
         )
         self.started.append(process)
         return process
+
+
+def _listen_to_ctrl_c() -> None:
+    """Whoever starts the tests in the background makes them deaf to it, and all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +123,10 @@ def all_trials(storage: str) -> list[FrozenTrial]:
         opened.close()
 
 
-def finished(storage: str) -> int:
-    return sum(trial.state in FINISHED for trial in all_trials(storage))
+def finished_by(process: subprocess.Popen[str], storage: str) -> int:
+    """How many trials a worker has brought to an end."""
+    own = [trial for trial in all_trials(storage) if trial.system_attrs[OWNER]["pid"] == process.pid]
+    return sum(trial.state in FINISHED for trial in own)
 
 
 def tried_by(process: subprocess.Popen[str], storage: str) -> FrozenTrial | None:
@@ -135,7 +143,7 @@ def tell(workers: Sequence[subprocess.Popen[str]], sign: signal.Signals) -> None
 
 
 def stop_in_a_trial(workers: Sequence[subprocess.Popen[str]], storage: str, after: int) -> FrozenTrial:
-    """Stop all workers when the first is in the midst of a trial, once so many are finished; SIGCONT lets them go."""
+    """Stop all workers when the first is in the midst of a trial, once it finished so many; SIGCONT lets them go."""
 
     def stopped() -> FrozenTrial | None:
         tell(workers, signal.SIGSTOP)  # what is seen now stays true
@@ -143,7 +151,7 @@ def stop_in_a_trial(workers: Sequence[subprocess.Popen[str]], storage: str, afte
             tell(workers, signal.SIGCONT)
         return trial
 
-    until(lambda: finished(storage) >= after, workers[:1])
+    until(lambda: finished_by(workers[0], storage) >= after, workers[:1])
     return until(stopped, workers[:1])
 
 
@@ -241,7 +249,7 @@ def story(bench: Bench) -> Story:
         text.unlink()  # so that texts come from the study or are written anew
 
     second = bench.search(*command)
-    stop_in_a_trial([second], storage, after=len(studies[0].trials) + 1)
+    stop_in_a_trial([second], storage, after=1)
     second.send_signal(signal.SIGINT)
     second.send_signal(signal.SIGCONT)
     interrupted = printed(second, code=130)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlch
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from selfspec.errors import InputError
+from selfspec_search.interrupts import hold_back
 
 T = TypeVar("T")
 
@@ -60,7 +61,8 @@ class Storage:
 
     def _once(self, action: Callable[[BaseStorage], T]) -> T:
         try:
-            return action(self.raw)
+            with hold_back():
+                return action(self.raw)
         except KeyError as error:
             raise InputError(
                 f"the study is no longer in storage '{self.label}': somebody deleted it; choose another --study"

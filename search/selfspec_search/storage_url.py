@@ -13,6 +13,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from selfspec.errors import InputError
 from selfspec_search.database import open_database
+from selfspec_search.interrupts import hold_back
 from selfspec_search.storage import STORAGE_ERRORS, Storage, reason_of
 from selfspec_search.storage_file import open_journal, open_sqlite
 
@@ -41,7 +42,8 @@ def open_storage(storage: str | None, *, on_notice: Callable[[str], None], creat
         return Storage(InMemoryStorage(), "memory", on_notice)
     label, opener = _opener(storage, create)
     try:
-        return Storage(opener(), label, on_notice)
+        with hold_back():
+            return Storage(opener(), label, on_notice)
     except ImportError as error:
         raise _no_driver(storage.partition("://")[0]) from error
     except (RuntimeError, *STORAGE_ERRORS) as error:  # Optuna's RuntimeError names the command that upgrades old tables

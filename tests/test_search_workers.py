@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from selfspec_search import running as running_module
+from selfspec_search import storage_file
 from selfspec_search import watch as watch_module
 from selfspec_search.space import skip_set_of, sublayers
 from selfspec_search.store import Store, load_study
@@ -31,6 +32,7 @@ DEADLINE = 120.0
 
 
 def join(storage: str, **options: Any) -> Store:
+    storage_file.JOURNAL_LOCK_SECONDS = 3  # a worker may be killed while it holds the lock
     return Store.open(storage, "study", {"model": "tiny"}, num_layers=LAYERS, **options)
 
 
@@ -131,13 +133,14 @@ def works(storage: str, share: list[SkipSet], dies_on: SkipSet | None, machine: 
             found += len(store.news())
 
 
-def works_until_killed(storage: str, seed: int) -> None:
+def works_until_killed(storage: str, seed: int, at_it: Any) -> None:
     sets = random.Random(seed)
     with join(storage, heartbeat=0.05, grace=5.0) as store:
         store.share(dict)
         while True:
             with store.begin(sets.choice(SETS)) as running:
                 running.finish(1.0, {"table": "x" * 20_000})
+            at_it.set()
 
 
 def test_of_workers_that_start_at_once_one_makes_and_all_share(workers: Workers, shared: str) -> None:
@@ -200,15 +203,20 @@ def test_of_three_workers_one_is_killed_and_another_finishes_its_trial(
     assert rescued.record["by"] in ("machine 0", "machine 1")
 
 
-def test_workers_killed_at_any_moment_leave_nothing_half_done(workers: Workers, shared: str) -> None:
+def test_workers_killed_at_any_moment_leave_nothing_half_done(
+    workers: Workers, shared: str, processes: ForkServerContext
+) -> None:
     moments = random.Random(0)
     finished = 0
     for seed in range(8):
-        process = workers.start(works_until_killed, shared, seed)
-        time.sleep(moments.uniform(0.3, 1.5))
+        at_it = processes.Event()
+        process = workers.start(works_until_killed, shared, seed, at_it)
+        if seed % 2 == 0:  # the others may be killed before they have joined the study
+            assert at_it.wait(DEADLINE)
+        time.sleep(moments.uniform(0, 0.7))
         process.kill()
         process.join()
-        trials = load_study(shared).trials if seed else []
+        trials = load_study(shared).trials
         assert len(trials) >= finished
         finished = len(trials)
     with join(shared) as store:

@@ -18,6 +18,8 @@ from selfspec_search.database import open_database
 
 LOCK_SECONDS = 60
 """SQLite: so long a worker waits for the others, each of which holds the file for milliseconds."""
+JOURNAL_LOCK_SECONDS = 30
+"""Journal: a lock held for so long was left by a worker that was killed; others hold it for milliseconds."""
 SQLITE_MAGIC = b"SQLite format 3\x00"
 JOURNAL_MAGIC = b'{"op_code":'
 TAIL = 1 << 16
@@ -107,7 +109,7 @@ class _JournalLock(JournalFileOpenLock):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
+        super().__init__(str(path), grace_period=JOURNAL_LOCK_SECONDS)
         self._journal = path
 
     def acquire(self) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import selfspec_search.recording
 import selfspec_search.replay
 import torch
-from models import ENDS_SKIPPED
+from models import ENDS_SKIPPED, damped_model
 from replays import (
     DEPTHS,
     LENGTHS,
@@ -27,7 +28,9 @@ from selfspec_search.texts import Text
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selfspec import SkipSet
 from selfspec.errors import InputError
+from selfspec.runtime import Runtime
 from selfspec.views import target_view
 
 
@@ -50,6 +53,28 @@ def test_small_memory_changes_the_time_and_not_the_table(monkeypatch: pytest.Mon
     assert small.run(ENDS_SKIPPED, lambda first: 0) is None
 
 
+def test_threads_share_the_memory_however_little_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfspec_search.replay, "threads_for", lambda device: 16)
+    runtime = llama_runtime()
+    texts, need = texts_of(runtime, random_prompts(*LENGTHS)), Memory(runtime.model, DEPTHS)
+    replay = Replay(runtime.model, texts, DEPTHS, memory=need.recorded(texts) + 3 * need.per_start(texts))
+    assert replay._threads * max(len(chunk) for chunk in replay.chunks) <= 3
+
+
+def test_a_replay_of_some_texts_knows_nothing_of_the_others_and_records_nothing() -> None:
+    runtime = llama_runtime()
+    texts = texts_of(runtime, random_prompts(*LENGTHS))
+    whole = Replay(runtime.model, texts, DEPTHS)
+    few = whole.only([1, 4])
+    one, other = whole.run(ENDS_SKIPPED), few.run(ENDS_SKIPPED)
+    assert one is not None
+    assert other is not None
+    assert (one.weight[[1, 4]] == other.weight[[1, 4]]).all()
+    assert np.isnan(other.confidence[[0, 2, 3]]).all()
+    assert few.recordings is whole.recordings
+    assert few.first_depth(ENDS_SKIPPED).agreement == pytest.approx(one.only([1, 4]).agreement)
+
+
 def test_memory_too_small_for_one_position_is_refused_with_what_would_do() -> None:
     runtime = llama_runtime()
     texts = texts_of(runtime, random_prompts(*LENGTHS))
@@ -61,12 +86,23 @@ def test_memory_too_small_for_one_position_is_refused_with_what_would_do() -> No
     assert len(Replay(runtime.model, texts, DEPTHS, memory=enough).chunks) > 1
 
 
-@pytest.mark.parametrize("starts", [17, 60, 2000])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(do_sample=True, top_p=0.95)], ids=["greedy", "sampled"])
-def test_a_replay_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch, sampling: Sampling, starts: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "sampling", "starts"),
+    [
+        ("llama", Sampling(), 17),
+        ("llama", Sampling(do_sample=True, top_p=0.95), 17),
+        ("llama", Sampling(), 2000),
+        ("gemma2", Sampling(), 60),
+        ("mixtral", Sampling(), 17),
+    ],
+    ids=lambda x: "sampled" if isinstance(x, Sampling) and x.do_sample else "greedy" if isinstance(x, Sampling) else x,
+)
+def test_a_replay_stays_within_its_memory(
+    monkeypatch: pytest.MonkeyPatch, family: str, sampling: Sampling, starts: int
+) -> None:
     # Counts what torch allocates, as a budget must hold whatever the allocator reuses. The count sees one thread only.
     monkeypatch.setattr(selfspec_search.replay, "threads_for", lambda device: 1)
-    runtime = llama_runtime()
+    runtime = Runtime(damped_model(family, ENDS_SKIPPED), ENDS_SKIPPED)
     short = texts_of(runtime, random_prompts(*LENGTHS * 2), 31, sampling)
     texts = [*short[:4], *texts_of(runtime, random_prompts(7, 23), 211, sampling), *short[4:]]
     need = Memory(runtime.model, DEPTHS, sampled=sampling.do_sample)
@@ -76,6 +112,7 @@ def test_a_replay_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch, sampl
         allocations.peak = allocations.now
         for _ in range(2):
             replay.run(ENDS_SKIPPED)
+        replay.only(range(len(texts))).first_depth(SkipSet())
     assert max(len(chunk) for chunk in replay.chunks) == min(starts, 10 * 30 + 2 * 210)
     assert allocations.peak < budget
     if len(replay.chunks) > 1:

@@ -22,6 +22,7 @@ from replays import (
     random_prompts,
     texts_of,
 )
+from selfspec_search import replay_pass
 from selfspec_search.lookup import LookupTable
 from selfspec_search.replay import Replay
 from selfspec_search.sampling import Sampling
@@ -29,9 +30,13 @@ from selfspec_search.table import Table
 from selfspec_search.texts import decode_batch
 from selfspec_search.walk import Drafting, walk
 
+from selfspec.demo import held_out_prompts
 from selfspec.drafting import drafter_of
 from selfspec.errors import InputError
+from selfspec.loading import load
 from selfspec.plan import Plan, PromptLookup
+from selfspec.prompts import load_prompts
+from selfspec.runtime import Runtime
 from selfspec.skip_set import SkipSet
 
 
@@ -101,19 +106,24 @@ def test_a_sampled_token_that_rounding_cuts_from_the_recording_leaves_a_weight(c
     assert ((table.weight >= 0) & (table.weight <= 1)).all()
 
 
-def test_in_bfloat16_most_rounds_are_those_of_decoding() -> None:
-    # Not all: both round, each in its own way, and near ties may fall to either side.
-    runtime = bfloat16_runtime()
-    texts = texts_of(runtime, random_prompts(*LENGTHS * 3), 61)
-    table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused attention", "plain attention"])
+def test_in_bfloat16_nearly_all_rounds_are_those_of_decoding(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    # Not all: both round, each in its own way, and near ties, of which a trained model has few, may fall either way.
+    if not fused:  # what runs on other devices
+        monkeypatch.setattr(replay_pass, "_FLASH", None)
+    loaded = load("demo", device="cpu", dtype="bfloat16")
+    prompts = load_prompts(held_out_prompts(), loaded.tokenizer, context=loaded.context, new_tokens=61)[:6]
+    draft = SkipSet(attn=[3, 5, 7, 9, *range(11, 16)], mlp=[6, 8, 10, *range(12, 16)])
+    runtime, way = Runtime(loaded.model, draft), Drafting(4)
+    texts = texts_of(runtime, prompts, 61)
+    table = Replay(runtime.model, texts, 4).run(draft)
     assert table is not None
-    for way in (Drafting(2), Drafting(5)):
-        written, rounds = decode_rounds(runtime, texts, way)
-        ends = [in_common(tokens, text) for tokens, text in zip(written, texts, strict=True)]
-        replayed, decoded = (begun(side, ends, way.gamma) for side in (walk(table, [way]).rounds(0), rounds))
-        assert len(decoded) > 100
-        assert len(replayed & decoded) >= 0.9 * len(decoded)
-        assert 0.2 < fmean(count for *_, count in decoded) / way.gamma < 0.9
+    written, rounds = decode_rounds(runtime, texts, way)
+    ends = [in_common(tokens, text) for tokens, text in zip(written, texts, strict=True)]
+    replayed, decoded = (begun(side, ends, way.gamma) for side in (walk(table, [way]).rounds(0), rounds))
+    assert len(decoded) > 80
+    assert len(replayed & decoded) >= 0.95 * len(decoded)
+    assert 0.2 < fmean(count for *_, count in decoded) / way.gamma < 0.9
 
 
 def test_sampling_that_cannot_be_replayed_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -32,11 +33,11 @@ class Memory:
         self.budget = self.default(model.device) if budget is None else budget
         self.per_token: int = sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * item
         vocabulary, hidden = model.get_output_embeddings().weight.shape
-        wide = getattr(config, "intermediate_size", None) or 4 * hidden
         # Logits, their float32 copies for processors and softmax, and what top-p sorts and sums; a layer's activations;
         # keys and values of all depths, twice while starts are dropped.
         copies = item + (32 if sampled else 12)
-        self._per_start: int = vocabulary * copies + (12 * hidden + 3 * wide) * item + 2 * depths * self.per_token
+        activations = 12 * hidden + _mlp_activations(config, hidden)
+        self._per_start: int = vocabulary * copies + activations * item + 2 * depths * self.per_token
         self._heads = int(config.num_attention_heads)
         # Those of depth 0: for windows and without, for every query head that shares a key, laid out with padding.
         groups = -(-self._heads // min(shape.heads for shape in shapes))
@@ -70,6 +71,14 @@ class Memory:
                 f"take {in_words(recorded)}, and one position {in_words(one)}; give at least "
                 f"{in_words(recorded + one)}, or fewer or shorter prompts"
             )
+
+
+def _mlp_activations(config: Any, hidden: int) -> int:
+    """Values that an MLP holds of one token; a mixture of experts, for each that a token is sent to, inputs as well."""
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    of_experts = experts * (3 * (getattr(config, "moe_intermediate_size", None) or wide) + 3 * hidden)
+    return int(max(3 * wide, of_experts))
 
 
 def in_words(size: int) -> str:

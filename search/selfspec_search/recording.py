@@ -73,11 +73,6 @@ class Recording:
         run_view(target, tokens, positions, recorded, head=False)
         return cls(texts=texts, indices=indices, tokens=tokens, layers=recorded.layers)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(x.numel() * x.element_size() for pair in self.layers.values() for x in pair)
-
 
 @torch.inference_mode()
 def probabilities(target: PreTrainedModel, text: Text, processors: LogitsProcessorList, most: int) -> Tensor:

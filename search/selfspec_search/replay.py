@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import TypeVar
 
 import torch
@@ -61,7 +62,7 @@ class Replay:
         sampling: Sampling | None = None,
         memory: int | None = None,
     ) -> None:
-        self.model, self.texts, self.depths, self._memory = model, texts, depths, memory
+        self.texts, self.depths = texts, depths
         self.sampling = sampling or Sampling()
         self.processors = self.sampling.processors(model)
         self.view = draft_view(model, SkipSet())
@@ -74,7 +75,7 @@ class Replay:
         begins = [0, *torch.tensor([len(text) for text in texts]).cumsum(0).tolist()]
         self.chosen = self._chosen(target, budget.most_starts(texts)) if self.sampling.do_sample else None
         everyone = Starts.of(self.recordings, begins)
-        self._threads = threads_for(model.device)
+        self._threads = min(threads_for(model.device), budget.most_starts(texts))
         most = min(budget.most_starts(texts) // self._threads, -(-len(everyone) // self._threads))
         places = torch.arange(len(everyone), device=model.device).split(max(1, most))
         self.chunks = [everyone.only(index) for index in places]
@@ -89,9 +90,11 @@ class Replay:
         replaying, and may end the trial by 0: then None is returned.
         """
         change_skip_set(self.view, skip_set)
-        table = Table.empty(self.texts, self.depths)
-        begun = self._each(lambda chunk: self._begin(chunk, table))
-        depths = self.depths if how_deep is None else min(self.depths, how_deep(table.from_first_depth()))
+        table, depths = Table.empty(self.texts, self.depths), self.depths
+        begun: list[Starts | None] = [None] * len(self.chunks)
+        if how_deep is not None:
+            begun = self._each(lambda chunk: self._begin(chunk, table))
+            depths = min(depths, how_deep(table.from_first_depth()))
         if depths == 0:
             return None
         self._each(lambda chunk: self._go_on(chunk, begun[chunk], depths, table))
@@ -128,9 +131,12 @@ class Replay:
         return seen[0]
 
     def only(self, indices: Sequence[int]) -> Replay:
-        """A replay of some of the texts."""
-        texts = [self.texts[index] for index in indices]
-        return Replay(self.model, texts, self.depths, sampling=self.sampling, memory=self._memory)
+        """The same replay, over the starts of some of the texts: its tables hold nothing of the others."""
+        few, wanted = copy(self), torch.tensor(list(indices), device=self.tokens.device)
+        chunks = [chunk.only(torch.isin(chunk.texts, wanted).nonzero()[:, 0]) for chunk in self.chunks]
+        few.chunks = [chunk for chunk in chunks if len(chunk)]
+        few._first_steps = [None] * len(few.chunks)
+        return few
 
     @torch.inference_mode()
     def _advance(self, alive: Starts, depth: int, table: Table, step: Step | None) -> Starts:

@@ -120,7 +120,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Attent
     if _FLASH is not None and query.device.type == "cpu" and how.softcap is None and key.shape[-1] == value.shape[-1]:
         attended, logsumexp = _FLASH(query, key, value, 0.0, False, attn_mask=mask, scale=how.scale)
         return attended, logsumexp
-    scores = ((query * how.scale) @ key.transpose(-1, -2)).float()
+    scores = (query.float() * how.scale) @ key.float().transpose(-1, -2)
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     scores += mask
@@ -176,9 +176,8 @@ class ReplayPass:
         index = int(layer.layer_idx)  # type: ignore[arg-type]
         query = rearrange(query, "1 (h g) a d -> a h g d", h=key.shape[1])
         own_keys, own_values = self._append(index, key, value)  # a h k d
-        to_own = (
-            (rearrange(query * how.scale, "a h g d -> a h g 1 d") * own_keys[:, :, None]).sum(-1).float()
-        )  # a h g k
+        # Scores in float32, whatever the model's dtype: so do the kernels of the real runtime.
+        to_own = (query.float()[:, :, :, None] * how.scale * own_keys.float()[:, :, None]).sum(-1)  # a h g k
         if how.softcap is not None:
             to_own = torch.tanh(to_own / how.softcap) * how.softcap
         if how.window is not None and how.window <= self.depth:

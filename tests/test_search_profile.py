@@ -11,10 +11,12 @@ import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, tiny_model
 from selfspec_search.costs import Costs, at_another_context, fit_costs, fit_step, variants
 from selfspec_search.profile import Profile, costs_at, default_contexts, measure, round_lengths
+from selfspec_search.sampling import Sampling
 from selfspec_search.timing import STEPS
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TopKLogitsWarper
 
 from selfspec import InputError, SkipSet
+from selfspec.runtime import Runtime
 
 ATTENTION = 2  # its place in a fit: fixed, layer, attention, MLP
 
@@ -87,9 +89,6 @@ def test_at_every_context_the_full_models_sum_is_its_measured_step(model: PreTra
 
 def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: set[tuple[int, ...]] = set()
-    run = "selfspec.runtime.Runtime.run"
-    from selfspec.runtime import Runtime
-
     plain = Runtime.run
 
     def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,17 +96,46 @@ def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch:
         shapes.add((view, *tokens.shape))
         return plain(self, view, tokens)
 
-    monkeypatch.setattr(run, recorded)
+    monkeypatch.setattr(Runtime, "run", recorded)
     measured = measure(model, gamma_max=2, contexts=[11], rows=3)
     assert measured.rows == 3
     assert shapes == {("draft", 3, 1), ("target", 3, 1), ("target", 3, 2), ("target", 3, 3)}
 
 
-def test_all_variants_run_on_one_cache_and_leave_the_users_model_as_it_was(model: PreTrainedModel) -> None:
+def test_all_variants_run_on_one_cache_and_leave_the_users_model_as_it_was(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = torch.arange(1, 24)[None]
-    before = model(tokens).logits
+    before, caches, runtimes, plain = model(tokens).logits, set(), set(), Runtime.run
+
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
+        runtimes.add(id(self))
+        caches.add(id(self.cache))
+        return plain(self, view, tokens)
+
+    monkeypatch.setattr(Runtime, "run", recorded)
     measure(model, gamma_max=1, contexts=[5])
+    assert len(runtimes) == len(variants(LAYERS))
+    assert len(caches) == 1
     assert torch.equal(model(tokens).logits, before)
+
+
+def test_steps_and_rounds_for_sampling_are_measured_with_its_processors(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, plain = set(), TopKLogitsWarper.__call__
+
+    def recorded(self: TopKLogitsWarper, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.add(len(scores))
+        return plain(self, tokens, scores)
+
+    monkeypatch.setattr(TopKLogitsWarper, "__call__", recorded)
+    assert measure(model, gamma_max=2, contexts=[5]).sampling == {}
+    assert not seen
+    measured = measure(model, gamma_max=2, contexts=[5], sampling=Sampling(do_sample=True, top_k=7))
+    assert measured.sampling == {"do_sample": True, "top_k": 7}
+    assert measured.conditions.endswith(", sampling")
+    assert seen == {1, 2, 3}  # a step, and rounds over one and two drafted tokens
 
 
 def test_the_median_prompt_is_the_context_where_none_is_given(model: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from selfspec.errors import InputError
 from selfspec.loading import processor_name, versions
 from selfspec.runtime import Runtime, device_name
 from selfspec_search.costs import Costs, Record, at_another_context, fit_step, variants
+from selfspec_search.sampling import Sampling
 from selfspec_search.timing import STEPS, Bench, Call, medians, share_cache
 
 CYCLES = 15
@@ -42,6 +43,9 @@ class Profile(Record):
     rows: Annotated[int, Field(ge=1)]
     compiled: bool
     backend: str
+    sampling: dict[str, Any] = Field(
+        default_factory=dict
+    )  # how tokens were chosen, as arguments of `generate`; greedily if empty
     num_layers: int
     gamma_max: int
     versions: dict[str, str]
@@ -82,7 +86,8 @@ class Profile(Record):
         """Where it was measured, in words."""
         threads = f", threads {self.threads}" if self.device == "cpu" else ""
         passes = "compiled" if self.compiled else "eager"
-        return f"{self.device}{threads}, {self.dtype}, rows {self.rows}, {passes}, {self.backend}"
+        chosen = ", sampling" if self.sampling.get("do_sample") else ""
+        return f"{self.device}{threads}, {self.dtype}, rows {self.rows}, {passes}, {self.backend}{chosen}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; seconds."""
@@ -124,6 +129,7 @@ def measure(
     contexts: Sequence[int] | None = None,
     rows: int = 1,
     slots: int = 0,
+    sampling: Sampling | None = None,
     backend: str | None = None,
     compile: bool = False,
     on_cycle: Callable[[int, int], None] = lambda done, total: None,
@@ -139,6 +145,7 @@ def measure(
         contexts: tokens in the cache when a pass begins; by default those of the median prompt, or `CONTEXTS`.
         rows: how many are decoded together; each has the whole context.
         slots: the least capacity of the cache; the cost of a pass depends on it where attention has static shapes.
+        sampling: how tokens are chosen, greedily by default; with a large vocabulary it counts.
         on_cycle: called with (cycles done, of how many).
 
     Raises:
@@ -152,7 +159,7 @@ def measure(
     base = contexts[len(contexts) // 2]
     calls: dict[Name, Call] = {}
     for context in contexts:
-        bench = Bench(_cached(model, prompts or (), rows, context + 1))
+        bench = Bench(_cached(model, prompts or (), rows, context + 1), sampling)
         lengths = round_lengths(gamma_max, sparse=compile or context != base)
         some = runtimes if context == base else {FULL: runtimes[FULL]}
         calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
@@ -166,6 +173,7 @@ def measure(
         rows=rows,
         compiled=full.compile,
         backend=full.backend.backend.name,
+        sampling=sampling.to_dict() if sampling else {},
         num_layers=model.config.num_hidden_layers,
         gamma_max=gamma_max,
         versions=versions(),

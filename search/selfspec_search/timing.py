@@ -19,6 +19,7 @@ from selfspec.runtime import Runtime
 from selfspec.sampling import Draft
 from selfspec.stats import Stats
 from selfspec.views import attention_modules
+from selfspec_search.sampling import Sampling
 from selfspec_search.texts import request_for
 
 STEPS = 4
@@ -36,10 +37,11 @@ class Bench:
     Args:
         prompts: `b t`; all but the last token of each row are the context. The runtimes' cache must have room for
             them, and for three times what a call drafts.
+        sampling: how tokens are chosen, greedily by default: processors and drawing are part of a step and a round.
     """
 
-    def __init__(self, prompts: Tensor) -> None:
-        self.prompts = prompts
+    def __init__(self, prompts: Tensor, sampling: Sampling | None = None) -> None:
+        self.prompts, self.sampling = prompts, sampling
 
     def draft(self, runtime: Runtime, threshold: float | None = None) -> Call:
         """STEPS tokens drafted in every row."""
@@ -83,7 +85,8 @@ class Bench:
         Its prompts need not be cached: whatever is there takes as long to attend to.
         """
         runtime.pin_longrope(self.prompts.shape[1])
-        return request_for(runtime.model, list(self.prompts), 2 * gamma + 2, gamma, stops=False)
+        prompts = list(self.prompts)
+        return request_for(runtime.model, prompts, 2 * gamma + 2, gamma, sampling=self.sampling, stops=False)
 
 
 class _Guesses:

@@ -100,7 +100,8 @@ class Figures(_Strict):
 class Provenance(_Strict):
     """What the search saw: predicted and measured figures side by side.
 
-    `errors` are measured over predicted on the held-out texts, less 1. `study` is the study's name in its storage.
+    `errors` are measured over predicted on the texts that were decoded, less 1; of the best contender where plain
+    decoding won. `study` is the study's name in its storage.
     """
 
     conditions: Conditions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from statistics import median
 from time import perf_counter
 
@@ -81,6 +82,7 @@ class _Run:
     seconds: float
     stats: Stats
     tokens: list[Tensor]
+    written: list[int]  # of each row's tokens, those behind its prompt
 
 
 @dataclass
@@ -98,29 +100,32 @@ class _Contender:
         tokens, stats = decode_batch(self.runtime, self.drafter, prompts, texts[0].allowed, sampling)
         if tokens[0].device.type == "cuda":
             torch.cuda.synchronize(tokens[0].device)
-        self.runs.setdefault(batch, []).append(_Run(perf_counter() - start, stats, tokens))
+        seconds = perf_counter() - start
+        written = [len(row) - len(prompt) for row, prompt in zip(tokens, prompts, strict=True)]
+        self.runs.setdefault(batch, []).append(_Run(seconds, stats, tokens, written))
 
     @property
-    def stats(self) -> list[Stats]:
-        """Of every batch; of all its repeats where they are samples, else of one, since they are all the same."""
+    def counted(self) -> list[_Run]:
+        """Of every batch all repeats where they are samples, else one, since they are all the same."""
         last = slice(None) if self.settings.sampling.do_sample else slice(-1, None)
-        return [run.stats for runs in self.runs.values() for run in runs[last]]
+        return [run for runs in self.runs.values() for run in runs[last]]
 
-    def figures(self, plain: _Contender) -> Figures:
-        """Measured figures over the texts: each batch at the median of its repeats; samples all together."""
-        ratio, every = self._against(plain), self.stats
+    def figures(self, plain: _Contender, texts: int) -> Figures:
+        """Measured figures over so many texts: each batch at the median of its repeats; samples all together."""
+        ratio, every = self._against(plain), [run.stats for run in self.counted]
         tokens, drafted = sum(stats.tokens for stats in every), sum(stats.drafted for stats in every)
         reached, accepted = (
             _summed(lists) for lists in ([one.reached_at for one in every], [one.accepted_at for one in every])
         )
-        per_text = sorted(sum(a + 1 for _, a in rounds) / max(1, len(rounds)) for rounds in self.rounds())
+        written = [count for run in self.counted for count in run.written]
+        per_text = sorted(count / max(1, len(rounds)) for count, rounds in zip(written, self.rounds(), strict=True))
         return Figures(
             tokens_per_round=tokens / max(1, sum(stats.rounds for stats in every)),
             acceptance_rate=sum(stats.accepted for stats in every) / drafted if drafted else 0.0,
             tokens_per_second=tokens / self._seconds,
             speedup=ratio.value,
             interval=[ratio.low, ratio.high],
-            texts=sum(runs[-1].stats.rows for runs in self.runs.values()),
+            texts=texts,
             agreement=[a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)],
             spread=[per_text[0], median(per_text), per_text[-1]],
         )
@@ -142,7 +147,7 @@ class _Contender:
     def rounds(self) -> list[list[tuple[int, int]]]:
         """(drafted, accepted) of each round of each text, in the order in which they were decoded."""
         texts: list[list[tuple[int, int]]] = []
-        for stats in self.stats:
+        for stats in (run.stats for run in self.counted):
             rows: list[list[tuple[int, int]]] = [[] for _ in range(stats.rows)]
             for step in stats.history:
                 for row, drafted, accepted in step:
@@ -152,7 +157,7 @@ class _Contender:
 
     @property
     def _seconds(self) -> float:
-        """That `stats` took."""
+        """That the counted runs took."""
         seconds = [[run.seconds for run in runs] for runs in self.runs.values()]
         if self.settings.sampling.do_sample:
             return sum(map(sum, seconds))
@@ -192,19 +197,23 @@ def confirm(
                 everyone[(turn + place + repeat) % len(everyone)].decode(place, batch)
                 on_decoded((repeat * len(batches) + place) * len(everyone) + turn + 1, total)
     decoded = [index for batch in batches for index in batch]
-    return plain.figures(plain), [
+    return plain.figures(plain, len(set(decoded))), [
         _compare(prediction, contender, plain, replay, prices, decoded)
         for prediction, contender in zip(predictions, contenders, strict=True)
     ]
 
 
 def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]:
-    """Texts to decode, spread over the list, in batches of as many rows as the plan is for."""
+    """Texts to decode, spread over the list, in batches of as many rows as the plan is for.
+
+    Each is in one batch, but for those that fill up the last one: the same text again would be no further evidence.
+    """
     rows = settings.rows
-    count = min(settings.confirm_texts or len(texts), len(texts))
-    batches = count if rows == 1 else max(LEAST_BATCHES, count // rows)
-    chosen = [index * len(texts) // (batches * rows) for index in range(batches * rows)]
-    return [chosen[first : first + rows] for first in range(0, len(chosen), rows)]
+    wanted = settings.confirm_texts or len(texts)
+    count = min(wanted if rows == 1 else max(wanted, LEAST_BATCHES * rows), len(texts))
+    chosen = [index * len(texts) // count for index in range(count)]
+    filled = [*chosen, *islice(cycle(chosen), -count % rows)]
+    return [filled[first : first + rows] for first in range(0, len(filled), rows)]
 
 
 def _contender(model: PreTrainedModel, prediction: Prediction, settings: SearchSettings) -> _Contender:
@@ -241,8 +250,8 @@ def _compare(
     return Confirmed(
         prediction=prediction,
         predicted_on_held_out=_expected(prediction, table, prices),
-        expected_here=_expected(prediction, table.only(decoded), here),
-        measured=contender.figures(plain),
+        expected_here=_expected(prediction, table.only(decoded), here).model_copy(update={"texts": len(set(decoded))}),
+        measured=contender.figures(plain, len(set(decoded))),
         drafted_replayed=float((walked.visits * walked.drafted).sum() / walked.visits.sum()),
         drafted_decoded=sum(drafted for text in rounds for drafted, _ in text) / max(1, sum(map(len, rounds))),
         rounds=sum(map(len, rounds)),

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from selfspec.loading import versions
 from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance
 from selfspec_search.confirm import Confirmed, confirm, plan_of
+from selfspec_search.memory import Memory
 from selfspec_search.objective import Prediction, Prices, plain_figures
 from selfspec_search.profile import Profile, measure, position_limit
 from selfspec_search.replay import Replay
@@ -74,10 +75,19 @@ def measure_for(model: PreTrainedModel, texts: Sequence[Text], settings: SearchS
         contexts=sorted({min(context, most) for context in contexts}),
         rows=settings.rows,
         slots=max(text.prompt + text.allowed for text in texts) + settings.gamma_max + 1,
+        sampling=settings.sampling,
         backend=settings.backend,
         compile=settings.compile,
         on_cycle=lambda done, total: phases.tell("profile", done, total),
     )
+
+
+def check_memory(model: PreTrainedModel, texts: Sequence[Text], calibration: int, settings: SearchSettings) -> None:
+    """Raise `InputError` where a replay of the first so many texts, or of the others, would not fit: before hours, not
+    after."""
+    memory = Memory(model, settings.gamma_max, settings.memory, sampled=settings.sampling.do_sample)
+    for some in (texts[:calibration], texts[calibration:]):
+        memory.check(some)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +110,8 @@ class Finish:
         winner = next((one for one in confirmed if one.is_faster), None)
         identity = ModelIdentity.of(self.model.config)
         provenance = self._provenance(winner, plain, trials, texts, held_out)
+        # Also where plain decoding won: then the prediction was most wrong.
+        provenance = provenance.model_copy(update={"errors": (winner or confirmed[0]).errors})
         plan = Plan.none(model=identity, provenance=provenance)
         if winner is not None:
             plan = plan_of(winner.prediction).model_copy(update={"model": identity, "provenance": provenance})
@@ -147,7 +159,6 @@ class Finish:
             predicted=winner.prediction.figures if winner else plainly,
             predicted_on_held_out=winner.predicted_on_held_out if winner else plainly_held_out,
             measured=winner.measured if winner else plain,
-            errors=winner.errors if winner else {},
             profile=self.profile.to_dict(),
         )
 

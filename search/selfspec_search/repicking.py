@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
 from selfspec_search import text_cache
-from selfspec_search.finish import Finish, Phases, Trials, measure_for
+from selfspec_search.finish import Finish, Phases, Trials, check_memory, measure_for
 from selfspec_search.objective import Prices, best, is_cheap
 from selfspec_search.result import SearchResult
 from selfspec_search.sampling import Sampling
@@ -50,13 +50,16 @@ def repick(
     )
     phases = Phases(on_progress=on_progress or (lambda progress: None))
     texts, calibration = text_cache.from_bytes(study.blobs[TEXTS]), int(made_with["calibration"])
+    check_memory(model, texts, calibration, settings)
     with phases.phase("profile"):
         profile = measure_for(model, texts, settings, phases)
     with phases.phase("trials"):
         prices = Prices.of(profile, texts[:calibration], lookup=settings.lookup).with_lookups(texts[:calibration])
         # Sets that were too expensive to be tried at all have no table.
         priced = [trial for trial in study.trials if "table" in trial.record]
-        found = [best(table_of(trial, settings.gamma_max), prices, trial.skip_set) for trial in priced]
+        # A set that was tried twice counts once.
+        tables = {trial.skip_set: table_of(trial, settings.gamma_max) for trial in priced}
+        found = [best(table, prices, skip_set) for skip_set, table in tables.items()]
         found = [prediction for prediction in found if is_cheap(prediction.skip_set, prices, settings.max_draft_cost)]
     if not found:
         raise InputError(f"no trial of study '{study.name}' is as cheap here as max_draft_cost asks; raise it")

@@ -16,7 +16,7 @@ from selfspec.errors import InputError
 from selfspec.runtime import Runtime
 from selfspec.views import check_supported
 from selfspec_search import text_cache
-from selfspec_search.finish import Finish, Phases, Trials, measure_for
+from selfspec_search.finish import Finish, Phases, Trials, check_memory, measure_for
 from selfspec_search.objective import Prices
 from selfspec_search.profile import Profile
 from selfspec_search.repicking import repick
@@ -94,27 +94,19 @@ class _Search:
         ) as store:
             shared = store.share(self._make_shared)
             texts = text_cache.from_bytes(shared[TEXTS])
+            check_memory(self.model, texts, self.calibration, self.settings)
             profile = Profile.from_dict(json.loads(shared[PROFILE]))
             with self.phases.phase("trials"):
-                study = self._study(store, profile, texts[: self.calibration])
-        return self._result(study, profile, texts, store.name)
+                trials = self._trials(store, profile, texts[: self.calibration])
+        return self._result(trials, profile, texts)
 
-    def _result(self, study: Study, profile: Profile, texts: Sequence[Text], name: str) -> SearchResult:
+    def _result(self, trials: Trials, profile: Profile, texts: Sequence[Text]) -> SearchResult:
         settings = self.settings
-        if not (ranking := study.ranking()):
-            raise InputError(_nothing_found(study))
         if settings.storage is not None and not profile.is_of(self.model.device):
             # The study is priced for its maker's device: this one picks from the same trials at its own prices.
-            picked = repick(self.model, load_study(settings.storage, name), settings, self.phases.on_progress)
-            return replace(picked, interrupted=study.interrupted)
-        trials = Trials(
-            study=name,
-            ranking=ranking,
-            lookup=study.prices.best_lookup(study.replay.texts),
-            complete=study.complete,
-            pruned=study.pruned,
-            interrupted=study.interrupted,
-        )
+            study = load_study(settings.storage, trials.study)
+            picked = repick(self.model, study, settings, self.phases.on_progress)
+            return replace(picked, interrupted=trials.interrupted)
         finish = Finish(model=self.model, settings=settings, profile=profile, phases=self.phases)
         return finish.run(trials, texts[: self.calibration], texts[self.calibration :])
 
@@ -142,6 +134,7 @@ class _Search:
         """The target's texts and the profile, which price every worker's trials."""
         with self.phases.phase("texts"):
             texts = self._write()
+        check_memory(self.model, texts, self.calibration, self.settings)
         with self.phases.phase("profile"):
             profile = measure_for(self.model, texts, self.settings, self.phases)
         return {TEXTS: text_cache.to_bytes(texts), PROFILE: json.dumps(profile.to_dict()).encode()}
@@ -166,7 +159,8 @@ class _Search:
         cache.write(key, written)
         return written
 
-    def _study(self, store: Store, profile: Profile, texts: Sequence[Text]) -> Study:
+    def _trials(self, store: Store, profile: Profile, texts: Sequence[Text]) -> Trials:
+        """Run the trials. Their replay, and its memory, end with them: what confirms the plans has its own."""
         settings, total = self.settings, self.settings.trials
         self.phases.tell("trials", 0, total)
         study = Study(
@@ -177,7 +171,16 @@ class _Search:
             on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
         )
         study.run()
-        return study
+        if not (ranking := study.ranking()):
+            raise InputError(_nothing_found(study))
+        return Trials(
+            study=store.name,
+            ranking=ranking,
+            lookup=study.prices.best_lookup(texts),
+            complete=study.complete,
+            pruned=study.pruned,
+            interrupted=study.interrupted,
+        )
 
 
 def _nothing_found(study: Study) -> str:

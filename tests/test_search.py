@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, FIRST_DROPPED, LAYERS, VOCABULARY, damped_model
+from models import ENDS_SKIPPED, FIRST_DROPPED, LAYERS, VOCABULARY, damped_model, tiny_model
+from replays import texts_of
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
+from selfspec_search.confirm import _batches, _Contender
 from selfspec_search.costs import Costs
+from selfspec_search.objective import Prediction, Prices
 from selfspec_search.profile import Profile
+from selfspec_search.space import every_set
 from selfspec_search.study import Study
 from selfspec_search.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
+from selfspec_search.texts import Text
+from selfspec_search.walk import Drafting
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, SkipSet
-from selfspec.drafting import Drafter, drafter_of
+from selfspec.drafting import Drafter, NoDrafter, drafter_of
 from selfspec.loading import processor_name
+from selfspec.plan import Figures
 from selfspec.request import Request
+from selfspec.runtime import Runtime
 from selfspec.sampling import Draft
 
 SETTINGS = {"trials": 9, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}
@@ -139,6 +148,56 @@ def test_where_plain_decoding_wins_the_plan_does_not_speculate(
     assert result.plan.provenance.measured is not None
     assert result.plan.provenance.measured.speedup == 1.0
     assert len(result.confirmed) >= 2
+    assert result.plan.provenance.errors["speedup"] < 0, "where the prediction went wrong, the plan says how far"
+
+
+def test_a_row_that_ends_on_an_accepted_stop_token_counts_no_token_behind_it() -> None:
+    model = tiny_model("llama")
+    draft = SkipSet(attn={6})
+    runtime = Runtime(model, draft)
+    (free,) = texts_of(runtime, prompts(5), 23)
+    model.generation_config.eos_token_id = int(free.tokens[free.prompt + 9])
+    (text,) = texts_of(runtime, prompts(5), 23)
+    settings, plan = SearchSettings(), Plan(skip_set=draft, gamma=5)
+    ours, plain = (_Contender(runtime, one, settings) for one in (drafter_of(plan, runtime), NoDrafter()))
+    ours.decode(0, [text])
+    plain.decode(0, [text])
+    figures, (rounds,) = ours.figures(plain, 1), ours.rounds()
+    assert sum(accepted + 1 for _, accepted in rounds) == text.written + 1, "the stop token was accepted"
+    assert figures.spread == [text.written / len(rounds)] * 3
+    assert figures.tokens_per_round == figures.spread[0]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "gap", "hopeless"), [(1.09, 0.1, True), (1.1, 0.1, False), (1.19, 0.0, True), (1.2, 0.0, False)]
+)
+def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
+    estimate: float, gap: float, hopeless: bool
+) -> None:
+    study = Study.__new__(Study)
+    study.settings, study.prices, study.largest_gap = SearchSettings(), Prices(costs=CHEAP_DRAFTS.costs[0]), gap
+    figures = Figures(tokens_per_round=2.0, acceptance_rate=0.5, tokens_per_second=9.0, speedup=1.2, texts=1)
+    found = [Prediction(skip_set=s, drafting=Drafting(1), figures=figures) for s in every_set(2)]
+    study.found = {prediction.skip_set: prediction for prediction in found[:5]}
+    assert study._is_hopeless(estimate) is hopeless
+    study.found.popitem()
+    assert not study._is_hopeless(estimate), "too few have run whole to know the gap"
+
+
+def test_gaps_of_either_sign_count(model: PreTrainedModel, tmp_path: Path) -> None:
+    storage, gaps = str(tmp_path / "trials.db"), []
+    plain = Study._note
+
+    def noted(self: Study, skip_set: SkipSet, prediction: Prediction | None, estimate: float) -> None:
+        plain(self, skip_set, prediction, estimate)
+        gaps.append((prediction and abs(prediction.speedup / estimate - 1), self.largest_gap))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "_note", noted)
+        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 20}, storage=storage))
+    assert gaps[-1][1] == max(gap for gap, _ in gaps if gap is not None) > 0
+    trials = load_study(storage).trials
+    assert 5 <= sum(trial.value is not None for trial in trials) < 20, "some were ended early, and not the first"
 
 
 def test_ctrl_c_during_trials_keeps_the_best_so_far(model: PreTrainedModel) -> None:
@@ -269,7 +328,25 @@ def test_a_search_for_batches_prices_and_decodes_rows_together(model: PreTrained
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"confirm_texts": 3}, rows=3))
     assert result.rounds_equal
     assert result.differing_texts == 0
-    assert all(confirmed.measured.texts == 12 for confirmed in result.confirmed), "four batches of three"
+    for confirmed in result.confirmed:
+        assert confirmed.measured.texts == confirmed.expected_here.texts == 3, "however often each is decoded"
+
+
+@pytest.mark.parametrize(
+    ("texts", "rows", "limit", "expected"),
+    [
+        (5, 1, 2, [[0], [2]]),
+        (5, 1, None, [[0], [1], [2], [3], [4]]),
+        (5, 2, 1, [[0, 1], [2, 3], [4, 0]]),
+        (2, 3, 8, [[0, 1, 0]]),
+        (16, 2, 3, [[0, 2], [4, 6], [8, 10], [12, 14]]),
+    ],
+)
+def test_each_held_out_text_is_in_one_batch_but_for_those_that_fill_up_the_last(
+    texts: int, rows: int, limit: int | None, expected: list[list[int]]
+) -> None:
+    some = [Text(tokens=torch.zeros(3), prompt=2, allowed=1)] * texts
+    assert _batches(some, SearchSettings(rows=rows, confirm_texts=limit)) == expected
 
 
 def test_known_sets_are_tried_first(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -277,6 +354,26 @@ def test_known_sets_are_tried_first(model: PreTrainedModel, tmp_path: Path) -> N
     settings = SearchSettings(**SETTINGS | {"trials": 3}, start_from=[ENDS_SKIPPED], storage=storage)
     search(model, CALIBRATION, HELD_OUT, settings)
     assert load_study(storage).trials[0].skip_set == ENDS_SKIPPED
+    going_on = replace(settings, trials=4, start_from=[ENDS_SKIPPED, FIRST_DROPPED])
+    search(model, CALIBRATION, HELD_OUT, going_on)
+    assert load_study(storage).trials[3].skip_set == FIRST_DROPPED, "also where the study is past its seeds"
+
+
+def test_time_that_is_up_ends_a_search_that_found_nothing_cheap_enough(model: PreTrainedModel) -> None:
+    settings = SearchSettings(**SETTINGS | {"trials": 10**6}, timeout=0.5, max_draft_cost=1e-9)
+    with pytest.raises(InputError, match="raise max_draft_cost"):
+        search(model, CALIBRATION, HELD_OUT, settings)
+
+
+def test_a_model_with_few_sublayers_has_every_set_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, costs = str(tmp_path / "trials.db"), CHEAP_DRAFTS.costs[0].model_copy(update={"num_layers": 2})
+    profile = CHEAP_DRAFTS.model_copy(update={"num_layers": 2, "costs": (costs,)})
+    monkeypatch.setattr("selfspec_search.finish.measure", lambda *_, **__: profile)
+    small = tiny_model("llama", num_hidden_layers=2)
+    result = search(small, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 40}, storage=storage))
+    tried = [trial.skip_set for trial in load_study(storage).trials]
+    assert len(tried) == len(set(tried)) == result.trials_complete + result.trials_pruned == 2**4
+    assert set(tried) == set(every_set(2))
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ class SearchSettings:
             raise InputError(f"sampler is '{self.sampler}', but it must be one of {', '.join(get_args(SamplerName))}")
         if self.max_draft_cost is not None and not 0 < self.max_draft_cost <= 1:
             raise InputError(f"max_draft_cost is {self.max_draft_cost}, but it must be above 0 and at most 1")
-        if self.timeout is not None and self.timeout <= 0:
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise InputError(f"timeout is {self.timeout} seconds, but it must be more than 0; leave it out for none")
         if self.gamma_max > MOST_DRAFTED:
             raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most {MOST_DRAFTED}")

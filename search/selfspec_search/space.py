@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import optuna
@@ -65,6 +66,12 @@ def nested(order: Sequence[Sublayer]) -> Iterator[SkipSet]:
     """Skip sets that grow along `order`, from a quarter of the sub-layers to seven eighths."""
     for eighths in (4, 5, 3, 6, 2, 7):
         yield skip_set_of(order[: len(order) * eighths // 8])
+
+
+def every_set(num_layers: int) -> Iterator[SkipSet]:
+    """All there are, the small ones first: for models that have few."""
+    every = sublayers(num_layers)
+    return (skip_set_of(skipped) for count in range(len(every) + 1) for skipped in combinations(every, count))
 
 
 def flipped(skip_set: SkipSet, *changed: Sublayer) -> SkipSet:

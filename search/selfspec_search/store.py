@@ -164,8 +164,9 @@ class Store:
         fresh = [
             t for t in self._ledger.trials() if t.state in FINISHED and t.number not in self._told and self._is_ours(t)
         ]
-        self._told.update(trial.number for trial in fresh)
-        return [StoredTrial.of(trial, self._num_layers) for trial in fresh]
+        news = [StoredTrial.of(trial, self._num_layers) for trial in fresh]
+        self._told.update(trial.number for trial in news)
+        return news
 
     def _is_unknown(self, trial: FrozenTrial) -> bool:
         """Whether a trial runs, or ended after the last call of `news`."""

@@ -10,7 +10,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, count
 from statistics import mean
 from typing import Any
 
@@ -29,6 +29,7 @@ from selfspec_search.sampler import Sampler
 from selfspec_search.settings import SearchSettings
 from selfspec_search.space import (
     Sublayer,
+    every_set,
     flipped,
     nested,
     seeds,
@@ -49,6 +50,8 @@ PARENTS = 5
 """The best so many sets tell what a flip does."""
 MOST_REPEATS = 10
 """A sampler that proposes known sets so often in a row has no other idea."""
+FEW_SUBLAYERS = 12
+"""With so many, a search may well try every set there is."""
 
 
 @dataclass
@@ -98,12 +101,13 @@ class Study:
     def run(self) -> None:
         """Run trials until there were enough, time is up, or the user interrupts; what was found until then stays."""
         deadline = time.monotonic() + (float("inf") if self.settings.timeout is None else self.settings.timeout)
-        proposals = self._proposals()
         try:
-            while self.trials < self.settings.trials and not (self.found and time.monotonic() > deadline):
-                self._try(next(proposals))
+            for skip_set in self._proposals():
+                self._try(skip_set)
                 self._learn(self.store.news())
                 self.on_trial(self.trials, self._best)
+                if self.trials >= self.settings.trials or time.monotonic() > deadline:
+                    break
         except KeyboardInterrupt:
             self.interrupted = True
             self._learn(self.store.news())  # a trial may have ended and not have been noted
@@ -115,25 +119,34 @@ class Study:
     # --- What to try ---
 
     def _proposals(self) -> Iterator[SkipSet]:
-        """Skip sets to try next: those of workers that died first, and none that is known or being tried."""
-        known = self._seeds() if self.trials < self.settings.trials else iter(())
-        turn = 0
+        """Skip sets to try next, none that is known or being tried, until no such set is left.
+
+        First those of workers that died, and the user's own; then those that are known to be good elsewhere.
+        """
+        if self.trials >= self.settings.trials:
+            return
+        given, known, turn = iter(self.settings.start_from), self._seeds(), 0
         while True:
-            skip_set = self.store.waiting()
+            skip_set = self.store.waiting() or self._new_of(given)
             if skip_set is None and self.trials < SEED_SHARE * self.settings.trials:
-                taken = self._taken()
-                skip_set = next((seed for seed in known if seed not in taken), None)
+                skip_set = self._new_of(known)
             if skip_set is None:
                 turn += 1
                 skip_set = (self._refined() if turn % 2 else None) or self._sampled()
+            if skip_set is None:
+                return
             yield skip_set
+
+    def _new_of(self, some: Iterator[SkipSet]) -> SkipSet | None:
+        """The next of them that is neither known nor being tried."""
+        taken = self._taken()
+        return next((skip_set for skip_set in some if skip_set not in taken), None)
 
     def _taken(self) -> set[SkipSet]:
         return {*self.found, *self.estimated, *self.store.claimed()}
 
     def _seeds(self) -> Iterator[SkipSet]:
         fixed = list(seeds(self.num_layers))
-        yield from self.settings.start_from
         yield from fixed[:1]  # so that even a search without time tries something
         yield from nested(self._by_sensitivity())
         yield from fixed[1:]
@@ -191,8 +204,8 @@ class Study:
                     factors.setdefault((sublayer, sublayer in parent), []).append(after / self.estimated[parent])
         return {key: mean(values) for key, values in factors.items()}
 
-    def _sampled(self) -> SkipSet:
-        """The sampler's next idea; any set that was not tried, where it has no new one."""
+    def _sampled(self) -> SkipSet | None:
+        """The sampler's next idea; any set that was not tried, where it has no new one; None where all were."""
         taken = self._taken()
         for _ in range(MOST_REPEATS):
             skip_set = self._sampler.propose()
@@ -200,7 +213,11 @@ class Study:
                 return skip_set
             self._sampler.decline(skip_set)
         every = sublayers(self.num_layers)
-        return skip_set_of(self._random.sample(every, self._random.randrange(len(every))))
+        if len(every) <= FEW_SUBLAYERS:
+            left = [skip_set for skip_set in every_set(self.num_layers) if skip_set not in taken]
+            return self._random.choice(left) if left else None
+        drawn = (self._random.sample(every, self._random.randint(0, len(every))) for _ in count())
+        return next(skip_set for skip_set in map(skip_set_of, drawn) if skip_set not in taken)
 
     # --- Trying it ---
 
@@ -241,7 +258,10 @@ class Study:
         running.finish(prediction.speedup, record, self._constraints(skip_set))
 
     def _is_hopeless(self, estimate: float) -> bool:
-        """Whether even the largest gap seen between estimate and truth would leave a trial behind the best."""
+        """Whether even the largest gap seen between estimate and truth would leave a trial behind the best.
+
+        Gaps of either sign count: the next one may be as large the other way.
+        """
         if len(self.found) < FULL_TRIALS_FIRST:
             return False
         return estimate * (1 + self.largest_gap) < (self._best or 0.0)
@@ -261,7 +281,7 @@ class Study:
             self.complete += 1
             self.found[skip_set] = prediction
             if estimate > 0:
-                self.largest_gap = max(self.largest_gap, prediction.speedup / estimate - 1)
+                self.largest_gap = max(self.largest_gap, abs(prediction.speedup / estimate - 1))
         value = None if prediction is None else prediction.speedup
         self._sampler.tell(skip_set, value, estimate=estimate, constraints=self._constraints(skip_set))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FIRST_DROPPED
+from models import FIRST_DROPPED, tiny_model
 from saved import CONTEXT, PLAN, byte_tokenizer, save_model
 from selfspec_search import load_study
 from selfspec_search.study import Study
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 from selfspec import Plan, SkipSet, __version__
 from selfspec.cli import app
 from selfspec.cli.generate import _printable
-from selfspec.cli.search import split
+from selfspec.cli.search import _without_password, split
 from selfspec.plan import ModelIdentity
 from selfspec.prompts import Prompt
 
@@ -176,7 +177,7 @@ def test_a_search_that_fails_writes_nothing(model_dir: Path, tmp_path: Path, pro
     out = tmp_path / "folder"
     out.mkdir()
     search = ("search", model_dir, "--prompts", prompt_file, "--out", out)
-    assert "gamma_max is 65" in complaint(*search, "--gamma-max", 65)
+    assert "--gamma-max is 65" in complaint(*search, "--gamma-max", 65)
     assert "with 200 new ones exceeds the model's context" in complaint(*search, "--new-tokens", 200)
     prompt_file.write_text("only one\n")
     assert "one prompt cannot be split" in complaint(*search)
@@ -230,7 +231,7 @@ def test_picking_again_needs_a_study(model_dir: Path, tmp_path: Path) -> None:
 
 def test_picking_again_takes_texts_and_sampling_from_the_study(tmp_path: Path, prompt_file: Path) -> None:
     repick = ("search", "demo", "--out", tmp_path / "x.json", "--repick")
-    for option in (("--prompts", prompt_file), ("--temperature", 0.7)):
+    for option in (("--prompts", prompt_file), ("--temperature", 0.7), ("--gamma-max", 4)):
         result = run(*repick, *option)
         assert result.exit_code == 2
         assert option[0] in result.output
@@ -263,15 +264,74 @@ def test_ctrl_c_keeps_the_best_so_far_and_exits_with_130(
     assert Plan.from_pretrained(out).provenance is not None
 
 
+def test_ctrl_c_before_there_is_a_plan_says_what_is_kept(
+    model_dir: Path, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selfspec_search.finish.measure", interrupt)
+    storage = f"sqlite:///{tmp_path}/kept.db"
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 9)
+    result = run(*search, "--storage", storage)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == [
+        f"interrupted, and no plan was written; trials that ended are kept in {storage}: give the same command again "
+        "to go on"
+    ]
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_password_is_never_shown() -> None:
+    assert _without_password("postgresql://me:se@cret@host/db") == "postgresql://me:***@host/db"
+    assert _without_password("/a/plan.db") == "/a/plan.db"
+
+
+@pytest.mark.parametrize("storage", ["plan", "sqlite:///{}/plan", "journal://{}/plan"])
+def test_a_plan_is_not_written_over_its_trials(tmp_path: Path, prompt_file: Path, storage: str) -> None:
+    place = storage.format(tmp_path) if "{" in storage else str(tmp_path / storage)
+    search = ("search", "demo", "--prompts", prompt_file, "--out", tmp_path / "plan", "--storage", place)
+    assert "where the trials would be kept too" in complaint(*search)
+    default = ("search", "demo", "--prompts", prompt_file, "--out", tmp_path / "plan.db")
+    assert "where the trials would be kept too" in complaint(*default)
+
+
+def test_a_plan_takes_no_devices_place(tmp_path: Path, prompt_file: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is no ordinary file" in complaint("search", "demo", "--prompts", prompt_file, "--out", pipe)
+    assert pipe.is_fifo()
+
+
+def test_a_search_starts_from_no_other_models_plan(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
+    other = Plan(skip_set=SkipSet(attn={1}), gamma=2, model=ModelIdentity.of(tiny_model("qwen2").config))
+    other.save(tmp_path / "other.json")
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 9)
+    assert "qwen2" in complaint(*search, "--start-from", tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_does_not_suffice_takes_one_line(
+    model_dir: Path, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("selfspec_search.finish.measure", fail)
+    search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 9)
+    assert complaint(*search).endswith("try fewer --rows, a smaller --dtype or a smaller --memory")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--memory", "1K"), "a memory budget of 1 KiB is too small"),
-        (("--memory", "lots"), "memory is 'lots', but a size such as 512M or 4G is expected"),
-        (("--sampler", "best"), "sampler is 'best', but it must be one of"),
-        (("--rows", 0), "rows is 0, but it must be at least 1"),
-        (("--max-draft-cost", 2), "max_draft_cost is 2"),
+        (("--memory", "lots"), "--memory is 'lots', but a size such as 512M or 4G is expected"),
+        (("--sampler", "best"), "--sampler is 'best', but it must be one of"),
+        (("--rows", 0), "--rows is 0, but it must be at least 1"),
+        (("--max-draft-cost", 2), "--max-draft-cost is 2"),
         (("--temperature", -1), "--temperature is -1"),
+        (("--timeout", "nan"), "--timeout is nan seconds, but it must be more than 0"),
         (("--start-from", "none.json"), "no plan at none.json"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -5,7 +5,7 @@ Nothing heavy is imported before a command runs, so that `selfspec --help` answe
 
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -16,6 +16,15 @@ from selfspec.errors import PlanWarning, SelfspecError
 __all__ = ["app", "main"]
 
 
+def _complain(text: str) -> NoReturn:
+    typer.echo("error: " + " ".join(text.split()), err=True)
+    raise typer.Exit(1) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error)
+
+
 class _Group(TyperGroup):
     """Prints what a user can mend as one line on stderr, and exits 1."""
 
@@ -23,8 +32,11 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except SelfspecError as error:
-            typer.echo("error: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(1) from None
+            _complain(str(error))
+        except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
+            if not _is_out_of_memory(error):
+                raise
+            _complain(f"{error}; memory does not suffice: try fewer --rows, a smaller --dtype or a smaller --memory")
 
 
 app = typer.Typer(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,14 +21,20 @@ if TYPE_CHECKING:
     from selfspec_search import SearchResult, SearchSettings
 
     from selfspec.loading import Loaded
+    from selfspec.plan import Plan
     from selfspec.prompts import Prompt
 
 LEAST_TOKENS = 2
 """Of a prompt that a search can use."""
+_OF_A_STUDY = (
+    *("prompts", "held_out", "start_from", "temperature", "top_p", "top_k"),
+    *("trials", "timeout", "seed", "sampler", "gamma_max", "new_tokens"),
+)
+"""What picking again has no use for."""
 HELD_OUT_SHARE = 4
 """One prompt in so many is held out, where no held-out prompts are given."""
 INTERRUPTED = 130
-"""Exit code where ctrl-C ended the trials; the plan of the best so far is written all the same."""
+"""Exit code of ctrl-C. Where it ended the trials, the plan of the best so far is written all the same."""
 
 
 def search(
@@ -74,6 +83,8 @@ def search(
         bool, typer.Option("--repick", help="No new trials: price those of the study for this device and --rows.")
     ] = False,
     quiet: options.Quiet = False,
+    *,
+    context: typer.Context,
 ) -> None:
     """Find what to skip, and write a plan.
 
@@ -86,9 +97,8 @@ def search(
     at_least("--new-tokens", new_tokens, 2)
     at_least("--trials", trials, 1)
     storage = storage or str(out.with_suffix(".db"))
-    known = [_skip_set(plan) for plan in start_from or ()]
-
-    from selfspec_search.memory import parse_size
+    _refuse_one_file_for_both(out, storage)
+    known = [_plan(path) for path in start_from or ()]
 
     given: dict[str, Any] = {
         "trials": trials,
@@ -96,34 +106,28 @@ def search(
         "seed": seed,
         "sampler": sampler,
         "max_draft_cost": max_draft_cost,
-        "start_from": known,
+        "start_from": [plan.skip_set for plan in known],
         "gamma_max": gamma_max,
         "new_tokens": new_tokens,
         "rows": rows,
         "lookup": lookup,
-        "memory": None if memory is None else parse_size(memory),
         "compile": compile,
         "backend": backend,
         "storage": storage,
         "study_name": study,
     }
-    settings = _settings(given, temperature, top_p, top_k)
+    settings = _settings(given, memory, temperature, top_p, top_k)
     if pick_again:
-        _refuse_beside_repick(
-            {
-                "--prompts": prompts,
-                "--held-out": held_out,
-                "--start-from": start_from,
-                "--temperature": temperature,
-                "--top-p": top_p,
-                "--top-k": top_k,
-            }
-        )
-        result = _repick(model, settings, device=device, dtype=dtype, quiet=quiet)
+        _refuse_beside_repick(context)
+        with _told_of_interrupts(storage):
+            result = _repick(model, settings, device=device, dtype=dtype, quiet=quiet)
     else:
         calibration, confirmation = _prompts(prompts, held_out, seed)
-        loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
-        result = _search(loaded, calibration, confirmation, settings, quiet=quiet)
+        with _told_of_interrupts(storage):
+            loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+            for plan in known:
+                plan.check_fits(loaded.model.config)
+            result = _search(loaded, calibration, confirmation, settings, quiet=quiet)
     result.plan.save(out)
     report_search(results(), result)
     results().print(f"wrote {out}", markup=False, soft_wrap=True)
@@ -131,21 +135,62 @@ def search(
         raise typer.Exit(INTERRUPTED)
 
 
-def _refuse_beside_repick(given: dict[str, object]) -> None:
-    """A usage error for what picking again takes from the study."""
-    for name, value in given.items():
-        if value:
-            raise typer.BadParameter(f"--repick takes texts and sampling from the study; leave out {name}")
+def _refuse_beside_repick(context: typer.Context) -> None:
+    """A usage error for what picking again takes from the study, or does not need."""
+    for name in _OF_A_STUDY:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"--repick tries nothing, and takes texts and sampling from the study; leave out {_option(name)}"
+            )
+
+
+def _refuse_one_file_for_both(out: Path, storage: str) -> None:
+    """The plan must not be written over the trials."""
+    file = storage.removeprefix("journal://").removeprefix("sqlite:///")
+    if "://" not in file and os.path.realpath(os.path.expanduser(file)) == os.path.realpath(out):
+        raise InputError(f"--out is {out}, where the trials would be kept too; give another file to one of them")
+
+
+@contextmanager
+def _told_of_interrupts(storage: str) -> Iterator[None]:
+    """One line for a ctrl-C that comes too early or too late for a plan."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        asides().print(
+            f"interrupted, and no plan was written; trials that ended are kept in {_without_password(storage)}: "
+            "give the same command again to go on",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _without_password(storage: str) -> str:
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", storage)
+
+
+def _option(text: str) -> str:
+    """A parameter, which the text begins with, as it is typed."""
+    name, space, rest = text.partition(" ")
+    return f"--{name.replace('_', '-')}{space}{rest}"
 
 
 def _settings(
-    given: dict[str, Any], temperature: float | None, top_p: float | None, top_k: int | None
+    given: dict[str, Any], memory: str | None, temperature: float | None, top_p: float | None, top_k: int | None
 ) -> SearchSettings:
     from selfspec_search import Sampling, SearchSettings
+    from selfspec_search.memory import parse_size
 
     from selfspec.cli.generate import sampling_options
 
-    return SearchSettings(**given, sampling=Sampling(**sampling_options(temperature, top_p, top_k)))
+    try:
+        size = None if memory is None else parse_size(memory)
+        sampling = Sampling(**sampling_options(temperature, top_p, top_k))
+        return SearchSettings(**given, memory=size, sampling=sampling)
+    except InputError as error:  # it begins with the setting's name
+        raise InputError(str(error) if str(error).startswith("-") else _option(str(error))) from None
 
 
 def _search(
@@ -181,10 +226,10 @@ def _notice(line: str) -> None:
     asides().print(line, style="yellow", markup=False)
 
 
-def _skip_set(plan: Path) -> Any:
+def _plan(path: Path) -> Plan:
     from selfspec.plan import Plan
 
-    return Plan.from_pretrained(plan).skip_set
+    return Plan.from_pretrained(path)
 
 
 def _prompts(prompts: Path | None, held_out: Path | None, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -204,8 +249,10 @@ def writable(out: Path) -> Path:
     file = out / PLAN_FILE if os.path.isdir(out) else out
     if not os.path.isdir(file.parent):
         raise InputError(f"cannot write {out}: there is no directory {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK) or os.path.isdir(file):
+    if not os.access(file.parent, os.W_OK):
         raise InputError(f"cannot write {out}: choose a directory that is writable")
+    if os.path.exists(file) and not os.path.isfile(file):  # a rename would put an ordinary file in a device's place
+        raise InputError(f"cannot write {out}: {file} is there and is no ordinary file; choose another name")
     return file
 
 

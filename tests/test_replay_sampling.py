@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ENDS_SKIPPED, damped_model
+from models import ENDS_SKIPPED, FIRST_DROPPED, LAYERS, damped_model
 from replays import (
     DEPTHS,
     LENGTHS,
@@ -27,8 +27,9 @@ from selfspec_search.lookup import LookupTable
 from selfspec_search.replay import Replay
 from selfspec_search.sampling import Sampling
 from selfspec_search.table import Table
-from selfspec_search.texts import decode_batch
+from selfspec_search.texts import Text, decode_batch
 from selfspec_search.walk import Drafting, walk
+from transformers import PreTrainedModel
 
 from selfspec.demo import held_out_prompts
 from selfspec.drafting import drafter_of
@@ -90,6 +91,34 @@ def test_a_sampled_target_accepts_its_own_draft_always() -> None:
     table = Replay(runtime.model, texts, DEPTHS, sampling=SAMPLING).run(SkipSet())
     assert table is not None
     assert table.agreement == pytest.approx(1, abs=1e-4)
+
+
+def test_a_weight_is_the_chance_that_the_text_was_an_accepted_draft() -> None:
+    # A draft without the last MLP caches what the target caches, so that one plain pass tells q at every position.
+    model, sampling = damped_model("llama", FIRST_DROPPED), Sampling(do_sample=True, temperature=0.8, top_k=30)
+    draft = SkipSet(mlp={LAYERS - 1})
+    torch.manual_seed(5)
+    (text,) = texts_of(Runtime(model, draft), random_prompts(7), 41, sampling)
+    table = Replay(model, [text], DEPTHS, sampling=sampling).run(draft)
+    assert table is not None
+    p = chances(model, text, sampling)
+    skipped = model.model.layers[-1].mlp.register_forward_hook(lambda module, given, out: torch.zeros_like(out))
+    q = chances(model, text, sampling)
+    skipped.remove()
+    expected = (q / p).clamp(max=1).numpy()
+    assert 0.2 < expected.mean() < 0.98
+    for depth in range(DEPTHS):
+        known = ~np.isnan(table.confidence[0, :, depth])
+        assert known.any()
+        for start in np.flatnonzero(known):
+            assert table.weight[0, start, depth] == pytest.approx(expected[start + depth], abs=1e-4)
+
+
+def chances(model: PreTrainedModel, text: Text, sampling: Sampling) -> torch.Tensor:
+    """Of each token that was written, by one plain pass."""
+    with torch.inference_mode():
+        scores = sampling.processors(model)(text.tokens[None, :0], model(text.tokens[None]).logits[0].float())
+    return scores.softmax(dim=-1)[torch.arange(text.prompt - 1, len(text) - 1), text.tokens[text.prompt :]]
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.8}], ids=["top_k", "top_p"])

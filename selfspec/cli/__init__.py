@@ -22,7 +22,8 @@ def _complain(text: str) -> NoReturn:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    said = ("out of memory", "can't allocate memory")  # PyTorch on an accelerator, and on a CPU
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 class _Group(TyperGroup):

@@ -6,6 +6,7 @@ other prompts, unless one is given. Prints a table; the last line is JSON.
 
     python benchmarks/decode.py                         # embedded model, float32, one thread
     python benchmarks/decode.py --compile               # the same with compiled passes
+    python benchmarks/decode.py --no-lookup             # the draft skips layers and never looks prompts up
     python benchmarks/decode.py --model DIR --calibration FILE --held-out FILE --dtype bfloat16
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from selfspec.prompts import load_prompts
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options, code = parse(argv), commit()  # of now: the tree may change while this runs
+    if options.out:
+        warn_if_dirty(code)
     console = Console(width=140)
     quiet_hugging_face()
     torch.set_num_threads(options.threads)
@@ -77,6 +81,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--gamma-max", type=int, default=8, help="the longest draft that the search considers")
+    parser.add_argument(
+        "--lookup", action=argparse.BooleanOptionalAction, default=True, help="let prompt lookup take part"
+    )
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,6 +111,7 @@ def find_plan(
         compile=options.compile,
         new_tokens=options.new_tokens,
         gamma_max=options.gamma_max,
+        lookup=options.lookup,
     )
     return search(model, calibration, confirming, settings)
 
@@ -134,6 +142,12 @@ def commit() -> str:
         check=False,
     )
     return described.stdout.strip() or "unknown"
+
+
+def warn_if_dirty(code: str) -> None:
+    """Results that are kept should name the code that they came from."""
+    if code.endswith("-dirty"):
+        print(f"warning: the tree differs from its commit; the results will name '{code}'", file=sys.stderr)
 
 
 def device_name(device: str) -> str:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, damped_model
-from selfspec_search.replay import Replay
+from selfspec_search.replay import Replay, threads_for
 from selfspec_search.texts import Text, write_texts
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfspec import InputError
 from selfspec.drafting import NoDrafter
 from selfspec.plan import Plan
 from selfspec.runtime import Runtime
@@ -27,18 +31,21 @@ from selfspec.views import draft_view
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from cores import one_core, usable
+from decode import warn_if_dirty
 from rivals import draft_verify as draft_verify_module
 from rivals import swift as swift_module
+from rivals.bill import LEAST_TRIALS, Bill
 from rivals.clasp import BOTH, growing
 from rivals.clasp import run_programme as clasp_programme
-from rivals.context import RATIOS, Candidate, Context, Stopwatch
-from rivals.draft_verify import AdaptiveExit, decode_row, propose
+from rivals.context import RATIOS, Candidate, Context, Selection, Stopwatch
+from rivals.draft_verify import LONGEST_DRAFT, AdaptiveExit, decode_row, propose
 from rivals.figure import draw
 from rivals.fixed import evenly
 from rivals.gaussian_process import GaussianProcess
 from rivals.judging import OURS, best_of_each, enter, predicted_speedup, verdict
+from rivals.knapspec import ends, weights
 from rivals.knapspec import run_programme as knapspec_programme
-from rivals.knapspec import weights
 from rivals.methods import METHODS
 from rivals.programme import best_ways
 from rivals.windows import Stack, WindowPass, Windows
@@ -88,10 +95,10 @@ def turn(angle: float, states: Tensor) -> Tensor:
     return states @ rotation
 
 
-def brute_force(weights: tuple[int, ...]) -> dict[int, float]:
-    """The largest cosine by weight left out, of every subset of turns."""
+def brute_force(weights: tuple[int, ...], kept: tuple[int, ...]) -> dict[int, float]:
+    """The largest cosine by weight left out, of every subset of turns that may be left out."""
     best: dict[int, float] = {}
-    for bits in product((0, 1), repeat=len(ANGLES)):
+    for bits in product(*((0,) if step in kept else (0, 1) for step in range(len(ANGLES)))):
         saved = sum(weight for bit, weight in zip(bits, weights, strict=True) if bit)
         lost = sum(angle for bit, angle in zip(bits, ANGLES, strict=True) if bit)
         best[saved] = max(best.get(saved, -1.0), math.cos(lost))
@@ -100,8 +107,9 @@ def brute_force(weights: tuple[int, ...]) -> dict[int, float]:
 
 @pytest.mark.parametrize("weights", [(1,) * 7, (3, 1, 3, 1, 3, 1, 3), (2, 5, 1, 4, 3, 1, 2)])
 @pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.parametrize("kept", [(), (0, 6)])
 def test_the_programme_finds_what_brute_force_finds_where_losses_add_up(
-    weights: tuple[int, ...], capacity: int | None
+    weights: tuple[int, ...], capacity: int | None, kept: tuple[int, ...]
 ) -> None:
     # Turns in a plane: the angle to the target is the sum of those left out, so going on with the best way is exact.
     start = torch.tensor([[1.0, 0.0]], dtype=torch.double)
@@ -114,9 +122,11 @@ def test_the_programme_finds_what_brute_force_finds_where_losses_add_up(
         lambda step, states: turn(ANGLES[step], states),
         weights,
         similarity=lambda one, other: float(nn.functional.cosine_similarity(one, other).mean()),
+        kept=kept,
         capacity=capacity,
     )
-    expected = {saved: best for saved, best in brute_force(weights).items() if capacity is None or saved <= capacity}
+    every = brute_force(weights, kept)
+    expected = {saved: best for saved, best in every.items() if capacity is None or saved <= capacity}
     assert set(ways) == set(expected)
     for saved, way in ways.items():
         assert way.similarity == pytest.approx(expected[saved], abs=1e-9)
@@ -167,6 +177,18 @@ def test_the_knapsack_counts_what_a_sublayer_saves(context: Context) -> None:
     windows = Windows.of(context.model, context.texts)
     for saved, skip_set in knapspec_programme(context, windows).items():
         assert 3 * len(skip_set.attn) + len(skip_set.mlp) == saved
+
+
+def test_the_knapsack_can_keep_the_first_and_the_last_layer(context: Context) -> None:
+    windows = Windows.of(context.model, context.texts)
+    free, kept = knapspec_programme(context, windows), knapspec_programme(context, windows, ends(context))
+    outer = {0, LAYERS - 1}
+    assert any(outer & (skip_set.attn | skip_set.mlp) for skip_set in free.values())
+    assert not any(outer & (skip_set.attn | skip_set.mlp) for skip_set in kept.values())
+    assert set(kept.values()) - set(free.values()), "free ways displace some that keep both"
+    offered = [candidate.skip_set for candidate in METHODS["KnapSpec"](context, 600.0, 0).offered]
+    assert set(offered) == {*free.values(), *kept.values()} - {SkipSet()}
+    assert len(offered) == len(set(offered))
 
 
 # --- Windows ---
@@ -245,13 +267,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Quick:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_sets_of_this_model_however_short_the_time(context: Context, name: str) -> None:
-    candidates = METHODS[name](context, 0.0, 0)
-    assert candidates
-    for candidate in candidates:
+    selection = METHODS[name](context, 0.0, 0)
+    assert selection.offered
+    for candidate in selection.offered:
+        assert candidate.skip_set
         candidate.skip_set.validate(LAYERS)
-        assert len(candidate.skip_set) <= 2 * LAYERS
-    if name not in ("KnapSpec",):
-        assert all(candidate.skip_set for candidate in candidates)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -270,9 +290,10 @@ def test_another_seed_searches_elsewhere(context: Context, name: str, quick: Qui
 
 
 def test_swift_keeps_to_its_ratio_and_spares_the_first_and_last_layer(context: Context, quick: Quick) -> None:
-    candidates = METHODS["SWIFT"](context, 600.0, 0)
-    assert [candidate.ratio for candidate in candidates] == list(RATIOS)
-    for candidate, ratio in zip(candidates, RATIOS, strict=True):
+    selection = METHODS["SWIFT"](context, 600.0, 0)
+    assert selection.tried == len(RATIOS) * 30  # MOST_SETS of each
+    assert [candidate.ratio for candidate in selection.offered] == list(RATIOS)
+    for candidate, ratio in zip(selection.offered, RATIOS, strict=True):
         assert len(candidate.skip_set) == int(ratio * 2 * (LAYERS - 2))
         assert not {0, LAYERS - 1} & (candidate.skip_set.attn | candidate.skip_set.mlp)
 
@@ -282,18 +303,25 @@ def test_swift_agrees_more_the_longer_it_searches(context: Context, monkeypatch:
 
     def agreement(most: int) -> float:
         monkeypatch.setattr(swift_module, "MOST_SETS", most)
-        found = METHODS["SWIFT"](context, 600.0, 0)
+        found = METHODS["SWIFT"](context, 600.0, 0).offered
         return float(np.mean([windows.agreement(view, candidate.skip_set) for candidate in found]))
 
     assert agreement(55) > agreement(1) + 0.02
 
 
-def test_draft_and_verify_takes_the_fastest_set_it_decoded_with(context: Context, quick: Quick) -> None:
-    (candidate,) = METHODS["Draft & Verify"](context, 60.0, 0)
-    assert len(quick) > 30  # no set twice
-    assert quick[candidate.skip_set] == max(quick.values())
+def test_draft_and_verify_offers_the_two_fastest_sets_it_decoded_with(context: Context, quick: Quick) -> None:
+    selection = METHODS["Draft & Verify"](context, 60.0, 0)
+    assert selection.tried == len(quick) > 30  # no set twice
+    assert [quick[candidate.skip_set] for candidate in selection.offered] == sorted(quick.values())[:-3:-1]
     # The process finds the direction: of sets drawn at random, one in a million is as fast.
-    assert quick[candidate.skip_set] >= 10 + 2 * LAYERS - 2
+    assert max(quick.values()) >= 10 + 2 * LAYERS - 2
+
+
+def test_clasp_offers_every_number_of_layers(context: Context) -> None:
+    offered = METHODS["CLaSp"](context, 600.0, 0).offered
+    assert [(len(candidate.skip_set.attn), candidate.ratio) for candidate in offered] == [
+        (count, count / LAYERS) for count in range(1, LAYERS + 1)
+    ]
 
 
 def test_draft_and_verify_never_proposes_a_set_twice() -> None:
@@ -317,14 +345,29 @@ def test_decoding_with_an_adaptive_exit_writes_what_the_target_writes(model: Pre
     assert drafter.threshold != threshold
 
 
-@pytest.mark.parametrize(("accepted", "direction"), [(0.0, 1), (1.0, -1)])
-def test_the_exit_threshold_rises_where_drafts_fail_and_falls_where_they_pass(
-    model: PreTrainedModel, accepted: float, direction: int
+def test_the_exit_threshold_rises_until_enough_is_accepted_then_falls_unless_drafts_are_at_their_longest(
+    model: PreTrainedModel,
 ) -> None:
-    drafter = AdaptiveExit(Runtime(model))
-    before = drafter.threshold
-    drafter.learn(accepted)
-    assert (drafter.threshold - before) * direction == pytest.approx(0.001)
+    drafter, thresholds = AdaptiveExit(Runtime(model)), []
+    # The acceptance rate starts at 0 and goes half of the way: 1/2, 3/4, 7/8, 15/16, the first above 0.9.
+    for drafted, accepted in [(3, 3), (3, 3), (3, 3), (3, 3), (LONGEST_DRAFT, LONGEST_DRAFT), (3, 0)]:
+        before = drafter.threshold
+        drafter.learn(drafted, accepted)
+        thresholds.append(round((drafter.threshold - before) / 0.001))
+    assert thresholds == [1, 1, 1, -1, 0, 1]
+
+
+def test_every_text_begins_with_the_same_exit_threshold(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: list[float] = []
+
+    def decode(runtime: Runtime, drafter: AdaptiveExit, prompt: Tensor, new_tokens: int) -> tuple[Tensor, None]:
+        first.append(drafter.threshold)
+        drafter.learn(3, 0)
+        return prompt, None
+
+    monkeypatch.setattr(draft_verify_module, "decode_row", decode)
+    draft_verify_module.speed(Runtime(context.model), ENDS_SKIPPED, context.prompts)
+    assert first == [draft_verify_module.FIRST_THRESHOLD] * len(context.prompts)
 
 
 # --- Small parts ---
@@ -340,6 +383,57 @@ def test_a_stopwatch_asks_whether_the_next_step_fits(monkeypatch: pytest.MonkeyP
     assert not watch.allows_another()
 
 
+BILL = Bill(texts=7.0, profile=11.0, recording=1.0, confirmation=23.0, sensitivity=3.0, trial=0.4)
+
+
+def test_what_a_budget_leaves_for_trials_is_what_nothing_else_takes() -> None:
+    assert BILL.left_of(60.0) == 60 - 7 - 11 - 1 - 23
+
+
+def test_a_budget_that_cannot_hold_a_search_says_what_to_give() -> None:
+    least = 7 + 11 + 1 + 23 + 3 + LEAST_TRIALS * 0.4
+    assert BILL.left_of(least) == 3 + LEAST_TRIALS * 0.4
+    with pytest.raises(
+        InputError, match=f"cannot hold our search.*42 s.*{least - 42:.0f} s; give --budget {least:.0f} "
+    ):
+        BILL.left_of(least - 0.5)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_any_method_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import selection
+
+    monkeypatch.setattr(selection, "prepare", lambda path, options: SimpleNamespace(bill=BILL))  # methods need more
+    with pytest.raises(InputError, match="give --budget 47 or more"):
+        selection.main(["--model", "plain", "--budget", "1"])
+
+
+def affinity_elsewhere(thread: ThreadPoolExecutor) -> set[int]:
+    return thread.submit(os.sched_getaffinity, 0).result()
+
+
+@pytest.mark.skipif(usable() < 2, reason="needs two cores, and a system that can keep a process to one")
+def test_a_process_kept_to_one_core_is_so_in_every_thread_and_gets_the_others_back() -> None:
+    before, cpu = os.sched_getaffinity(0), torch.device("cpu")
+    with ThreadPoolExecutor(1) as older, ThreadPoolExecutor(1) as newer:
+        assert affinity_elsewhere(older) == before
+        with one_core() as cores:
+            inside = [os.sched_getaffinity(0), affinity_elsewhere(older), affinity_elsewhere(newer)]
+            threads = threads_for(cpu)
+        assert [os.sched_getaffinity(0), affinity_elsewhere(older), affinity_elsewhere(newer)] == [before] * 3
+    assert (cores, threads) == (1, 1)  # replay, which would take every core
+    assert threads_for(cpu) == len(before)
+    assert len(inside[0]) == 1
+    assert inside[1:] == inside[:1] * 2
+
+
+@pytest.mark.parametrize(("code", "warned"), [("8d26c5237a", False), ("8d26c5237a-dirty", True)])
+def test_only_results_of_a_changed_tree_are_warned_of(
+    code: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_if_dirty(code)
+    assert ("8d26c5237a-dirty" in capsys.readouterr().err) == warned
+
+
 def test_items_are_taken_evenly() -> None:
     assert evenly(range(1, 14), 6) == [2, 4, 6, 8, 10, 12]
     assert evenly(range(5), 9) == [0, 1, 2, 3, 4]
@@ -348,7 +442,7 @@ def test_items_are_taken_evenly() -> None:
     assert list(growing(1)) == [1]
 
 
-@pytest.mark.parametrize("budget", [60.0, 240.0])
+@pytest.mark.parametrize("budget", [80.0, 320.0])
 def test_swift_shares_its_budget_by_the_ratios(
     context: Context, quick: Quick, monkeypatch: pytest.MonkeyPatch, budget: float
 ) -> None:
@@ -372,8 +466,9 @@ def test_a_methods_two_best_sets_take_part_with_their_best_draft_lengths(context
     everything = SkipSet(attn=range(LAYERS), mlp=range(LAYERS))
     sets = [everything, ENDS_SKIPPED, SkipSet(mlp=[4]), ENDS_SKIPPED, SkipSet()]
 
-    def select(context: Context, budget: float, seed: int) -> list[Candidate]:
-        return [Candidate(skip_set=skip_set, ratio=ratio) for ratio, skip_set in enumerate(sets)]
+    def select(context: Context, budget: float, seed: int) -> Selection:
+        candidates = [Candidate(skip_set=skip_set, ratio=ratio) for ratio, skip_set in enumerate(sets)]
+        return Selection(offered=candidates, tried=17)
 
     replay = Replay(context.model, context.texts, 3)
     entries = enter("mine", select, context, replay, 1.0, 0)
@@ -381,10 +476,17 @@ def test_a_methods_two_best_sets_take_part_with_their_best_draft_lengths(context
     # Without one MLP a draft is nearly as slow as the target; without anything it costs next to nothing.
     assert {entry.plan.skip_set: entry.ratio for entry in entries} == {ENDS_SKIPPED: 1, everything: 0}
     assert entries[0].predicted >= entries[1].predicted
-    assert {entry.sets for entry in entries} == {3}  # skipping nothing is no draft
+    # Skipping nothing is no draft.
+    assert {(entry.tried, entry.offered) for entry in entries} == {(17, 3)}
     assert all(1 <= entry.plan.gamma <= 3 for entry in entries)
     assert [predicted_speedup(replay, context, entry.plan) for entry in entries] == [e.predicted for e in entries]
     assert predicted_speedup(replay, context, Plan.none()) == 1.0
+
+
+def test_a_method_that_offers_nothing_decodes_plainly(context: Context) -> None:
+    replay = Replay(context.model, context.texts, 3)
+    (entry,) = enter("mine", lambda *_: Selection(offered=[Candidate(skip_set=SkipSet())]), context, replay, 1.0, 0)
+    assert (entry.plan, entry.predicted, entry.offered) == (Plan.none(), 1.0, 0)
 
 
 def row(method: str, speedup: float, against: tuple[float, float] | None) -> dict[str, Any]:
@@ -417,15 +519,15 @@ def test_the_figure_has_a_panel_for_each_model(tmp_path: Path) -> None:
 def test_a_small_benchmark_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import selection
 
-    small = "--model plain --budget 1 --prompts 1 --repeats 1 --calibration 2 --new-tokens 16 --gamma-max 2"
+    small = "--model plain --budget 40 --prompts 1 --repeats 1 --calibration 2 --new-tokens 16 --gamma-max 2"
     out, figure = tmp_path / "out.json", tmp_path / "figure.png"
-    selection.main([*small.split(), "--methods", "stride", "SWIFT", "ours", "--out", str(out), "--figure", str(figure)])
+    selection.main([*small.split(), "--methods", "stride", "CLaSp", "ours", "--out", str(out), "--figure", str(figure)])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(out.read_text())
     (result,) = printed["models"]
-    assert {row["method"] for row in result["rows"]} == {"stride", "SWIFT", "ours"}
+    assert {row["method"] for row in result["rows"]} == {"stride", "CLaSp", "ours"}
     assert all(row["differing_tokens"] == 0 for row in result["rows"])
-    assert set(result["verdicts"]) == {"stride", "SWIFT"}
+    assert set(result["verdicts"]) == {"stride", "CLaSp"}
     before = figure.read_bytes()
     selection.main(["--redraw", str(out), "--figure", str(figure)])
     assert figure.read_bytes() == before

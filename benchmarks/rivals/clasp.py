@@ -6,14 +6,14 @@ verification on the last accepted token, whose own key is the draft's and all ot
 
 Left open for a plan that stays: on which tokens. Here it is the mean similarity over the last tokens of as many
 calibration texts as the budget allows, each token under the paper's conditions. The number of layers to skip is the
-user's choice in the paper; here every ratio is swept, and one run of the programme serves them all.
+user's choice in the paper; here every number is offered, and one run of the programme serves them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rivals.context import RATIOS, Candidate, Context, Stopwatch
+from rivals.context import Candidate, Context, Selection, Stopwatch
 from rivals.programme import Way, best_ways, mean_cosine
 from rivals.windows import Stack, Windows
 from selfspec.skip_set import SkipSet
@@ -21,18 +21,15 @@ from selfspec.skip_set import SkipSet
 BOTH = ("attn", "mlp")
 
 
-def clasp(context: Context, budget: float, seed: int) -> list[Candidate]:
-    """One set for each ratio; nothing here is random."""
+def clasp(context: Context, budget: float, seed: int) -> Selection:
+    """One set for each number of layers; nothing here is random."""
     watch = Stopwatch(budget)
     for count in growing(len(context.texts)):
         ways = run_programme(context, count)
         if not watch.allows_another(times=3):
             break
-    candidates = []
-    for ratio in RATIOS:
-        layers = ways[max(1, round(ratio * context.num_layers))].skipped
-        candidates.append(Candidate(skip_set=SkipSet(attn=layers, mlp=layers), ratio=ratio))
-    return candidates
+    sets = [SkipSet(attn=way.skipped, mlp=way.skipped) for way in ways.values() if way.skipped]
+    return Selection(offered=[Candidate(skip_set=s, ratio=len(s.attn) / context.num_layers) for s in sets])
 
 
 def run_programme(context: Context, texts: int) -> dict[int, Way]:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from selfspec.skip_set import SkipSet
 
-RATIOS = (0.3, 0.4, 0.45, 0.5, 0.6, 0.7)
+RATIOS = (0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Skip ratios for the methods that take one. SWIFT reports 0.45 and 0.5 and looks at ratios around them; the sets that
-Draft & Verify published leave out 0.43 (13B) and 0.53 (70B). Models trained with layer dropout bear more: 0.6, 0.7."""
+Draft & Verify published leave out 0.43 (13B) and 0.53 (70B). Models trained with layer dropout bear more, up to 0.9."""
+JUDGED = 2
+"""So many of a method's sets, the best by prediction, decode for real."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,13 +46,21 @@ class Candidate:
     ratio: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a method offers, and how many sets it tried one by one; None where it builds its sets and tries none."""
+
+    offered: list[Candidate]
+    tried: int | None = None
+
+
 class Select(Protocol):
-    """A method: skip sets found in about `budget` seconds, one for each ratio that it sweeps, at least one in all.
+    """A method: skip sets found in about `budget` seconds, at every ratio that it can be asked for.
 
     The same seed gives the same sets, as far as a budget in wall time allows.
     """
 
-    def __call__(self, context: Context, budget: float, seed: int) -> list[Candidate]: ...
+    def __call__(self, context: Context, budget: float, seed: int) -> Selection: ...
 
 
 class Stopwatch:

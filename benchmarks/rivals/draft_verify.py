@@ -3,7 +3,8 @@
 Selection of skipped layers: one bit for each attention and each MLP; a Gaussian process over the bits; the objective
 is the time per token of really decoding a few prompts (8 of them, 32 tokens each), with adaptive draft exit: a draft
 ends when its confidence falls below a threshold, and after each round the threshold moves so that the acceptance rate
-comes near a target. The paper takes 1000 trials, hours on a GPU; here as many as the budget allows.
+comes near a target; each prompt begins with the first threshold. The paper takes 1000 trials, hours on a GPU; here as
+many as the budget allows, and the two fastest sets are offered.
 
 Left open: where to begin, and how to look for the next set. Here: two sets that are known to be good, then some drawn
 at random, then whatever promises most among random sets and those one bit away from the best three.
@@ -20,7 +21,7 @@ from selfspec_search.space import flipped, skip_set_of, sublayers
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from rivals.context import Candidate, Context, Stopwatch
+from rivals.context import JUDGED, Candidate, Context, Selection, Stopwatch
 from rivals.fixed import evenly
 from rivals.gaussian_process import Floats, GaussianProcess
 from selfspec.decoding import decode
@@ -43,7 +44,7 @@ PARENTS = 3
 
 class AdaptiveExit:
     """Drafts one row greedily by layer skipping, up to the first token that the draft is not confident of, with the
-    threshold that the acceptance rate asks for (adaptive draft exit).
+    threshold that the acceptance rate asks for (adaptive draft exit). One serves for one text.
 
     Unlike in our own drafter, that token is drafted too, as in the paper: at least one token is, and so the threshold
     always learns.
@@ -51,27 +52,26 @@ class AdaptiveExit:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.gamma, self.threshold = runtime, LONGEST_DRAFT, FIRST_THRESHOLD
-        self.rate, self.drafted, self.end = TARGET_RATE, 0, 0
+        self.rate, self.drafted, self.end = 0.0, 0, 0
 
     def draft(self, request: Request) -> Draft:
         end = int(request.ends[0])
         if self.drafted:
-            self.learn((end - self.end - 1) / self.drafted)
+            self.learn(self.drafted, end - self.end - 1)
         tokens = self._tokens(request)
         self.drafted, self.end = len(tokens), end
         if not tokens:
             return Draft.empty(1, request.sequences.device)
         return Draft(torch.stack(tokens, dim=1), torch.full_like(request.ends, len(tokens)), None)
 
-    def begin_text(self) -> None:
-        """What comes next does not follow what came last."""
-        self.drafted = 0
-
-    def learn(self, accepted: float) -> None:
-        """Move the threshold after a round in which this share of the drafted tokens was accepted."""
-        self.rate = KEEP_RATE * self.rate + (1 - KEEP_RATE) * accepted
-        moved = self.threshold + (STEP if self.rate <= TARGET_RATE else -STEP)
-        self.threshold = KEEP_THRESHOLD * self.threshold + (1 - KEEP_THRESHOLD) * moved
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Move the threshold after a round. A good rate lowers it, unless the draft was as long as it may be: then the
+        threshold did not end it, and a lower one would not have helped."""
+        self.rate = KEEP_RATE * self.rate + (1 - KEEP_RATE) * accepted / drafted
+        if self.rate <= TARGET_RATE:
+            self.threshold += (1 - KEEP_THRESHOLD) * STEP
+        elif drafted < self.gamma:
+            self.threshold -= (1 - KEEP_THRESHOLD) * STEP
 
     def _tokens(self, request: Request) -> list[Tensor]:
         lengths, start = self.runtime.cache.lengths, self.runtime.cache.lengths.clone()
@@ -89,8 +89,8 @@ class AdaptiveExit:
         return tokens
 
 
-def draft_verify(context: Context, budget: float, seed: int) -> list[Candidate]:
-    """The set with which the prompts were decoded fastest."""
+def draft_verify(context: Context, budget: float, seed: int) -> Selection:
+    """The sets with which the prompts were decoded fastest, as many as are judged."""
     watch, random = Stopwatch(budget), np.random.default_rng(seed)
     runtime = Runtime(context.model)
     prompts = evenly(context.prompts, PROMPTS)
@@ -100,7 +100,8 @@ def draft_verify(context: Context, budget: float, seed: int) -> list[Candidate]:
         skip_set = propose(speeds, context.num_layers, random)
         speeds[skip_set] = speed(runtime, skip_set, prompts)
         if not watch.allows_another():
-            return [Candidate(skip_set=max(speeds, key=speeds.__getitem__))]
+            fastest = sorted(speeds, key=lambda skip_set: -speeds[skip_set])[:JUDGED]
+            return Selection(offered=[Candidate(skip_set=skip_set) for skip_set in fastest], tried=len(speeds))
 
 
 def propose(speeds: dict[SkipSet, float], num_layers: int, random: np.random.Generator) -> SkipSet:
@@ -123,11 +124,9 @@ def propose(speeds: dict[SkipSet, float], num_layers: int, random: np.random.Gen
 def speed(runtime: Runtime, skip_set: SkipSet, prompts: Sequence[Tensor]) -> float:
     """Tokens per second of decoding the prompts with a draft without `skip_set`."""
     runtime.skip(skip_set)
-    drafter = AdaptiveExit(runtime)
     tokens, start = 0, perf_counter()
     for prompt in prompts:
-        drafter.begin_text()
-        tokens += len(decode_row(runtime, drafter, prompt, NEW_TOKENS)[0])
+        tokens += len(decode_row(runtime, AdaptiveExit(runtime), prompt, NEW_TOKENS)[0])
     return tokens / (perf_counter() - start)
 
 

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from selfspec_search.space import skip_set_of, sublayers
 
-from rivals.context import RATIOS, Candidate, Context
+from rivals.context import RATIOS, Candidate, Context, Selection
 from selfspec.skip_set import SkipSet
 
 Item = TypeVar("Item")
 
 
-def stride(context: Context, budget: float, seed: int) -> list[Candidate]:
+def stride(context: Context, budget: float, seed: int) -> Selection:
     """Evenly spaced whole layers, and evenly spaced sub-layers, at each ratio; the first and the last layer stay.
 
     SWIFT (Xia et al., ICLR 2025, arXiv:2410.06916) begins with the observation that such sets speed decoding up.
@@ -26,15 +26,14 @@ def stride(context: Context, budget: float, seed: int) -> list[Candidate]:
         candidates.append(Candidate(skip_set=SkipSet(attn=whole, mlp=whole), ratio=ratio))
         apart = evenly(inner, round(ratio * 2 * context.num_layers))
         candidates.append(Candidate(skip_set=skip_set_of(apart), ratio=ratio))
-    return candidates
+    return Selection(offered=candidates)
 
 
-def early_exit(context: Context, budget: float, seed: int) -> list[Candidate]:
+def early_exit(context: Context, budget: float, seed: int) -> Selection:
     """Every exit layer, as in LayerSkip's grid (Elhoushi et al., ACL 2024, arXiv:2404.16710)."""
     layers = context.num_layers
-    return [
-        Candidate(skip_set=SkipSet.early_exit(layer, layers), ratio=1 - layer / layers) for layer in range(1, layers)
-    ]
+    exits = {layer: SkipSet.early_exit(layer, layers) for layer in range(1, layers)}
+    return Selection(offered=[Candidate(skip_set=exits[layer], ratio=1 - layer / layers) for layer in exits])
 
 
 def evenly(items: Sequence[Item], count: int) -> list[Item]:

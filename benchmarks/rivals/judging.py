@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from selfspec_search.confirm import plan_of
 from selfspec_search.objective import Prediction, Prices, best, predict
 from selfspec_search.replay import Replay
 from selfspec_search.table import Table
@@ -14,7 +15,7 @@ from selfspec_search.walk import Drafting
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rivals.context import Candidate, Context, Select
+from rivals.context import JUDGED, Context, Select
 from selfspec.benchmark import Measurement, Ratio, measure
 from selfspec.contenders import PLAIN, Ours
 from selfspec.generation import SelfSpeculator
@@ -22,20 +23,24 @@ from selfspec.plan import Plan
 from selfspec.skip_set import SkipSet
 
 OURS = "ours"
-JUDGED = 2
-"""So many of a method's sets, the best by prediction, decode for real."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A plan that takes part, the method that chose its skip set, and how long the method searched."""
+    """A plan that takes part, the method that chose its skip set, and how long the method searched.
+
+    Attributes:
+        tried: sets that the method tried one by one; None where it builds its sets.
+        offered: sets that it came up with in the end, of which the best few take part.
+    """
 
     method: str
     name: str
     plan: Plan
     ratio: float | None
     predicted: float
-    sets: int
+    tried: int | None
+    offered: int
     seconds: float
 
 
@@ -46,13 +51,24 @@ def enter(method: str, select: Select, context: Context, replay: Replay, budget:
     suit its set best, on the same calibration texts that ours is searched on, and their choice costs it no time.
     """
     start = perf_counter()
-    candidates = select(context, budget, seed)
+    selection = select(context, budget, seed)
     seconds = perf_counter() - start
-    by_set = {candidate.skip_set: candidate for candidate in reversed(candidates) if candidate.skip_set}
-    predictions = sorted((_price(replay, context, skip_set) for skip_set in by_set), key=lambda p: -p.speedup)
+    ratios = {candidate.skip_set: candidate.ratio for candidate in reversed(selection.offered) if candidate.skip_set}
+    predictions = sorted((price(replay, context, skip_set) for skip_set in ratios), key=lambda p: -p.speedup)
+    # Whoever finds nothing to skip decodes plainly.
+    plans = [(plan_of(prediction), prediction.speedup) for prediction in predictions[:JUDGED]] or [(Plan.none(), 1.0)]
     return [
-        _entry(method, rank, by_set[prediction.skip_set], prediction, len(by_set), seconds)
-        for rank, prediction in enumerate(predictions[:JUDGED])
+        Entry(
+            method=method,
+            name=method if rank == 0 else f"{method}, its next",
+            plan=plan,
+            ratio=ratios.get(plan.skip_set),
+            predicted=predicted,
+            tried=selection.tried,
+            offered=len(ratios),
+            seconds=seconds,
+        )
+        for rank, (plan, predicted) in enumerate(plans)
     ]
 
 
@@ -64,7 +80,8 @@ def predicted_speedup(replay: Replay, context: Context, plan: Plan) -> float:
     return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.skip_set, ways)[0].speedup
 
 
-def _price(replay: Replay, context: Context, skip_set: SkipSet) -> Prediction:
+def price(replay: Replay, context: Context, skip_set: SkipSet) -> Prediction:
+    """A set with the draft length and the exit threshold that suit it best."""
     return best(_table(replay, skip_set), Prices(costs=context.costs), skip_set)
 
 
@@ -72,19 +89,6 @@ def _table(replay: Replay, skip_set: SkipSet) -> Table:
     table = replay.run(skip_set)
     assert table is not None, "without a say in the depths, every one is replayed"
     return table
-
-
-def _entry(method: str, rank: int, candidate: Candidate, prediction: Prediction, sets: int, seconds: float) -> Entry:
-    way = prediction.drafting
-    return Entry(
-        method=method,
-        name=method if rank == 0 else f"{method}, its next",
-        plan=Plan(skip_set=prediction.skip_set, gamma=way.gamma, exit_threshold=way.threshold),
-        ratio=candidate.ratio,
-        predicted=prediction.speedup,
-        sets=sets,
-        seconds=seconds,
-    )
 
 
 def judge(
@@ -119,7 +123,8 @@ def rows(measured: Measurement, entries: Sequence[Entry], context: Context) -> l
             "gamma": entry.plan.gamma,
             "exit_threshold": entry.plan.exit_threshold,
             "ratio": entry.ratio,
-            "sets": entry.sets,
+            "tried": entry.tried,
+            "offered": entry.offered,
             "selection_seconds": round(entry.seconds, 2),
         }
         for entry in entries

@@ -7,7 +7,7 @@ approximation, since a way that is behind now may be ahead later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ def best_ways(
     weights: Sequence[int],
     *,
     similarity: Callable[[Tensor, Tensor], float],
+    kept: Collection[int] = (),
     capacity: int | None = None,
     floor: float = -1.0,
 ) -> dict[int, Way]:
@@ -40,6 +41,7 @@ def best_ways(
         apply: the states behind a step, from those in front of it.
         weights: of each step.
         similarity: of two tensors of hidden states.
+        kept: steps that are never left out.
         capacity: the most weight to leave out; None for no limit.
         floor: ways less similar than this are given up.
     """
@@ -47,9 +49,9 @@ def best_ways(
     for step, (target, weight) in enumerate(zip(targets, weights, strict=True)):
         found: dict[int, Way] = {}
         for saved, way in ways.items():
-            kept = apply(step, way.states)
-            _offer(found, saved, Way(way.skipped, kept, similarity(kept, target)), floor)
-            if capacity is None or saved + weight <= capacity:
+            behind = apply(step, way.states)
+            _offer(found, saved, Way(way.skipped, behind, similarity(behind, target)), floor)
+            if step not in kept and (capacity is None or saved + weight <= capacity):
                 skipped = Way((*way.skipped, step), way.states, similarity(way.states, target))
                 _offer(found, saved + weight, skipped, floor)
         ways = found

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from selfspec_search.space import Sublayer, skip_set_of, sublayers
 
-from rivals.context import RATIOS, Candidate, Context, Stopwatch
+from rivals.context import RATIOS, Candidate, Context, Selection, Stopwatch
 from rivals.fixed import evenly
 from rivals.gaussian_process import Floats, GaussianProcess
 from rivals.windows import Windows
@@ -30,14 +30,15 @@ TEXTS = 16
 PROPOSALS = 1000
 
 
-def swift(context: Context, budget: float, seed: int) -> list[Candidate]:
+def swift(context: Context, budget: float, seed: int) -> Selection:
     """The best set for each ratio."""
     windows = Windows.of(context.model, evenly(context.texts, TEXTS))
-    candidates = []
+    candidates, tried = [], 0
     for turn, ratio in enumerate(RATIOS):
         search = _Search(context, windows, ratio, np.random.default_rng([seed, turn]))
         candidates.append(Candidate(skip_set=search.run(budget / len(RATIOS)), ratio=ratio))
-    return candidates
+        tried += len(search.tried)
+    return Selection(offered=candidates, tried=tried)
 
 
 class _Search:

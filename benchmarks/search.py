@@ -7,7 +7,8 @@ would cost by decoding.
 
 First as a user would have it, in wall time: replay shares the cores, decoding has no use for more than one. Then per
 core, which is what work costs: the process is kept to one core, where the same three sets are tried again, to all
-depths and as far as the search goes, priced, and decoded again. Prints a table; the last line is JSON.
+depths and as far as the search goes, priced, and decoded again: at the draft length that suits each, and at the
+longest, as a decoding must that is to tell all that a trial of all depths tells. Prints a table; the last line is JSON.
 
     python benchmarks/search.py --out benchmarks/results/search_cpu.json
 """
@@ -18,6 +19,7 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -38,6 +40,7 @@ from selfspec_search.store import StoredTrial
 from selfspec_search.study import prediction_of
 from selfspec_search.table import Table as DepthTable
 from selfspec_search.texts import decode_batch, write_texts
+from selfspec_search.walk import Drafting
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -159,9 +162,18 @@ def on_one_core(
             for every in (True, False)
         )
         decoded = {place: seconds(model, prediction, prompts, options) for place, prediction in chosen.items()}
+        longest = {place: replace(prediction, drafting=Drafting(GAMMA_MAX)) for place, prediction in chosen.items()}
+        at_longest = {place: seconds(model, prediction, prompts, options) for place, prediction in longest.items()}
     return {
-        "one_core": {"cores": cores, "trial_whole_s": whole, "trial_as_searched_s": searched, "decoding_s": decoded},
+        "one_core": {
+            "cores": cores,
+            "trial_whole_s": whole,
+            "trial_as_searched_s": searched,
+            "decoding_s": decoded,
+            "decoding_longest_s": at_longest,
+        },
         "decoding_over_whole_trial_one_core": mean(decoded.values()) / mean(whole.values()),
+        "decoding_longest_over_whole_trial_one_core": mean(at_longest.values()) / mean(whole.values()),
         "decoding_over_trial_as_searched_one_core": mean(decoded.values()) / mean(searched.values()),
     }
 
@@ -209,7 +221,9 @@ def show(result: dict[str, Any]) -> None:
         "on one core: a trial of all depths, seconds": rounded(one["trial_whole_s"]),
         "on one core: a trial as the search runs it, seconds": rounded(one["trial_as_searched_s"]),
         "on one core: decoding the same prompts, seconds": rounded(one["decoding_s"]),
+        "on one core: the same, drafting the longest, seconds": rounded(one["decoding_longest_s"]),
         "on one core: decoding over a trial of all depths": result["decoding_over_whole_trial_one_core"],
+        "on one core: the same, drafting the longest": result["decoding_longest_over_whole_trial_one_core"],
         "on one core: decoding over a trial as the search runs it": result["decoding_over_trial_as_searched_one_core"],
     }
     for name, value in rows.items():

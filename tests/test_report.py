@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from html.parser import HTMLParser
@@ -11,27 +11,39 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from models import ENDS_SKIPPED, VOCABULARY, damped_model
+from models import LAYERS as TINY_LAYERS
+from optuna.trial import TrialState
+from selfspec_search import SearchSettings, load_study, search
 from selfspec_search.pareto import pareto_front
 from selfspec_search.report import ReportData, StudyData, Trial, canvas, make_page, read_source, write_report
 from selfspec_search.report.figures import ideal_cost
-from selfspec_search.report.page import comparison_rows, settings, tiles, verdict
-from selfspec_search.report.panels import gains, panels
+from selfspec_search.report.headline import tiles, title, verdict
+from selfspec_search.report.panels import Panel, gains, panels
+from selfspec_search.report.tables import INTERVAL, SPREAD, comparison_rows, settings
 from selfspec_search.store import Store
 from typer.testing import CliRunner, Result
 
 from selfspec import Plan, SkipSet
 from selfspec.cli import app
 from selfspec.errors import InputError, PlanError
-from selfspec.plan import PLAN_FILE, Conditions, Figures, ModelIdentity, Provenance
+from selfspec.plan import PLAN_FILE, Conditions, Figures, ModelIdentity, PromptLookup, Provenance
 
 LAYERS = 5
 LOOKUP = {"gamma": 7, "min_ngram": 2}
 PLAN_OF_ONE = Plan(skip_set=SkipSet(attn={1}), gamma=2)
 ALL_PANELS = ["skipped", "pareto", "history", "predicted-measured", "positions", "sensitivity"]
+DIGIT = 7
+"""Pixels, in a figure's usual resolution."""
 HOSTILE = "<script>alert('$x^{')</script>\"&"
 
 
@@ -73,41 +85,41 @@ def study(count: int = 7, **changes: Any) -> StudyData:
     return StudyData(**{**data, "sensitivity": matters, **changes})
 
 
-class MoreFigures(Figures):
-    """Figures as a plan of a whole search records them."""
-
-    agreement: list[float] = Field(default=[])
-    spread: list[float] = Field(default=[])
-
-
-def figures(scale: float, texts: int, agreement: list[float] | None = None) -> Figures:
-    return MoreFigures.model_construct(
+def figures(scale: float, texts: int, agreement: list[float], **of_measuring: Any) -> Figures:
+    return Figures(
         tokens_per_round=2.0 * scale,
         acceptance_rate=0.5 * scale,
         tokens_per_second=200.0 * scale,
         speedup=1.5 * scale,
         texts=texts,
-        agreement=agreement or [],
+        agreement=agreement,
+        **of_measuring,
     )
 
 
-def plan(best: SkipSet | None = None, *, measured: bool = True, agreement: bool = True, layers: int = LAYERS) -> Plan:
-    by_position = [0.9, 0.8, 0.7] if agreement else []
-    provenance = Provenance.model_construct(
+def plan(
+    best: SkipSet | None = None,
+    *,
+    measured: bool = True,
+    agreement: Sequence[float] = (0.9, 0.8, 0.7),
+    layers: int = LAYERS,
+) -> Plan:
+    by_position = list(agreement)
+    found = figures(1.0, 3, by_position, interval=[1.25, 1.75], spread=[1.5, 2.0, 2.75])
+    provenance = Provenance(
         conditions=Conditions(device="cpu", dtype="float32", versions={"torch": "2.13.0"}),
         seed=17,
         trials=7,
         predicted=figures(1.1, 11, by_position),
         predicted_on_held_out=figures(1.05, 3, by_position),
-        measured=figures(1.0, 3, by_position) if measured else None,
-        profile={},
+        measured=found if measured else None,
     )
-    made = Plan(
+    return Plan(
         skip_set=best if best is not None else study().best(1)[0].skip_set,
         gamma=3,
         model=ModelIdentity(model_type="llama", num_layers=layers, fingerprint="00ff"),
+        provenance=provenance,
     )
-    return made.model_copy(update={"provenance": provenance})
 
 
 def plan_of_none() -> Plan:
@@ -127,9 +139,13 @@ def panels_of(html: str) -> list[str]:
     return [key for key in re.findall(r'<section id="([^"]*)">', html) if key in ALL_PANELS]
 
 
-def drawn(data: ReportData) -> list[str]:
+def made(data: ReportData) -> dict[str, Panel]:
     with canvas.style():
-        return [panel.key for panel in panels(data)]
+        return {panel.key: panel for panel in panels(data)}
+
+
+def drawn(data: ReportData) -> list[str]:
+    return list(made(data))
 
 
 class Checker(HTMLParser):
@@ -257,16 +273,21 @@ def test_errors_are_measured_over_predicted_less_one() -> None:
     assert {len(cells) for cells in rows.values()} == {5}
 
 
-def test_the_spread_over_prompts_has_a_row_where_it_was_recorded() -> None:
-    known = plan()
-    assert known.provenance is not None
-    assert known.provenance.measured is not None
-    measured = known.provenance.measured.model_copy(update={"spread": [1.5, 2.0, 2.75]})
-    provenance = known.provenance.model_copy(update={"measured": measured})
-    data = ReportData(source="p", plan=known.model_copy(update={"provenance": provenance}))
-    (row,) = (cells for name, cells in comparison_rows(data).items() if "by prompt" in name)
-    assert row == ["\u2014", "\u2014", "1.50, 2.00, 2.75", "", ""]
-    assert not any("by prompt" in name for name in comparison_rows(rich()))
+def test_what_was_measured_says_how_sure_it_is_and_on_how_many_prompts() -> None:
+    measured, *others = tiles(rich())
+    assert (measured.sure, measured.on) == ("95 % interval 1.25x\u00a0to\u00a01.75x", "3 held-out prompts")
+    assert {(tile.sure, tile.on) for tile in others} == {("", "")}
+    assert measured.sure in rich_html()
+    assert "measured on 3 held\u2011out prompts" in rich_html()
+    assert tiles(ReportData(source="p", plan=plan_of_none()))[0].on == "3 held-out prompts"
+
+
+def test_interval_and_spread_have_rows_where_something_was_measured() -> None:
+    rows = comparison_rows(rich())
+    assert rows[INTERVAL] == ["\u2014", "\u2014", "1.25x\u00a0to\u00a01.75x", "", ""]
+    assert rows[SPREAD] == ["\u2014", "\u2014", "1.50, 2.00, 2.75", "", ""]
+    unmeasured = comparison_rows(ReportData(source="p", plan=plan(measured=False)))
+    assert {INTERVAL, SPREAD} & set(unmeasured) == set()
 
 
 def test_a_plan_that_does_not_speculate_says_so_and_compares_nothing() -> None:
@@ -281,7 +302,53 @@ def test_a_plan_that_does_not_speculate_says_so_and_compares_nothing() -> None:
 
 def test_acceptance_by_position_appears_only_where_it_was_recorded() -> None:
     assert "positions" in drawn(ReportData(source="p", plan=plan()))
-    assert "positions" not in drawn(ReportData(source="p", plan=plan(agreement=False)))
+    assert "positions" not in drawn(ReportData(source="p", plan=plan(agreement=())))
+
+
+def positions_of(
+    gamma: int, lookup: int | None, agreement: Sequence[float] = (0.9, 0.8, 0.7, 1.0, 1.0)
+) -> tuple[Panel, list[list[Line2D]]]:
+    """The panel of acceptance by position, and the lines of its two axes."""
+    looking = None if lookup is None else PromptLookup(gamma=lookup)
+    chosen = plan(agreement=agreement).model_copy(update={"gamma": gamma, "prompt_lookup": looking})
+    panel = made(ReportData(source="p", plan=chosen))["positions"]
+    return panel, [list(axes.lines) for axes in panel.figure.axes]
+
+
+def lengths(lines: Sequence[Line2D]) -> set[int]:
+    return {len(line.get_xydata()) for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lookup", "until", "said"),
+    [
+        (5, None, 5, "predicted by replay."),
+        (5, 2, 5, "Up to position 2 this mixes rounds that prompt lookup drafted with rounds of the layers."),
+        (2, 5, 2, "Beyond position 2, shaded, only prompt lookup drafts"),
+        (0, 5, 5, "All is drafted by prompt lookup"),
+    ],
+)
+def test_positions_that_only_prompt_lookup_drafts_are_marked_and_not_multiplied(
+    gamma: int, lookup: int | None, until: int, said: str
+) -> None:
+    panel, (each, product) = positions_of(gamma, lookup)
+    assert said in panel.caption
+    assert (lengths(each), lengths(product)) == ({5}, {until})
+    legend = [text.get_text() for text in panel.figure.legends[0].get_texts()]
+    assert ("prompt lookup only" in legend) is ("shaded" in panel.caption) is (until < 5)
+
+
+def test_the_measured_line_is_broad_and_lies_under_the_predicted_ones() -> None:
+    _, (lines, _) = positions_of(5, None)
+    looks = {str(line.get_label()): (line.get_zorder(), -line.get_linewidth()) for line in lines}
+    measured = looks.pop("measured")
+    assert len(looks) == 2
+    assert all(measured[0] < above and measured[1] < width for above, width in looks.values())
+
+
+def test_positions_that_no_round_reached_are_not_drawn() -> None:
+    _, (lines, _) = positions_of(5, None, (0.9, 0.5, 0.0, 0.0, 0.0))
+    assert lengths(lines) == {3}
 
 
 def test_the_caption_names_only_the_lines_that_are_drawn() -> None:
@@ -289,10 +356,9 @@ def test_the_caption_names_only_the_lines_that_are_drawn() -> None:
     assert known.provenance is not None
     measured_only = known.provenance.model_copy(update={"predicted": None, "predicted_on_held_out": None})
     captions = {}
-    for made in (known, known.model_copy(update={"provenance": measured_only}), plan(measured=False)):
-        with canvas.style():
-            (panel,) = (p for p in panels(ReportData(source="p", plan=made)) if p.key == "positions")
-        captions["measured" in panel.caption, "predicted" in panel.caption] = panel.caption
+    for confirmed in (known, known.model_copy(update={"provenance": measured_only}), plan(measured=False)):
+        caption = made(ReportData(source="p", plan=confirmed))["positions"].caption
+        captions["measured" in caption, "predicted" in caption] = caption
     assert set(captions) == {(True, True), (True, False), (False, True)}
 
 
@@ -300,7 +366,7 @@ def test_lookup_is_told_in_words_where_it_is_one() -> None:
     told = [
         Trial.of(Stored(0, SkipSet(), 1.0, {"prediction": {"lookup": given}})).lookup for given in (LOOKUP, {"x": 1})
     ]
-    assert told == ["2 to 8 tokens, drafts 7", "x 1"]
+    assert told == ["2 to 8 tokens, 7 drafted", "x 1"]
 
 
 def test_a_bare_plan_shows_what_it_skips_and_nothing_that_it_does_not_know() -> None:
@@ -313,7 +379,10 @@ def test_a_bare_plan_shows_what_it_skips_and_nothing_that_it_does_not_know() -> 
 
 def test_a_study_without_a_plan_shows_its_best_trial_as_predicted() -> None:
     data = ReportData(source="study.db", study=study())
-    assert verdict(data).startswith("Best of 7 trials: skip attn 0 | mlp 1; gamma 3, exit below 0.375; lookup first")
+    assert verdict(data) == (
+        "Best of 7 trials: lookup of 2 to 8 tokens, 7 drafted; on a miss skip 1 of 5 attention and 1 of 5 MLP "
+        "sub-layers; gamma 3, exit below 0.375."
+    )
     assert {tile.source for tile in tiles(data)} == {"predicted"}
     assert drawn(data) == ["skipped", "pareto", "history", "sensitivity"]
 
@@ -348,12 +417,65 @@ def test_trials_that_were_refused_unreplayed_do_not_stand_at_zero_in_the_history
     assert gains([refused, replace(refused, skip_set=SkipSet(attn={0}))], num_layers=1) == {}
 
 
-def test_a_deep_model_still_fits() -> None:
-    deep = [Trial.of(Stored(0, SkipSet(attn=range(40, 80)), 1.25, record(1, pruned=False)))]
-    html = make_page(
-        ReportData(source="s", study=study(trials=deep, num_layers=80, sensitivity={("mlp", 79): 0.5}))
-    ).html
-    assert panels_of(html) == ["skipped", "pareto", "history", "sensitivity"]
+def deep(layers: int) -> ReportData:
+    """Of a model in which every second sub-layer is skipped, so that its list is as long as can be."""
+    every_second = SkipSet(attn=range(0, layers, 2), mlp=range(1, layers, 2))
+    trials = [Trial.of(replace(stored(index), skip_set=every_second)) for index in range(7)]
+    matters = {(kind, layer): 0.83 + 0.17 * layer / layers for kind in ("attn", "mlp") for layer in range(layers)}
+    searched = study(trials=trials, num_layers=layers, sensitivity=matters)
+    return ReportData(source="plan.json", plan=plan(every_second, layers=layers), study=searched)
+
+
+def crowded(figure: Figure) -> list[str]:
+    """Neighbours among the tick labels of an axis that touch, or on a line have less than a digit between them."""
+    FigureCanvasAgg(figure).draw()
+    return [pair for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for pair in crowded_on(axis)]
+
+
+def crowded_on(axis: Axis) -> list[str]:
+    low, high = sorted(axis.get_view_interval())
+    start, end, least = {"x": ("x0", "x1", DIGIT), "y": ("y0", "y1", 0)}[axis.axis_name]
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    shown = [(tick.label1.get_text(), tick.label1.get_window_extent()) for tick in ticks if tick.label1.get_visible()]
+    spans = sorted((getattr(box, start), getattr(box, end), text) for text, box in shown)
+    return [f"{a} {b}" for (_, ended, a), (began, _, b) in pairwise(spans) if began - ended < least]
+
+
+@pytest.mark.parametrize("layers", [3, 19, 23, 41, 80, 126])
+def test_tick_labels_do_not_run_into_each_other_however_deep_the_model(layers: int) -> None:
+    found = made(deep(layers))
+    assert list(found) == ALL_PANELS
+    assert {key: pairs for key, panel in found.items() if (pairs := crowded(panel.figure))} == {}
+
+
+def test_legends_are_where_a_narrow_screen_shows_them() -> None:
+    """A screen 400 pixels wide shows the left two thirds of a figure, which is 34rem wide."""
+    legends = 0
+    for panel in made(deep(80)).values():
+        FigureCanvasAgg(panel.figure).draw()
+        for legend in panel.figure.legends:
+            assert legend.get_window_extent().x1 < panel.figure.bbox.width * 2 / 3, panel.key
+            legends += 1
+    assert legends == 4
+
+
+def test_a_long_list_of_sublayers_is_folded_away_and_only_counted_in_the_verdict() -> None:
+    data = deep(80)
+    assert verdict(data) == "Speculate: skip 40 of 80 attention and 40 of 80 MLP sub-layers; gamma 3."
+    html = make_page(data).html
+    folded = re.findall(r"<details[^>]*><summary>[^<]*(?:<b[^<]*</b>)?</summary>(.*?)</details>", html)
+    (listed,) = set(folded)
+    assert len(folded) == 2, "below the verdict, and in the one row of the best trials"
+    assert listed.startswith("attn 0, 2, 4, 6, ")
+    assert "attn 0, 2" not in html.replace(listed, "")
+
+
+def test_the_title_names_the_file_or_the_study_of_a_database_and_the_model() -> None:
+    assert title(ReportData(source="/some/where/plan.json", plan=plan())) == "plan.json: llama, 5 layers"
+    assert title(ReportData(source="plan.db", study=study())) == "plan.db: tiny-llama, 5 layers"
+    url = "postgresql://me:***@host/trials"
+    assert title(ReportData(source=url, study=study())) == "night: tiny-llama, 5 layers"
+    assert title(ReportData(source="bare.json", plan=PLAN_OF_ONE)) == "bare.json"
 
 
 def test_without_recorded_sensitivity_it_comes_from_the_trials_and_says_so() -> None:
@@ -394,7 +516,7 @@ def test_a_plan_is_said_to_have_won_only_in_the_study_that_it_came_of(recorded: 
     assert known.provenance is not None
     made = known.model_copy(update={"provenance": known.provenance.model_copy(update={"study": recorded})})
     html = make_page(ReportData(source="p", plan=made, study=study())).html
-    assert ("decoded fastest on held-out prompts" in html) is said
+    assert ("the chosen plan was the fastest, to within 0.01" in html) is said
 
 
 def test_a_plan_of_another_model_than_the_study_is_refused() -> None:
@@ -444,6 +566,36 @@ def test_a_study_is_read_from_a_file_and_from_a_url(storage: Path, scheme: str) 
     assert [trial.skip_set for trial in read.trials] == [stored(index).skip_set for index in range(5)]
     assert [trial.speedup for trial in read.trials] == [stored(index).value for index in range(5)]
     assert read.sensitivity == {("attn", 3): 0.75, ("mlp", 0): 0.5}
+
+
+def searched(file: Path) -> None:
+    """A whole search on a tiny model, its trials in `file`."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (5, 11, 2)]
+    few = {"gamma_max": 3, "new_tokens": 11, "confirm": 1, "repeats": 1}
+    settings = SearchSettings(trials=9, study_name="ours", storage=str(file), **few)
+    search(damped_model("llama", ENDS_SKIPPED), prompts, prompts[:1], settings)
+
+
+def test_optuna_itself_lists_the_trials_of_a_search_with_their_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what `optuna-dashboard` shows."""
+    monkeypatch.setattr("selfspec_search.profile.CYCLES", 1)  # prices may be rough
+    searched(tmp_path / "plan.db")
+    ours = load_study(str(tmp_path / "plan.db")).trials
+    theirs = optuna.load_study(study_name="ours", storage=f"sqlite:///{tmp_path}/plan.db")
+    listed = [trial for trial in theirs.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(listed) == 9
+    assert [trial.number for trial in listed] == [trial.number for trial in ours]
+    assert [trial.value for trial in listed] == [trial.value for trial in ours]
+    for shown, trial in zip(listed, ours, strict=True):
+        skipped = {name for name, is_skipped in shown.params.items() if is_skipped}
+        assert len(shown.params) == 2 * TINY_LAYERS
+        assert skipped == {f"{kind}_{layer}" for kind, layer in trial.skip_set}
+        promised = {} if shown.state == TrialState.COMPLETE else {0: trial.record["estimate"]}
+        assert shown.intermediate_values == promised
+    assert theirs.best_value == max(trial.value for trial in ours if trial.value is not None)
 
 
 def test_a_study_is_read_from_a_journal(tmp_path: Path) -> None:
@@ -516,8 +668,6 @@ def test_what_is_neither_a_plan_nor_a_storage_takes_one_line(tmp_path: Path) -> 
 
 
 def test_a_storage_without_studies_of_ours_takes_one_line(tmp_path: Path) -> None:
-    import optuna
-
     optuna.create_study(storage=f"sqlite:///{tmp_path}/alien.db", study_name="alien")
     assert "holds no study" in complaint(tmp_path / "alien.db")
 

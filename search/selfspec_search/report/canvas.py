@@ -17,14 +17,16 @@ WIDTH = 6.8
 PNG_DPI = 200
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e3e7eb", "#ffffff"
+ISO, SHADE = "#b4bdc7", "#e9edf2"
 KEPT, SKIPPED = "#34516e", "#e1e7ed"
-PREDICTED, MEASURED, CHOSEN = "#7fa3cc", "#1f5f8b", "#c8462b"
+PREDICTED, MEASURED, PALE, CHOSEN = "#7fa3cc", "#1f5f8b", "#a9cbe3", "#c8462b"
 
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page asks for the reader's own in its place
     "font.size": 8.5,
     "axes.titlesize": 9.0,
     "axes.titlecolor": INK,
+    "axes.facecolor": "none",
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.linewidth": 0.7,
@@ -62,10 +64,15 @@ def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
+def legend_above(figure: Figure, *entries: Any, **options: Any) -> None:
+    """A legend above all axes, on the left: what is on the right of a wide figure is out of sight on a phone."""
+    figure.legend(*entries, loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.7, **options)
+
+
 def to_svg(figure: Figure) -> str:
     """An `<svg>` element to stand in a page among others: it scales with the page, and no two share names of groups."""
     out = StringIO()
-    figure.savefig(out, format="svg", metadata=_NO_METADATA)
+    figure.savefig(out, format="svg", metadata=_NO_METADATA, facecolor="none")  # the page shows through
     element = out.getvalue()
     element = element[element.index("<svg") :]
     element = re.sub(r'<g id="[^"]*"', "<g", element)  # the names of what is referred to are hashes of the content

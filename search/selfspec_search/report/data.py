@@ -11,6 +11,7 @@ from selfspec.errors import InputError, PlanError
 from selfspec.plan import Plan, PromptLookup
 from selfspec.skip_set import SkipSet
 from selfspec_search.pareto import pareto_front
+from selfspec_search.report.words import in_words, lookup_in_words
 
 Sublayer = tuple[str, int]
 DEFAULT_GAMMA_MAX = 8
@@ -177,13 +178,18 @@ class ReportData:
             return self.plan.skip_set
         return self.best_trial.skip_set if self.best_trial else None
 
+    @property
+    def drafted_without(self) -> SkipSet | None:
+        """The skip set, where layers draft at all."""
+        return None if self.plan is not None and not self.plan.gamma else self.skip_set
+
 
 def _lookup_in_words(lookup: Any) -> str:
     try:
         given = PromptLookup(**lookup)
     except (PlanError, TypeError):
         return in_words(lookup)
-    return f"{given.min_ngram} to {given.max_ngram} tokens, drafts {given.gamma}"
+    return lookup_in_words(given)
 
 
 def number(record: Mapping[str, Any], key: str) -> float | None:
@@ -194,12 +200,3 @@ def number(record: Mapping[str, Any], key: str) -> float | None:
 def _finite(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
-
-
-def in_words(value: Any) -> str:
-    """Any JSON value on one line: nested mappings and lists as 'key value, key value'."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {in_words(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(in_words(item) for item in value) or "none"
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else str(value)

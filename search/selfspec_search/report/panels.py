@@ -9,10 +9,11 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from selfspec.plan import Figures
+from selfspec.plan import Figures, Plan
 from selfspec.skip_set import SkipSet
-from selfspec_search.report import figures
+from selfspec_search.report import figures, grids
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial
+from selfspec_search.report.words import counted, interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +48,16 @@ def provenance_figures(data: ReportData) -> dict[str, Figures]:
 
 
 def _strip(data: ReportData) -> Panel | None:
-    skip_set, layers = data.skip_set, data.num_layers
-    if skip_set is None or not layers or (data.plan is not None and not data.plan.gamma):
+    skip_set, layers = data.drafted_without, data.num_layers
+    if skip_set is None or not layers:
         return None
     lost = len(skip_set.dropped_layers())
-    dropped = f"; {_count(lost, 'layer')} in whole" if lost else ""
+    dropped = f"; {counted(lost, 'layer')} in whole" if lost else ""
     whose = "The plan" if data.plan else "The best trial"
     return Panel(
         key="skipped",
         title="What the draft leaves out",
-        figure=figures.strip(skip_set, layers),
+        figure=grids.strip(skip_set, layers),
         caption=f"{whose} skips {len(skip_set.attn)} of {layers} attention and {len(skip_set.mlp)} of {layers} MLP "
         f"sub-layers{dropped}. Every token is still checked by the whole model.",
     )
@@ -105,7 +106,7 @@ def _history(data: ReportData) -> Panel | None:
         key="history",
         title="How the search went",
         figure=figures.history(study),
-        caption=f"Predicted speedup of {_count(len(study.complete), 'whole trial')}{workers}, in the order in which "
+        caption=f"Predicted speedup of {counted(len(study.complete), 'whole trial')}{workers}, in the order in which "
         f"they began, and the best so far. {pruned} ended early, drawn at what their first draft position promised. "
         "Plain decoding is 1.",
     )
@@ -118,55 +119,72 @@ def _comparison(data: ReportData) -> Panel | None:
     names = {"speedup": "speedup", "tokens per round": "tokens_per_round", "tokens per second": "tokens_per_second"}
     bars = {title: {label: getattr(f, name) for label, f in given.items()} for title, name in names.items()}
     measured = given.get("measured")
+    intervals = {"speedup": measured.interval if measured else []}
     how = (
-        f"Measured is by decoding {_texts(measured)}, in turn with the plain model in the same run."
+        f"Measured is by decoding {_texts(measured)}, in turn with the plain model in the same run{_sure(measured)}."
         if measured
         else "Nothing was measured yet: confirm the plan by 'selfspec bench'."
     )
     return Panel(
         key="predicted-measured",
         title="Predicted against measured",
-        figure=figures.comparison(bars),
+        figure=figures.comparison(bars, intervals),
         caption="Predicted is by replay and the latency profile, without decoding: on the calibration prompts, by "
         f"which the plan was chosen, and on held-out ones, which it never saw. {how} Speedups are against plain "
         "decoding; errors are measured over predicted, less 1.",
     )
 
 
+def _sure(measured: Figures) -> str:
+    sure = f"; the speedup on prompts like these is {interval(measured.interval)} with 95 % confidence (the thin line)"
+    return sure if measured.interval else ""
+
+
 def _texts(given: Figures) -> str:
-    return _count(given.texts, "held-out prompt") if given.texts else "held-out prompts"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return counted(given.texts, "held-out prompt") if given.texts else "held-out prompts"
 
 
 def _positions(data: ReportData) -> Panel | None:
-    lines = {label: _agreement(given) for label, given in provenance_figures(data).items()}
-    lines = {label: values for label, values in lines.items() if values}
+    given = {label: _reached(figures.agreement) for label, figures in provenance_figures(data).items()}
+    lines = {label: values for label, values in given.items() if values}
     if not lines or data.plan is None or not data.plan.speculates:
         return None
     return Panel(
         key="positions",
         title="Acceptance by draft position",
-        figure=figures.positions(lines),
+        figure=figures.positions(lines, data.plan.gamma or None),
         caption="Left: of the tokens drafted at this position behind an accepted prefix, the share that was accepted. "
         "Right: their product, the share of rounds that would accept so many tokens or more if all drafted them. "
-        f"{_looks(lines)}",
+        f"{_looks(lines)}{_who_drafts(data.plan)}",
     )
 
 
+def _reached(agreement: Sequence[float]) -> Sequence[float]:
+    """Up to where nothing was accepted any more: a position that no round reached is recorded as 0, too."""
+    return agreement[: agreement.index(0.0) + 1] if 0.0 in agreement else agreement
+
+
 def _looks(lines: Mapping[str, Sequence[float]]) -> str:
-    solid = "Solid is measured by decoding" if "measured" in lines else ""
-    broken = "broken is predicted by replay" if set(lines) - {"measured"} else ""
-    said = ", ".join(filter(None, (solid, broken)))
+    broad = "The broad line is measured by decoding" if "measured" in lines else ""
+    broken = "broken lines are predicted by replay" if set(lines) - {"measured"} else ""
+    said = ", ".join(filter(None, (broad, broken)))
     return f"{said[0].upper()}{said[1:]}."
 
 
-def _agreement(given: Figures) -> list[float]:
-    """By draft position; empty where it was not recorded."""
-    values = getattr(given, "agreement", None) or ()
-    return [float(value) for value in values]
+def _who_drafts(plan: Plan) -> str:
+    if plan.prompt_lookup is None:
+        return ""
+    if not plan.gamma:
+        return " All is drafted by prompt lookup, in the rounds where it finds a match."
+    mixed = min(plan.gamma, plan.prompt_lookup.gamma)
+    said = f" Up to position {mixed} this mixes rounds that prompt lookup drafted with rounds of the layers."
+    if plan.prompt_lookup.gamma > plan.gamma:
+        said += (
+            f" Beyond position {plan.gamma}, shaded, only prompt lookup drafts: the rounds that get there are often "
+            "few, and repeat what was written before, so agreement there is rough, and no other round's; the figure "
+            "on the right ends before."
+        )
+    return said
 
 
 def _sensitivity(data: ReportData) -> Panel | None:
@@ -190,7 +208,7 @@ def _sensitivity(data: ReportData) -> Panel | None:
         )
     if not values:
         return None
-    drawn = figures.sensitivity(values, study.num_layers, dotted, differences=differences)
+    drawn = grids.sensitivity(values, study.num_layers, dotted, differences=differences)
     return Panel(key="sensitivity", title="How much each sub-layer matters", figure=drawn, caption=caption)
 
 
@@ -199,7 +217,7 @@ def gains(trials: Sequence[Trial], num_layers: int) -> Mapping[Sublayer, float]:
     known = [(trial.skip_set, trial.speedup_or_estimate) for trial in trials]
     found: dict[Sublayer, float] = {}
     for layer in range(num_layers):
-        for kind in figures.KINDS:
+        for kind in grids.KINDS:
             sides: dict[bool, list[float]] = {True: [], False: []}
             for skip_set, speedup in known:
                 if speedup is not None:

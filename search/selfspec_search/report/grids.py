@@ -1,0 +1,102 @@
+"""Grids: a model's sub-layers, two rows of cells with a column for each layer: what is skipped, what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from selfspec.skip_set import SkipSet
+from selfspec_search.report.canvas import INK, KEPT, PAPER, SKIPPED, WIDTH, legend_above, new_figure
+from selfspec_search.report.data import Sublayer
+
+KINDS = ("attn", "mlp")
+MOST_NUMBERS = 20
+"""So many have room below a figure: with more layers, every second cell is numbered, or every fifth, and so on."""
+STEPS = (1, 2, 5, 10, 20, 50)
+SCALE_STEPS = 4
+OUTLIERS = 0.1
+"""So large a share of the sub-layers may be darker than the scale shows: the first MLP of many models is needed so much
+that all others would look alike."""
+_HATCH = "#b9c3cd"
+_MATTERS = LinearSegmentedColormap.from_list("matters", ["#8a2f14", "#dd8452", "#f4d9c4", "#faf7f4"])
+_HELPS = LinearSegmentedColormap.from_list("helps", ["#a63a1b", "#f7f5f2", "#1f5f8b"])
+
+
+def strip(skip_set: SkipSet, num_layers: int) -> Figure:
+    """Two rows of cells, one column a layer: dark runs in the draft, light is skipped."""
+    figure, (axes,) = new_figure(_strip_height(num_layers) + 0.3)
+    rows = (skip_set.attn, skip_set.mlp)
+    _cells(axes, num_layers)
+    for y, skipped in enumerate(rows):
+        for layer in range(num_layers):
+            face = SKIPPED if layer in skipped else KEPT
+            axes.add_patch(_cell(layer, y, face, hatch="////" if layer in skipped else None))
+    marks = [Patch(facecolor=KEPT), Patch(facecolor=SKIPPED, edgecolor=_HATCH, hatch="////")]
+    legend_above(figure, marks, ["runs", "skipped"], handlelength=1.1, handleheight=1.0)
+    return figure
+
+
+def sensitivity(values: Mapping[Sublayer, float], num_layers: int, skipped: SkipSet, *, differences: bool) -> Figure:
+    """A 2 x L heat map, the skipped sub-layers dotted.
+
+    `values` are agreements with that one sub-layer skipped, or, with `differences`, gains in predicted speedup; NaN is
+    left blank.
+    """
+    figure, (axes,) = new_figure(_strip_height(num_layers) + 0.75)
+    grid = np.array([[values.get((kind, layer), np.nan) for layer in range(num_layers)] for kind in KINDS])
+    _cells(axes, num_layers)
+    span = float(np.nanmax(np.abs(grid))) or 1e-9
+    low = float(np.nanquantile(grid, OUTLIERS))
+    norm = TwoSlopeNorm(0.0, -span, span) if differences else Normalize(low, max(float(np.nanmax(grid)), low + 1e-3))
+    image = axes.pcolormesh(
+        np.arange(num_layers + 1) - 0.5,
+        [-0.5, 0.5, 1.5],
+        np.ma.masked_invalid(grid),
+        cmap=_HELPS if differences else _MATTERS,
+        norm=norm,
+        edgecolors=PAPER,
+        linewidth=1.2,
+    )
+    for kind, layer in skipped:
+        axes.scatter([layer], [KINDS.index(kind)], s=9, color=INK, edgecolors=PAPER, linewidths=0.5)
+    label = "gain in predicted speedup" if differences else "agreement when it alone is skipped"
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        location="bottom",
+        label=label,
+        extend="neither" if differences else "min",
+        aspect=50,
+        fraction=0.08,
+    )
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.xaxis.set_major_locator(MaxNLocator(SCALE_STEPS))
+    if not differences:
+        bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    return figure
+
+
+def _cell(layer: int, y: int, face: str, hatch: str | None) -> Patch:
+    return Rectangle((layer - 0.45, y - 0.42), 0.9, 0.84, facecolor=face, edgecolor=_HATCH, linewidth=0.0, hatch=hatch)
+
+
+def _strip_height(num_layers: int) -> float:
+    """So that cells are as high as they are wide, within reason."""
+    return 0.35 + 2 * min(0.34, max(0.2, (WIDTH - 0.6) / max(num_layers, 1)))
+
+
+def _cells(axes: Axes, num_layers: int) -> None:
+    step = next((step for step in STEPS if num_layers <= step * MOST_NUMBERS), num_layers)
+    axes.set_xlim(-0.5, max(num_layers, 1) - 0.5)
+    axes.set_ylim(1.5, -0.5)
+    axes.set_xticks(range(0, num_layers, step))
+    axes.set_yticks([0, 1], ["attention", "MLP"])
+    axes.set_xlabel("layer")
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)

@@ -1,0 +1,68 @@
+"""Words: how figures, settings and ways of drafting are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfspec.plan import PromptLookup
+from selfspec.skip_set import SkipSet
+
+MISSING = "—"
+
+
+def times(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}x"
+
+
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1%}"
+
+
+def plain_number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def interval(ends: Sequence[float]) -> str:
+    """Of a speedup, from its lowest to its highest."""
+    return f"{times(min(ends))}\u00a0to\u00a0{times(max(ends))}" if ends else MISSING
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def in_words(value: Any) -> str:
+    """Any JSON value on one line: nested mappings and lists as 'key value, key value'."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(in_words(item) for item in value) or "none"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else str(value)
+
+
+def lookup_in_words(lookup: PromptLookup) -> str:
+    return f"{lookup.min_ngram} to {lookup.max_ngram} tokens, {lookup.gamma} drafted"
+
+
+def drafting(
+    skip_set: SkipSet, num_layers: int, *, gamma: int | None, threshold: float | None, lookup: str | None
+) -> str:
+    """How a plan or a trial drafts: of what is skipped only how much, for the whole list may take a page."""
+    parts = [f"lookup of {lookup}"] if lookup else []
+    if gamma != 0:
+        exits = "" if threshold is None else f", exit below {threshold:.3f}"
+        length = "" if gamma is None else f"; gamma {gamma}{exits}"
+        parts.append(f"skip {skipped_of(skip_set, num_layers)}{length}")
+    return "; on a miss ".join(parts)
+
+
+def skipped_of(skip_set: SkipSet, num_layers: int) -> str:
+    if not skip_set:
+        return "nothing"
+    return f"{len(skip_set.attn)} of {num_layers} attention and {len(skip_set.mlp)} of {num_layers} MLP sub-layers"
+
+
+def listed(skip_set: SkipSet) -> str:
+    """The whole list, with places where a line may end."""
+    return str(skip_set).replace(",", ", ")

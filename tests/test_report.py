@@ -273,6 +273,16 @@ def test_errors_are_measured_over_predicted_less_one() -> None:
     assert {len(cells) for cells in rows.values()} == {5}
 
 
+def test_errors_on_the_prompts_that_were_decoded_have_a_column_of_their_own() -> None:
+    known = plan()
+    assert known.provenance is not None
+    errors = {"speedup": -0.031, "tokens_per_round": 0.0, "drafted": 0.2}
+    known = known.model_copy(update={"provenance": known.provenance.model_copy(update={"errors": errors})})
+    rows = comparison_rows(ReportData(source="p", plan=known))
+    assert [rows[name][-1] for name in ("", "speedup", "tokens per round")] == ["error, same prompts", "-3.1%", "+0.0%"]
+    assert len({len(cells) for cells in rows.values()}) == 1
+
+
 def test_what_was_measured_says_how_sure_it_is_and_on_how_many_prompts() -> None:
     measured, *others = tiles(rich())
     assert (measured.sure, measured.on) == ("95 % interval 1.25x\u00a0to\u00a01.75x", "3 held-out prompts")

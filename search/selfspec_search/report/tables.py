@@ -31,13 +31,24 @@ def comparison_rows(data: ReportData) -> dict[str, list[str]]:
         return {}
     measured = given.get("measured")
     predicted = {label: figures for label, figures in given.items() if label != "measured"}
-    rows = {"": [*given, *(label.replace("predicted", "error") for label in predicted if measured)]}
+    same_prompts = _errors_on_same_prompts(data.plan) if measured else {}
+    columns = [*given, *(label.replace("predicted", "error") for label in predicted if measured)]
+    rows = {"": columns + ["error, same prompts"] * bool(same_prompts)}
     for name, cell in _ROWS.items():
         cells = [cell(figures) for figures in given.values()]
         errors = [_error(name, figures, measured) for figures in predicted.values() if measured]
+        if same_prompts:
+            errors.append(same_prompts.get(name, ""))
         if any(shown != MISSING for shown in cells):
             rows[name] = cells + errors
     return rows
+
+
+def _errors_on_same_prompts(plan: Plan | None) -> dict[str, str]:
+    """Errors of what was predicted for the prompts that were decoded, and no others."""
+    if plan is None or plan.provenance is None or not plan.speculates:
+        return {}
+    return {name.replace("_", " "): f"{error:+.1%}" for name, error in plan.provenance.errors.items()}
 
 
 def _error(name: str, predicted: Figures, measured: Figures) -> str:

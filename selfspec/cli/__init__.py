@@ -50,8 +50,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with [bold]selfspec demo[/bold]. Every command answers to --help.",
 )
+
+
+def _flowing(text: str) -> str:
+    """Paragraphs without the line breaks of the source, which a narrower terminal would break once more."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 for _command in (demo.demo, search.search, generate.generate, bench.bench, profile.profile, report.report):
-    app.command()(_command)
+    app.command(help=_flowing(_command.__doc__ or ""))(_command)
 
 
 def _print_version(asked: bool) -> None:

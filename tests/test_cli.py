@@ -31,6 +31,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "model")
 
 
+@pytest.fixture(autouse=True)
+def _few_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfspec_search.profile.CYCLES", 1)  # prices may be rough
+
+
 @pytest.fixture
 def plan_file(tmp_path: Path) -> Path:
     return PLAN.save(tmp_path / "plan.json")

@@ -1,4 +1,4 @@
-"""Storages that cannot be used, and connections that are lost: one line each, and nothing lost."""
+"""Storages that cannot be used, locks, and connections that are lost: one line each, and nothing lost."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import psycopg
 import pytest
+import sqlalchemy
+from selfspec_search import running as running_module
 from selfspec_search import storage as storage_module
 from selfspec_search import storage_file, storage_url
+from selfspec_search.database import AwayError
 from selfspec_search.interrupts import hold_back
+from selfspec_search.running import GRACE_SECONDS, HEARTBEAT_SECONDS
 from selfspec_search.space import seeds
 from selfspec_search.store import Store, StoredTrial, load_study, study_names
+from selfspec_search.watch import Watch
 
 from selfspec import InputError
 
@@ -33,11 +40,40 @@ pytest_plugins = ["postgres"]
 
 LAYERS = 3
 SETS = list(seeds(LAYERS))
+DEADLINE = 120.0
+"""Whatever takes longer does not happen."""
 
 
 def join(storage: str | None, name: str | None = "study", lines: list[str] | None = None) -> Store:
     notices = [] if lines is None else lines
     return Store.open(storage, name, {"model": "tiny"}, num_layers=LAYERS, on_notice=notices.append)
+
+
+def engine_of(store: Store) -> sqlalchemy.Engine:
+    engine = store._ledger.storage.raw._backend.engine  # type: ignore[attr-defined]
+    assert isinstance(engine, sqlalchemy.Engine)
+    return engine
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to this"
+        time.sleep(0.02)
+
+
+def after(pauses: int, action: Callable[[], None]) -> Callable[[float], None]:
+    """A sleep that does something in the pause of this number."""
+    sleep, number = time.sleep, count(1)
+    return lambda seconds: action() if next(number) == pauses else sleep(seconds)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: str = "IMMEDIATE") -> Iterator[Callable[[], None]]:
+    """An SQLite file that another program holds, until it is done or lets go."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute(f"BEGIN {how}")
+        yield other.rollback
 
 
 def refusal(storage: str, name: str | None = "study") -> str:
@@ -94,6 +130,53 @@ class TestCtrlC:
                 assert held.value.__traceback__ is not None
                 store.publish("key", b"before")
             assert store.get("key") == b"before"
+
+    def test_at_whatever_call_it_strikes_no_trial_is_said_to_be_taken_over(self) -> None:
+        lines: list[str] = []
+        with join(None, lines=lines) as store:
+
+            def finish(at: int | None) -> int:
+                with store.begin(SETS[0]) as running:
+                    return interrupts(lambda: running.finish(1.5, {}), at)
+
+            for call in range(1, finish(None)):
+                with pytest.raises(KeyboardInterrupt):
+                    finish(call)
+            assert store.claimed() == set()
+            assert {trial.value for trial in store.news()} == {1.5}
+        assert lines == []
+
+    def test_in_the_midst_of_a_statement_it_is_not_taken_for_a_lost_connection(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        lines: list[str] = []
+        with join(str(tmp_path / "x.db"), lines=lines) as store:
+            with monkeypatch.context() as patch:
+                patch.setattr(engine_of(store).dialect, "do_execute", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    store.publish("key", b"data")
+            store.publish("key", b"data")
+        assert lines == []
+
+    def test_between_two_tries_of_a_locked_file_it_strikes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.01)
+        tries = count(1)
+
+        def strike(*_: object) -> None:
+            if next(tries) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        path = tmp_path / "x.db"
+        with join(str(path)) as store:
+            sqlalchemy.event.listen(engine_of(store), "before_cursor_execute", strike)
+            with locked(path), pytest.raises(KeyboardInterrupt):
+                store.begin(SETS[0])
+            assert next(tries) == 3  # Optuna would try a new trial five times by itself
 
     def test_while_a_connection_is_waited_for_it_strikes_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def lose(_: object) -> None:
@@ -179,13 +262,21 @@ class TestRefusals:
         study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
         assert "was not made by this search; choose another --study" in refusal(url)
 
-    def test_a_file_that_another_program_keeps_locked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "x.db"
-        optuna.create_study(storage=f"sqlite:///{path}")
-        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.1)
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")
-            assert "database is locked; mend that" in refusal(str(path))
+    @pytest.mark.parametrize("path", ["/dev/null", "/dev/null.journal"])
+    def test_a_device_in_place_of_a_file(self, tmp_path: Path, path: str) -> None:
+        link = tmp_path / path.removeprefix("/dev/")
+        link.symlink_to("/dev/null")
+        assert "is a device or a pipe" in refusal(str(link))
+
+    @pytest.mark.parametrize("path", ["~no_such_user/x.db", "~no_such_user/x.journal"])
+    def test_the_home_of_a_user_that_nobody_knows(self, path: str) -> None:
+        assert "give the whole path" in refusal(path)
+
+    @pytest.mark.parametrize("line", ['{"op_code":99}', '{"op_code":0}', '{"op_code":0,"study_name":1,"directions":2}'])
+    def test_a_journal_with_a_line_that_means_nothing(self, tmp_path: Path, line: str) -> None:
+        path = tmp_path / "x.journal"
+        path.write_text(f"{line}\n")
+        assert "is damaged" in refusal(str(path))
 
     def test_a_host_that_refuses(self) -> None:
         line = refusal("postgresql://me:hush@127.0.0.1:1/db")
@@ -268,6 +359,169 @@ def test_a_half_line_that_a_killed_worker_left_in_a_journal_is_cut_off(tmp_path:
     assert [trial.value for trial in load_study(str(path)).trials] == [1.5]
 
 
+class TestLocks:
+    @pytest.fixture(autouse=True)
+    def _tries_are_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.05)
+
+    @pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
+    def test_a_file_that_stays_locked_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        path = tmp_path / "x.db"
+        join(str(path)).close()
+        monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.2)
+        with locked(path, how):
+            assert "is locked by another program: database is locked" in refusal(str(path))
+
+    def test_a_file_that_stays_locked_ends_a_trial_in_one_line_that_says_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "x.db"
+        monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.2)
+        with (
+            pytest.raises(InputError, match=r"is locked by another program: .*give the same command again") as error,
+            join(str(path)) as store,
+            store.begin(SETS[0]) as running,
+            locked(path),
+        ):
+            running.finish(1.5, {})
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("use", [join, lambda path, lines: load_study(path)], ids=["join", "read"])
+    def test_a_file_is_opened_when_the_other_program_lets_go(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[..., Any]
+    ) -> None:
+        path = tmp_path / "x.db"
+        join(str(path)).close()
+        with locked(path, "EXCLUSIVE") as let_go:
+            monkeypatch.setattr(time, "sleep", after(3, let_go))
+            opened = use(str(path), lines=[])
+        assert opened.name == "study"
+        if isinstance(opened, Store):
+            opened.close()
+
+    def test_only_a_wait_for_long_is_told_and_it_is_told_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "x.db"
+        lines: list[str] = []
+        with join(str(path), lines=lines) as store:
+            for notice_after in (DEADLINE, 0.0):
+                monkeypatch.setattr(storage_module, "LOCK_NOTICE_SECONDS", notice_after)
+                with monkeypatch.context() as patch, locked(path) as let_go:
+                    patch.setattr(time, "sleep", after(4, let_go))
+                    store.publish("key", b"data")
+        (line,) = lines
+        assert "is locked by another program: database is locked; trying again for 90 s" in line
+        assert "connection" not in line
+
+    def test_a_row_that_a_stopped_worker_holds_is_waited_for(
+        self, postgres: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(storage_url.POSTGRES_SESSION, "lock_timeout", 50)
+        monkeypatch.setattr(storage_module, "LOCK_NOTICE_SECONDS", 0.0)
+        lines: list[str] = []
+        with join(postgres.url, "row", lines) as store, psycopg.connect(postgres.url) as other:
+            other.execute("SELECT * FROM studies FOR UPDATE")
+            monkeypatch.setattr(store._ledger.storage, "on_notice", lambda line: (lines.append(line), other.rollback()))
+            late = threading.Timer(DEADLINE, other.rollback)
+            late.start()
+            with store.begin(SETS[0]) as running:
+                running.finish(1.5, {})
+            late.cancel()
+            assert [trial.value for trial in store.news()] == [1.5]
+        (line,) = lines
+        assert "is locked by another program: canceling statement due to lock timeout" in line
+
+    def test_the_server_ends_the_transaction_of_a_worker_that_stopped_in_it(
+        self, postgres: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setitem(storage_url.POSTGRES_SESSION, "idle_in_transaction_session_timeout", 1_000)
+            stopped = join(postgres.url, "stopped")
+        monkeypatch.setitem(storage_url.POSTGRES_SESSION, "lock_timeout", 50)
+        with stopped, join(postgres.url, "stopped") as store:
+            connection = engine_of(stopped).connect()
+            connection.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
+            with store.begin(SETS[0]) as running:
+                running.finish(1.5, {})
+            with contextlib.suppress(AwayError):
+                connection.close()
+            assert [trial.value for trial in stopped.news()] == [1.5]  # it goes on with another connection
+
+    def test_settings_of_a_session_that_the_user_gives_hold(
+        self, postgres: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ours = storage_url.POSTGRES_SESSION | {"statement_timeout": 0}
+        monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=54321")
+        for given, theirs in [
+            ("", {"statement_timeout": 54321}),
+            ("?options=-c%20lock_timeout%3D98765", {"lock_timeout": 98765}),
+        ]:
+            with join(postgres.url + given, "settings") as store, engine_of(store).connect() as connection:
+                held = connection.exec_driver_sql("SELECT name, setting FROM pg_settings").all()
+            assert {name: int(setting) for name, setting in held if name in ours} == ours | theirs
+
+    def test_a_lock_that_a_killed_worker_left_on_a_journal_is_taken_away_before_the_living_look_dead(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, passed = tmp_path / "x.journal", 0.0
+
+        def sleep(seconds: float) -> None:
+            nonlocal passed
+            passed += seconds
+
+        clock = SimpleNamespace(monotonic=lambda: passed, sleep=sleep)
+        with join(str(path)) as store:
+            Path(f"{path}.lock").touch()
+            monkeypatch.setattr(optuna.storages.journal._file, "time", clock)
+            store.publish("key", b"data")
+        assert storage_file.JOURNAL_LOCK_SECONDS < passed < GRACE_SECONDS - HEARTBEAT_SECONDS
+
+
+class TestHeartbeats:
+    def test_a_worker_silent_while_nobody_could_write_is_not_taken_for_dead(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with join(None) as store:
+            store.begin(SETS[0])  # and never entered, so that no heartbeat comes
+            storage, watch = store._ledger.storage, Watch(store._ledger.storage, grace=30.0)
+            monkeypatch.setattr(running_module, "machine", lambda: "another")
+            trial = store._ledger.trials()[-1]
+            assert not watch.is_dead(trial, now=0.0)
+            with monkeypatch.context() as patch:
+                patch.setattr(storage_module, "STALL_SECONDS", 0.0)
+                storage.do(lambda _: time.sleep(0.01))
+            assert not watch.is_dead(trial, now=31.0)
+            assert watch.is_dead(trial, now=62.0)
+
+    def test_a_heartbeat_that_came_late_shows_that_others_may_come_late(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(running_module, "STALL_SECONDS", 0.0)
+        with Store.open(None, "late", {}, num_layers=LAYERS, heartbeat=0.01) as store, store.begin(SETS[0]):
+            storage = store._ledger.storage
+            until(lambda: storage.outages)
+
+    def test_one_that_hangs_does_not_hold_up_the_end_of_its_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(running_module, "JOIN_SECONDS", 0.05)
+        hangs, goes_on = threading.Event(), threading.Event()
+
+        def hang(*_: object) -> None:
+            hangs.set()
+            goes_on.wait(DEADLINE)
+
+        with Store.open(None, "hangs", {}, num_layers=LAYERS, heartbeat=0.01) as store:
+            store.share(dict)
+            monkeypatch.setattr(store._ledger.storage.raw, "set_trial_system_attr", hang)
+            with store.begin(SETS[0]) as running:
+                assert hangs.wait(DEADLINE)
+                running.finish(1.5, {})
+            ended_first = running._thread.is_alive()
+            goes_on.set()
+            running._thread.join(DEADLINE)
+        assert ended_first
+
+
 @pytest.mark.slow
 class TestLostConnections:
     def test_a_trial_goes_on_when_the_server_comes_back(
@@ -275,7 +529,7 @@ class TestLostConnections:
         postgres: Server,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(storage_module, "PAUSES", (0.2,) * 100)
+        monkeypatch.setattr(storage_module, "PAUSES", (0.2,))
         lines: list[str] = []
         with join(postgres.url, "comes back", lines) as store:
             with store.begin(SETS[0]) as running:
@@ -285,9 +539,11 @@ class TestLostConnections:
                 running.finish(1.25, {"a": 1})
             back.join()
             assert store.news() == [StoredTrial(number=running.number, skip_set=SETS[0], value=1.25, record={"a": 1})]
-        assert lines
-        assert all("the connection to storage" in line and "trying again in 0.2 s" in line for line in lines)
-        assert not any("secret" in line or "\n" in line for line in lines)
+        (line,) = lines
+        assert "the connection to storage" in line
+        assert line.endswith("; trying again for 90 s")
+        assert "secret" not in line
+        assert "\n" not in line
 
     def test_a_restart_between_two_calls_is_not_even_noticed(self, postgres: Server) -> None:
         lines: list[str] = []
@@ -304,7 +560,8 @@ class TestLostConnections:
         postgres: Server,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(storage_module, "PAUSES", (0.1, 0.1))
+        monkeypatch.setattr(storage_module, "PAUSES", (0.1,))
+        monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.5)
         lines: list[str] = []
 
         def loses_its_server() -> None:
@@ -318,22 +575,26 @@ class TestLostConnections:
         finally:
             postgres.start()
         assert "\n" not in str(error.value)
-        assert len(lines) == 2
+        assert len(lines) <= 1
 
     def test_heartbeats_go_on_after_an_outage_and_complain_once(self, postgres: Server) -> None:
         lines: list[str] = []
         with Store.open(
-            postgres.url, "beats", {}, num_layers=LAYERS, on_notice=lines.append, heartbeat=0.1, grace=60
+            postgres.url, "beats", {}, num_layers=LAYERS, on_notice=lines.append, heartbeat=0.1, grace=DEADLINE
         ) as store:
             store.share(dict)
+
+            def beats() -> int:
+                return int(store._ledger.trials()[-1].system_attrs.get("selfspec:beat", 0))
+
             with store.begin(SETS[0]) as running:
+                until(beats)
                 postgres.stop()
-                threading.Event().wait(0.6)
+                until(lambda: lines)
+                time.sleep(0.5)  # in which it must not complain again
                 postgres.start()
-                threading.Event().wait(0.6)
-                beats = [store._ledger.trials()[-1].system_attrs.get("selfspec:beat")]
-                threading.Event().wait(0.6)
-                beats.append(store._ledger.trials()[-1].system_attrs["selfspec:beat"])
+                before = beats()
+                until(lambda: beats() > before)
                 running.finish(1.0, {})
-        assert beats[0] != beats[1]
-        assert len([line for line in lines if "no heartbeat" in line]) == 1
+        (line,) = [line for line in lines if "no heartbeat" in line]
+        assert "\n" not in line

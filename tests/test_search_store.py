@@ -8,10 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+from selfspec_search import ledger as ledger_module
+from selfspec_search import sharing as sharing_module
+from selfspec_search.running import BEAT
 from selfspec_search.space import seeds
 from selfspec_search.store import Store, StoredTrial, load_study, study_names
 
@@ -44,6 +49,18 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
+
+
+def beat_of(store: Store) -> int:
+    """The last heartbeat of the last trial."""
+    return int(store._ledger.trials()[-1].system_attrs.get(BEAT, 0))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to this"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")
@@ -116,12 +133,16 @@ class TestEveryStorage:
         assert store.claimed() == set()
         assert store.waiting() is None
 
-    def test_the_trial_of_a_living_worker_is_never_handed_out(self, storage: str | None, name: str) -> None:
-        with join(storage, name, heartbeat=0.05, grace=0.5) as store, store.begin(SETS[2]):
-            deadline = time.monotonic() + 0.8
-            while time.monotonic() < deadline:
+    def test_the_trial_of_a_living_worker_is_never_handed_out(
+        self, storage: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        minutes = SimpleNamespace(monotonic=count(0, 60).__next__)  # grace is over at the next look without a heartbeat
+        monkeypatch.setattr(ledger_module, "time", minutes)
+        with join(storage, name, heartbeat=0.02) as store, store.begin(SETS[2]):
+            for _ in range(4):
                 assert store.waiting() is None
-                time.sleep(0.05)
+                seen = beat_of(store)
+                until(lambda seen=seen: beat_of(store) > seen)
 
     def test_the_trial_of_a_silent_worker_is_handed_out_once(self, storage: str | None, name: str) -> None:
         with join(storage, name, **AT_ONCE) as store:
@@ -196,6 +217,20 @@ class TestSharedStorages:
         ):
             second.share(lambda: {}, seconds=0.1)
         assert "\n" not in str(e.value)
+
+    def test_who_waits_for_a_maker_that_lives_says_so_once_and_waits_for_as_long_as_it_takes(
+        self, shared: str, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pauses, lines = count(1), list[str]()
+        hours = SimpleNamespace(monotonic=count(0, 3600).__next__, sleep=lambda _: next(pauses) == 5 and made())
+        monkeypatch.setattr(sharing_module, "time", hours)
+        with join(shared, name) as first, join(shared, name, on_notice=lines.append) as second:
+
+            def made() -> None:
+                first.share(lambda: {"profile": b"first"})
+
+            assert second.share(lambda: {"profile": b"second"}) == {"profile": b"first"}
+        assert lines == ["waiting for the worker that writes texts and measures the profile"]
 
     def test_what_a_maker_did_not_get_done_another_makes(self, shared: str, name: str) -> None:
         with join(shared, name) as first:

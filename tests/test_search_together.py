@@ -10,23 +10,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file, save_file
 from saved import save_model
-from selfspec_search import storage_file
 from selfspec_search.running import OWNER
-from selfspec_search.storage import STORAGE_ERRORS
 from selfspec_search.storage_url import open_storage
 from selfspec_search.store import StoredStudy, load_study
 from selfspec_search.stored import FINISHED
 
-from selfspec import InputError, Plan
+from selfspec import Plan
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -37,7 +35,30 @@ pytestmark = pytest.mark.slow
 TRIALS = 40
 DEADLINE = 240.0
 SELFSPEC = [sys.executable, "-c", "from selfspec.cli import main; main()"]
+HELD = """
+import os, sys, time
+from pathlib import Path
+from selfspec.cli import main
+from selfspec_search.study import Study
+
+hold, after, ended, replay = Path(sys.argv.pop(1)) / str(os.getpid()), int(sys.argv.pop(1)), 0, Study._replay
+
+def replay_or_wait(*given):
+    global ended
+    if ended == after:
+        hold.touch()
+        while hold.exists():
+            time.sleep(0.02)
+    replay(*given)
+    ended += 1
+
+Study._replay = replay_or_wait
+main()
+"""
+"""A search that ends so many trials and stays in the next one for as long as a file is there, named by its process:
+what a test then sees stays true, however fast the machine is."""
 STUDY = "together"
+WAITS = "waiting for the worker that writes texts and measures the profile\n"
 
 
 @dataclass
@@ -51,13 +72,17 @@ class Bench:
     def cache(self) -> Path:
         return self.place / "cache"
 
-    def search(self, *options: object, **changed: object) -> subprocess.Popen[str]:
-        """Start a search; `changed` gives other values than a study's workers agree on."""
+    def hold(self, process: subprocess.Popen[str]) -> Path:
+        return self.place / "holds" / str(process.pid)
+
+    def search(self, *options: object, hold_after: int | None = None, **changed: object) -> subprocess.Popen[str]:
+        """Start a search, perhaps held in a trial; `changed` gives other values than a study's workers agree on."""
+        held = [sys.executable, "-c", HELD, self.place / "holds", hold_after]
         agreed = {"prompts": self.place / "prompts.txt", "gamma_max": 2, "new_tokens": 17, "trials": TRIALS} | changed
         model = agreed.pop("model", self.place / "model")
         named = [part for name, value in agreed.items() for part in (f"--{name.replace('_', '-')}", value)]
         process = subprocess.Popen(
-            [*SELFSPEC, *map(str, ("search", model, *named, *options))],
+            [*map(str, (*(SELFSPEC if hold_after is None else held), "search", model, *named, *options))],
             env=os.environ | {"OMP_NUM_THREADS": "1", "SELFSPEC_CACHE": str(self.cache), "COLUMNS": "200"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -78,6 +103,7 @@ def _listen_to_ctrl_c() -> None:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench = Bench(tmp_path_factory.mktemp("together"))
     save_model(bench.place / "model")
+    (bench.place / "holds").mkdir()
     (bench.place / "prompts.txt").write_text("".join(f"prompt {number} of some\n" for number in range(12)))
     yield bench
     for process in bench.started:
@@ -85,18 +111,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         process.communicate()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _look_again_soon() -> Iterator[None]:
-    """A worker may be stopped while it holds an SQLite file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage_file, "LOCK_SECONDS", 1)
-        yield
-
-
 def printed(process: subprocess.Popen[str], code: int = 0) -> str:
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == code, err
-    assert err == ""
+    assert err in ("", WAITS)
     return out
 
 
@@ -110,69 +128,26 @@ def complaint(process: subprocess.Popen[str]) -> str:
 
 
 def all_trials(storage: str) -> list[FrozenTrial]:
-    """Whatever state they are in; none while the study cannot be read."""
+    """Whatever state they are in."""
+    opened = open_storage(storage, on_notice=lambda _: None, create=False)
     try:
-        opened = open_storage(storage, on_notice=lambda _: None, create=False)
-    except InputError:
-        return []
-    try:
-        return opened.raw.get_all_trials(opened.raw.get_study_id_from_name(STUDY))
-    except (KeyError, *STORAGE_ERRORS):
-        return []
+        return opened.do(lambda raw: raw.get_all_trials(raw.get_study_id_from_name(STUDY)))
     finally:
         opened.close()
 
 
-def finished_by(process: subprocess.Popen[str], storage: str) -> int:
-    """How many trials a worker has brought to an end."""
-    own = [trial for trial in all_trials(storage) if trial.system_attrs[OWNER]["pid"] == process.pid]
-    return sum(trial.state in FINISHED for trial in own)
-
-
-def tried_by(process: subprocess.Popen[str], storage: str) -> FrozenTrial | None:
-    """The trial that a worker is in the midst of, unless it will leave the set to another worker that has it."""
-    trials = [trial for trial in all_trials(storage) if trial.params and trial.state != TrialState.FAIL]
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    own = next((trial for trial in running if trial.system_attrs[OWNER]["pid"] == process.pid), None)
-    return own if own and sum(trial.params == own.params for trial in trials) == 1 else None
-
-
-def tell(workers: Sequence[subprocess.Popen[str]], sign: signal.Signals) -> None:
-    for worker in workers:
-        worker.send_signal(sign)
-
-
-def stop_in_a_trial(workers: Sequence[subprocess.Popen[str]], storage: str, after: int) -> FrozenTrial:
-    """Stop all workers when the first is in the midst of a trial, once it finished so many; SIGCONT lets them go."""
-
-    def stopped() -> FrozenTrial | None:
-        tell(workers, signal.SIGSTOP)  # what is seen now stays true
-        if (trial := tried_by(workers[0], storage)) is None:
-            tell(workers, signal.SIGCONT)
-        return trial
-
-    until(lambda: finished_by(workers[0], storage) >= after, workers[:1])
-    return until(stopped, workers[:1])
-
-
-def kill_in_a_trial(workers: Sequence[subprocess.Popen[str]], storage: str, after: int) -> FrozenTrial:
-    """Kill the first worker in the midst of a trial: the trial that died with it."""
-    trial = stop_in_a_trial(workers, storage, after)
-    workers[0].kill()
-    workers[0].communicate()
-    tell(workers[1:], signal.SIGCONT)
-    return trial
-
-
-def until(condition: Callable[[], Any], workers: Sequence[subprocess.Popen[str]]) -> Any:
-    """What the condition holds, as soon as it holds."""
+def await_hold(bench: Bench, worker: subprocess.Popen[str]) -> None:
+    """Return when a worker is in the midst of the trial that it stays in."""
     deadline = time.monotonic() + DEADLINE
-    while not (held := condition()):
+    while not bench.hold(worker).exists():
+        assert worker.poll() is None, worker.communicate()[1]
         assert time.monotonic() < deadline, "it never came to this"
-        if all(worker.poll() is not None for worker in workers):
-            raise AssertionError("it never came to this: " + "".join(worker.communicate()[1] for worker in workers))
-        time.sleep(0.01)
-    return held
+        time.sleep(0.05)
+
+
+def kill(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    worker.communicate()
 
 
 def contents(study: StoredStudy) -> dict[int, str]:
@@ -193,10 +168,16 @@ def test_of_three_workers_on_one_database_the_maker_is_killed_and_the_others_fin
 ) -> None:
     storage = postgres.new_database().replace("postgresql:", "postgresql+psycopg:")
     outs = [bench.place / f"worker {number}.json" for number in range(3)]
-    workers = [bench.search("--out", out, "--storage", storage, "--study", STUDY) for out in outs]
-    maker = until(lambda: next(iter(all_trials(storage)), None), workers).system_attrs[OWNER]["pid"]
+    workers = [bench.search("--out", out, "--storage", storage, "--study", STUDY, hold_after=1) for out in outs]
+    for worker in workers:
+        await_hold(bench, worker)
+    begun = all_trials(storage)
+    maker = begun[0].system_attrs[OWNER]["pid"]
+    (lost,) = [t for t in begun if t.state == TrialState.RUNNING and t.system_attrs[OWNER]["pid"] == maker]
     workers.sort(key=lambda worker: worker.pid != maker)
-    lost = kill_in_a_trial(workers, storage, after=1)
+    kill(workers[0])
+    for worker in workers[1:]:
+        bench.hold(worker).unlink()
     for worker in workers[1:]:
         assert_lossless(printed(worker))
 
@@ -242,16 +223,17 @@ def story(bench: Bench) -> Story:
     def keep() -> None:
         studies.append(load_study(storage, STUDY))
 
-    kill_in_a_trial([bench.search(*command)], storage, after=2)
+    first = bench.search(*command, hold_after=2)
+    await_hold(bench, first)
+    kill(first)
     keep()
     assert not out.exists()
     for text in (bench.cache / "texts").iterdir():
         text.unlink()  # so that texts come from the study or are written anew
 
-    second = bench.search(*command)
-    stop_in_a_trial([second], storage, after=1)
+    second = bench.search(*command, hold_after=1)
+    await_hold(bench, second)
     second.send_signal(signal.SIGINT)
-    second.send_signal(signal.SIGCONT)
     interrupted = printed(second, code=130)
     keep()
     plans.append(Plan.from_pretrained(out))

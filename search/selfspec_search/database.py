@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +10,31 @@ from typing import Any
 import sqlalchemy
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 TABLE_TRIES = 10
 """Workers that start at once may make the same tables at once: all but one fail, and find them on a later try."""
+LOCKED_STATES = frozenset({"55P03", "40P01"})
+"""What PostgreSQL calls a lock that was waited for in vain, and a deadlock."""
 PARAM_COLUMNS = ("trial_id", "param_name", "param_value", "distribution_json")
 PARAMS = sqlalchemy.table("trial_params", *map(sqlalchemy.column, PARAM_COLUMNS))
+
+
+class AwayError(Exception):
+    """A database that is locked, or whose connection is lost; its cause is the driver's error.
+
+    Optuna tries some calls of its own accord five times more, and waits in between: deaf to ctrl-C all the while. Of
+    this error it knows nothing.
+    """
+
+
+def is_lock(error: BaseException | None) -> bool:
+    """Whether a driver's error says that another connection holds what this one wants."""
+    if isinstance(error, sqlite3.Error):  # all of SQLite's troubles have one type
+        return "locked" in str(error)
+    return not LOCKED_STATES.isdisjoint((getattr(error, "sqlstate", None), getattr(error, "pgcode", None)))
 
 
 def open_database(url: URL, create: bool, options: Mapping[str, object]) -> BaseStorage:
@@ -35,7 +53,16 @@ def open_database(url: URL, create: bool, options: Mapping[str, object]) -> Base
 
 def _was_raced(error: DBAPIError) -> bool:
     """Whether another worker made a table, or wrote the row that tells its version, a moment earlier."""
-    return isinstance(error, IntegrityError) or any(sign in str(error.orig) for sign in ("already exists", "locked"))
+    return isinstance(error, IntegrityError) or "already exists" in str(error.orig)
+
+
+def _tell_what_passes(context: ExceptionContext) -> None:
+    """Of SQLAlchemy's errors, make those that pass our own; others mean something to Optuna."""
+    if context.is_pre_ping or context.sqlalchemy_exception is None:  # None: it is a ctrl-C
+        return
+    error, is_connected = context.original_exception, context.connection is not None
+    if context.is_disconnect or not is_connected or is_lock(error):
+        raise AwayError(str(error))  # SQLAlchemy names the cause
 
 
 class _Database(RDBStorage):
@@ -54,6 +81,7 @@ class _Database(RDBStorage):
                 self.scoped_session.remove()
                 self.engine.dispose()
             raise
+        sqlalchemy.event.listen(self.engine, "handle_error", _tell_what_passes)
 
     def _set_trial_param_without_commit(
         self,

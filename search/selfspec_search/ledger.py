@@ -55,7 +55,7 @@ class Ledger:
         history: Mapping[str, Any] | None = None,
     ) -> Running:
         """Begin a trial, in one transaction: its parameters, its worker, and of which trials it is a repetition."""
-        worker, outages = owner(), self.storage.outages
+        worker, tried = owner(), False
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
@@ -65,9 +65,10 @@ class Ledger:
         )
 
         def create(raw: BaseStorage) -> int:
+            nonlocal tried
             # Where a connection was lost before the confirmation came, the trial may be there.
-            lost = self.storage.outages > outages
-            known = trial_with_token(raw, self._study_id, worker["token"]) if lost else None
+            known = trial_with_token(raw, self._study_id, worker["token"]) if tried else None
+            tried = True
             return raw.create_new_trial(self._study_id, template) if known is None else known._trial_id
 
         return Running(self.storage, self.storage.do(create), skip_set, self._heartbeat)

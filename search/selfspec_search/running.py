@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -19,12 +20,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
 from selfspec.skip_set import SkipSet
-from selfspec_search.storage import STORAGE_ERRORS, Storage, reason_of
+from selfspec_search.interrupts import hold_back
+from selfspec_search.storage import STALL_SECONDS, STORAGE_ERRORS, Storage, reason_of
 
 HEARTBEAT_SECONDS = 10.0
 """Between two heartbeats: one small write each, which no database minds."""
 GRACE_SECONDS = 30.0
 """A worker silent for so long is taken for dead: one lost connection must not look like it."""
+AGAIN_SECONDS = 1.0
+"""After a heartbeat that failed: others may not be far from giving this worker up."""
+JOIN_SECONDS = 2.0
+"""So long an ended trial waits for its thread, which may hang in a last heartbeat until the system gives up."""
 RECORD = "record"
 OWNER, BEAT = "selfspec:owner", "selfspec:beat"
 
@@ -46,6 +52,7 @@ class Running:
         self._storage = storage
         self._trial_id = trial_id
         self._interval = interval
+        self._ending: set[TrialState] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -93,45 +100,54 @@ class Running:
         self._write(lambda storage: storage.set_trial_user_attr(self._trial_id, RECORD, dict(record)))
 
     def _end(self, state: TrialState, values: Sequence[float] | None = None) -> None:
-        self._write(lambda storage: storage.set_trial_state_values(self._trial_id, state, values), ends=state)
+        self._ending.add(state)
+        self._write(lambda storage: storage.set_trial_state_values(self._trial_id, state, values))
         self._stop()
 
-    def _write(self, action: Callable[[BaseStorage], object], ends: TrialState | None = None) -> None:
+    def _write(self, action: Callable[[BaseStorage], object]) -> None:
         """Run `action`, unless another worker ended this trial because this one had been silent for too long."""
         if self._ended.is_set():
             return
         try:
             self._storage.do(action)
         except UpdateFinishedTrialError:
-            # A connection lost between a write and its confirmation: the second try finds the work of the first.
-            if self._storage.do(lambda storage: storage.get_trial(self._trial_id)).state != ends:
+            # A lost connection, or a ctrl-C, between a write and what follows it: what comes next finds its work.
+            if self._storage.do(lambda storage: storage.get_trial(self._trial_id)).state not in self._ending:
                 self._storage.on_notice(
                     f"trial {self.number} was taken over by another worker, because this one had been silent; its "
                     "result here is dropped"
                 )
-            self._ended.set()
+            self._stop()
 
     def _stop(self) -> None:
-        self._ended.set()
+        with hold_back():  # within, a ctrl-C would leave the event locked
+            self._ended.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(JOIN_SECONDS)
 
     def _beat(self) -> None:
-        count, silent = 0, False
-        while not self._ended.wait(self._interval):
+        count, told, pause = 0, False, self._interval
+        due = time.monotonic() + pause
+        while not self._ended.wait(pause):
             count += 1
             try:
-                # Once: the main thread is the one that waits for lost connections, and tells of them.
+                # Once: the main thread is the one that waits for a storage, and tells of it at once.
                 self._storage.raw.set_trial_system_attr(self._trial_id, BEAT, count)
-                silent = False
+                problem = None
             except (UpdateFinishedTrialError, KeyError):
                 return  # the main thread finds out when it writes
             except STORAGE_ERRORS as error:
-                if not silent:
-                    self._storage.on_notice(
-                        f"no heartbeat reaches storage '{self._storage.label}': {reason_of(error)}; trying on"
-                    )
-                silent = True
+                problem = reason_of(error)
+            late = time.monotonic() - due
+            self._storage.outages += late > STALL_SECONDS
+            if problem is None:
+                told, pause = False, self._interval
+                due = time.monotonic() + pause
+                continue
+            pause = min(self._interval, AGAIN_SECONDS)
+            if late > self._interval and not told:
+                self._storage.on_notice(f"no heartbeat reaches storage '{self._storage.label}': {problem}; trying on")
+                told = True
 
 
 def owner() -> dict[str, Any]:

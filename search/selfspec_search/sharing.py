@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,8 +19,8 @@ from selfspec_search.stored import SHARED, STUDY
 SETUP = "selfspec:setup"
 """Marks a trial that stands for the making of what is shared. The first trial of a study is one, and says what the
 study is about: every storage gives a trial's number to one worker only, so exactly one worker is the first."""
-SHARE_SECONDS = 3600.0
-"""So long a worker waits for what another one makes, if that one lives."""
+SHARE_SECONDS = math.inf
+"""So long a worker waits for what another one makes, if that one lives: how long it takes, nobody knows."""
 POLL_SECONDS = 0.5
 
 
@@ -45,19 +46,10 @@ class Sharing:
 
     def share(self, make: Callable[[], Mapping[str, bytes]], seconds: float) -> dict[str, bytes]:
         """What `make` returned where one worker called it; waits if that is another one."""
-        deadline = time.monotonic() + seconds
-        while (keys := self._shared()) is None:
-            if self._making is not None:
-                self._publish_all(self._making, make())
-            elif time.monotonic() > deadline:
-                raise InputError(
-                    f"{self._ledger.where}: its maker has not published texts and profile after {seconds:g} s; "
-                    "see whether that worker is busy or stopped, or choose another --study"
-                )
-            else:
-                time.sleep(min(POLL_SECONDS, seconds))
-                self._claim()
-        return {key: self._held(key) for key in keys}
+        self._await_maker(seconds)
+        if self._making is not None and self._shared() is None:
+            self._publish_all(self._making, make())
+        return {key: self._held(key) for key in self._shared() or ()}
 
     def publish(self, key: str, data: bytes) -> None:
         for name, value in blobs.to_attrs(key, data):
@@ -96,6 +88,21 @@ class Sharing:
             return
         self._making, self.created = mine, True
         self._ledger.set(STUDY, self._about)
+
+    def _await_maker(self, seconds: float) -> None:
+        """Wait until all is shared, or until it falls to this worker to make it."""
+        deadline, told = time.monotonic() + seconds, False
+        while self._making is None and self._shared() is None:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{self._ledger.where}: its maker has not published texts and profile after {seconds:g} s; "
+                    "see whether that worker is busy or stopped, or choose another --study"
+                )
+            if not told:
+                self._ledger.storage.on_notice("waiting for the worker that writes texts and measures the profile")
+                told = True
+            time.sleep(min(POLL_SECONDS, seconds))
+            self._claim()
 
     def _makers(self) -> list[int]:
         """Numbers of the living workers that make, or are about to: the first one does."""

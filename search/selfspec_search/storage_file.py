@@ -14,14 +14,18 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.engine import URL
 
 from selfspec.errors import InputError
-from selfspec_search.database import open_database
+from selfspec_search.database import AwayError, is_lock, open_database
 
-LOCK_SECONDS = 60
-"""SQLite: so long a worker waits for the others, each of which holds the file for milliseconds."""
-JOURNAL_LOCK_SECONDS = 30
-"""Journal: a lock held for so long was left by a worker that was killed; others hold it for milliseconds."""
+LOCK_SECONDS = 1.0
+"""SQLite: so long one try waits for the others, each of which holds the file for milliseconds. It waits deaf to ctrl-C,
+which strikes between tries."""
+JOURNAL_LOCK_SECONDS = 8
+"""Journal: a lock held for so long was left by a worker that was killed; others hold it for milliseconds. Until then
+nobody can write heartbeats, so that it must be well under the time after which a silent worker is taken for dead."""
 SQLITE_MAGIC = b"SQLite format 3\x00"
 JOURNAL_MAGIC = b'{"op_code":'
+DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""What Optuna raises over lines of a journal that are no lines of its own."""
 TAIL = 1 << 16
 """Bytes read at once when looking for the end of a journal's last whole line."""
 
@@ -47,7 +51,7 @@ def open_journal(path: Path, label: str, create: bool) -> BaseStorage:
     try:
         # The lock's path is absolute already: it must not depend on where a worker was started.
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(path)))
-    except (ValueError, KeyError) as error:
+    except DAMAGE as error:
         raise InputError(f"storage '{label}' is damaged: a line of it cannot be read; give another file") from error
 
 
@@ -55,6 +59,8 @@ def _existing(path: Path, label: str, create: bool) -> bool:
     """Whether the file is there, with something in it; `InputError` if it can be neither used nor made."""
     if path.is_dir():
         raise InputError(f"storage '{label}' is a directory; give a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"storage '{label}' is a device or a pipe; give an ordinary file")
     if not path.parent.is_dir():
         raise InputError(f"storage '{label}': there is no directory {path.parent}; make it, or give another file")
     if not path.exists() and not create:
@@ -77,6 +83,8 @@ def _check_sqlite(path: Path, label: str) -> None:
         with contextlib.closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     except sqlite3.Error as error:
+        if is_lock(error):
+            raise AwayError(str(error)) from error
         raise InputError(f"storage '{label}' cannot be used: {error}; mend that, or give another storage") from error
     if tables and not tables & {"studies", "trials", "version_info"}:
         raise InputError(

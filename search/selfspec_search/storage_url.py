@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,16 +14,24 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from selfspec.errors import InputError
 from selfspec_search.database import open_database
-from selfspec_search.interrupts import hold_back
-from selfspec_search.storage import STORAGE_ERRORS, Storage, reason_of
+from selfspec_search.storage import STORAGE_ERRORS, Storage, is_locked, patiently, reason_of, trouble
 from selfspec_search.storage_file import open_journal, open_sqlite
 
 JOURNAL_SCHEME, JOURNAL_SUFFIX = "journal://", ".journal"
 VERSION_TABLE = "version_info"
 """The table that Optuna looks for first."""
 POSTGRES_DRIVERS = ("psycopg", "psycopg2")
-POSTGRES_CONNECT = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+POSTGRES_CONNECT = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
 """A host that does not answer is given up after seconds, not after the minutes or hours of the system's defaults."""
+POSTGRES_SESSION = {"lock_timeout": 5_000, "idle_in_transaction_session_timeout": 60_000}
+"""In milliseconds: a worker that was stopped or cut off in a transaction holds its locks until the server ends it. One
+try waits for a lock deaf to ctrl-C, which strikes between tries."""
 
 
 def open_storage(storage: str | None, *, on_notice: Callable[[str], None], create: bool = True) -> Storage:
@@ -31,7 +40,7 @@ def open_storage(storage: str | None, *, on_notice: Callable[[str], None], creat
     Args:
         storage: None for memory; a path ending in '.journal', or 'journal://PATH', for a journal file; any other path
             for an SQLite file; else a URL for SQLAlchemy. 'postgresql://' takes the driver that is installed.
-        on_notice: told of lost connections.
+        on_notice: told of locks and lost connections.
         create: whether to make what is not there yet. If not, nothing is written.
 
     Raises:
@@ -42,16 +51,13 @@ def open_storage(storage: str | None, *, on_notice: Callable[[str], None], creat
         return Storage(InMemoryStorage(), "memory", on_notice)
     label, opener = _opener(storage, create)
     try:
-        with hold_back():
-            return Storage(opener(), label, on_notice)
+        return Storage(patiently(opener, is_locked, label, on_notice), label, on_notice)
     except ImportError as error:
         raise _no_driver(storage.partition("://")[0]) from error
     except (RuntimeError, *STORAGE_ERRORS) as error:  # Optuna's RuntimeError names the command that upgrades old tables
         if not create and VERSION_TABLE in reason_of(error):
             raise InputError(f"storage '{label}' holds no study of any kind; give the storage of a search") from error
-        raise InputError(
-            f"storage '{label}' cannot be used: {reason_of(error)}; mend that, or give another storage"
-        ) from error
+        raise InputError(f"{trouble(label, error)}; mend that, or give another storage") from error
 
 
 def _opener(storage: str, create: bool) -> tuple[str, Callable[[], BaseStorage]]:
@@ -69,7 +75,10 @@ def _opener(storage: str, create: bool) -> tuple[str, Callable[[], BaseStorage]]
 def _path(path: str, storage: str) -> Path:
     if path in ("", ":memory:"):
         raise InputError(f"storage '{storage}' names no file; give a path, or no storage to keep trials in memory")
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # there is no such user
+        raise InputError(f"storage '{storage}' cannot be found: {error}; give the whole path") from error
 
 
 def _parsed(storage: str) -> URL:
@@ -107,5 +116,14 @@ def _no_driver(scheme: str) -> InputError:
 
 def _options(url: URL) -> dict[str, object]:
     """What the engine is made with: a pool that replaces the connections that a restarted server closed."""
-    connect = POSTGRES_CONNECT if url.get_driver_name() in POSTGRES_DRIVERS else {}
-    return {"pool_pre_ping": True, "connect_args": {k: v for k, v in connect.items() if k not in url.query}}
+    if url.get_driver_name() not in POSTGRES_DRIVERS:
+        return {"pool_pre_ping": True}
+    connect = {name: value for name, value in POSTGRES_CONNECT.items() if name not in url.query}
+    return {"pool_pre_ping": True, "connect_args": connect | {"options": _session(url)}}
+
+
+def _session(url: URL) -> str:
+    """Settings of a session: ours, then those of the user, of which the last ones hold."""
+    given = url.query.get("options", os.environ.get("PGOPTIONS", ""))
+    ours = [f"-c {name}={value}" for name, value in POSTGRES_SESSION.items()]
+    return " ".join([*ours, *([given] if isinstance(given, str) else given)])

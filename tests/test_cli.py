@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from selfspec import Plan, SkipSet, __version__
 from selfspec.cli import app
 from selfspec.cli.generate import _printable
-from selfspec.cli.search import _without_password, split
+from selfspec.cli.search import split
 from selfspec.plan import ModelIdentity
 from selfspec.prompts import Prompt
 
@@ -285,11 +285,6 @@ def test_ctrl_c_before_there_is_a_plan_says_what_is_kept(
         "to go on"
     ]
     assert not (tmp_path / "x.json").exists()
-
-
-def test_a_password_is_never_shown() -> None:
-    assert _without_password("postgresql://me:se@cret@host/db") == "postgresql://me:***@host/db"
-    assert _without_password("/a/plan.db") == "/a/plan.db"
 
 
 @pytest.mark.parametrize("storage", ["plan", "sqlite:///{}/plan", "journal://{}/plan"])

@@ -598,3 +598,16 @@ class TestLostConnections:
                 running.finish(1.0, {})
         (line,) = [line for line in lines if "no heartbeat" in line]
         assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("storage", "shown"),
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:se cret@ho:st/db", "postgresql://…"),
+        ("/a/plan.db", "/a/plan.db"),
+        ("journal:///shared/x.journal", "journal:///shared/x.journal"),
+    ],
+)
+def test_a_password_is_never_shown(storage: str, shown: str) -> None:
+    assert storage_url.without_password(storage) == shown

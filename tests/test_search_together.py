@@ -33,7 +33,7 @@ pytest_plugins = ["postgres"]
 pytestmark = pytest.mark.slow
 
 TRIALS = 40
-DEADLINE = 240.0
+DEADLINE = 600.0
 SELFSPEC = [sys.executable, "-c", "from selfspec.cli import main; main()"]
 HELD = """
 import os, sys, time

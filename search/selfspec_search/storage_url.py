@@ -60,6 +60,16 @@ def open_storage(storage: str | None, *, on_notice: Callable[[str], None], creat
         raise InputError(f"{trouble(label, error)}; mend that, or give another storage") from error
 
 
+def without_password(storage: str) -> str:
+    """The path or URL as it may be shown."""
+    if "://" not in storage:
+        return storage
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return storage.partition("://")[0] + "://…"
+
+
 def _opener(storage: str, create: bool) -> tuple[str, Callable[[], BaseStorage]]:
     """What to call the storage in messages, and what opens it."""
     if storage.startswith(JOURNAL_SCHEME) or ("://" not in storage and storage.endswith(JOURNAL_SUFFIX)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,17 +157,15 @@ def _told_of_interrupts(storage: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from selfspec_search.storage_url import without_password
+
         asides().print(
-            f"interrupted, and no plan was written; trials that ended are kept in {_without_password(storage)}: "
+            f"interrupted, and no plan was written; trials that ended are kept in {without_password(storage)}: "
             "give the same command again to go on",
             markup=False,
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _without_password(storage: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", storage)
 
 
 def _option(text: str) -> str:

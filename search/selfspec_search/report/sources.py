@@ -34,8 +34,10 @@ def read_source(source: str, *, study: str | None = None, plan: str | os.PathLik
         PlanError: a plan that cannot be read.
     """
     if is_storage(source):
+        from selfspec_search.storage_url import without_password
+
         chosen = Plan.from_pretrained(plan) if plan is not None else None
-        return ReportData(source=_without_password(source), plan=chosen, study=_read_study(source, study))
+        return ReportData(source=without_password(source), plan=chosen, study=_read_study(source, study))
     if plan is not None:
         raise InputError(f"'{source}' is a plan already, so --plan {plan} is one too many; give one of them")
     return _read_plan(Path(source), study)
@@ -99,15 +101,3 @@ def _sensitivity(data: bytes | None, num_layers: int) -> Mapping[Sublayer, float
     named = given if isinstance(given, Mapping) else {}
     values = {(kind, layer): number(named, f"{kind}_{layer}") for kind, layer in sublayers(num_layers)}
     return {sublayer: value for sublayer, value in values.items() if value is not None}
-
-
-def _without_password(source: str) -> str:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    if "://" not in source:
-        return source
-    try:
-        return make_url(source).render_as_string(hide_password=True)
-    except ArgumentError:
-        return source.partition("://")[0] + "://…"

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from commands import complaint, run
 from models import FIRST_DROPPED, tiny_model
 from saved import CONTEXT, PLAN, byte_tokenizer, save_model
 from selfspec_search import load_study
 from selfspec_search.study import Study
 from transformers import AutoModelForCausalLM, T5Config
-from typer.testing import CliRunner, Result
 
 from selfspec import Plan, SkipSet, __version__
-from selfspec.cli import app
 from selfspec.cli.generate import _printable
 from selfspec.cli.search import split
 from selfspec.plan import ModelIdentity
@@ -46,20 +45,6 @@ def prompt_file(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("one\ntwo more\nthree\nand four\nfive\n")
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def complaint(*arguments: object) -> str:
-    """The one line that a failing command prints; nothing else, and exit code 1."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("error: ").strip()
 
 
 def continuation(model_dir: Path, prompt: str, new_tokens: int) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 from saved import CONTEXT, save_model
 from selfspec_search.profile import Profile
-from typer.testing import CliRunner, Result
-
-from selfspec.cli import app
 
 PNG = b"\x89PNG"
+
+
+run, complaint = partial(commands.run, "profile"), partial(commands.complaint, "profile")
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +27,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _few_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.profile.CYCLES", 1)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["profile", *(str(argument) for argument in arguments)])
-
-
-def complaint(*arguments: object) -> str:
-    """The one line that a failing command prints; nothing else, and exit code 1."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("error: ").strip()
 
 
 def test_a_profile_is_printed_written_and_drawn(model_dir: Path, tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import commands
 import optuna
 import pytest
 import torch
@@ -31,10 +32,8 @@ from selfspec_search.report.headline import tiles, title, verdict
 from selfspec_search.report.panels import Panel, gains, panels
 from selfspec_search.report.tables import INTERVAL, SPREAD, comparison_rows, settings
 from selfspec_search.store import Store
-from typer.testing import CliRunner, Result
 
 from selfspec import Plan, SkipSet
-from selfspec.cli import app
 from selfspec.errors import InputError, PlanError
 from selfspec.plan import PLAN_FILE, Conditions, Figures, ModelIdentity, PromptLookup, Provenance
 
@@ -550,22 +549,12 @@ def fill(storage: Path, name: str = "night", count: int = 5) -> Path:
     return storage
 
 
+run, complaint = partial(commands.run, "report"), partial(commands.complaint, "report")
+
+
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fill(tmp_path_factory.mktemp("storage") / "study.db")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["report", *(str(argument) for argument in arguments)])
-
-
-def complaint(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr.removeprefix("error: ").strip()
 
 
 @pytest.mark.parametrize("scheme", ["", "sqlite:///"])

@@ -11,11 +11,11 @@ from matplotlib.ticker import MaxNLocator
 
 from selfspec_search.costs import Costs
 from selfspec_search.profile import Profile
+from selfspec_search.report.canvas import PAPER, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e3e7eb", "#ffffff"
 LINES = ("#8fb4d9", "#4a7fb0", "#1d4f7c", "#0b2a47")
 """Light to dark with the context, so that lines are told apart without colour."""
 MARKERS = ("o", "s", "^", "D")
@@ -26,34 +26,11 @@ PARTS = (
     ("fixed", "#8a949e", ""),
 )
 """What a step is made of, from the bottom up, with its colour and hatching."""
-_STYLE = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10.0,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "hatch.linewidth": 0.9,
-    "svg.fonttype": "none",
-}
 
 
 def plot(profile: Profile, model: str) -> Figure:
     """Two panels, side by side; `model` is its name in the title. Save it with `Figure.savefig`."""
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with style(), matplotlib.rc_context({"axes.titlelocation": "left", "axes.titlepad": 10.0}):
         figure = Figure(figsize=(9.6, 4.2), dpi=160, layout="constrained")
         passes, steps = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_passes(passes, profile)

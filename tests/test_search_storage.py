@@ -115,6 +115,13 @@ def interrupts(action: Callable[[], object], at: int | None = None) -> int:
 class TestCtrlC:
     """It may come between any two instructions."""
 
+    @pytest.fixture(autouse=True)
+    def _listen_to_it(self) -> Iterator[None]:
+        """Whoever starts the tests in the background makes them deaf to it."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_at_whatever_call_it_strikes_nothing_stays_locked_or_half_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

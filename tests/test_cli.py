@@ -187,6 +187,7 @@ def test_a_storage_that_cannot_be_opened_takes_one_line(model_dir: Path, tmp_pat
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_ended_and_picks_again(
     model_dir: Path, tmp_path: Path, prompt_file: Path
 ) -> None:

@@ -211,6 +211,7 @@ def test_ctrl_c_during_trials_keeps_the_best_so_far(model: PreTrainedModel) -> N
     assert result.confirmed
 
 
+@pytest.mark.slow
 def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
     seen: list[Progress] = []
@@ -428,6 +429,7 @@ def test_a_set_to_start_from_that_does_not_fit_is_refused_before_anything_is_mad
 # --- Picking again ---
 
 
+@pytest.mark.slow
 def test_a_plan_for_other_prices_is_picked_from_the_stored_trials(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

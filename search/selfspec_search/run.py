@@ -186,5 +186,8 @@ class _Search:
 def _nothing_found(study: Study) -> str:
     limit = study.settings.max_draft_cost
     if study.trials and limit is not None:
-        return f"no skip set that was tried costs at most {limit} of a step of the whole model; raise max_draft_cost"
+        return (
+            f"no skip set that was tried costs at most {limit} of a step of the whole model; raise max_draft_cost, or "
+            "give the search more time"
+        )
     return "the search ended before it had tried one skip set; give it more time"

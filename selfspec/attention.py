@@ -82,6 +82,8 @@ class Backend(Protocol):
     """Appends key and value `b hkv t d` to a layer's cache `b s hkv d`; attends with query `b h t d` to `b t h d`."""
 
     name: str
+    masks: bool
+    """Whether it asks the pass for masks."""
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -96,6 +98,7 @@ class FlashAttn:
     """`flash_attn_with_kvcache` of the flash-attn package: append and attend in one kernel, lengths on the device."""
 
     name = "flash-attn"
+    masks = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -128,6 +131,7 @@ class TorchFlash:
     """PyTorch's own FlashAttention-2 with `seqused_k`: no package needed, no soft cap."""
 
     name = "torch-flash"
+    masks = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -168,6 +172,7 @@ class Sdpa:
     """PyTorch's scaled dot-product attention with a mask: every device, every dtype; the reference."""
 
     name = "sdpa"
+    masks = True
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:

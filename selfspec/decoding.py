@@ -1,54 +1,139 @@
-"""The loop: draft, verify, accept, commit, rewind."""
+"""The loop: draft, verify, accept, commit, rewind; and the one read of a round."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from selfspec.drafting import Drafter
 from selfspec.processors import process
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime
-from selfspec.sampling import accept
-from selfspec.stats import Stats
+from selfspec.sampling import Draft, accept
+from selfspec.stats import Laps, Stats
 
 
 @torch.inference_mode()
 def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> Iterator[list[Committed]]:
     """Decode a request, round by round; yields what each round committed in every unfinished row."""
     with stats.timed("total"), stats.timed("prefill"):
+        if (obstacle := settle(runtime, drafter, request)) is not None:
+            stats.slower_paths.append(f"rounds are not captured: {obstacle}")
         prefill(runtime, request)
+        look_ahead(drafter, request)
     while not request.is_done():
         with stats.timed("total"):
             committed = step(runtime, drafter, request, stats)
         yield committed
 
 
+def settle(runtime: Runtime, drafter: Drafter, request: Request) -> str | None:
+    """Let the request begin where captured work finds it; or, where its rounds cannot be captured, say why."""
+    if runtime.graphs is None:
+        return None
+    obstacle = drafter.capture_obstacle or request.capture_obstacle()
+    if obstacle is None:
+        request.begin_captured_in(runtime.row_buffers)
+    return obstacle
+
+
+def look_ahead(drafter: Drafter, request: Request) -> None:
+    """Let the drafter look at the prompts, as it looks at every later text at the end of a round."""
+    if drafter.looks:
+        drafter.look(request)
+        request.known_found = [found for (found,) in read(request.found[:, None])]
+
+
 def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> list[Committed]:
-    """One round."""
-    with stats.timed("draft"):
-        draft = drafter.draft(request)
-    if runtime.compile:
-        draft = draft.padded(drafter.gamma)  # one pass length, compiled once
+    """One round. What happens on the device is in two stretches that never read it, each of them captured as one CUDA
+    graph where that is possible; then the host reads once."""
+    laps = Laps(request.sequences.device)
+    part, n = drafter.choose(request)
+    laps.mark()
+    draft = run_draft(runtime, part, request, n)
+    laps.mark()
+    checked = run_check(runtime, drafter, part, request, draft)
+    laps.mark()
+    told = read(checked.told)
+    request.known_found = [found for *_, found in told]
+    committed = request.take([row[:-1] for row in told], checked.scores, checked.logits)
+    stats.count_pass([(row.row, row.drafted, row.accepted, len(row.tokens)) for row in committed])
+    stats.add_laps(laps)
+    drafter.observe(committed)
+    return committed
+
+
+def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draft:
+    """Up to `n` tokens drafted by `part`, in as many columns as passes of few lengths need."""
+    width = part.padded_length(n) if runtime.static else n
+    if is_captured(runtime, request):
+        n = width  # a graph for every length would be too many
+    return _run(runtime, request, ("draft", part.key, width), lambda: part.draft(request, n).padded(width))
+
+
+def run_check(runtime: Runtime, drafter: Drafter, part: Drafter, request: Request, draft: Draft) -> Checked:
+    """The check of what `part` drafted for `drafter`."""
+    key = ("check", drafter.key, part.key, draft.tokens.shape[1])
+    return _run(runtime, request, key, lambda: check(runtime, drafter, request, draft))
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check leaves: what the host must be told, `b m`; processed and raw target logits, `b n+1 v`."""
+
+    told: Tensor
+    scores: Tensor
+    logits: Tensor
+
+
+def check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) -> Checked:
+    """Verify, accept, commit and rewind; then the drafter looks at what is there now. Never reads the device."""
     n = draft.tokens.shape[1]
-    with stats.timed("verify"):
-        logits = runtime.run("target", torch.cat([request.last_tokens()[:, None], draft.tokens], dim=1))  # b n+1 v
+    logits = runtime.run("target", torch.cat([request.last_tokens()[:, None], draft.tokens], dim=1))  # b n+1 v
     ends = request.ends[:, None] + torch.arange(n + 1, device=logits.device)
     scores = process(request.processors, logits, request.sequences, ends)
-    committed = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores, logits)
+    told = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores)
     # Rewind: every row's cache again holds its committed tokens but the last one.
     runtime.cache.lengths.copy_(request.ends - request.pads - 1)
-    stats.count_pass([(row.row, row.drafted, row.accepted, len(row.tokens)) for row in committed])
-    return committed
+    drafter.look(request)
+    return Checked(torch.cat([told, request.found[:, None]], dim=1), scores, logits)
+
+
+def read(told: Tensor) -> list[list[int]]:
+    """The one read of a round: everything that the host must know, in one copy."""
+    if told.device.type != "cuda":
+        return told.tolist()  # type: ignore[no-any-return]
+    pinned = torch.empty_like(told, device="cpu", pin_memory=True)
+    pinned.copy_(told, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return pinned.tolist()  # type: ignore[no-any-return]
+
+
+def is_captured(runtime: Runtime, request: Request) -> bool:
+    """Whether the request lives in the buffers that captured work knows."""
+    return runtime.graphs is not None and request.buffers is runtime.row_buffers
+
+
+def _run(runtime: Runtime, request: Request, key: Hashable, work: Callable[[], Any]) -> Any:
+    """Do a stretch of device work, as a graph if the request is captured."""
+    if runtime.graphs is None or not is_captured(runtime, request):
+        return work()
+    return runtime.graphs.run((key, request.capture_key), work)
 
 
 def prefill(runtime: Runtime, request: Request) -> None:
     """Cache all of each prompt but its last token; ragged prompts lose their padding here."""
     b, width = request.prompts.shape
     lengths = width - request.pads  # b
-    runtime.pin_longrope(int(lengths.max()))
-    columns = torch.arange(int(lengths.max()) - 1, device=request.prompts.device)
+    longest = int(lengths.max())
+    runtime.pin_longrope(longest)
+    columns = torch.arange(longest - 1, device=request.prompts.device)
     # Row r's tokens start behind its padding; what lies beyond its last one is never seen.
     compact = request.prompts.gather(1, (columns + request.pads[:, None]).clamp(max=width - 1).expand(b, -1))
     runtime.prefill(compact, lengths - 1)

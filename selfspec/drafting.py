@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from selfspec.plan import Plan, PromptLookup
 from selfspec.processors import process
-from selfspec.request import Request
+from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime
 from selfspec.sampling import Draft, one_hot, pick, to_probs
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Guesses up to `gamma` tokens behind each row's committed ones."""
 
     gamma: int
+    capture_obstacle: str | None = None
+    """Why what it does cannot be captured, or None if it can."""
+    looks = False
+    """Whether `look` does anything."""
 
-    def draft(self, request: Request) -> Draft:
-        """Write the drafted tokens behind the committed ones in `request.sequences`, and return them.
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """Equal for drafters that do the same."""
 
-        Leaves the cache's lengths as it found them.
+    @abstractmethod
+    def draft(self, request: Request, n: int) -> Draft:
+        """Write up to `n` drafted tokens behind the committed ones in `request.sequences`, and return them, `b n`.
+
+        Leaves the cache's lengths as it found them. Reads the device only if `capture_obstacle` says so.
         """
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        """Who drafts in this round, and the most tokens worth drafting, by what the host knows."""
+        return self, request.longest_draft(self.gamma)
+
+    def padded_length(self, n: int) -> int:
+        """How many columns a draft of `n` tokens gets where every length costs a compilation or a capture."""
+        return self.gamma
+
+    def look(self, request: Request) -> None:  # noqa: B027  # most drafters need no look
+        """At the end of a round, look at what was committed. Never reads the device."""
+
+    def observe(self, committed: Sequence[Committed]) -> None:  # noqa: B027
+        """At the end of a round, learn what came of it."""
 
 
 def drafter_of(plan: Plan, runtime: Runtime) -> Drafter:
@@ -36,18 +60,17 @@ def drafter_of(plan: Plan, runtime: Runtime) -> Drafter:
     return LookupFirstDrafter(lookup, layers) if plan.gamma else lookup
 
 
-@dataclass
-class NoDrafter:
+class NoDrafter(Drafter):
     """Plain decoding: drafts nothing, so a round is one token."""
 
-    gamma: int = 0
+    gamma = 0
+    key = "none"
 
-    def draft(self, request: Request) -> Draft:
+    def draft(self, request: Request, n: int = 0) -> Draft:
         return Draft.empty(request.rows, request.sequences.device)
 
 
-@dataclass
-class LayerSkipDrafter:
+class LayerSkipDrafter(Drafter):
     """Drafts with the runtime's draft view: the model without its skip set.
 
     A row stops drafting where the largest softmax of the draft's raw logits falls below `exit_threshold`; the batch
@@ -55,26 +78,31 @@ class LayerSkipDrafter:
     testing the drawn token's own probability would bias what comes out.
     """
 
-    runtime: Runtime
-    gamma: int
-    exit_threshold: float | None = None
+    def __init__(self, runtime: Runtime, gamma: int, exit_threshold: float | None = None) -> None:
+        self.runtime, self.gamma, self.exit_threshold = runtime, gamma, exit_threshold
+        if exit_threshold is not None:
+            self.capture_obstacle = "with an exit threshold, drafts end when the device says so"
 
-    def draft(self, request: Request, among: Tensor | None = None) -> Draft:
-        """As the protocol says; only rows `among` (`b`, all by default) draft."""
+    @property
+    def key(self) -> Hashable:
+        return "layers"
+
+    def draft(self, request: Request, n: int, among: Tensor | None = None) -> Draft:
+        """As in every drafter; only rows `among` (`b`, all by default) draft."""
         lengths, start = self.runtime.cache.lengths, self.runtime.cache.lengths.clone()
-        limits = request.draft_limits(self.gamma)  # b
+        limits = request.draft_limits(n)  # b
         if among is not None:
             limits = limits * among
         drafted = torch.zeros_like(limits)
         tokens, probs = [], []
         token = request.last_tokens()
-        for step in range(int(limits.max())):
+        for step in range(n):
             logits = self.runtime.run("draft", token[:, None])  # b 1 v
             going = self._going(logits, drafted == step) & (step < limits)
             if self.exit_threshold is not None and not going.any():
                 break
             drafted += going
-            token, q = self._next_token(request, logits, step)
+            token, q = self._next_token(request, logits, step, among)
             tokens.append(token)
             probs.append(q)
             lengths += 1
@@ -89,35 +117,54 @@ class LayerSkipDrafter:
             return going
         return going & (to_probs(logits[:, 0]).amax(dim=-1) >= self.exit_threshold)
 
-    def _next_token(self, request: Request, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        ends = request.ends + step  # b
-        scores = process(request.processors, logits, request.sequences, ends[:, None])[:, 0]
+    def _next_token(
+        self, request: Request, logits: Tensor, step: int, among: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ends = (request.ends + step)[:, None]  # b 1
+        scores = process(request.processors, logits, request.sequences, ends)[:, 0]
         token, q = pick(scores, sampling=request.sampling)
-        request.sequences.scatter_(1, ends[:, None], token[:, None])
+        written = token if among is None else torch.where(among, token, request.sequences.gather(1, ends)[:, 0])
+        request.sequences.scatter_(1, ends, written[:, None])
         return token, q
 
 
-class PromptLookupDrafter:
+class PromptLookupDrafter(Drafter):
     """Drafts what followed an earlier occurrence of a row's last tokens, in the row's own context: no pass at all.
 
     Of all places whose preceding tokens equal the row's last ones, the longest match counts (up to `max_ngram` tokens,
     at least `min_ngram`), and of these the latest. A copy that reaches the last committed token goes on with what it
     drafted itself, so text with a period is continued for as long as the draft may be. Rows without a match draft
     nothing. (Prompt lookup decoding, A. Saxena 2023; the continuation beyond the end is ours.)
+
+    It looks at the end of a round, so that the round's one read tells the host how much there is to draft.
     """
+
+    looks = True
 
     def __init__(self, lookup: PromptLookup) -> None:
         self.lookup, self.gamma = lookup, lookup.gamma
 
-    def draft(self, request: Request) -> Draft:
+    @property
+    def key(self) -> Hashable:
+        return self.lookup.gamma, self.lookup.min_ngram, self.lookup.max_ngram
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        return self, max(request.found_in_unfinished(), default=0)
+
+    def look(self, request: Request) -> None:
+        """Write what follows the best match behind each row's committed tokens, and to `request.found` how much."""
         sequences, ends = request.sequences, request.ends
         source, matched = latest_match(sequences, request.pads, ends, self.lookup.max_ngram)
-        lengths = request.draft_limits(self.gamma) * (matched >= self.lookup.min_ngram)  # b
-        steps = torch.arange(int(lengths.max()), device=ends.device)
+        request.found.copy_(request.draft_limits(self.gamma) * (matched >= self.lookup.min_ngram))
+        steps = torch.arange(self.gamma, device=ends.device)
         period = (ends - source).clamp(min=1)
         tokens = sequences.gather(1, source[:, None] + steps % period[:, None])  # b n
         sequences.scatter_(1, ends[:, None] + steps, tokens)
-        return Draft(tokens, lengths, None)
+
+    def draft(self, request: Request, n: int) -> Draft:
+        """What `look` found."""
+        columns = request.ends[:, None] + torch.arange(n, device=request.ends.device)
+        return Draft(request.sequences.gather(1, columns), request.found.clamp(max=n), None)
 
 
 def latest_match(sequences: Tensor, pads: Tensor, ends: Tensor, max_ngram: int) -> tuple[Tensor, Tensor]:
@@ -138,25 +185,38 @@ def latest_match(sequences: Tensor, pads: Tensor, ends: Tensor, max_ngram: int) 
     return place, length.gather(1, place[:, None])[:, 0]
 
 
-class LookupFirstDrafter:
+class LookupFirstDrafter(Drafter):
     """A cascade: prompt lookup, and layer skipping in the rows where it found nothing."""
+
+    looks = True
 
     def __init__(self, lookup: PromptLookupDrafter, layers: LayerSkipDrafter) -> None:
         self.lookup, self.layers = lookup, layers
         self.gamma = max(lookup.gamma, layers.gamma)
+        self.capture_obstacle = layers.capture_obstacle
 
-    def draft(self, request: Request) -> Draft:
-        found = self.lookup.draft(request)
-        hit = found.lengths > 0  # b
-        if bool(hit.all()):
-            return found
-        made = self.layers.draft(request, among=~hit)
-        n = max(found.tokens.shape[1], made.tokens.shape[1])
-        found, made = found.padded(n), made.padded(n)
-        tokens = torch.where(hit[:, None], found.tokens, made.tokens)
-        columns = torch.arange(n, device=hit.device)
-        request.sequences.scatter_(1, request.ends[:, None] + columns, tokens)  # each drafter wrote its own over them
-        return Draft(tokens, torch.where(hit, found.lengths, made.lengths), _mixed(hit, tokens, made.probs))
+    @property
+    def key(self) -> Hashable:
+        return "lookup first", self.lookup.key
+
+    def look(self, request: Request) -> None:
+        self.lookup.look(request)
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        found = request.found_in_unfinished()
+        if all(found):
+            return self.lookup, max(found, default=0)
+        return self, max(*found, request.longest_draft(self.layers.gamma))
+
+    def draft(self, request: Request, n: int) -> Draft:
+        hit = request.found > 0  # b
+        made = self.layers.draft(request, min(n, self.layers.gamma), among=~hit).padded(n)
+        found = self.lookup.draft(request, n)
+        return Draft(
+            torch.where(hit[:, None], found.tokens, made.tokens),
+            torch.where(hit, found.lengths, made.lengths),
+            _mixed(hit, found.tokens, made.probs),
+        )
 
 
 def _mixed(hit: Tensor, tokens: Tensor, probs: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from selfspec.decoding import decode
+from selfspec.decoding import decode, is_captured
 from selfspec.drafting import NoDrafter, drafter_of
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
@@ -47,7 +47,8 @@ def wrap(
     plan: Plan | str | os.PathLike[str],
     *,
     backend: str | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
+    graphs: bool | None = None,
 ) -> SelfSpeculator:
     """Make `model` decode speculatively by `plan`: the same output, sooner.
 
@@ -55,13 +56,15 @@ def wrap(
         model: a supported causal language model. It stays untouched and usable.
         plan: a `Plan`, a plan file, or a directory that holds one.
         backend: an attention backend by name (`flash-attn`, `torch-flash`, `sdpa`); by default the best that serves.
-        compile: fuse the passes with `torch.compile`: slower to start, faster to run.
+        compile: fuse the passes with `torch.compile`: slower to start, faster to run. By default on CUDA only: on a CPU
+            it takes tens of seconds for every pass length.
+        graphs: capture rounds as CUDA graphs; by default where there is CUDA.
 
     Raises:
         UnsupportedModelError: the family is not among those tested, or the probe found a difference.
         PlanError: the plan is malformed, or made for another model.
     """
-    return SelfSpeculator(model, plan, backend=backend, compile=compile)
+    return SelfSpeculator(model, plan, backend=backend, compile=compile, graphs=graphs)
 
 
 class SelfSpeculator:
@@ -77,11 +80,12 @@ class SelfSpeculator:
         plan: Plan | str | os.PathLike[str],
         *,
         backend: str | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
         self.model = model
-        self.runtime = Runtime(model, backend=backend, compile=compile)
+        self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs)
         self.plan.check_fits(model.config)
         self.runtime.skip(self.plan.skip_set)
         self._warn_if_stale(
@@ -299,11 +303,20 @@ class SelfSpeculator:
             yield from decode(self.runtime, drafter, request, self.stats)
             whole = True
         finally:
-            self.stats.compiled = self.runtime.compile
-            if (obstacle := self.runtime.compile_obstacle) is not None:
-                self.stats.slower_paths.append(f"passes run eagerly: {obstacle}")
+            self._tell_paths(request)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
+
+    def _tell_paths(self, request: Request) -> None:
+        """Write to the stats what was compiled and captured, and why the rest was not."""
+        runtime, stats = self.runtime, self.stats
+        stats.compiled = runtime.compile
+        if runtime.compile_obstacle is not None:
+            stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")
+        if runtime.capture_obstacle is not None:
+            stats.slower_paths.append(f"rounds are not captured: {runtime.capture_obstacle}")
+        elif runtime.graphs is not None and is_captured(runtime, request):
+            stats.captured, stats.graph_bytes = True, runtime.graphs.nbytes
 
     def _decode_plainly(self, plain: _PlainDecoding, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
         self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])

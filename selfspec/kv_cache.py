@@ -75,6 +75,12 @@ class Pass:
             self._masks[key] = fold_mask(additive_mask(visible, dtype), groups)
         return self._masks[key]
 
+    def make_masks(self, windows_and_groups: Iterable[tuple[int | None, int]], dtype: torch.dtype) -> None:
+        """Make the masks that the layers will ask for, if the backend has a use for masks."""
+        if self.backend.masks:
+            for window, groups in windows_and_groups:
+                self.mask(window, groups, dtype)
+
     def starts(self, length: int) -> Tensor:
         """Cumulative starts of `b` stretches of `length`, as variable-length kernels want them: int32, `b + 1`."""
         return torch.arange(self.lengths.shape[0] + 1, device=self.lengths.device, dtype=torch.int32) * length

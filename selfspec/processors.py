@@ -6,6 +6,8 @@ at that point, and the row keeps its index in the batch.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -49,6 +51,17 @@ _CONTEXTUAL = frozenset(
 )
 """Functions of the tokens before and the scores, and of nothing else."""
 
+_CAPTURABLE = frozenset(
+    {
+        logits_process.TemperatureLogitsWarper,
+        logits_process.TopKLogitsWarper,
+        logits_process.TopPLogitsWarper,
+        logits_process.MinPLogitsWarper,
+        logits_process.RepetitionPenaltyLogitsProcessor,
+    }
+)
+"""They neither read the device nor keep state, so a CUDA graph may hold what they do."""
+
 _KNOWN_CRITERIA = frozenset(
     {
         stopping_criteria.MaxLengthCriteria,
@@ -82,6 +95,40 @@ def has_stop_token(criteria: StoppingCriteriaList) -> bool:
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
+def capture_obstacle(processors: LogitsProcessorList, pads: Tensor) -> str | None:
+    """Why what these processors do cannot be captured in a CUDA graph, or None if it can; reads the device."""
+    for processor in processors:
+        if type(processor) not in _CAPTURABLE:
+            return f"{type(processor).__name__} is not captured"
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        ignores_padding = isinstance(ignored, Tensor) and torch.equal(ignored.to(pads.device), pads)
+        if ignored is not None and not ignores_padding:
+            return f"{type(processor).__name__} that ignores other tokens than padding is not captured"
+    return None
+
+
+def looking_at(processors: LogitsProcessorList, pads: Tensor) -> LogitsProcessorList:
+    """The same processors, but those that ignore each row's padding look it up in `pads`, which outlives a request."""
+    bound = LogitsProcessorList(map(copy, processors))
+    for processor in bound:
+        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
+            processor.prompt_ignore_length = pads  # type: ignore[attr-defined]
+    return bound
+
+
+def settings_of(processor: logits_process.LogitsProcessor) -> tuple[object, ...]:
+    """A capturable processor's kind and settings, which a graph bakes in."""
+    settings = ((name, "pads" if isinstance(value, Tensor) else value) for name, value in vars(processor).items())
+    return (type(processor), *settings)
+
+
+def _is_order_free(processor: logits_process.LogitsProcessor) -> bool:
+    """Whether it asks of the tokens before only which they are: to repeat the last one behind it changes nothing."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    is_penalty = type(processor) is logits_process.RepetitionPenaltyLogitsProcessor
+    return is_penalty and not isinstance(ignored, int)
+
+
 def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, ends: Tensor) -> Tensor:
     """Processed float32 scores for logits `b t v`, where row r at step j follows `sequences[r, :ends[r, j]]`."""
     scores = logits.to(torch.float32, copy=True)
@@ -90,10 +137,24 @@ def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, 
         if type(processor) in CONTEXT_FREE:
             b = scores.shape[0]
             scores = processor(sequences[:, :0], scores.flatten(0, 1)).unflatten(0, (b, -1))
+        elif _is_order_free(processor):
+            scores = _process_by_step(processor, scores, sequences, ends)
         else:
             lengths = lengths or ends.unique().tolist()
             scores = _process_by_length(processor, scores, sequences, ends, lengths)
     return scores
+
+
+def _process_by_step(
+    processor: logits_process.LogitsProcessor, scores: Tensor, sequences: Tensor, ends: Tensor
+) -> Tensor:
+    """Call an order-free processor once for each step: what is not yet there repeats a row's last token."""
+    columns = torch.arange(sequences.shape[1], device=ends.device)
+    processed = []
+    for step, end in enumerate(ends.split(1, dim=1)):  # b 1
+        before = torch.where(columns < end, sequences, sequences.gather(1, end - 1))
+        processed.append(processor(before, scores[:, step]))
+    return torch.stack(processed, dim=1)
 
 
 def _process_by_length(

@@ -10,13 +10,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec.attention import choose_backend
-from selfspec.compiling import COMPILE_ERRORS, compile_obstacle, compile_pass, first_line
+from selfspec.compiling import (
+    COMPILE_ERRORS,
+    FusedLayers,
+    compile_obstacle,
+    compile_pass,
+    compiles_by_default,
+    first_line,
+    fuses_layers,
+)
+from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
+from selfspec.row_buffers import RowBuffers
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
     attention_modules,
     change_skip_set,
     check_supported,
+    decoder_layers,
     draft_view,
     longrope_switch,
     pin_longrope,
@@ -27,6 +38,8 @@ from selfspec.views import (
 
 ViewName = Literal["target", "draft"]
 PREFILL_CHUNK = 512
+PREFILL_TOKENS = 8192
+"""Of all rows together: enough to keep a GPU busy, few enough that what an MLP makes of them stays below a gigabyte."""
 
 
 class Runtime:
@@ -38,8 +51,9 @@ class Runtime:
         model: a supported causal language model, whole on one device.
         skip_set: what the draft leaves out; `skip` changes it later.
         backend: an attention backend by name; by default the first that serves this model.
-        compile: fuse each view's pass with `torch.compile`, once per view, rows, pass length and capacity; where that
-            is not possible, passes run eagerly, and `compile_obstacle` says why.
+        compile: fuse passes with `torch.compile`, by default on CUDA; where that is not possible, passes run eagerly,
+            and `compile_obstacle` says why.
+        graphs: capture rounds as CUDA graphs, by default where the device has them; `capture_obstacle` says why not.
     """
 
     def __init__(
@@ -48,12 +62,15 @@ class Runtime:
         skip_set: SkipSet | None = None,
         *,
         backend: str | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
+        graphs: bool | None = None,
     ) -> None:
         check_supported(model)
         self.model = model
-        self.compile_obstacle = compile_obstacle(model.device) if compile else None
-        self.compile = compile and self.compile_obstacle is None
+        wanted = compiles_by_default(model.device) if compile is None else compile
+        self.compile_obstacle = compile_obstacle(model.device) if wanted else None
+        self.compile = wanted and self.compile_obstacle is None
+        self._graphs_wanted = graphs
         self.skip_set = skip_set or SkipSet()
         self._backend_name = backend
         self._build()
@@ -64,8 +81,10 @@ class Runtime:
             "draft": draft_view(self.model, self.skip_set),
         }
         recorded = probe(self.model, self.views["target"])
-        self.layer_shapes = recorded.shapes
+        self.layer_shapes, self._masks = recorded.shapes, recorded.masks
         self.backend = choose_backend(recorded.needs(self.model), self._backend_name)
+        self.graphs = None if self._graphs_wanted is False else graphs_for(self.model.device)
+        self._fused = FusedLayers()
         self._cache: KVCache | None = None
         self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
         self._fingerprint = _identity(self.model)
@@ -80,6 +99,18 @@ class Runtime:
     def cache(self) -> KVCache:
         assert self._cache is not None, "reserve a cache first"
         return self._cache
+
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why rounds are not captured though they were asked for; None where they are, or were not asked for."""
+        if self.graphs is not None:
+            return self.graphs.obstacle
+        return f"CUDA graphs need a GPU, the model is on {self.model.device.type}" if self._graphs_wanted else None
+
+    @property
+    def static(self) -> bool:
+        """Whether every pass looks at all slots, in use or not, so that shapes never change."""
+        return self.compile or self.graphs is not None
 
     @torch.inference_mode()
     def reserve(self, rows: int, slots: int) -> None:
@@ -99,6 +130,7 @@ class Runtime:
             dtype=self.model.dtype,
             backend=self.backend.backend,
         )
+        self.row_buffers = RowBuffers(rows, self._cache.slots, self.model.device)
         for view in self.views.values():
             self._cache.attach(attention_modules(view))
 
@@ -106,6 +138,8 @@ class Runtime:
         """Free the cache before another one is taken: everything that holds it must let go."""
         self._cache = None
         self._passes.clear()
+        if self.graphs is not None:
+            self.graphs.drop()
         for view in self.views.values():
             for attention in attention_modules(view):
                 KVCache.detach(attention)
@@ -115,6 +149,8 @@ class Runtime:
         change_skip_set(self.views["draft"], skip_set)
         self.skip_set = skip_set
         self._passes = {key: run for key, run in self._passes.items() if key[0] != "draft"}
+        if self.graphs is not None:
+            self.graphs.drop()
         if self._cache is not None:
             self._cache.attach(attention_modules(self.views["draft"]))
 
@@ -123,13 +159,22 @@ class Runtime:
         if (switch := longrope_switch(self.model)) is not None:
             for view in self.views.values():
                 pin_longrope(view, long=longest > switch)
+            if self.graphs is not None:  # frequencies are new tensors
+                self.graphs.drop()
+
+    @property
+    def prefill_chunk(self) -> int:
+        """How many tokens of every row a pass of prefill takes."""
+        if self.model.device.type == "cpu":
+            return PREFILL_CHUNK
+        return max(PREFILL_CHUNK // 4, PREFILL_TOKENS // self.cache.rows)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor) -> None:
         """Cache each row's first `lengths` (`b`) of `tokens` (`b t`), without the head, in chunks."""
         cache = self.cache
         cache.reset()
-        for chunk in tokens.split(PREFILL_CHUNK, dim=1) if tokens.shape[1] else ():  # prompts of one token: none
+        for chunk in tokens.split(self.prefill_chunk, dim=1) if tokens.shape[1] else ():  # prompts of one token: none
             step = cache.begin(chunk.shape[1])
             run_view(self.views["target"], chunk, step.positions, step, head=False)
             cache.lengths += chunk.shape[1]
@@ -144,27 +189,39 @@ class Runtime:
         return self._passes[key](tokens)
 
     def _make_pass(self, view: ViewName, t: int) -> Callable[[Tensor], Tensor]:
-        module, cache, static = self.views[view], self.cache, self.compile
+        module, cache, static = self.views[view], self.cache, self.static
 
         def forward(tokens: Tensor) -> Tensor:
             step = cache.begin(t, static=static)
             return run_view(module, tokens, step.positions, step)
 
-        return self._compiled_or_eager(forward) if self.compile else forward
+        def forward_in_fused_layers(tokens: Tensor) -> Tensor:
+            step = cache.begin(t, static=True)
+            step.make_masks(self._masks, self.model.dtype)  # before the layers, whose code must not tell the first one
+            with self._fused.of_length(decoder_layers(module), t):
+                return run_view(module, tokens, step.positions, step)
 
-    def _compiled_or_eager(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        if not self.compile:
+            return forward
+        if fuses_layers(self.model.device):
+            return self._or_eager(forward_in_fused_layers, forward)
+        return self._or_eager(compile_pass(forward), forward)
+
+    def _or_eager(
+        self, compiled: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
         """A compiled pass that, where this model cannot be compiled, becomes eager and leaves the reason."""
-        run = compile_pass(forward)
+        run = compiled
 
         def attempt(tokens: Tensor) -> Tensor:
             nonlocal run
             try:
                 return run(tokens)
             except COMPILE_ERRORS as error:
-                if run is forward:
+                if run is eager:
                     raise
                 self.compile, self.compile_obstacle = False, first_line(error)
-                run = forward
+                run = eager
                 return run(tokens)
 
         return attempt

@@ -5,8 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
+
+import torch
+
+
+class Laps:
+    """Marks in a stretch of work, and the seconds between them, as the device knows them: launching is not running."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._marks: list[float | torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        if not self._on_cuda:
+            self._marks.append(perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Between each mark and the next. On CUDA, all that was marked must have run."""
+        return [_between(one, other) for one, other in pairwise(self._marks)]
+
+
+def _between(one: Any, other: Any) -> float:
+    return float(other - one) if isinstance(one, float) else one.elapsed_time(other) / 1000  # events tell milliseconds
 
 
 @dataclass
@@ -36,6 +63,10 @@ class Stats:
     backend: str = ""
     backend_reason: str = ""
     compiled: bool = False
+    captured: bool = False
+    """Whether rounds ran as CUDA graphs."""
+    graph_bytes: int = 0
+    """Device memory that these graphs take."""
     slower_paths: list[str] = field(default_factory=list)
     """Anything that kept this call off the fast path, and why."""
 
@@ -87,6 +118,12 @@ class Stats:
             yield
         finally:
             self.seconds[name] += perf_counter() - start
+
+    def add_laps(self, laps: Laps) -> None:
+        """Add the time of a round's draft and of its verify pass with all that follows on the device."""
+        draft, verify = laps.seconds()
+        self.seconds["draft"] += draft
+        self.seconds["verify"] += verify
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON, but the pass-by-pass history."""

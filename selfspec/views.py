@@ -231,12 +231,15 @@ class ProbePass:
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     windows: set[int | None] = field(default_factory=set)
     softcaps: set[float | None] = field(default_factory=set)
+    masks: set[tuple[int | None, int]] = field(default_factory=set)
+    """Windows, and query heads for each key head, with which layers will ask for a mask."""
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         self.shapes[int(layer.layer_idx)] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[arg-type]
         self.windows.add(how.window)
         self.softcaps.add(how.softcap)
         groups = query.shape[1] // key.shape[1]
+        self.masks.add((how.window, groups))
         positions = torch.arange(query.shape[2], device=query.device)
         visible = positions <= positions[:, None]
         if how.window is not None:

@@ -39,7 +39,9 @@ def request_of(*rows: list[int], new_tokens: int = 9) -> Request:
 
 def drafted(*rows: list[int], lookup: PromptLookup = LOOKUP) -> list[list[int]]:
     request = request_of(*rows)
-    draft = PromptLookupDrafter(lookup).draft(request)
+    drafter = PromptLookupDrafter(lookup)
+    drafter.look(request)
+    draft = drafter.draft(request, int(request.found.max()))
     written = [
         row[end : end + n].tolist() for row, end, n in zip(request.sequences, request.ends, draft.lengths, strict=True)
     ]

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, SkipSet
-from selfspec.drafting import Drafter, NoDrafter, drafter_of
+from selfspec.drafting import LayerSkipDrafter, NoDrafter, drafter_of
 from selfspec.loading import processor_name
 from selfspec.plan import Figures
 from selfspec.request import Request
@@ -131,15 +131,15 @@ def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
 def test_where_plain_decoding_wins_the_plan_does_not_speculate(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Slow:
-        def __init__(self, drafter: Drafter) -> None:
-            self.drafter, self.gamma = drafter, drafter.gamma
-
-        def draft(self, request: Request) -> Draft:
+    class Slow(LayerSkipDrafter):
+        def draft(self, request: Request, n: int) -> Draft:
             sleep(0.03)
-            return self.drafter.draft(request)
+            return super().draft(request, n)
 
-    monkeypatch.setattr("selfspec_search.confirm.drafter_of", lambda plan, runtime: Slow(drafter_of(plan, runtime)))
+    def slow_drafter_of(plan: Plan, runtime: Runtime) -> Slow:
+        return Slow(runtime, plan.gamma, plan.exit_threshold)
+
+    monkeypatch.setattr("selfspec_search.confirm.drafter_of", slow_drafter_of)
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
     assert not result.plan.speculates
     assert not result.plan.skip_set

@@ -42,7 +42,7 @@ PROPOSALS = 1000
 PARENTS = 3
 
 
-class AdaptiveExit:
+class AdaptiveExit(Drafter):
     """Drafts one row greedily by layer skipping, up to the first token that the draft is not confident of, with the
     threshold that the acceptance rate asks for (adaptive draft exit). One serves for one text.
 
@@ -50,15 +50,18 @@ class AdaptiveExit:
     always learns.
     """
 
+    key = "adaptive exit"
+    capture_obstacle = "every drafted token's confidence is read"
+
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.gamma, self.threshold = runtime, LONGEST_DRAFT, FIRST_THRESHOLD
         self.rate, self.drafted, self.end = 0.0, 0, 0
 
-    def draft(self, request: Request) -> Draft:
+    def draft(self, request: Request, n: int) -> Draft:
         end = int(request.ends[0])
         if self.drafted:
             self.learn(self.drafted, end - self.end - 1)
-        tokens = self._tokens(request)
+        tokens = self._tokens(request, n)
         self.drafted, self.end = len(tokens), end
         if not tokens:
             return Draft.empty(1, request.sequences.device)
@@ -73,11 +76,11 @@ class AdaptiveExit:
         elif drafted < self.gamma:
             self.threshold -= (1 - KEEP_THRESHOLD) * STEP
 
-    def _tokens(self, request: Request) -> list[Tensor]:
+    def _tokens(self, request: Request, n: int) -> list[Tensor]:
         lengths, start = self.runtime.cache.lengths, self.runtime.cache.lengths.clone()
         tokens: list[Tensor] = []
         token = request.last_tokens()
-        for _ in range(int(request.draft_limits(self.gamma).max())):
+        for _ in range(n):
             probs = self.runtime.run("draft", token[:, None])[:, 0].float().softmax(dim=-1)  # 1 v
             confidence, token = probs.max(dim=-1)
             request.sequences.scatter_(1, request.ends[:, None] + len(tokens), token[:, None])

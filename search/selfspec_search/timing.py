@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfspec.decoding import prefill, step
-from selfspec.drafting import LayerSkipDrafter, PromptLookupDrafter
+from selfspec.decoding import prefill, run_draft, settle, step
+from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter, PromptLookupDrafter
 from selfspec.kv_cache import KVCache
 from selfspec.plan import PromptLookup
 from selfspec.request import Request
@@ -45,59 +45,73 @@ class Bench:
 
     def draft(self, runtime: Runtime, threshold: float | None = None) -> Call:
         """STEPS tokens drafted in every row."""
-        request = self._begin(runtime, STEPS)
         drafter = LayerSkipDrafter(runtime, STEPS, threshold)
+        request = self._begin(runtime, drafter)
 
         def call() -> None:
-            runtime.cache.lengths.copy_(request.ends - 1)
-            drafter.draft(request)
+            again(runtime, request)
+            run_draft(runtime, drafter, request, STEPS)
 
         return call
 
     def round(self, runtime: Runtime, n: int) -> Call:
         """STEPS rounds over `n` tokens that cost nothing to draft."""
-        request = self._begin(runtime, n)
-        drafter, stats = _Guesses(request, n), Stats(rows=request.rows)
-        ends = request.ends.clone()
+        drafter = _Guesses(self.prompts, n)
+        request = self._begin(runtime, drafter)
+        stats = Stats(rows=request.rows)
 
         def call() -> None:
             for _ in range(STEPS):
-                request.ends.copy_(ends)  # always from the same state: other things run in between, on the same cache
-                runtime.cache.lengths.copy_(ends - 1)
+                again(runtime, request)
                 step(runtime, drafter, request, stats)
 
         return call
 
     def lookup(self, runtime: Runtime, gamma: int) -> Call:
         """STEPS times prompt lookup."""
-        request = self._begin(runtime, gamma)
         drafter = PromptLookupDrafter(PromptLookup(gamma=gamma))
-        return lambda: [drafter.draft(request) for _ in range(STEPS)]
+        request = self._begin(runtime, drafter)
+        return lambda: [drafter.look(request) for _ in range(STEPS)]
 
     def prefill(self, runtime: Runtime) -> Call:
         """One prefill."""
-        request = self._begin(runtime, 0)
+        request = self._begin(runtime, NoDrafter())
         return lambda: prefill(runtime, request)
 
-    def _begin(self, runtime: Runtime, gamma: int) -> Request:
+    def _begin(self, runtime: Runtime, drafter: Drafter) -> Request:
         """A request with room for one round: every call is that same round again.
 
         Its prompts need not be cached: whatever is there takes as long to attend to.
         """
         runtime.pin_longrope(self.prompts.shape[1])
-        prompts = list(self.prompts)
-        return request_for(runtime.model, prompts, 2 * gamma + 2, gamma, sampling=self.sampling, stops=False)
+        gamma = drafter.gamma
+        request = request_for(
+            runtime.model, list(self.prompts), 2 * gamma + 2, gamma, sampling=self.sampling, stops=False
+        )
+        settle(runtime, drafter, request)
+        return request
 
 
-class _Guesses:
+def again(runtime: Runtime, request: Request) -> None:
+    """Back to where the request began: other things run in between, on the same cache and buffers."""
+    request.rewind()
+    runtime.cache.lengths.copy_(request.ends - 1)
+
+
+class _Guesses(Drafter):
     """A drafter that costs nothing: the same tokens over and over. What is left of a round is all but drafting."""
 
-    def __init__(self, request: Request, gamma: int) -> None:
+    def __init__(self, prompts: Tensor, gamma: int) -> None:
         self.gamma = gamma
-        tokens = request.prompts.repeat(1, -(-gamma // request.prompts.shape[1]))[:, :gamma]
-        self._draft = Draft(tokens, torch.full_like(request.ends, gamma), None)
+        b, t = prompts.shape
+        tokens = prompts.repeat(1, -(-gamma // t))[:, :gamma]
+        self._draft = Draft(tokens, torch.full((b,), gamma, device=prompts.device), None)
 
-    def draft(self, request: Request) -> Draft:
+    @property
+    def key(self) -> Hashable:
+        return "guesses", id(self)
+
+    def draft(self, request: Request, n: int) -> Draft:
         return self._draft
 
 
@@ -106,7 +120,7 @@ def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:
     first, *others = runtimes
     first.reserve(rows, slots)
     for other in others:
-        other._cache = first.cache
+        other._cache, other.row_buffers = first.cache, first.row_buffers
         for view in other.views.values():
             KVCache.attach(first.cache, attention_modules(view))
 

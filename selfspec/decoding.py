@@ -72,13 +72,16 @@ def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draf
     width = part.padded_length(n) if runtime.static else n
     if is_captured(runtime, request):
         n = width  # a graph for every length would be too many
-    return _run(runtime, request, ("draft", part.key, width), lambda: part.draft(request, n).padded(width))
+    key = ("draft", part.key, width)
+    draft: Draft = _run(runtime, request, key, lambda: part.draft(request, n).padded(width))
+    return draft
 
 
 def run_check(runtime: Runtime, drafter: Drafter, part: Drafter, request: Request, draft: Draft) -> Checked:
     """The check of what `part` drafted for `drafter`."""
     key = ("check", drafter.key, part.key, draft.tokens.shape[1])
-    return _run(runtime, request, key, lambda: check(runtime, drafter, request, draft))
+    checked: Checked = _run(runtime, request, key, lambda: check(runtime, drafter, request, draft))
+    return checked
 
 
 @dataclass(frozen=True)

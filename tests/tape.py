@@ -28,6 +28,13 @@ READS = {
 }
 
 
+INDEXING = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
+
+
+def is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
 class HostReadError(RuntimeError):
     """Work that is to be captured read the device, or made a tensor of host data."""
 
@@ -47,9 +54,8 @@ class NoReads(TorchDispatchMode):
             raise HostReadError(f"{name}: {READS[name]}")
         if name == "aten::repeat_interleave" and isinstance(args[-1], Tensor):
             raise HostReadError(f"{name}: the shape of the result depends on numbers")
-        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
-            if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
-                raise HostReadError(f"{name}: indexing by a mask counts what it holds")
+        if name in INDEXING and any(is_mask(index) for index in args[1]):
+            raise HostReadError(f"{name}: indexing by a mask counts what it holds")
         result = self.do(func, args, kwargs)
         self.check_devices(name, args, kwargs, result)
         return result

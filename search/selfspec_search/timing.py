@@ -71,7 +71,12 @@ class Bench:
         """STEPS times prompt lookup."""
         drafter = PromptLookupDrafter(PromptLookup(gamma=gamma))
         request = self._begin(runtime, drafter)
-        return lambda: [drafter.look(request) for _ in range(STEPS)]
+
+        def call() -> None:
+            for _ in range(STEPS):
+                drafter.look(request)
+
+        return call
 
     def prefill(self, runtime: Runtime) -> Call:
         """One prefill."""

@@ -24,9 +24,9 @@ COMPILE_ERRORS = (TorchDynamoException, InductorError)
 _serial = itertools.count()
 
 
-def compiles_by_default(device: torch.device) -> bool:
-    """Whether passes are compiled where nobody says: the gain must come soon."""
-    return device.type == "cuda"
+def will_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Whether passes are to be compiled, where None leaves it to the device."""
+    return device.type == "cuda" if wanted is None else wanted  # the gain must come soon
 
 
 def fuses_layers(device: torch.device) -> bool:

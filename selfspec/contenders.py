@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from selfspec.errors import SelfspecError
 from selfspec.generation import SelfSpeculator
 from selfspec.plan import Plan
+from selfspec.policy import PolicyName
 from selfspec.stats import Stats
 
 GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, OURS = (
@@ -177,11 +178,12 @@ def line_up(
     *,
     peers: bool = True,
     backend: str | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
+    policy: PolicyName = "adaptive",
 ) -> LineUp:
     """`model.generate`, the plain model in our runtime, and ours; with `peers`, the built-in ways to speculate too,
     each with the settings that are the fastest on the first prompts."""
-    ours = SelfSpeculator(model, plan, backend=backend, compile=compile)
+    ours = SelfSpeculator(model, plan, backend=backend, compile=compile, policy=policy)
     plain = SelfSpeculator(model, Plan.none(), backend=backend, compile=compile)
     contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
     absent: list[str] = []
@@ -212,5 +214,8 @@ def _add(total: Stats, one: Stats) -> None:
         setattr(total, name, getattr(total, name) + getattr(one, name))
     for name, value in one.seconds.items():
         total.seconds[name] += value
+    for gamma, passes in one.draft_lengths.items():
+        total.draft_lengths[gamma] = total.draft_lengths.get(gamma, 0) + passes
+    total.captured, total.graph_bytes = one.captured, one.graph_bytes
     total.backend, total.backend_reason, total.compiled = one.backend, one.backend_reason, one.compiled
     total.slower_paths = sorted({*total.slower_paths, *one.slower_paths})

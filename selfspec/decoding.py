@@ -53,6 +53,7 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     graph where that is possible; then the host reads once."""
     laps = Laps(request.sequences.device)
     part, n = drafter.choose(request)
+    stats.count_choice(part.gamma)
     laps.mark()
     draft = run_draft(runtime, part, request, n)
     laps.mark()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decoding import decode, is_captured
-from selfspec.drafting import NoDrafter, drafter_of
+from selfspec.drafting import Drafter, NoDrafter
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Plan
+from selfspec.policy import PolicyName, drafter_for
 from selfspec.processors import needs_lockstep
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime, device_name
@@ -49,6 +50,7 @@ def wrap(
     backend: str | None = None,
     compile: bool | None = None,
     graphs: bool | None = None,
+    policy: PolicyName = "adaptive",
 ) -> SelfSpeculator:
     """Make `model` decode speculatively by `plan`: the same output, sooner.
 
@@ -59,12 +61,14 @@ def wrap(
         compile: fuse the passes with `torch.compile`: slower to start, faster to run. By default on CUDA only: on a CPU
             it takes tens of seconds for every pass length.
         graphs: capture rounds as CUDA graphs; by default where there is CUDA.
+        policy: `adaptive` lets the draft length follow the text, round by round, where the plan says what that costs,
+            down to plain decoding; `fixed` keeps the plan's.
 
     Raises:
         UnsupportedModelError: the family is not among those tested, or the probe found a difference.
         PlanError: the plan is malformed, or made for another model.
     """
-    return SelfSpeculator(model, plan, backend=backend, compile=compile, graphs=graphs)
+    return SelfSpeculator(model, plan, backend=backend, compile=compile, graphs=graphs, policy=policy)
 
 
 class SelfSpeculator:
@@ -82,7 +86,11 @@ class SelfSpeculator:
         backend: str | None = None,
         compile: bool | None = None,
         graphs: bool | None = None,
+        policy: PolicyName = "adaptive",
     ) -> None:
+        if policy not in get_args(PolicyName):
+            raise InputError(f"policy '{policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
+        self.policy = policy
         self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
         self.model = model
         self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs)
@@ -258,7 +266,7 @@ class SelfSpeculator:
             self._warn_if_stale(do_sample=bool(generation_config.do_sample))
         limit = max_length(stopping_criteria, input_ids.shape[1])
         lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
-        gamma = 0 if lockstep else self.plan.longest_draft
+        gamma = self._drafter(input_ids.shape[0], lockstep).gamma
         switch = longrope_switch(model)
         longest = int((input_ids.shape[1] - pads).max())
         if switch is not None and longest <= switch < longest + limit - input_ids.shape[1]:
@@ -296,7 +304,7 @@ class SelfSpeculator:
             backend_reason=choice.reason,
             slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
         )
-        drafter = NoDrafter() if request.lockstep else drafter_of(self.plan, self.runtime)
+        drafter = self._drafter(request.rows, request.lockstep)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:
@@ -306,6 +314,9 @@ class SelfSpeculator:
             self._tell_paths(request)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
+
+    def _drafter(self, rows: int, lockstep: list[str]) -> Drafter:
+        return NoDrafter() if lockstep else drafter_for(self.plan, self.runtime, rows, self.policy)
 
     def _tell_paths(self, request: Request) -> None:
         """Write to the stats what was compiled and captured, and why the rest was not."""

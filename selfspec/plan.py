@@ -116,6 +116,22 @@ class Provenance(_Strict):
     profile: dict[str, Any] = {}
 
 
+class Outlook(_Strict):
+    """What the search expects of drafts of every length, on its device: what a policy starts from.
+
+    Args:
+        rows: how many are decoded together; all figures are for all of them.
+        draft_step: seconds to draft one token in every row.
+        rounds: seconds of all but drafting in a round over 0, 1, ... drafted tokens.
+        agreement: by draft position.
+    """
+
+    rows: Annotated[int, Field(ge=1)]
+    draft_step: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    rounds: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2)]
+    agreement: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+
+
 class PromptLookup(_Strict):
     """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
 
@@ -156,6 +172,7 @@ class Plan(_Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
+    outlook: Outlook | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
 
@@ -172,6 +189,12 @@ class Plan(_Strict):
             raise PlanError(_first_problem(error)) from None
         if self.model is not None:
             self.skip_set.validate(self.model.num_layers)
+        if self.outlook is not None and len(self.outlook.rounds) <= self.gamma:
+            longest = len(self.outlook.rounds) - 1
+            raise PlanError(
+                f"plan's gamma is {self.gamma}, but its outlook has costs of rounds over up to {longest} drafted "
+                "tokens; remove the key 'outlook', or search again"
+            )
 
     @classmethod
     def none(cls, **data: Any) -> Plan:

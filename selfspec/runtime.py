@@ -15,9 +15,9 @@ from selfspec.compiling import (
     FusedLayers,
     compile_obstacle,
     compile_pass,
-    compiles_by_default,
     first_line,
     fuses_layers,
+    will_compile,
 )
 from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
@@ -67,7 +67,7 @@ class Runtime:
     ) -> None:
         check_supported(model)
         self.model = model
-        wanted = compiles_by_default(model.device) if compile is None else compile
+        wanted = will_compile(compile, model.device)
         self.compile_obstacle = compile_obstacle(model.device) if wanted else None
         self.compile = wanted and self.compile_obstacle is None
         self._graphs_wanted = graphs

@@ -57,6 +57,8 @@ class Stats:
     """By draft position: how often a drafted token was accepted there."""
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     """By pass: (row, drafted, accepted) of every unfinished row."""
+    draft_lengths: dict[int, int] = field(default_factory=dict)
+    """By the most tokens that a round might draft: how many passes. 0 is plain decoding."""
     seconds: dict[str, float] = field(
         default_factory=lambda: {"prefill": 0.0, "draft": 0.0, "verify": 0.0, "total": 0.0}
     )
@@ -118,6 +120,10 @@ class Stats:
             yield
         finally:
             self.seconds[name] += perf_counter() - start
+
+    def count_choice(self, gamma: int) -> None:
+        """Count a pass for which drafts of up to `gamma` tokens were chosen."""
+        self.draft_lengths[gamma] = self.draft_lengths.get(gamma, 0) + 1
 
     def add_laps(self, laps: Laps) -> None:
         """Add the time of a round's draft and of its verify pass with all that follows on the device."""

@@ -14,6 +14,7 @@ from replays import texts_of
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm import _batches, _Contender
 from selfspec_search.costs import Costs
+from selfspec_search.finish import Finish, Phases
 from selfspec_search.objective import Prediction, Prices
 from selfspec_search.profile import Profile
 from selfspec_search.space import every_set
@@ -111,6 +112,28 @@ def test_a_search_confirms_its_plans_by_decoding(model: PreTrainedModel) -> None
         assert last.done == last.total
 
 
+def test_a_plan_that_drafts_by_layers_alone_says_what_every_length_costs(model: PreTrainedModel) -> None:
+    settings = SearchSettings(**SETTINGS | {"lookup": False})
+    result = search(model, CALIBRATION, HELD_OUT, settings)
+    costs = result.profile.costs[0].model_copy(update={"rounds": (1.0,) * len(result.profile.costs[0].rounds)})
+    prediction = result.confirmed[0].prediction
+    without_threshold = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
+    finish = Finish(
+        model=model,
+        settings=settings,
+        profile=result.profile.model_copy(update={"costs": (costs,) * len(result.profile.costs)}),
+        phases=Phases(on_progress=print),
+    )
+    texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
+    outlook = finish._outlook(replace(result.confirmed[0], prediction=without_threshold), texts)
+    assert outlook is not None
+    assert outlook.rounds == [1.0] * (settings.gamma_max + 1)
+    assert outlook.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
+    assert outlook.agreement == result.confirmed[0].predicted_on_held_out.agreement
+    thresholded = replace(prediction, drafting=Drafting(2, 0.5))
+    assert finish._outlook(replace(result.confirmed[0], prediction=thresholded), texts) is None
+
+
 def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -120,6 +143,8 @@ def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
     assert read == plan
     read.check_fits(model.config)
     assert plan.provenance is not None
+    by_layers = plan.gamma > 0 and plan.exit_threshold is None and plan.prompt_lookup is None
+    assert (plan.outlook is not None) == by_layers
     assert plan.provenance.conditions.dtype == "float32"
     assert plan.provenance.predicted is not None
     assert plan.provenance.predicted.texts == len(CALIBRATION)

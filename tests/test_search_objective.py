@@ -86,6 +86,20 @@ def test_the_depths_worth_replaying_hold_the_best_way() -> None:
         assert best(seen, PRICES, HALF).drafting.gamma < depths_worth_replaying(ways) <= 6
 
 
+def test_where_drafts_are_captured_no_threshold_is_tried() -> None:
+    seen = table(0.8)
+    seen = replace(seen, confidence=np.random.default_rng(0).random(seen.confidence.shape, dtype=np.float32))
+    captured = Prices(costs=costs().model_copy(update={"captured": True}))
+    assert any(way.threshold is not None for way in ways_to_draft(seen, PRICES))
+    assert [way.gamma for way in ways_to_draft(seen, captured)] == [1, 2, 3, 4, 5]
+    assert all(way.threshold is None for way in ways_to_draft(seen, captured))
+
+
+def test_a_captured_round_has_one_length_whatever_was_drafted() -> None:
+    captured = costs().model_copy(update={"captured": True, "rounds": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)})
+    assert captured.round(np.array([0.0, 1.5, 3.0]), 3).tolist() == [4.0, 4.0, 4.0]
+
+
 def test_a_compiled_round_has_one_length_whatever_was_drafted() -> None:
     rounds = tuple(float(n) for n in range(1, 7))
     eager, compiled = (Costs(**{**vars(costs(compiled=compiled)), "rounds": rounds}) for compiled in (False, True))

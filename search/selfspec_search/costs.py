@@ -38,6 +38,7 @@ class Costs(Record):
     prefill: Seconds  # of a prompt that is one token longer than the context
     lookup: Seconds = 0.0  # per round, of prompt lookup where that comes before the draft
     compiled: bool
+    captured: bool = False  # as CUDA graphs
     measured: dict[str, Seconds] = {}
 
     def draft_step(self, skip_set: SkipSet, *, threshold: bool = False) -> float:
@@ -51,7 +52,7 @@ class Costs(Record):
 
     def round(self, drafted: NDArray[np.float64], gamma: int) -> NDArray[np.float64]:
         """Seconds of rounds over so many drafted tokens, of `gamma` at most; they may be expectations."""
-        if self.compiled:  # which pads every draft to one length
+        if self.compiled or self.captured:  # which pads every draft to one length
             return np.full_like(drafted, self.rounds[gamma])
         return np.interp(drafted, np.arange(len(self.rounds)), self.rounds)
 

@@ -12,7 +12,7 @@ import optuna
 from transformers import PreTrainedModel
 
 from selfspec.loading import versions
-from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance
+from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance
 from selfspec_search.confirm import Confirmed, confirm, plan_of
 from selfspec_search.memory import Memory
 from selfspec_search.objective import Prediction, Prices, plain_figures
@@ -22,6 +22,7 @@ from selfspec_search.result import SearchResult
 from selfspec_search.settings import OnProgress, Phase, Progress, SearchSettings
 from selfspec_search.table import Table
 from selfspec_search.texts import Text
+from selfspec_search.walk import Drafting
 
 
 @dataclass(kw_only=True)
@@ -114,7 +115,8 @@ class Finish:
         provenance = provenance.model_copy(update={"errors": (winner or confirmed[0]).errors})
         plan = Plan.none(model=identity, provenance=provenance)
         if winner is not None:
-            plan = plan_of(winner.prediction).model_copy(update={"model": identity, "provenance": provenance})
+            changes = {"model": identity, "provenance": provenance, "outlook": self._outlook(winner, texts)}
+            plan = plan_of(winner.prediction).model_copy(update=changes)
         return SearchResult(
             plan=plan,
             plain=plain,
@@ -160,6 +162,19 @@ class Finish:
             predicted_on_held_out=winner.predicted_on_held_out if winner else plainly_held_out,
             measured=winner.measured if winner else plain,
             profile=self.profile.to_dict(),
+        )
+
+    def _outlook(self, winner: Confirmed, texts: Sequence[Text]) -> Outlook | None:
+        """What a policy needs to know; None where drafts adapt by themselves, or layers do not draft."""
+        prediction = winner.prediction
+        if prediction.drafting != Drafting(prediction.drafting.gamma) or not prediction.drafting.gamma:
+            return None
+        costs = Prices.of(self.profile, texts, lookup=False).costs
+        return Outlook(
+            rows=self.profile.rows,
+            draft_step=costs.draft_step(prediction.skip_set),
+            rounds=list(costs.rounds),
+            agreement=winner.predicted_on_held_out.agreement,
         )
 
     def _conditions(self, texts: Sequence[Text]) -> Conditions:

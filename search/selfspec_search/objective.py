@@ -123,8 +123,11 @@ def is_cheap(skip_set: SkipSet, prices: Prices, limit: float | None) -> bool:
 
 
 def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:
-    """Every draft length, without a threshold and with each worth trying. Plain decoding is speedup 1."""
-    thresholds: list[float | None] = [None, *table.thresholds(THRESHOLDS)]
+    """Every draft length, without a threshold and with each worth trying. Plain decoding is speedup 1.
+
+    A captured draft cannot end early, so where drafts are captured no threshold is tried.
+    """
+    thresholds: list[float | None] = [None, *(() if prices.costs.captured else table.thresholds(THRESHOLDS))]
     lengths = range(1, min(table.depths, len(prices.costs.rounds) - 1) + 1)
     return [Drafting(gamma, threshold) for threshold in thresholds for gamma in lengths]
 

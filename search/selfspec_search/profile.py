@@ -85,7 +85,7 @@ class Profile(Record):
     def conditions(self) -> str:
         """Where it was measured, in words."""
         threads = f", threads {self.threads}" if self.device == "cpu" else ""
-        passes = "compiled" if self.compiled else "eager"
+        passes = ("compiled" if self.compiled else "eager") + (", captured" if self.costs[0].captured else "")
         chosen = ", sampling" if self.sampling.get("do_sample") else ""
         return f"{self.device}{threads}, {self.dtype}, rows {self.rows}, {passes}, {self.backend}{chosen}"
 
@@ -131,7 +131,7 @@ def measure(
     slots: int = 0,
     sampling: Sampling | None = None,
     backend: str | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     on_cycle: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure a profile: medians of interleaved cycles.
@@ -160,7 +160,7 @@ def measure(
     calls: dict[Name, Call] = {}
     for context in contexts:
         bench = Bench(_cached(model, prompts or (), rows, context + 1), sampling)
-        lengths = round_lengths(gamma_max, sparse=compile or context != base)
+        lengths = round_lengths(gamma_max, sparse=runtimes[FULL].compile or context != base)
         some = runtimes if context == base else {FULL: runtimes[FULL]}
         calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
     timed = medians(calls, rare=_is_prefill, cycles=CYCLES, device=model.device, on_cycle=on_cycle)
@@ -178,7 +178,10 @@ def measure(
         gamma_max=gamma_max,
         versions=versions(),
         contexts=tuple(contexts),
-        costs=costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile),
+        costs=tuple(
+            costs.model_copy(update={"captured": full.graphs is not None})
+            for costs in costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile)
+        ),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.compiling import will_compile
 from selfspec.errors import InputError
 from selfspec.runtime import Runtime
 from selfspec.views import check_supported
@@ -126,7 +127,7 @@ class _Search:
             "release": version("selfspec"),
             "rows": settings.rows,
             "lookup": settings.lookup,
-            "compiled": settings.compile,
+            "compiled": will_compile(settings.compile, self.model.device),
             "max_draft_cost": settings.max_draft_cost,
         }
 

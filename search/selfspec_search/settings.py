@@ -36,7 +36,7 @@ class SearchSettings:
         confirm: how many of the best plans are decoded for real.
         confirm_texts: on how many held-out prompts, spread over the list; None for all of them.
         repeats: how often each is decoded and timed; the median counts.
-        compile: search for a runtime whose passes are compiled.
+        compile: search for a runtime whose passes are compiled; by default where the runtime compiles by default.
         backend: an attention backend by name; None for the first that serves.
         storage: where trials are kept: None for memory, an SQLite file, a '.journal' file, or a URL that Optuna takes.
         study_name: of the study in the storage, which is joined if it is about the same model, prompts and settings.
@@ -58,7 +58,7 @@ class SearchSettings:
     confirm: int = 3
     confirm_texts: int | None = 8
     repeats: int = 3
-    compile: bool = False
+    compile: bool | None = None
     backend: str | None = None
     storage: str | None = None
     study_name: str | None = None

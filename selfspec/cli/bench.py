@@ -27,8 +27,9 @@ def bench(
     new_tokens: options.NewTokens = 128,
     repeats: Annotated[int, typer.Option(help="Times that everything is decoded; the median counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     backend: options.Backend = None,
+    policy: options.Policy = "adaptive",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
@@ -52,7 +53,7 @@ def bench(
     encoded = encode_prompts(read, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens)
     with progress_bar("finding the rivals' best settings", quiet=quiet) as report:
         report(0, 1, "finding the rivals' best settings")
-        entrants = line_up(loaded.model, chosen, encoded, new_tokens, backend=backend, compile=compile)
+        entrants = line_up(loaded.model, chosen, encoded, new_tokens, backend=backend, compile=compile, policy=policy)
         measured = measure(
             entrants.contenders,
             encoded,

@@ -36,8 +36,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
     seed: options.Seed = 0,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     backend: options.Backend = None,
+    policy: options.Policy = "adaptive",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -60,7 +61,7 @@ def generate(
     from selfspec.generation import SelfSpeculator
     from selfspec.prompts import check_length, encode_prompts
 
-    spec = SelfSpeculator(loaded.model, chosen, backend=backend, compile=compile)
+    spec = SelfSpeculator(loaded.model, chosen, backend=backend, compile=compile, policy=policy)
     encoded = encode_prompts(prompts, loaded.tokenizer)
     for one, tokens in zip(prompts, encoded, strict=True):
         check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)
@@ -133,5 +134,5 @@ def _printable(text: str) -> str:
 
 def _figures(spec: SelfSpeculator) -> str:
     stats = spec.stats
-    compiled = ", compiled" if stats.compiled else ""
-    return "; ".join([str(stats), stats.backend + compiled, *stats.slower_paths])
+    how = [stats.backend, *["compiled"] * stats.compiled, *["captured"] * stats.captured]
+    return "; ".join([str(stats), ", ".join(how), *stats.slower_paths])

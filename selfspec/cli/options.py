@@ -1,9 +1,11 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+PolicyName = Literal["adaptive", "fixed"]
 
 Model = Annotated[
     str,
@@ -21,7 +23,13 @@ _prompts = typer.Option(
 )
 PromptFile = Annotated[Path, _prompts]
 PromptFileOrNone = Annotated[Path | None, _prompts]
-Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Fuse passes: slower to start, faster to run.")]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Fuse passes: slower to start, faster to run; by default on CUDA."),
+]
+Policy = Annotated[
+    PolicyName, typer.Option(help="Whether the draft length follows the text, or stays as the plan says.")
+]
 Backend = Annotated[
     str | None,
     typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),

@@ -38,7 +38,7 @@ def profile(
     gamma_max: Annotated[int, typer.Option(help="The longest draft to verify.")] = 8,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the profile as JSON, in seconds.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     backend: options.Backend = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

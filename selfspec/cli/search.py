@@ -64,7 +64,7 @@ def search(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What trials may take beside the model, such as 512M or 4G.")
     ] = None,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     backend: options.Backend = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -1,0 +1,172 @@
+"""Policy: how far to draft in each round, or not at all, decided once a round for the whole batch.
+
+The plan's outlook says what a round costs at every draft length; how many tokens it brings is estimated as it goes.
+What decides is the text so far, never a clock, so the same request is decoded the same way every time, and sampled text
+keeps the model's distribution: a round's length is settled before anything in it is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter, drafter_of
+from selfspec.plan import Outlook, Plan
+from selfspec.request import Committed, Request
+from selfspec.runtime import Runtime, device_name
+from selfspec.sampling import Draft
+
+PolicyName = Literal["adaptive", "fixed"]
+
+MEMORY = 32
+"""About so many drafted tokens, at each depth, make up the running estimate."""
+PRIOR = 8
+"""So many drafted tokens the plan's own figures count for."""
+HYSTERESIS = 0.02
+"""Another draft length must promise so much more, relatively."""
+FIRST_PROBE, LAST_PROBE = 8, 256
+"""Plain rounds before a probe whether drafting pays again: at first, and after many that found that it does not."""
+
+
+class AgreementEstimate:
+    """A running estimate of agreement by depth: what was seen of late, beside what the plan expects.
+
+    Depths share one level, the ratio of what was accepted to what the plan expected of it, so that depths which are
+    not drafted now follow those that are.
+
+    Args:
+        expected: the plan's agreement at depths 0, 1, ...; deeper ones are like the last.
+    """
+
+    def __init__(self, expected: Sequence[float]) -> None:
+        self._expected = list(expected)
+        self._reached = [0.0] * len(expected)
+        self._accepted = [0.0] * len(expected)
+
+    def __getitem__(self, depth: int) -> float:
+        at = min(depth, len(self._expected) - 1)
+        prior = min(1.0, self._level() * self._expected[at])
+        return (PRIOR * prior + self._accepted[at]) / (PRIOR + self._reached[at])
+
+    def observe(self, reached: int, accepted: int) -> None:
+        """A row reached this many depths (that is, all before them were accepted), and accepted at so many."""
+        for depth in range(min(reached, len(self._expected))):
+            self._reached[depth] += 1 - self._reached[depth] / MEMORY
+            self._accepted[depth] += (depth < accepted) - self._accepted[depth] / MEMORY
+
+    def tokens_per_round(self, gamma: int) -> float:
+        """Expected of a round that drafts `gamma` tokens: 1 + a0 + a0 a1 + ... (Leviathan et al. 2023, eq. 1)."""
+        tokens, all_accepted = 1.0, 1.0
+        for depth in range(gamma):
+            all_accepted *= self[depth]
+            tokens += all_accepted
+        return tokens
+
+    def _level(self) -> float:
+        expected = sum(r * e for r, e in zip(self._reached, self._expected, strict=True))
+        return (PRIOR + sum(self._accepted)) / (PRIOR + expected)
+
+
+@dataclass
+class AdaptivePolicy:
+    """The draft length that promises the most tokens a second; 0 where plain decoding does.
+
+    While it decodes plainly it learns nothing, so it probes now and then, the more seldom the more often in vain, and
+    goes on probing while that succeeds.
+
+    Args:
+        outlook: what drafts cost and how often they are right, as the search found.
+        gamma: the draft length to begin with.
+        lengths: draft lengths to choose among, 0 for none.
+    """
+
+    outlook: Outlook
+    gamma: int
+    lengths: Sequence[int]
+
+    def __post_init__(self) -> None:
+        self.agreement = AgreementEstimate(self.outlook.agreement)
+        self._plain_rounds, self._wait, self._probing = 0, FIRST_PROBE, False
+
+    def choose(self) -> int:
+        """The draft length of the next round."""
+        best = max(self.lengths, key=self.tokens_per_second)
+        if self.tokens_per_second(best) > self.tokens_per_second(self.gamma) * (1 + HYSTERESIS):
+            self.gamma = best
+        if self.gamma:
+            self._plain_rounds, self._wait = 0, FIRST_PROBE
+            return self.gamma
+        self._probing = self._plain_rounds >= self._wait
+        return min(filter(None, self.lengths)) if self._probing else 0
+
+    def observe(self, rounds: Sequence[tuple[int, int, int]]) -> None:
+        """A round of all rows: (drafted, accepted, committed) of each that was unfinished."""
+        for drafted, accepted, committed in rounds:
+            # Behind a stop token nothing was right or wrong, and behind a wrong one nothing counts.
+            self.agreement.observe(min(drafted, accepted + 1, committed), accepted)
+        if self._probing:
+            failed = 2 * sum(accepted for _, accepted, _ in rounds) < sum(drafted for drafted, _, _ in rounds)
+            self._wait = min(LAST_PROBE, max(FIRST_PROBE, 2 * self._wait)) if failed else 0
+            self._plain_rounds = -1
+        self._plain_rounds += 1
+
+    def tokens_per_second(self, gamma: int) -> float:
+        """What a round that drafts so many promises, of each row."""
+        seconds = gamma * self.outlook.draft_step + self.outlook.rounds[gamma]
+        return self.agreement.tokens_per_round(gamma) / seconds
+
+
+class AdaptiveDrafter(Drafter):
+    """Layer skipping, as far as the policy says."""
+
+    def __init__(self, runtime: Runtime, policy: AdaptivePolicy) -> None:
+        self.policy, self.gamma = policy, max(policy.lengths)
+        self._drafters: dict[int, Drafter] = {
+            gamma: LayerSkipDrafter(runtime, gamma) if gamma else NoDrafter() for gamma in policy.lengths
+        }
+
+    @property
+    def key(self) -> Hashable:
+        return "adaptive"
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        return self._drafters[self.policy.choose()].choose(request)
+
+    def draft(self, request: Request, n: int) -> Draft:
+        raise AssertionError("the chosen drafter drafts")
+
+    def observe(self, committed: Sequence[Committed]) -> None:
+        self.policy.observe([(row.drafted, row.accepted, len(row.tokens)) for row in committed])
+
+
+def drafter_for(plan: Plan, runtime: Runtime, rows: int, policy: PolicyName) -> Drafter:
+    """The drafter that serves a request of so many rows; it adapts where it can and should."""
+    if policy == "fixed" or obstacle_to_adapting(plan, runtime, rows) is not None:
+        return drafter_of(plan, runtime)
+    assert plan.outlook is not None
+    lengths = draft_lengths(plan.gamma, len(plan.outlook.rounds) - 1, few=runtime.static)
+    return AdaptiveDrafter(runtime, AdaptivePolicy(plan.outlook, plan.gamma, lengths))
+
+
+def obstacle_to_adapting(plan: Plan, runtime: Runtime, rows: int) -> str | None:
+    """Why this plan's draft length stays as it is, or None if it may adapt."""
+    device = runtime.model.device
+    if plan.outlook is None or not plan.gamma:
+        return "the plan does not say what drafts of other lengths cost"
+    if plan.exit_threshold is not None or plan.prompt_lookup is not None:
+        return "an exit threshold or prompt lookup adapts by itself"
+    if runtime.compile and device.type == "cpu":
+        return "every other draft length would have to be compiled"
+    if plan.outlook.rows != rows:
+        return f"the plan knows what {plan.outlook.rows} rows cost, not {rows}"
+    return plan.stale_because(
+        device=device_name(device), dtype=str(runtime.model.dtype).removeprefix("torch."), compiled=runtime.compile
+    )
+
+
+def draft_lengths(gamma: int, longest: int, *, few: bool) -> list[int]:
+    """What to choose among: none and all up to the longest that has a price; or `few`, where each must be captured."""
+    if not few:
+        return list(range(longest + 1))
+    return sorted({0, -(-gamma // 2), gamma, max(gamma, min(2 * gamma, longest))})

@@ -57,7 +57,7 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     laps.mark()
     draft = run_draft(runtime, part, request, n)
     laps.mark()
-    checked = run_check(runtime, drafter, part, request, draft)
+    checked = run_check(runtime, drafter, request, draft)
     laps.mark()
     told = read(checked.told)
     request.known_found = [found for *_, found in told]
@@ -78,9 +78,10 @@ def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draf
     return draft
 
 
-def run_check(runtime: Runtime, drafter: Drafter, part: Drafter, request: Request, draft: Draft) -> Checked:
-    """The check of what `part` drafted for `drafter`."""
-    key = ("check", drafter.key, part.key, draft.tokens.shape[1])
+def run_check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) -> Checked:
+    """The check of a draft, after which `drafter` looks at what was committed."""
+    # A graph reads the draft where it lay when the graph was captured, so it serves drafts that lie there.
+    key = ("check", drafter.key, draft.tokens.shape[1], draft.addresses)
     checked: Checked = _run(runtime, request, key, lambda: check(runtime, drafter, request, draft))
     return checked
 

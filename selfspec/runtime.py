@@ -86,6 +86,7 @@ class Runtime:
         self.graphs = None if self._graphs_wanted is False else graphs_for(self.model.device)
         self._fused = FusedLayers()
         self._cache: KVCache | None = None
+        self._pinned_long: bool | None = None  # the side of the longrope switch that is served
         self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
         self._fingerprint = _identity(self.model)
 
@@ -156,11 +157,15 @@ class Runtime:
 
     def pin_longrope(self, longest: int) -> None:
         """Serve the side of the longrope switch on which prompts of up to `longest` tokens are, if there is one."""
-        if (switch := longrope_switch(self.model)) is not None:
-            for view in self.views.values():
-                pin_longrope(view, long=longest > switch)
-            if self.graphs is not None:  # frequencies are new tensors
-                self.graphs.drop()
+        switch = longrope_switch(self.model)
+        if switch is None or self._pinned_long == (longest > switch):
+            return
+        self._pinned_long = longest > switch
+        for view in self.views.values():
+            pin_longrope(view, long=self._pinned_long)
+        self._passes.clear()  # the frequencies are new tensors
+        if self.graphs is not None:
+            self.graphs.drop()
 
     @property
     def prefill_chunk(self) -> int:

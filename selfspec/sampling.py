@@ -23,6 +23,12 @@ class Draft:
     lengths: Tensor  # b, each row's own draft length, at most n
     probs: Tensor | None  # b n v
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where it lies in memory."""
+        tensors = (self.tokens, self.lengths, self.probs)
+        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> Draft:
         """Nothing drafted in any row."""

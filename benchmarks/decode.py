@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -33,6 +33,7 @@ from selfspec.cli.found import report_search
 from selfspec.contenders import GENERATE, PLAIN, LineUp, line_up
 from selfspec.demo import calibration_prompts, held_out_prompts
 from selfspec.loading import Loaded, load, processor_name, quiet_hugging_face, versions
+from selfspec.policy import PolicyName
 from selfspec.prompts import load_prompts
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         calibration = read(options.calibration or calibration_prompts(), loaded, options)
         found = find_plan(model, calibration, confirming, options)
     plan = found.plan if found else Plan.from_pretrained(options.plan)
-    lined_up = line_up(model, plan, held_out, options.new_tokens, compile=options.compile)
+    lined_up = line_up(model, plan, held_out, options.new_tokens, compile=options.compile, policy=options.policy)
     measured = measure(lined_up.contenders, held_out, new_tokens=options.new_tokens, repeats=options.repeats)
     scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.longest_draft)
     print_scores(console, scores)
@@ -90,7 +91,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1, help="the embedded model is too small to gain from more")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--policy", choices=get_args(PolicyName), default="adaptive")
     parser.add_argument("--out", help="write the JSON here too")
     return parser.parse_args(argv)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, T5Config
 from selfspec import Plan, SkipSet, __version__
 from selfspec.cli.generate import _printable
 from selfspec.cli.search import split
-from selfspec.plan import ModelIdentity
+from selfspec.plan import ModelIdentity, Outlook
 from selfspec.prompts import Prompt
 
 PROMPT = "naïve"
@@ -78,6 +78,17 @@ def test_generate_colours_what_was_drafted_on_a_terminal(
     assert "\x1b[32m" in coloured
     Plan.none().save(plan_file)
     assert "\x1b[32m" not in run(*arguments).stdout
+
+
+def test_generate_adapts_the_draft_length_unless_told_not_to(model_dir: Path, plan_file: Path) -> None:
+    outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0] * (PLAN.gamma + 3), agreement=[0.6])
+    PLAN.model_copy(update={"outlook": outlook}).save(plan_file)
+    arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
+    adaptive, fixed = run(*arguments), run(*arguments, "--policy", "fixed")
+    assert adaptive.stdout == fixed.stdout == _printable(continuation(model_dir, PROMPT, 40)) + "\n"
+    assert "draft lengths" in adaptive.stderr
+    assert "draft lengths" not in fixed.stderr
+    assert run(*arguments, "--policy", "eager").exit_code == 2
 
 
 def test_generate_fills_the_context_by_default_and_no_more(model_dir: Path, plan_file: Path) -> None:

@@ -25,7 +25,7 @@ GAMMA = 3
 PLAN = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA)
 LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 CASCADE = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA, prompt_lookup=LOOKUP)
-NEW_TOKENS = 37
+NEW_TOKENS = 23
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS}
 

@@ -135,4 +135,6 @@ def _printable(text: str) -> str:
 def _figures(spec: SelfSpeculator) -> str:
     stats = spec.stats
     how = [stats.backend, *["compiled"] * stats.compiled, *["captured"] * stats.captured]
-    return "; ".join([str(stats), ", ".join(how), *stats.slower_paths])
+    chosen = ", ".join(f"{gamma} ({passes}x)" for gamma, passes in sorted(stats.draft_lengths.items()))
+    adapted = [f"draft lengths {chosen}"] if len(stats.draft_lengths) > 1 else []
+    return "; ".join([str(stats), *adapted, ", ".join(how), *stats.slower_paths])

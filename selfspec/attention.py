@@ -89,6 +89,10 @@ class Backend(Protocol):
     def obstacle(needs: AttentionNeeds) -> str | None:
         """Why this backend cannot serve, or None if it can."""
 
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        """What it needs of the pass in every layer, beside masks."""
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
     ) -> Tensor: ...
@@ -106,25 +110,54 @@ class FlashAttn:
             return "flash-attn is not installed"
         return _flash_obstacle(needs)
 
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        return ()
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
     ) -> Tensor:
-        from flash_attn import flash_attn_with_kvcache
-
-        window = (-1, -1) if how.window is None else (how.window - 1, 0)
-        attended: Tensor = flash_attn_with_kvcache(
-            query.transpose(1, 2),
-            keys,
-            values,
-            k=key.transpose(1, 2),
-            v=value.transpose(1, 2),
-            cache_seqlens=step.lengths,
-            softmax_scale=how.scale,
-            causal=True,
-            window_size=window,
-            softcap=how.softcap or 0.0,
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        window = -1 if how.window is None else how.window - 1
+        attended: Tensor = _flash_attn(
+            query, key, value, keys, values, step.lengths, how.scale, window, how.softcap or 0.0
         )
         return attended
+
+
+# An operator of our own, since `torch.compile` cannot look into the package's.
+@torch.library.custom_op("selfspec::flash_attn_with_kvcache", mutates_args=("keys", "values"))
+def _flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    from flash_attn import flash_attn_with_kvcache
+
+    attended: Tensor = flash_attn_with_kvcache(
+        query,
+        keys,
+        values,
+        k=key,
+        v=value,
+        cache_seqlens=lengths,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(window, -1 if window < 0 else 0),
+        softcap=softcap,
+    )
+    return attended.contiguous()
+
+
+@_flash_attn.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
 class TorchFlash:
@@ -141,20 +174,25 @@ class TorchFlash:
             return "this PyTorch has no flash kernel"
         return _flash_obstacle(needs)
 
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        """Where the rows of queries and of the cache start, and how many of the cache's slots are in use."""
+        return step.starts(step.t), step.starts(step.s), step.lengths + step.t
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
     ) -> Tensor:
         step.append(keys, key)
         step.append(values, value)
-        b, _, t, _ = query.shape
-        s = keys.shape[1]
+        b, s = keys.shape[:2]
+        query_starts, slot_starts, used = step.prepared
         attended = torch.ops.aten._flash_attention_forward(
             rearrange(query, "b h t d -> (b t) h d"),
             rearrange(keys, "b s h d -> (b s) h d"),
             rearrange(values, "b s h d -> (b s) h d"),
-            step.starts(t),
-            step.starts(s),
-            t,
+            query_starts,
+            slot_starts,
+            step.t,
             s,
             0.0,
             True,
@@ -162,7 +200,7 @@ class TorchFlash:
             scale=how.scale,
             window_size_left=None if how.window is None else how.window - 1,
             window_size_right=None if how.window is None else 0,
-            seqused_k=step.lengths + t,
+            seqused_k=used,
         )[0]
         result: Tensor = rearrange(attended, "(b t) h d -> b t h d", b=b)
         return result
@@ -177,6 +215,10 @@ class Sdpa:
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
         return None
+
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        return ()
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs

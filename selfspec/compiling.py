@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 
-COMPILE_ERRORS = (TorchDynamoException, InductorError)
+COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit, InductorError)
 """What `torch.compile` raises for code that it cannot compile, as opposed to what that code raises when it runs."""
 
 _serial = itertools.count()
@@ -70,30 +70,39 @@ class FusedLayers:
     layers of that kind in either view (nothing in a layer's forward reads which layer it is)."""
 
     def __init__(self) -> None:
-        self._compiled: dict[tuple[type[nn.Module], int], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @contextmanager
     def of_length(self, layers: Iterable[nn.Module], t: int) -> Iterator[None]:
         """In this context the layers run compiled code for passes of `t` tokens."""
         layers = list(layers)
         for layer in layers:
-            layer.forward = MethodType(self._forward_of(type(layer), t), layer)
+            layer.forward = MethodType(self._forward_of(layer, t), layer)
         try:
             yield
         finally:
             for layer in layers:
                 del layer.forward  # the class's own shows again
 
-    def _forward_of(self, kind: type[nn.Module], t: int) -> Callable[..., Any]:
-        if (kind, t) not in self._compiled:
+    def _forward_of(self, layer: nn.Module, t: int) -> Callable[..., Any]:
+        kind = type(layer)
+        key = (t, kind, *map(_kind_of_child, layer.children()))
+        if key not in self._compiled:
             forward = kind.forward
 
             def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 return forward(layer, *args, **kwargs)
 
             own = _with_own_code(run, f"{kind.__name__}_of_{t}")
-            self._compiled[kind, t] = torch.compile(own, fullgraph=True, dynamic=False)
-        return self._compiled[kind, t]
+            self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False)
+        return self._compiled[key]
+
+
+def _kind_of_child(module: nn.Module) -> tuple[Any, ...]:
+    """What compiled code certainly depends on. What it depends on beside that (a window, say) it checks itself, but
+    only so many variants of one code are allowed: caches that grow, or rows that change, would use them up."""
+    keys = module._buffers.get("selfspec_keys")
+    return type(module), None if keys is None else keys.shape
 
 
 def _with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -105,6 +114,8 @@ def _with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any
 
 def first_line(error: BaseException) -> str:
     """What went wrong, without the pages that follow."""
+    if isinstance(error, FailOnRecompileLimitHit) and error.__cause__ is not None:
+        error = error.__cause__  # which says what limit
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

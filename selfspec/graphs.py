@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -37,23 +40,77 @@ class CudaRecorder:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may ask them still
 
     def warm_up(self, work: Work) -> Any:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = work()
-        current.wait_stream(self.stream)
-        return result
+        try:
+            with torch.cuda.stream(self.stream):
+                return work()
+        finally:
+            current.wait_stream(self.stream)
 
     def record(self, work: Work) -> tuple[Callable[[], None], Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            result = work()
+        if not self._alive:
+            self.pool = torch.cuda.graph_pool_handle()  # a pool's handle is dead when its last graph is
+        current = torch.cuda.current_stream(self.device)
+        graph, cause = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.device(self.device), _uncollected(), self._capturing(graph, self.pool):
+                try:
+                    result = work()
+                except BaseException as error:
+                    cause = error
+                    raise
+        except BaseException as error:
+            self._recover(graph, current)
+            # What ends an invalid capture says only that there was an error before.
+            raise (cause or error) from None
+        self._alive.add(graph)
         return graph.replay, result
 
     def nbytes(self) -> int:
+        torch.cuda.empty_cache()  # as a capture does first: else what it frees would hide what it takes
         return torch.cuda.memory_reserved(self.device)
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+        # Other threads may do what a capture forbids.
+        return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+
+    def _recover(self, graph: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
+        """Undo what torch leaves of a capture that became invalid.
+
+        Its end raises before anything was put back: work would go on in the stream of the capture, the allocator would
+        take the pool for one that records, and generators (a flag of theirs, in some versions) would refuse to draw.
+        """
+        torch.cuda.set_stream(current)
+        with suppress(RuntimeError):  # not recording: the capture ended as it should
+            index = self.stream.device.index
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        graph.reset()
+        self._failed.append(graph)
+        try:
+            with torch.cuda.device(self.device), self._capturing(torch.cuda.CUDAGraph(), None):
+                torch.zeros(1, device=self.device)  # a capture that ends well resets the generators
+        except RuntimeError:  # the device itself is lost, and the work, done again, will say so
+            pass
+        finally:
+            torch.cuda.set_stream(current)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected here: it may hold graphs, which cannot be destroyed during a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Graphs:

@@ -45,6 +45,7 @@ class Pass:
         self.positions = self.lengths.long()[:, None] + steps  # b t
         self.slots = self.positions  # b t
         self.rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)[:, None]  # b 1
+        self.prepared = self.backend.prepare(self)
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
         return self.backend.attend(

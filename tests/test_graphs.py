@@ -64,10 +64,12 @@ OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in sorted(SUPP
 @pytest.mark.parametrize("family", [*FEW, *OTHERS])
 def test_replayed_rounds_write_what_the_model_writes(family: str) -> None:
     model = damped_model(family, FIRST_DROPPED)
-    spec, given = taped(model), batch(11, 5, 7)
+    spec, uncaptured, given = taped(model), wrap(model, PLAN), batch(11, 5, 7)
     expected = model.generate(**given, **GREEDY)
+    uncaptured.generate(**given, **GREEDY)
     for _ in range(2):  # the second time, from the first round on
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        assert spec.stats.history == uncaptured.stats.history, "a wrong draft shows in nothing else"
     assert spec.stats.captured
     assert not spec.stats.slower_paths
     assert tape_of(spec).recorded == 2

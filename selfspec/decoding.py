@@ -12,7 +12,7 @@ from torch import Tensor
 from selfspec.drafting import Drafter
 from selfspec.processors import process
 from selfspec.request import Committed, Request
-from selfspec.runtime import Runtime
+from selfspec.runtime import Runtime, wait_for
 from selfspec.sampling import Draft, accept
 from selfspec.stats import Laps, Stats
 
@@ -25,6 +25,7 @@ def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -
             stats.slower_paths.append(f"rounds are not captured: {obstacle}")
         prefill(runtime, request)
         look_ahead(drafter, request)
+        wait_for(request.sequences.device)  # so that its time is its own
     while not request.is_done():
         with stats.timed("total"):
             committed = step(runtime, drafter, request, stats)
@@ -115,7 +116,7 @@ def read(told: Tensor) -> list[list[int]]:
     pinned = torch.empty_like(told, device="cpu", pin_memory=True)
     pinned.copy_(told, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(told.device))  # which need not be the current device's
     copied.synchronize()
     return pinned.tolist()  # type: ignore[no-any-return]
 

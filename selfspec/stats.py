@@ -16,15 +16,15 @@ class Laps:
     """Marks in a stretch of work, and the seconds between them, as the device knows them: launching is not running."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._marks: list[float | torch.cuda.Event] = []
 
     def mark(self) -> None:
-        if not self._on_cuda:
+        if self._device.type != "cuda":
             self._marks.append(perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._marks.append(event)
 
     def seconds(self) -> list[float]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import types
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from tape import TapeRecorder
 from torch import Tensor
 
 from selfspec import InputError
@@ -21,6 +24,7 @@ from selfspec.attention import (
     TorchFlash,
     choose_backend,
 )
+from selfspec.graphs import CudaRecorder, Graphs
 from selfspec.kv_cache import Pass
 
 SLOTS = 37
@@ -31,16 +35,15 @@ def reference(query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> 
     """One row, the plain way: the last `t` of `n` tokens attend to those up to themselves. `t h d`, `n hkv d`."""
     t, heads, _ = query.shape
     n, kv_heads, _ = key.shape
+    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     out = query.new_zeros(t, heads, value.shape[-1])
     for i in range(t):
         end = n - t + i + 1
         start = 0 if how.window is None else max(0, end - how.window)
-        for head in range(heads):
-            kv_head = head // (heads // kv_heads)
-            scores = key[start:end, kv_head] @ query[i, head] * how.scale
-            if how.softcap is not None:
-                scores = how.softcap * torch.tanh(scores / how.softcap)
-            out[i, head] = scores.softmax(0) @ value[start:end, kv_head]
+        scores = torch.einsum("hd,nhd->nh", query[i], key[start:end]) * how.scale
+        if how.softcap is not None:
+            scores = how.softcap * torch.tanh(scores / how.softcap)
+        out[i] = torch.einsum("nh,nhd->hd", scores.softmax(0), value[start:end])
     return out
 
 
@@ -58,8 +61,9 @@ class Case:
         device: str = "cpu",
         slots: int = SLOTS,
         lengths: list[int] | None = None,
+        seed: int = 0,
     ) -> None:
-        generator = torch.Generator().manual_seed(t)
+        generator = torch.Generator().manual_seed(t + 100 * seed)
         b = len(lengths or LENGTHS)
 
         def normal(*shape: int) -> Tensor:
@@ -82,12 +86,17 @@ class Case:
         )  # b h t d, as Hugging Face hands them over
         return backend.attend(*new, keys, values, step, how), keys, values
 
+    def tensors(self, other: Case) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor beside another case's."""
+        return [(own, vars(other)[name]) for name, own in vars(self).items() if isinstance(own, Tensor)]
+
     def expected(self, how: AttentionArgs) -> Tensor:
+        """The result in float64."""
         rows = []
         for row, length in enumerate(self.lengths.tolist()):
             key = torch.cat([self.keys[row, :length], self.key[row]])
             value = torch.cat([self.values[row, :length], self.value[row]])
-            rows.append(reference(self.query[row], key, value, how))
+            rows.append(reference(self.query[row].double(), key.double(), value.double(), how))
         return torch.stack(rows)
 
 
@@ -135,6 +144,181 @@ def test_layers_of_one_pass_may_differ_in_window_and_groups() -> None:
             new = (x.transpose(1, 2) for x in (case.query, case.key, case.value))
             result = Sdpa().attend(*new, case.keys.clone(), case.values.clone(), step, how)
             torch.testing.assert_close(result, case.expected(how), rtol=0, atol=1e-12)
+
+
+# --- All backends ---
+
+
+SIZES = pytest.mark.parametrize(
+    ("dim", "groups", "window"), [(dim, groups, w) for dim in (64, 128) for groups in (1, 4) for w in (None, 5, 64)]
+)
+LENGTHS_OF_QUERIES = range(1, 18)
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_sdpa_agrees_with_float64(dtype: torch.dtype, dim: int, groups: int, window: int | None) -> None:
+    for t in LENGTHS_OF_QUERIES:
+        assert_agrees(large_case(t, groups, dim, dtype=dtype), Sdpa(), AttentionArgs(scale=dim**-0.5, window=window))
+
+
+@pytest.mark.usefixtures("stand_ins")
+@SIZES
+@pytest.mark.parametrize("backend", [FlashAttn(), TorchFlash()], ids=lambda backend: backend.name)
+def test_what_flash_kernels_are_asked_for_is_right(backend: Backend, dim: int, groups: int, window: int | None) -> None:
+    for t in (1, 2, 5, 17):
+        case = large_case(t, groups, dim, dtype=torch.float32)
+        assert_agrees(case, backend, AttentionArgs(scale=dim**-0.5, window=window))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_flash_attn_is_asked_for_soft_caps() -> None:
+    case = large_case(5, 4, 64, dtype=torch.float32)
+    assert_agrees(case, FlashAttn(), AttentionArgs(scale=0.3, window=64, softcap=3.0))
+
+
+@pytest.mark.gpu
+@SIZES
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_all_backends_agree_on_a_gpu(name: str, dim: int, groups: int, window: int | None) -> None:
+    backend = backend_on_gpu(name, dim)
+    for t in LENGTHS_OF_QUERIES:
+        case = large_case(t, groups, dim, device="cuda")
+        assert_agrees(case, backend, AttentionArgs(scale=dim**-0.5, window=window))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 5])
+def test_soft_caps_agree_on_a_gpu(t: int) -> None:
+    backend = backend_on_gpu("flash-attn", 64)
+    assert_agrees(large_case(t, 4, 64, device="cuda"), backend, AttentionArgs(scale=0.3, window=64, softcap=3.0))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("t", [1, 5])
+@pytest.mark.parametrize(
+    "name", ["sdpa", *(pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu) for name in BACKENDS)]
+)
+def test_captured_attention_serves_other_contents_and_other_lengths(name: str, t: int, window: int | None) -> None:
+    name, _, gpu = name.partition(" ")
+    backend = backend_on_gpu(name, 64) if gpu else Sdpa()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    held = large_case(t, 4, 64, dtype=dtype, device=device)
+    recorder = CudaRecorder(torch.device(device)) if gpu else TapeRecorder()
+    graphs, how = Graphs(recorder), AttentionArgs(scale=0.125, window=window)
+
+    def work() -> Attended:
+        step = Pass(held.lengths, held.t, held.slots, backend)
+        new = (x.transpose(1, 2) for x in (held.query, held.key, held.value))
+        return Attended(backend.attend(*new, held.keys, held.values, step, how))
+
+    for seed, lengths in enumerate(([0, 129, 77, 256 - t], [200, 3, 256 - t, 11], [1, 0, 254 - t, 128], [5, 6, 7, 8])):
+        case = large_case(t, 4, 64, dtype=dtype, device=device, lengths=lengths, seed=seed)
+        for tensor, changed in held.tensors(case):
+            tensor.copy_(changed)
+        result = graphs.run("attend", work).result
+        torch.testing.assert_close(result.double(), case.expected(how), rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(held.keys, case.attend(Sdpa(), how)[1], rtol=0, atol=0)
+    assert len(graphs) == 1, graphs.obstacle
+
+
+@dataclass
+class Attended:
+    result: Tensor
+
+
+def large_case(
+    t: int,
+    groups: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    lengths: list[int] | None = None,
+    seed: int = 0,
+) -> Case:
+    """Of a kernel's usual sizes; from a row with nothing cached to one that the pass fills to its last slot."""
+    lengths = lengths or [0, 129, 77, 256 - t]
+    return Case(t, 3, groups, dim, dtype=dtype, device=device, slots=256, lengths=lengths, seed=seed)
+
+
+def backend_on_gpu(name: str, dim: int) -> Backend:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if obstacle := BACKENDS[name].obstacle(needs(head_dims=frozenset({dim}))):
+        pytest.skip(obstacle)
+    return BACKENDS[name]()
+
+
+def assert_agrees(case: Case, backend: Backend, how: AttentionArgs) -> None:
+    """To the dtype's rounding: results are averages of values around 1, which bfloat16 holds to 2 ** -8."""
+    tolerance = 2**-6 if case.query.dtype == torch.bfloat16 else 1e-5
+    ours, *cache = case.attend(backend, how)
+    torch.testing.assert_close(ours.double(), case.expected(how), rtol=tolerance, atol=tolerance)
+    for written, expected in zip(cache, case.attend(Sdpa(), how)[1:], strict=True):
+        assert torch.equal(written, expected)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for the kernels that a CPU has not: the plain reference, told what they are told."""
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> Tensor:
+    """The package's: it appends, and what a row sees ends at its last new token."""
+    assert cache_seqlens.dtype == torch.int32
+    assert causal
+    left, right = window_size
+    assert right == (-1 if left < 0 else 0)
+    how = AttentionArgs(scale=softmax_scale, window=None if left < 0 else left + 1, softcap=softcap or None)
+    rows = []
+    for row, length in enumerate(cache_seqlens.tolist()):
+        end = length + q.shape[1]
+        k_cache[row, length:end], v_cache[row, length:end] = k[row], v[row]
+        rows.append(reference(q[row], k_cache[row, :end], v_cache[row, :end], how))
+    return torch.stack(rows)
+
+
+def flash_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """PyTorch's: causality and windows are aligned with the last of the keys in use (`seqused_k`), not of all."""
+    names = [argument.name for argument in FLASH_SCHEMA.arguments]
+    asked = dict(zip(names, args, strict=False)) | kwargs
+    assert set(asked) <= set(names)
+    query, key, value, used = asked["query"], asked["key"], asked["value"], asked["seqused_k"]
+    starts, slots = asked["cum_seq_q"].tolist(), asked["cum_seq_k"].tolist()
+    assert asked["max_q"] == max(b - a for a, b in pairwise(starts))
+    assert asked["max_k"] == max(b - a for a, b in pairwise(slots))
+    assert {x.dtype for x in (asked["cum_seq_q"], asked["cum_seq_k"], used)} == {torch.int32}
+    assert asked["is_causal"]
+    assert asked["dropout_p"] == 0.0
+    assert not asked["return_debug_mask"]
+    left = asked["window_size_left"]
+    assert asked["window_size_right"] == (None if left is None else 0)
+    how = AttentionArgs(scale=asked["scale"], window=None if left is None else left + 1)
+    rows = [
+        reference(query[a:b], key[first : first + n], value[first : first + n], how)
+        for (a, b), first, n in zip(pairwise(starts), slots, used.tolist(), strict=False)
+    ]
+    return torch.cat(rows), query, query, query, query
+
+
+FLASH_SCHEMA = torch.ops.aten._flash_attention_forward.default._schema
 
 
 # --- Choosing ---
@@ -232,44 +416,3 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
         InputError, match="no attention backend is called 'xformers'; choose one of flash-attn, torch-f"
     ):
         choose_backend(needs(), "xformers")
-
-
-# --- On a GPU: every backend against SDPA ---
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 5, 64])
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("t", [1, 2, 5, 17])
-@pytest.mark.parametrize("name", ["flash-attn", "torch-flash"])
-def test_flash_kernels_agree_with_sdpa(name: str, t: int, dim: int, groups: int, window: int | None) -> None:
-    case = gpu_case(name, t, groups, dim)
-    assert_agrees(case, BACKENDS[name](), AttentionArgs(scale=dim**-0.5, window=window))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("t", [1, 5])
-def test_flash_attn_agrees_with_sdpa_on_soft_caps(t: int) -> None:
-    case = gpu_case("flash-attn", t, 4, 64)
-    assert_agrees(case, FlashAttn(), AttentionArgs(scale=0.3, window=64, softcap=3.0))
-
-
-def gpu_case(name: str, t: int, groups: int, dim: int) -> Case:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    case = Case(t, 3, groups, dim, dtype=torch.bfloat16, device="cuda", slots=256, lengths=[0, 129, 77, 256 - t])
-    if obstacle := BACKENDS[name].obstacle(needs(device=case.query.device, head_dims=frozenset({dim}))):
-        pytest.skip(obstacle)
-    return case
-
-
-def assert_agrees(case: Case, backend: Backend, how: AttentionArgs) -> None:
-    """To bfloat16's rounding: results are averages of values around 1, which it holds to 2 ** -8."""
-    ours, *cache = case.attend(backend, how)
-    theirs, *expected_cache = case.attend(Sdpa(), how)
-    exact = case.expected(how) if math.prod(case.query.shape) < 20_000 else theirs
-    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
-    torch.testing.assert_close(ours, exact, rtol=2**-6, atol=2**-6)
-    for written, expected in zip(cache, expected_cache, strict=True):
-        assert torch.equal(written, expected)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from models import FIRST_DROPPED, damped_model, prompts
+from test_attention import flash_attn_with_kvcache
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -192,3 +195,22 @@ def test_too_many_variants_of_a_layer_run_eagerly_and_stats_say_so(compilations:
     assert torch.equal(output, model.generate(tokens, do_sample=False, max_new_tokens=11))
     assert not spec.stats.compiled
     assert any("limit" in reason for reason in spec.stats.slower_paths), spec.stats.slower_paths
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_call_the_flash_attn_package_are_compiled_too(
+    compilations: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr("selfspec.attention._flash_obstacle", lambda needs: None)  # of this CPU
+    model = damped_model("gemma3_text", FIRST_DROPPED)
+    spec = selfspec.wrap(model, FUSED, compile=True, backend="flash-attn")
+    tokens, mask = prompts(11, 5)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 11}
+    assert torch.equal(spec.generate(tokens, **options), model.generate(tokens, **options))
+    assert spec.stats.compiled, spec.stats.slower_paths
+    assert spec.stats.backend == "flash-attn"
+    assert len(compilations) == 5

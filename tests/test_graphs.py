@@ -97,7 +97,7 @@ WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repet
 
 
 @pytest.mark.parametrize("options", [{}, WARPERS, {"repetition_penalty": 1.3, "do_sample": False}], ids=str)
-@pytest.mark.parametrize("plan", [PLAN, CASCADE], ids=["layers", "cascade"])
+@pytest.mark.parametrize("plan", [PLAN, pytest.param(CASCADE, marks=pytest.mark.slow)], ids=["layers", "cascade"])
 def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
     options: dict[str, Any], plan: Plan, llama: PreTrainedModel
 ) -> None:
@@ -277,7 +277,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING | WARPERS], ids=["greedy", "sampling"]
+)
 @pytest.mark.parametrize("plan", [PLAN, CASCADE, Plan.none()], ids=["layers", "cascade", "plain"])
 def test_the_host_reads_once_a_round_and_nothing_else_reads(
     plan: Plan, options: dict[str, Any], llama: PreTrainedModel, reads: list[str], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from selfspec.errors import InputError
+from selfspec.runtime import wait_for
 
 Call = Callable[[], Any]
 Decode = Callable[[int], Any]
@@ -21,12 +22,6 @@ WARM_UPS = 2
 """The first decoding compiles; what a CUDA graph captures is captured the second time that it is done."""
 FEWEST = 2
 """New tokens of the short decoding that is subtracted: one more than the prefill's own, for peers that draft."""
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_of(call: Call, device: torch.device) -> float:

@@ -15,7 +15,7 @@ from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter, PromptLookup
 from selfspec.kv_cache import KVCache
 from selfspec.plan import PromptLookup
 from selfspec.request import Request
-from selfspec.runtime import Runtime
+from selfspec.runtime import Runtime, wait_for
 from selfspec.sampling import Draft
 from selfspec.stats import Stats
 from selfspec.views import attention_modules
@@ -157,13 +157,8 @@ def medians(
 
 
 def _seconds(call: Call, device: torch.device) -> float:
-    _wait_for(device)
+    wait_for(device)
     start = perf_counter()
     call()
-    _wait_for(device)
+    wait_for(device)
     return perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -70,8 +70,9 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
 
 
 def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draft:
-    """Up to `n` tokens drafted by `part`, in as many columns as passes of few lengths need."""
-    width = part.padded_length(n) if runtime.static else n
+    """Up to `n` tokens drafted by `part`; where every length of a pass costs a compilation or a capture, in as many
+    columns as it drafts at most."""
+    width = part.gamma if runtime.static else n
     if is_captured(runtime, request):
         n = width  # a graph for every length would be too many
     key = ("draft", part.key, width)
@@ -123,7 +124,8 @@ def read(told: Tensor) -> list[list[int]]:
 
 def is_captured(runtime: Runtime, request: Request) -> bool:
     """Whether the request lives in the buffers that captured work knows."""
-    return runtime.graphs is not None and request.buffers is runtime.row_buffers
+    graphs = runtime.graphs
+    return graphs is not None and graphs.obstacle is None and request.buffers is runtime.row_buffers
 
 
 def _run(runtime: Runtime, request: Request, key: Hashable, work: Callable[[], Any]) -> Any:

@@ -40,10 +40,6 @@ class Drafter(ABC):
         """Who drafts in this round, and the most tokens worth drafting, by what the host knows."""
         return self, request.longest_draft(self.gamma)
 
-    def padded_length(self, n: int) -> int:
-        """How many columns a draft of `n` tokens gets where every length costs a compilation or a capture."""
-        return self.gamma
-
     def look(self, request: Request) -> None:  # noqa: B027  # most drafters need no look
         """At the end of a round, look at what was committed. Never reads the device."""
 

@@ -23,11 +23,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decoding import decode, is_captured
-from selfspec.drafting import Drafter, NoDrafter
+from selfspec.drafting import NoDrafter
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Plan
-from selfspec.policy import PolicyName, drafter_for
+from selfspec.policy import PolicyName, drafter_for, longest_draft
 from selfspec.processors import needs_lockstep
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime, device_name
@@ -266,7 +266,7 @@ class SelfSpeculator:
             self._warn_if_stale(do_sample=bool(generation_config.do_sample))
         limit = max_length(stopping_criteria, input_ids.shape[1])
         lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
-        gamma = self._drafter(input_ids.shape[0], lockstep).gamma
+        gamma = 0 if lockstep else longest_draft(self.plan)
         switch = longrope_switch(model)
         longest = int((input_ids.shape[1] - pads).max())
         if switch is not None and longest <= switch < longest + limit - input_ids.shape[1]:
@@ -304,7 +304,7 @@ class SelfSpeculator:
             backend_reason=choice.reason,
             slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
         )
-        drafter = self._drafter(request.rows, request.lockstep)
+        drafter = NoDrafter() if request.lockstep else drafter_for(self.plan, self.runtime, request.rows, self.policy)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:
@@ -314,9 +314,6 @@ class SelfSpeculator:
             self._tell_paths(request)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
-
-    def _drafter(self, rows: int, lockstep: list[str]) -> Drafter:
-        return NoDrafter() if lockstep else drafter_for(self.plan, self.runtime, rows, self.policy)
 
     def _tell_paths(self, request: Request) -> None:
         """Write to the stats what was compiled and captured, and why the rest was not."""

@@ -159,6 +159,8 @@ class PromptLookup(_Strict):
 class Plan(_Strict):
     """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
 
+    `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays.
+
     `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
 
     A plan never changes what comes out, only how fast.

@@ -87,7 +87,10 @@ class AdaptivePolicy:
 
     def __post_init__(self) -> None:
         self.agreement = AgreementEstimate(self.outlook.agreement)
-        self._plain_rounds, self._wait, self._probing = 0, FIRST_PROBE, False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._plain_rounds, self._wait, self._probing, self._again = 0, float(FIRST_PROBE), False, False
 
     def choose(self) -> int:
         """The draft length of the next round."""
@@ -95,10 +98,10 @@ class AdaptivePolicy:
         if self.tokens_per_second(best) > self.tokens_per_second(self.gamma) * (1 + HYSTERESIS):
             self.gamma = best
         if self.gamma:
-            self._plain_rounds, self._wait = 0, FIRST_PROBE
+            self._begin()
             return self.gamma
-        self._probing = self._plain_rounds >= self._wait
-        return min(filter(None, self.lengths)) if self._probing else 0
+        self._probing = self._again or self._plain_rounds >= self._wait
+        return self._probe if self._probing else 0
 
     def observe(self, rounds: Sequence[tuple[int, int, int]]) -> None:
         """A round of all rows: (drafted, accepted, committed) of each that was unfinished."""
@@ -106,10 +109,23 @@ class AdaptivePolicy:
             # Behind a stop token nothing was right or wrong, and behind a wrong one nothing counts.
             self.agreement.observe(min(drafted, accepted + 1, committed), accepted)
         if self._probing:
-            failed = 2 * sum(accepted for _, accepted, _ in rounds) < sum(drafted for drafted, _, _ in rounds)
-            self._wait = min(LAST_PROBE, max(FIRST_PROBE, 2 * self._wait)) if failed else 0
+            self._judge(rounds)
             self._plain_rounds = -1
         self._plain_rounds += 1
+
+    @property
+    def _probe(self) -> int:
+        return min(filter(None, self.lengths))
+
+    def _judge(self, probe: Sequence[tuple[int, int, int]]) -> None:
+        """Set the wait for the next probe: twice as long after one in vain, and shorter on average only where probes
+        bring more than they cost; else text on which they are right often, but not often enough, would be probed for
+        ever. One that was right is followed by another at once."""
+        drafted, accepted = (sum(row[which] for row in probe) for which in (0, 1))
+        seconds = self._probe * self.outlook.draft_step + self.outlook.rounds[self._probe]
+        needed = max(1e-6, seconds / self.outlook.rounds[0] - 1)  # accepted in each row, to keep up with plain decoding
+        self._wait = min(LAST_PROBE, max(0.5, self._wait * 2 ** (1 - accepted / max(1, len(probe)) / needed)))
+        self._again = 2 * accepted >= drafted > 0
 
     def tokens_per_second(self, gamma: int) -> float:
         """What a round that drafts so many promises, of each row."""
@@ -138,6 +154,11 @@ class AdaptiveDrafter(Drafter):
 
     def observe(self, committed: Sequence[Committed]) -> None:
         self.policy.observe([(row.drafted, row.accepted, len(row.tokens)) for row in committed])
+
+
+def longest_draft(plan: Plan) -> int:
+    """The most tokens that a round may draft by this plan, whatever the policy."""
+    return max(plan.longest_draft, len(plan.outlook.rounds) - 1 if plan.outlook is not None else 0)
 
 
 def drafter_for(plan: Plan, runtime: Runtime, rows: int, policy: PolicyName) -> Drafter:

@@ -95,38 +95,58 @@ def has_stop_token(criteria: StoppingCriteriaList) -> bool:
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
-def capture_obstacle(processors: LogitsProcessorList, pads: Tensor) -> str | None:
-    """Why what these processors do cannot be captured in a CUDA graph, or None if it can; reads the device."""
-    for processor in processors:
-        if type(processor) not in _CAPTURABLE:
-            return f"{type(processor).__name__} is not captured"
-        ignored = getattr(processor, "prompt_ignore_length", None)
-        ignores_padding = isinstance(ignored, Tensor) and torch.equal(ignored.to(pads.device), pads)
-        if ignored is not None and not ignores_padding:
-            return f"{type(processor).__name__} that ignores other tokens than padding is not captured"
-    return None
+def ignoring_padding(processors: LogitsProcessorList, pads: Tensor) -> LogitsProcessorList:
+    """The same processors, but of those that ignore just each row's padding copies that say so; reads the device."""
+    return LogitsProcessorList(_bound(p, pads) if _ignores_just(p, pads) else p for p in processors)
 
 
 def looking_at(processors: LogitsProcessorList, pads: Tensor) -> LogitsProcessorList:
-    """The same processors, but those that ignore each row's padding look it up in `pads`, which outlives a request."""
-    bound = LogitsProcessorList(map(copy, processors))
-    for processor in bound:
-        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
-            processor.prompt_ignore_length = pads  # type: ignore[attr-defined]
+    """The same processors, but those that ignore padding look it up in `pads`, which outlives a request."""
+    return LogitsProcessorList(_bound(p, pads) if _ignores_padding(p) else p for p in processors)
+
+
+def _ignores_just(processor: logits_process.LogitsProcessor, pads: Tensor) -> bool:
+    if type(processor) is not logits_process.RepetitionPenaltyLogitsProcessor:
+        return False
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    return isinstance(ignored, Tensor) and torch.equal(ignored.to(pads.device), pads)
+
+
+def _ignores_padding(processor: logits_process.LogitsProcessor) -> bool:
+    return getattr(processor, "ignores_padding", False)
+
+
+def _bound(processor: logits_process.LogitsProcessor, pads: Tensor) -> logits_process.LogitsProcessor:
+    bound = copy(processor)
+    bound.prompt_ignore_length, bound.ignores_padding = pads, True  # type: ignore[attr-defined]
     return bound
+
+
+def capture_obstacle(processors: LogitsProcessorList) -> str | None:
+    """Why what these processors do cannot be captured in a CUDA graph, or None if it can."""
+    for processor in processors:
+        if type(processor) not in _CAPTURABLE:
+            return f"{type(processor).__name__} is not captured"
+        if getattr(processor, "prompt_ignore_length", None) is not None and not _ignores_padding(processor):
+            return f"{type(processor).__name__} that ignores other tokens than padding is not captured"
+        if any(isinstance(value, Tensor) for name, value in vars(processor).items() if name != "prompt_ignore_length"):
+            return f"{type(processor).__name__} with a tensor among its settings is not captured"
+    return None
 
 
 def settings_of(processor: logits_process.LogitsProcessor) -> tuple[object, ...]:
     """A capturable processor's kind and settings, which a graph bakes in."""
-    settings = ((name, "pads" if isinstance(value, Tensor) else value) for name, value in vars(processor).items())
-    return (type(processor), *settings)
+    settings = ((name, value) for name, value in vars(processor).items() if name != "prompt_ignore_length")
+    return (type(processor), *settings)  # `ignores_padding` tells whether there is one
 
 
 def _is_order_free(processor: logits_process.LogitsProcessor) -> bool:
-    """Whether it asks of the tokens before only which they are: to repeat the last one behind it changes nothing."""
-    ignored = getattr(processor, "prompt_ignore_length", None)
+    """Whether it asks of the tokens before only which they are: to repeat the last one behind it changes nothing.
+
+    Nor does it where padding is ignored, which the last token never is; it may be among others that are.
+    """
     is_penalty = type(processor) is logits_process.RepetitionPenaltyLogitsProcessor
-    return is_penalty and not isinstance(ignored, int)
+    return is_penalty and (getattr(processor, "prompt_ignore_length", None) is None or _ignores_padding(processor))
 
 
 def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, ends: Tensor) -> Tensor:

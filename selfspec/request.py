@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from selfspec.errors import InputError
-from selfspec.processors import capture_obstacle, has_stop_token, looking_at, settings_of
+from selfspec.processors import capture_obstacle, has_stop_token, ignoring_padding, looking_at, settings_of
 from selfspec.row_buffers import STOP_TOKENS, RowBuffers
 from selfspec.sampling import Acceptance, Draft
 
@@ -51,6 +51,7 @@ class Request:
         self.scores: list[list[Tensor]] = [[] for _ in range(b)]
         self.logits: list[list[Tensor]] = [[] for _ in range(b)]
         self._own_pads = self.pads
+        self.processors = ignoring_padding(self.processors, self.pads)
         self.begin_in(RowBuffers(b, self.max_length + self.room, device, len(self._stop_tokens)))
 
     def begin_captured_in(self, buffers: RowBuffers) -> None:
@@ -89,12 +90,12 @@ class Request:
         self.stopped_at: list[int | None] = [None] * self.rows
 
     def capture_obstacle(self) -> str | None:
-        """Why its rounds cannot be captured, or None if they can; reads the device."""
+        """Why its rounds cannot be captured, or None if they can."""
         if self.lockstep:
             return "rows advance one token at a time"
         if len(self._stop_tokens) > STOP_TOKENS:
             return f"there are {len(self._stop_tokens)} stop tokens, and captured rounds have room for {STOP_TOKENS}"
-        return capture_obstacle(self.processors, self.pads)
+        return capture_obstacle(self.processors)
 
     @property
     def capture_key(self) -> tuple[object, ...]:
@@ -117,6 +118,10 @@ class Request:
         """The largest of `draft_limits`, without a read of the device."""
         stops = zip(self.known_ends, self.stopped_at, strict=True)
         return max((min(gamma, self.max_length - end - 1) for end, stop in stops if stop is None), default=0)
+
+    def has_ended(self, row: int) -> bool:
+        """Whether the row no longer commits, as the host was told."""
+        return self.stopped_at[row] is not None and not self._runs_on
 
     def found_in_unfinished(self) -> list[int]:
         """How many tokens were found for each unfinished row, as the host was told."""

@@ -58,7 +58,7 @@ class Stats:
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     """By pass: (row, drafted, accepted) of every unfinished row."""
     draft_lengths: dict[int, int] = field(default_factory=dict)
-    """By the most tokens that a round might draft: how many passes. 0 is plain decoding."""
+    """By the most tokens that a round might draft: how many passes. Where the policy chose 0, it decoded plainly."""
     seconds: dict[str, float] = field(
         default_factory=lambda: {"prefill": 0.0, "draft": 0.0, "verify": 0.0, "total": 0.0}
     )

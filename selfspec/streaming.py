@@ -20,8 +20,7 @@ class Streamed:
     def put(self, committed: list[Committed]) -> None:
         for row in committed:
             self.rows[row.row].extend(row.tokens)
-        finished = self.request.finished.tolist()
-        ready = [len(row) for row, done in zip(self.rows, finished, strict=True) if not done]
+        ready = [len(row) for index, row in enumerate(self.rows) if not self.request.has_ended(index)]
         self._send(min(ready) if ready else max(map(len, self.rows)))
 
     def end(self) -> None:

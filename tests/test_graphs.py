@@ -13,7 +13,7 @@ import torch
 from models import FIRST_DROPPED, PAD, damped_model, prompts
 from tape import HostReadError, NoReads, TapeRecorder, tensors_of
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import selfspec.decoding
 from selfspec import Plan, SelfSpeculator, wrap
@@ -158,6 +158,47 @@ def test_other_settings_are_captured_anew_and_never_mixed_up(llama: PreTrainedMo
         options = GREEDY | {"repetition_penalty": penalty}
         assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
     assert tape_of(spec).recorded == 4
+
+
+@pytest.mark.parametrize("ignored", [4, 11])
+def test_a_penalty_that_ignores_more_than_padding_is_right_and_not_captured(
+    ignored: int, llama: PreTrainedModel
+) -> None:
+    given = batch(11, 5)
+    for penalty in (0.1, 3.0):
+        processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=torch.full((2,), ignored))
+        options = GREEDY | {"logits_processor": LogitsProcessorList([processor])}
+        spec = taped(llama)
+        assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
+        assert "ignores other tokens than padding is not captured" in spec.stats.slower_paths[0]
+
+
+def test_a_processor_with_a_tensor_among_its_settings_is_not_captured(llama: PreTrainedModel) -> None:
+    spec, processors = taped(llama), LogitsProcessorList([MinPLogitsWarper(min_p=torch.tensor(0.3))])
+    spec.generate(**batch(11), **SAMPLING, logits_processor=processors)
+    assert spec.stats.slower_paths == [
+        "rounds are not captured: MinPLogitsWarper with a tensor among its settings is not captured"
+    ]
+
+
+def test_a_streamer_needs_no_further_read(llama: PreTrainedModel, reads: list[str]) -> None:
+    spec, given, put = taped(llama), batch(11, 5), []
+
+    class Streamer:
+        def put(self, tokens: Tensor) -> None:
+            put.append(tokens)
+
+        def end(self) -> None:
+            pass
+
+    spec.generate(**given, **GREEDY)
+    reads.clear()
+    spec.generate(**given, **GREEDY)
+    alone = len(reads)
+    reads.clear()
+    spec.generate(**given, **GREEDY, streamer=Streamer())
+    assert len(reads) == alone + 1, "one for the prompt, which goes to the CPU"
+    assert len(put) == 1 + NEW_TOKENS
 
 
 def test_kept_scores_and_logits_are_those_of_each_round(llama: PreTrainedModel) -> None:

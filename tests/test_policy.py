@@ -139,7 +139,9 @@ def accepted_of(gamma: int, agreement: list[float], draws: random.Random) -> int
     return accepted
 
 
-def priced(texts: list[tuple[int, float]], choose: AdaptivePolicy | int, seed: int = 5) -> float:
+def priced(
+    texts: list[tuple[int, float]], choose: AdaptivePolicy | int, draft_step: float = 0.3, seed: int = 5
+) -> float:
     """Tokens per priced second over stretches of text of so many tokens and such agreement."""
     draws, tokens, seconds = random.Random(seed), 0, 0.0
     for length, agreement in texts:
@@ -149,7 +151,7 @@ def priced(texts: list[tuple[int, float]], choose: AdaptivePolicy | int, seed: i
             accepted = accepted_of(gamma, [agreement], draws)
             if not isinstance(choose, int):
                 choose.observe([(gamma, accepted, accepted + 1)])
-            written, seconds = written + accepted + 1, seconds + 0.3 * gamma + ROUNDS[gamma]
+            written, seconds = written + accepted + 1, seconds + draft_step * gamma + ROUNDS[gamma]
         tokens += written
     return tokens / seconds
 
@@ -157,11 +159,14 @@ def priced(texts: list[tuple[int, float]], choose: AdaptivePolicy | int, seed: i
 MIXED = [(2000, 0.95), (2000, 0.1), (2000, 0.6)] * 3
 
 
-@pytest.mark.parametrize("agreement", [0.05, 0.3, 0.5, 0.8, 0.95])
-def test_on_text_of_one_kind_it_stays_near_the_best_length_and_never_falls_behind_plain(agreement: float) -> None:
+@pytest.mark.parametrize("draft_step", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("agreement", [0.05, 0.3, 0.5, 0.7, 0.8, 0.95])
+def test_on_text_of_one_kind_it_stays_near_the_best_length_and_never_falls_behind_plain(
+    agreement: float, draft_step: float
+) -> None:
     text = [(20_000, agreement)]
-    fixed = [priced(text, gamma) for gamma in range(LONGEST + 1)]
-    adaptive = priced(text, policy(0.8))
+    fixed = [priced(text, gamma, draft_step) for gamma in range(LONGEST + 1)]
+    adaptive = priced(text, policy(0.9, draft_step=draft_step), draft_step)
     assert adaptive > 0.95 * max(fixed)
     assert adaptive > 0.98 * fixed[0]
 

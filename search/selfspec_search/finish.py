@@ -174,7 +174,7 @@ class Finish:
             rows=self.profile.rows,
             draft_step=costs.draft_step(prediction.skip_set),
             rounds=list(costs.rounds),
-            agreement=winner.predicted_on_held_out.agreement,
+            agreement=_seen(winner.predicted_on_held_out.agreement),
         )
 
     def _conditions(self, texts: Sequence[Text]) -> Conditions:
@@ -187,3 +187,9 @@ class Finish:
             compiled=self.profile.compiled,
             versions={**versions(), "selfspec": version("selfspec"), "optuna": optuna.__version__},
         )
+
+
+def _seen(agreement: Sequence[float]) -> list[float]:
+    """Without the zeros at the end, of depths that no text reached: nothing is known of them."""
+    reached = [depth for depth, share in enumerate(agreement) if share > 0]
+    return list(agreement[: max(reached, default=0) + 1])

@@ -179,7 +179,7 @@ def measure(
         versions=versions(),
         contexts=tuple(contexts),
         costs=tuple(
-            costs.model_copy(update={"captured": full.graphs is not None})
+            costs.model_copy(update={"captured": bench.captures(full)})
             for costs in costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile)
         ),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfspec.decoding import prefill, run_draft, settle, step
+from selfspec.decoding import is_captured, prefill, run_draft, settle, step
 from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter, PromptLookupDrafter
 from selfspec.kv_cache import KVCache
 from selfspec.plan import PromptLookup
@@ -73,6 +73,7 @@ class Bench:
         request = self._begin(runtime, drafter)
 
         def call() -> None:
+            again(runtime, request)
             for _ in range(STEPS):
                 drafter.look(request)
 
@@ -82,6 +83,10 @@ class Bench:
         """One prefill."""
         request = self._begin(runtime, NoDrafter())
         return lambda: prefill(runtime, request)
+
+    def captures(self, runtime: Runtime) -> bool:
+        """Whether rounds of requests like these run as graphs."""
+        return is_captured(runtime, self._begin(runtime, NoDrafter()))
 
     def _begin(self, runtime: Runtime, drafter: Drafter) -> Request:
         """A request with room for one round: every call is that same round again.

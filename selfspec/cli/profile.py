@@ -58,9 +58,10 @@ def profile(
 
     from selfspec_search.profile import measure
 
-    from selfspec.compiling import compile_obstacle
+    from selfspec.compiling import compile_obstacle, will_compile
 
-    if compile and (obstacle := compile_obstacle(loaded.model.device)):
+    where = loaded.model.device
+    if will_compile(compile, where) and (obstacle := compile_obstacle(where)):
         asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
     with progress_bar("timing passes", quiet=quiet) as report:
         measured = measure(

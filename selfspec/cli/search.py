@@ -195,7 +195,7 @@ def _search(
 ) -> SearchResult:
     import selfspec_search
 
-    from selfspec.compiling import compile_obstacle
+    from selfspec.compiling import compile_obstacle, will_compile
     from selfspec.prompts import encode_prompts
 
     first, second = (
@@ -204,7 +204,8 @@ def _search(
         )
         for some in (calibration, confirmation)
     )
-    if settings.compile and (obstacle := compile_obstacle(loaded.model.device)):
+    where = loaded.model.device
+    if will_compile(settings.compile, where) and (obstacle := compile_obstacle(where)):
         asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
     with progress_bar("searching", quiet=quiet) as report:
         return selfspec_search.search(loaded.model, first, second, settings, in_phases(report), _notice)

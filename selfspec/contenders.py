@@ -216,6 +216,6 @@ def _add(total: Stats, one: Stats) -> None:
         total.seconds[name] += value
     for gamma, passes in one.draft_lengths.items():
         total.draft_lengths[gamma] = total.draft_lengths.get(gamma, 0) + passes
-    total.captured, total.graph_bytes = one.captured, one.graph_bytes
+    total.captured, total.graph_bytes, total.policy = one.captured, one.graph_bytes, one.policy
     total.backend, total.backend_reason, total.compiled = one.backend, one.backend_reason, one.compiled
     total.slower_paths = sorted({*total.slower_paths, *one.slower_paths})

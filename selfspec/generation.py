@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decoding import decode, is_captured
-from selfspec.drafting import NoDrafter
+from selfspec.drafting import Drafter, NoDrafter
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Plan
@@ -304,7 +304,9 @@ class SelfSpeculator:
             backend_reason=choice.reason,
             slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
         )
-        drafter = NoDrafter() if request.lockstep else drafter_for(self.plan, self.runtime, request.rows, self.policy)
+        drafter: Drafter = NoDrafter()
+        if not request.lockstep:
+            drafter, self.stats.policy = drafter_for(self.plan, self.runtime, request.rows, self.policy)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:

@@ -57,6 +57,8 @@ class Stats:
     """By draft position: how often a drafted token was accepted there."""
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     """By pass: (row, drafted, accepted) of every unfinished row."""
+    policy: str = ""
+    """`adaptive`, or `fixed` and why."""
     draft_lengths: dict[int, int] = field(default_factory=dict)
     """By the most tokens that a round might draft: how many passes. Where the policy chose 0, it decoded plainly."""
     seconds: dict[str, float] = field(

@@ -213,9 +213,12 @@ def test_it_adapts_only_where_the_plans_costs_hold(
     obstacle = obstacle_to_adapting(plan(**changes), runtime, rows=1)
     assert (obstacle is None) == (reason is None)
     assert reason is None or reason in str(obstacle)
-    drafter = drafter_for(plan(**changes), runtime, 1, "adaptive")
+    drafter, words = drafter_for(plan(**changes), runtime, 1, "adaptive")
     assert isinstance(drafter, AdaptiveDrafter) == (reason is None)
-    assert not isinstance(drafter_for(plan(**changes), runtime, 1, "fixed"), AdaptiveDrafter)
+    assert words == ("adaptive" if reason is None else f"fixed: {obstacle}")
+    drafter, words = drafter_for(plan(**changes), runtime, 1, "fixed")
+    assert not isinstance(drafter, AdaptiveDrafter)
+    assert words == "fixed"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,7 @@ def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTra
     lengths = dict(spec.stats.draft_lengths)
     assert len(lengths) > 1, f"only drafts of {lengths} were tried"
     assert sum(lengths.values()) == spec.stats.passes
+    assert spec.stats.policy == "adaptive"
     assert torch.equal(spec.generate(tokens, **options), expected)
     assert spec.stats.draft_lengths == lengths, "the same request is decoded the same way"
 

@@ -114,15 +114,15 @@ class _Guesses(Drafter):
     def __init__(self, prompts: Tensor, gamma: int) -> None:
         self.gamma = gamma
         b, t = prompts.shape
-        tokens = prompts.repeat(1, -(-gamma // t))[:, :gamma]
-        self._draft = Draft(tokens, torch.full((b,), gamma, device=prompts.device), None)
+        self._tokens = prompts.repeat(1, -(-gamma // t))[:, :gamma]
+        self._lengths = torch.full((b,), gamma, device=prompts.device)
 
     @property
     def key(self) -> Hashable:
         return "guesses", id(self)
 
     def draft(self, request: Request, n: int) -> Draft:
-        return self._draft
+        return Draft(self._tokens.clone(), self._lengths, None)  # a graph must have something to do
 
 
 def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:

@@ -136,5 +136,5 @@ def _figures(spec: SelfSpeculator) -> str:
     stats = spec.stats
     how = [stats.backend, *["compiled"] * stats.compiled, *["captured"] * stats.captured]
     chosen = ", ".join(f"{gamma} ({passes}x)" for gamma, passes in sorted(stats.draft_lengths.items()))
-    adapted = [f"draft lengths {chosen}"] if len(stats.draft_lengths) > 1 else []
+    adapted = [f"draft lengths {chosen}"] if stats.policy == "adaptive" else []
     return "; ".join([str(stats), *adapted, ", ".join(how), *stats.slower_paths])

@@ -16,34 +16,47 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedOptionError,
     )
-    from selfspec.generation import SelfSpeculator, SpeculativeOutput, wrap
+    from selfspec.generation import SelfSpeculator, SpeculativeOutput, draft_bytes, wrap
     from selfspec.plan import Plan
-    from selfspec.skip_set import SkipSet
+    from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
+    from selfspec.skip_set import QuantisedSet, SkipSet
     from selfspec.stats import Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Format",
     "InputError",
     "Plan",
     "PlanError",
     "PlanWarning",
+    "Quantised",
+    "QuantisedSet",
+    "Recipe",
     "SelfSpeculator",
     "SelfspecError",
     "SkipSet",
     "SpeculativeOutput",
     "Stats",
+    "SubVocabulary",
     "UnsupportedModelError",
     "UnsupportedOptionError",
+    "draft_bytes",
     "wrap",
 ]
 
 _HOMES = {
+    "Format": "recipe",
     "Plan": "plan",
+    "Quantised": "recipe",
+    "QuantisedSet": "skip_set",
+    "Recipe": "recipe",
     "SelfSpeculator": "generation",
     "SkipSet": "skip_set",
     "SpeculativeOutput": "generation",
     "Stats": "stats",
+    "SubVocabulary": "recipe",
+    "draft_bytes": "generation",
     "wrap": "generation",
 }
 

@@ -22,15 +22,18 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from selfspec.copies import check_memory, copied_bytes, obstacles
 from selfspec.decoding import decode, is_captured
 from selfspec.drafting import Drafter, NoDrafter
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
-from selfspec.plan import Plan
+from selfspec.plan import Padding, Plan
 from selfspec.policy import PolicyName, drafter_for, longest_draft
 from selfspec.processors import needs_lockstep
+from selfspec.recipe import Recipe
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime, device_name
+from selfspec.sizes import parse_size
 from selfspec.stats import Stats
 from selfspec.streaming import Streamed
 from selfspec.views import longrope_switch
@@ -51,6 +54,7 @@ def wrap(
     compile: bool | None = None,
     graphs: bool | None = None,
     policy: PolicyName = "adaptive",
+    draft_memory: int | str | None = None,
 ) -> SelfSpeculator:
     """Make `model` decode speculatively by `plan`: the same output, sooner.
 
@@ -63,12 +67,23 @@ def wrap(
         graphs: capture rounds as CUDA graphs; by default where there is CUDA.
         policy: `adaptive` lets the draft length follow the text, round by round, where the plan says what that costs,
             down to plain decoding; `fixed` keeps the plan's.
+        draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
+            quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
 
     Raises:
+        InputError: the draft takes more than `draft_memory`; nothing was taken yet.
         UnsupportedModelError: the family is not among those tested, or the probe found a difference.
         PlanError: the plan is malformed, or made for another model.
     """
-    return SelfSpeculator(model, plan, backend=backend, compile=compile, graphs=graphs, policy=policy)
+    return SelfSpeculator(
+        model, plan, backend=backend, compile=compile, graphs=graphs, policy=policy, draft_memory=draft_memory
+    )
+
+
+def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
+    """What the draft's own layers take beside the model, before they are made; 0 for a plan that only skips."""
+    plan.check_fits(model.config)
+    return copied_bytes(model, plan.recipe) if plan.gamma else 0
 
 
 class SelfSpeculator:
@@ -87,6 +102,7 @@ class SelfSpeculator:
         compile: bool | None = None,
         graphs: bool | None = None,
         policy: PolicyName = "adaptive",
+        draft_memory: int | str | None = None,
     ) -> None:
         if policy not in get_args(PolicyName):
             raise InputError(f"policy '{policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
@@ -95,12 +111,11 @@ class SelfSpeculator:
         self.model = model
         self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs)
         self.plan.check_fits(model.config)
-        self.runtime.skip(self.plan.skip_set)
-        self._warn_if_stale(
-            device=device_name(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            compiled=self.runtime.compile,
-        )
+        recipe = self.plan.recipe if self.plan.gamma else Recipe()  # what never drafts needs no copies
+        limit = parse_size(draft_memory, "draft_memory") if isinstance(draft_memory, str) else draft_memory
+        check_memory(model, recipe, limit)
+        self.runtime.draft_with(recipe)
+        self._warn_if_stale(**self._conditions)
         self._told_of_sampling = False
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
@@ -208,6 +223,12 @@ class SelfSpeculator:
                 streamed.end()
             return self._output(request, generation_config)
 
+    @property
+    def _conditions(self) -> dict[str, Any]:
+        """What the cost of a pass depends on, as `Plan.stale_because` takes it."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"device": device_name(self.model.device), "dtype": dtype, "compiled": self.runtime.compile}
+
     def _warn_if_stale(self, **here: Any) -> None:
         if (reason := self.plan.stale_because(**here)) is not None:
             advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
@@ -307,6 +328,7 @@ class SelfSpeculator:
         drafter: Drafter = NoDrafter()
         if not request.lockstep:
             drafter, self.stats.policy = drafter_for(self.plan, self.runtime, request.rows, self.policy)
+        self.runtime.padding = self._padding(request)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:
@@ -317,10 +339,18 @@ class SelfSpeculator:
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
 
+    def _padding(self, request: Request) -> Padding | None:
+        """The plan's, where passes take as long as they did when it was searched."""
+        padding, here = self.plan.padding, self._conditions
+        if padding is None or padding.rows != request.rows or self.plan.stale_because(**here) is not None:
+            return None
+        return padding
+
     def _tell_paths(self, request: Request) -> None:
         """Write to the stats what was compiled and captured, and why the rest was not."""
         runtime, stats = self.runtime, self.stats
-        stats.compiled = runtime.compile
+        stats.compiled, stats.draft_bytes = runtime.compile, runtime.copies.nbytes
+        stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.recipe)]
         if runtime.compile_obstacle is not None:
             stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")
         if runtime.capture_obstacle is not None:

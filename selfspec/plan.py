@@ -7,11 +7,20 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from selfspec.errors import PlanError
+from selfspec.recipe import Quantised, Recipe, SubVocabulary
 from selfspec.skip_set import SkipSet
 
 if TYPE_CHECKING:
@@ -36,6 +45,17 @@ def _to_skip_set(value: Any) -> Any:
 
 _SkipSetField = Annotated[
     SkipSet, BeforeValidator(_to_skip_set), PlainSerializer(SkipSet.to_dict, return_type=dict[str, list[int]])
+]
+
+
+def _to_quantised(value: Any) -> Any:
+    return value if isinstance(value, Quantised) or value is None else Quantised.from_dict(value)
+
+
+_QuantisedField = Annotated[
+    Quantised | None,
+    BeforeValidator(_to_quantised),
+    PlainSerializer(lambda value: value and value.to_dict(), return_type=dict[str, Any] | None),
 ]
 
 
@@ -132,6 +152,34 @@ class Outlook(_Strict):
     agreement: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 
 
+class Padding(_Strict):
+    """Lengths of passes that are faster than shorter ones, as measured for so many rows on the search's device.
+
+    Args:
+        rows: how many are decoded together.
+        target: how many tokens a pass of the full model over 1, 2, ... tokens is made of; longer ones of what they are.
+        draft: how many tokens a draft's pass over one token is made of.
+    """
+
+    rows: Annotated[int, Field(ge=1)]
+    target: list[Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)]]
+    draft: Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)] = 1
+
+    @model_validator(mode="after")
+    def _never_cuts(self) -> Self:
+        if any(padded < t for t, padded in enumerate(self.target, start=1)):
+            raise ValueError("a pass cannot be padded to fewer tokens than it has")
+        return self
+
+    def of_target(self, t: int) -> int:
+        return self.target[t - 1] if t <= len(self.target) else t
+
+    @property
+    def most(self) -> int:
+        """How many tokens it may add to a pass."""
+        return max(self.draft - 1, *(padded - t for t, padded in enumerate(self.target, start=1)), 0)
+
+
 class PromptLookup(_Strict):
     """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
 
@@ -159,7 +207,11 @@ class PromptLookup(_Strict):
 class Plan(_Strict):
     """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
 
-    `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays.
+    `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
+    `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
+
+    `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays. `padding`
+    makes passes longer where that is faster, also those of plain decoding.
 
     `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
 
@@ -171,10 +223,13 @@ class Plan(_Strict):
 
     selfspec_version: int = PLAN_VERSION
     skip_set: _SkipSetField
+    quantised: _QuantisedField = None
+    draft_vocabulary: str | None = None
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
     outlook: Outlook | None = None
+    padding: Padding | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
 
@@ -189,8 +244,11 @@ class Plan(_Strict):
             super().__init__(**data)
         except ValidationError as error:
             raise PlanError(_first_problem(error)) from None
+        recipe = self.recipe
+        if recipe.vocabulary is not None and not recipe.vocabulary.tokens:
+            raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
-            self.skip_set.validate(self.model.num_layers)
+            recipe.validate(self.model.num_layers)
         if self.outlook is not None and len(self.outlook.rounds) <= self.gamma:
             longest = len(self.outlook.rounds) - 1
             raise PlanError(
@@ -202,6 +260,12 @@ class Plan(_Strict):
     def none(cls, **data: Any) -> Plan:
         """The plan that decodes plainly."""
         return cls(skip_set=SkipSet(), gamma=0, **data)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the draft is made of."""
+        vocabulary = None if self.draft_vocabulary is None else SubVocabulary(self.draft_vocabulary)
+        return Recipe(skip_set=self.skip_set, quantised=self.quantised, vocabulary=vocabulary)
 
     @property
     def speculates(self) -> bool:
@@ -217,12 +281,12 @@ class Plan(_Strict):
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
-            parts.append(f"skip {self.skip_set}; gamma {self.gamma}{threshold}")
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:
         """Raise `PlanError` if this plan was made for another model."""
-        self.skip_set.validate(config.num_hidden_layers)
+        self.recipe.validate(config.num_hidden_layers)
         if self.model is None:
             return
         given = ModelIdentity.of(config)

@@ -19,16 +19,17 @@ from selfspec.compiling import (
     fuses_layers,
     will_compile,
 )
+from selfspec.copies import Copies, check_vocabulary
+from selfspec.draft_view import attention_modules, change_recipe, draft_view
 from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
+from selfspec.plan import Padding
+from selfspec.recipe import Recipe
 from selfspec.row_buffers import RowBuffers
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
-    attention_modules,
-    change_skip_set,
     check_supported,
     decoder_layers,
-    draft_view,
     longrope_switch,
     pin_longrope,
     probe,
@@ -45,25 +46,28 @@ PREFILL_TOKENS = 8192
 class Runtime:
     """Runs passes of the target and of the draft over one shared cache.
 
-    Adds the cache to the model's memory and nothing else: both views share every weight with `model`.
+    Adds the cache to the model's memory, and what the recipe quantises or trims: both views share every weight with
+    `model`.
 
     Args:
         model: a supported causal language model, whole on one device.
-        skip_set: what the draft leaves out; `skip` changes it later.
+        recipe: what the draft is made of, a skip set alone or more; `draft_with` changes it later.
         backend: an attention backend by name; by default the first that serves this model.
         compile: fuse passes with `torch.compile`, by default on CUDA; where that is not possible, passes run eagerly,
             and `compile_obstacle` says why.
         graphs: capture rounds as CUDA graphs, by default where the device has them; `capture_obstacle` says why not.
+        copies: shared with other runtimes of the model; by default this one has its own, and none that it does not use.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        skip_set: SkipSet | None = None,
+        recipe: Recipe | SkipSet | None = None,
         *,
         backend: str | None = None,
         compile: bool | None = None,
         graphs: bool | None = None,
+        copies: Copies | None = None,
     ) -> None:
         check_supported(model)
         self.model = model
@@ -71,14 +75,18 @@ class Runtime:
         self.compile_obstacle = compile_obstacle(model.device) if wanted else None
         self.compile = wanted and self.compile_obstacle is None
         self._graphs_wanted = graphs
-        self.skip_set = skip_set or SkipSet()
+        self.recipe = Recipe.of(recipe)
+        self.padding: Padding | None = None
+        self._shared_copies = copies
         self._backend_name = backend
         self._build()
 
     def _build(self) -> None:
+        self.copies = self._shared_copies or Copies(self.model)
+        check_vocabulary(self.model, self.recipe)
         self.views: dict[ViewName, PreTrainedModel] = {
             "target": target_view(self.model),
-            "draft": draft_view(self.model, self.skip_set),
+            "draft": draft_view(self.model, self.recipe, self.copies),
         }
         recorded = probe(self.model, self.views["target"])
         self.layer_shapes, self._masks = recorded.shapes, recorded.masks
@@ -119,6 +127,7 @@ class Runtime:
 
         A cache that fits is kept; growing replaces it, and drops what was compiled for the old one.
         """
+        slots += self.padding.most if self.padding is not None else 0
         if self._cache is not None and self._cache.rows == rows and self._cache.slots >= slots:
             self._cache.reset()
             return
@@ -145,10 +154,13 @@ class Runtime:
             for attention in attention_modules(view):
                 KVCache.detach(attention)
 
-    def skip(self, skip_set: SkipSet) -> None:
-        """Draft without `skip_set` from now on."""
-        change_skip_set(self.views["draft"], skip_set)
-        self.skip_set = skip_set
+    def draft_with(self, recipe: Recipe | SkipSet) -> None:
+        """Draft by this recipe from now on."""
+        self.recipe = Recipe.of(recipe)
+        check_vocabulary(self.model, self.recipe)
+        change_recipe(self.views["draft"], self.recipe, self.copies)
+        if self._shared_copies is None:
+            self.copies.keep_only(self.recipe)
         self._passes = {key: run for key, run in self._passes.items() if key[0] != "draft"}
         if self.graphs is not None:
             self.graphs.drop()
@@ -188,10 +200,21 @@ class Runtime:
     @torch.inference_mode()
     def run(self, view: ViewName, tokens: Tensor) -> Tensor:
         """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are."""
-        key = (view, tokens.shape[1])
+        t = tokens.shape[1]
+        key = (view, self._padded(view, t))
         if key not in self._passes:
             self._passes[key] = self._make_pass(*key)
-        return self._passes[key](tokens)
+        if key[1] == t:
+            return self._passes[key](tokens)
+        # What stands behind the tokens, they do not see; nor does what comes later, which writes over it.
+        padding = tokens[:, -1:].expand(-1, key[1] - t)
+        return self._passes[key](torch.cat([tokens, padding], dim=1))[:, :t]
+
+    def _padded(self, view: ViewName, t: int) -> int:
+        """How many tokens a pass over `t` is made of: more, where longer passes are faster."""
+        if self.padding is None or self.padding.rows != self.cache.rows:
+            return t
+        return self.padding.draft if (view, t) == ("draft", 1) else self.padding.of_target(t) if view == "target" else t
 
     def _make_pass(self, view: ViewName, t: int) -> Callable[[Tensor], Tensor]:
         module, cache, static = self.views[view], self.cache, self.static

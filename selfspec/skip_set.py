@@ -1,43 +1,34 @@
-"""SkipSet: the sub-layers that the draft leaves out."""
+"""SublayerSet: attention and MLP sub-layers of a model; SkipSet: those that the draft leaves out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from selfspec.errors import PlanError
 
 
 @dataclass(frozen=True)
-class SkipSet:
-    """Attention and MLP sub-layers to skip, by layer index.
-
-    >>> str(SkipSet(attn={3, 4, 5, 9}, mlp={4}))
-    'attn 3-5,9 | mlp 4'
-    """
+class SublayerSet:
+    """Attention and MLP sub-layers, by layer index."""
 
     attn: frozenset[int] = frozenset()
     mlp: frozenset[int] = frozenset()
+    name = "sub-layer set"
+    """What errors call it."""
 
     def __init__(self, attn: Iterable[int] = (), mlp: Iterable[int] = ()) -> None:
-        object.__setattr__(self, "attn", _layer_indices("attn", attn))
-        object.__setattr__(self, "mlp", _layer_indices("mlp", mlp))
+        object.__setattr__(self, "attn", self._layer_indices("attn", attn))
+        object.__setattr__(self, "mlp", self._layer_indices("mlp", mlp))
 
     @classmethod
-    def early_exit(cls, exit_layer: int, num_layers: int) -> SkipSet:
-        """Everything from layer `exit_layer` on: the draft runs the first `exit_layer` layers only."""
-        if not 0 <= exit_layer <= num_layers:
-            raise PlanError(
-                f"exit layer is {exit_layer}, but this model has {num_layers} layers (give 0..{num_layers})"
-            )
-        return cls(attn=range(exit_layer, num_layers), mlp=range(exit_layer, num_layers))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SkipSet:
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
         if not isinstance(data, Mapping) or not set(data) <= {"attn", "mlp"}:
-            raise PlanError(f"a skip set has the keys 'attn' and 'mlp', each a list of layers, but {data!r} was given")
+            raise PlanError(
+                f"a {cls.name} has the keys 'attn' and 'mlp', each a list of layers, but {data!r} was given"
+            )
         return cls(attn=data.get("attn", ()), mlp=data.get("mlp", ()))
 
     def to_dict(self) -> dict[str, list[int]]:
@@ -49,15 +40,12 @@ class SkipSet:
             outside = [layer for layer in sorted(layers) if layer >= num_layers]
             if outside:
                 raise PlanError(
-                    f"skip set names {kind} layer {outside[0]}, but this model has {num_layers} (0..{num_layers - 1})"
+                    f"{self.name} names {kind} layer {outside[0]}, "
+                    f"but this model has {num_layers} (0..{num_layers - 1})"
                 )
 
-    def dropped_layers(self) -> frozenset[int]:
-        """Layers that lose both sub-layers, and so need not be run at all."""
-        return self.attn & self.mlp
-
     def __len__(self) -> int:
-        """Skipped sub-layers."""
+        """How many sub-layers."""
         return len(self.attn) + len(self.mlp)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -65,10 +53,44 @@ class SkipSet:
         yield from (("mlp", layer) for layer in sorted(self.mlp))
 
     def __str__(self) -> str:
-        if not self:
-            return "nothing skipped"
         parts = [f"{kind} {_ranges(layers)}" for kind, layers in (("attn", self.attn), ("mlp", self.mlp)) if layers]
         return " | ".join(parts)
+
+    @classmethod
+    def _layer_indices(cls, kind: str, layers: Iterable[int]) -> frozenset[int]:
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise PlanError(f"{cls.name}: {kind} must be layer indices, but {layers!r} was given")
+        indices = list(layers)
+        for index in indices:
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise PlanError(f"{cls.name}: {kind} holds {index!r}, but layers are whole numbers from 0")
+        return frozenset(indices)
+
+
+class SkipSet(SublayerSet):
+    """Attention and MLP sub-layers to skip, by layer index.
+
+    >>> str(SkipSet(attn={3, 4, 5, 9}, mlp={4}))
+    'attn 3-5,9 | mlp 4'
+    """
+
+    name = "skip set"
+
+    @classmethod
+    def early_exit(cls, exit_layer: int, num_layers: int) -> SkipSet:
+        """Everything from layer `exit_layer` on: the draft runs the first `exit_layer` layers only."""
+        if not 0 <= exit_layer <= num_layers:
+            raise PlanError(
+                f"exit layer is {exit_layer}, but this model has {num_layers} layers (give 0..{num_layers})"
+            )
+        return cls(attn=range(exit_layer, num_layers), mlp=range(exit_layer, num_layers))
+
+    def dropped_layers(self) -> frozenset[int]:
+        """Layers that lose both sub-layers, and so need not be run at all."""
+        return self.attn & self.mlp
+
+    def __str__(self) -> str:
+        return super().__str__() or "nothing skipped"
 
     def strip(self, num_layers: int) -> str:
         """Two rows of blocks for the terminal, one column per layer: full = runs, light = skipped."""
@@ -79,14 +101,10 @@ class SkipSet:
         return f"attn {row(self.attn)}\nmlp  {row(self.mlp)}"
 
 
-def _layer_indices(kind: str, layers: Iterable[int]) -> frozenset[int]:
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise PlanError(f"skip set: {kind} must be layer indices, but {layers!r} was given")
-    indices = list(layers)
-    for index in indices:
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise PlanError(f"skip set: {kind} holds {index!r}, but layers are whole numbers from 0")
-    return frozenset(indices)
+class QuantisedSet(SublayerSet):
+    """Attention and MLP sub-layers whose linear layers the draft runs in weight-only quantised copies."""
+
+    name = "quantised set"
 
 
 def _ranges(layers: frozenset[int]) -> str:

@@ -71,6 +71,8 @@ class Stats:
     """Whether rounds ran as CUDA graphs."""
     graph_bytes: int = 0
     """Device memory that these graphs take."""
+    draft_bytes: int = 0
+    """Memory that the draft's own layers take beside the model: quantised copies, a trimmed head."""
     slower_paths: list[str] = field(default_factory=list)
     """Anything that kept this call off the fast path, and why."""
 

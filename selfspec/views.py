@@ -1,8 +1,8 @@
 """Views: how a model becomes its own draft without a second copy of anything.
 
-A view is a deep copy of the module tree that shares every tensor with the user's model. On the copy we set our own
-attention function, drop layers, and replace a skipped `self_attn` or `mlp` by a module that returns zeros (in every
-supported family a branch is added to the residual stream, so zeros are a skip). The user's model is never touched.
+A view is a deep copy of the module tree that shares every tensor with the user's model, with our own attention
+function. What the draft's leaves out, or runs in copies of its own, is `draft_view.py`'s. The user's model is never
+touched.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from selfspec.attention import ATTENTION_NAME, AttentionArgs, AttentionNeeds, additive_mask, masked_attention, register
 from selfspec.errors import UnsupportedModelError
-from selfspec.kv_cache import KVCache, LayerShape
-from selfspec.skip_set import SkipSet
+from selfspec.kv_cache import LayerShape
 
 SUPPORTED_MODEL_TYPES = frozenset(
     {
@@ -71,65 +70,9 @@ _HOOK_ATTRIBUTES = (
 _PROBE_LENGTH = 11
 
 
-class SkippedAttention(nn.Module):
-    """Stands where the draft skips an attention sub-layer."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class SkippedMLP(nn.Module):
-    """Stands where the draft skips an MLP sub-layer."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(hidden_states)
-
-
 def target_view(model: PreTrainedModel) -> PreTrainedModel:
     """The full model, sharing every tensor with `model`, with our attention function."""
-    return _view(model)
-
-
-def draft_view(model: PreTrainedModel, skip_set: SkipSet) -> PreTrainedModel:
-    """`model` without its skip set, sharing every tensor with `model`."""
-    view = _view(model)
-    change_skip_set(view, skip_set)
-    return view
-
-
-@dataclass(frozen=True)
-class _FullStack:
-    """What a draft view was before anything was left out, so that its skip set can change without another copy."""
-
-    layers: tuple[nn.Module, ...]
-    branches: tuple[tuple[nn.Module, nn.Module], ...]
-    config: dict[str, Any]
-
-
-def change_skip_set(view: PreTrainedModel, skip_set: SkipSet) -> None:
-    """Make `view` leave out `skip_set`, and nothing else, from now on. Costs microseconds: a search calls it per trial.
-
-    Dropped layers take their entries of every per-layer list in the config with them: gemma3 and olmo3 pick RoPE and
-    mask by position in such a list, so an unfiltered one would draft with the wrong layer's.
-    """
-    decoder, config = view.get_decoder(), vars(view.config.get_text_config())
-    full: _FullStack | None = getattr(view, "selfspec_full_stack", None)
-    if full is None:
-        layers = tuple(decoder.layers)
-        lists = {k: v for k, v in config.items() if isinstance(v, (list, tuple)) and len(v) == len(layers)}
-        full = _FullStack(layers, tuple((layer.self_attn, layer.mlp) for layer in layers), lists)
-        object.__setattr__(view, "selfspec_full_stack", full)
-    skip_set.validate(len(full.layers))
-    for index, (layer, (attention, mlp)) in enumerate(zip(full.layers, full.branches, strict=True)):
-        if index in skip_set.attn:  # what no longer runs must not keep a replaced cache alive
-            KVCache.detach(attention)
-        layer.self_attn = SkippedAttention() if index in skip_set.attn else attention
-        layer.mlp = SkippedMLP() if index in skip_set.mlp else mlp
-    kept = [index for index in range(len(full.layers)) if index not in skip_set.dropped_layers()]
-    decoder.layers = nn.ModuleList(full.layers[index] for index in kept)
-    # Through vars(): a config that validates itself would refuse the states between these assignments.
-    config["num_hidden_layers"] = len(kept)
-    config.update({name: type(value)(value[index] for index in kept) for name, value in full.config.items()})
+    return view_of(model)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -137,13 +80,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_decoder().layers  # type: ignore[no-any-return]
 
 
-def attention_modules(view: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules that the view still runs; each one's `layer_idx` is its layer in the full model."""
-    modules = [layer.get_submodule("self_attn") for layer in decoder_layers(view)]
-    return [module for module in modules if not isinstance(module, SkippedAttention)]
-
-
-def _view(model: PreTrainedModel) -> PreTrainedModel:
+def view_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy that shares every tensor and calls our attention function."""
     register()
     memo: dict[int, Any] = {id(tensor): tensor for tensor in reachable_tensors(model)}
     for module in model.modules():  # hooks are the user's: they watch the user's model, not the views

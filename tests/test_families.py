@@ -18,8 +18,9 @@ from models import (
 from transformers import PreTrainedModel
 
 from selfspec import Plan, SkipSet, wrap
+from selfspec.draft_view import attention_modules
 from selfspec.runtime import Runtime
-from selfspec.views import SUPPORTED_MODEL_TYPES, attention_modules
+from selfspec.views import SUPPORTED_MODEL_TYPES
 
 FAMILIES = sorted(SUPPORTED_MODEL_TYPES)
 NEW_TOKENS = 24
@@ -85,7 +86,7 @@ def assert_draft_is_exact(model: PreTrainedModel, skip_sets: list[SkipSet]) -> N
     runtime.reserve(2, 64)
     full = model(tokens).logits
     for skip_set in skip_sets:
-        runtime.skip(skip_set)
+        runtime.draft_with(skip_set)
         assert len(attention_modules(runtime.views["draft"])) == LAYERS - len(skip_set.attn)
         hooks = zero_skipped_branches(model, skip_set)
         expected = model(tokens).logits

@@ -265,7 +265,7 @@ def test_a_cache_that_grows_drops_its_graphs(llama: PreTrainedModel) -> None:
 def test_another_skip_set_drops_the_graphs(llama: PreTrainedModel) -> None:
     spec = taped(llama)
     spec.generate(**batch(11), **GREEDY)
-    spec.runtime.skip(PLAN.skip_set)
+    spec.runtime.draft_with(PLAN.skip_set)
     assert len(spec.runtime.graphs or ()) == 0
 
 

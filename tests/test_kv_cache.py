@@ -17,10 +17,11 @@ import selfspec.kv_cache
 import selfspec.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.attention import Sdpa
+from selfspec.draft_view import attention_modules
 from selfspec.kv_cache import KVCache, LayerShape
 from selfspec.request import Request
 from selfspec.runtime import Runtime
-from selfspec.views import attention_modules, reachable_tensors
+from selfspec.views import reachable_tensors
 
 GAMMA = 3
 PLAN = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA)
@@ -333,7 +334,7 @@ def test_the_old_cache_is_free_before_a_larger_one_is_taken(
 def test_nothing_keeps_an_outgrown_cache_alive(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     for skip_set in (SkipSet(), FIRST_DROPPED):  # attention that no longer runs held on to it once
-        spec.runtime.skip(skip_set)
+        spec.runtime.draft_with(skip_set)
         spec.generate(prompts(11)[0], **GREEDY)
     outgrown = [weakref.ref(tensor) for tensor in cache_tensors(spec.runtime.cache)]
     spec.generate(prompts(11)[0], do_sample=False, max_new_tokens=150)

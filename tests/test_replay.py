@@ -74,7 +74,7 @@ def test_one_replay_serves_random_skip_sets_one_after_another() -> None:
     for _ in range(4):
         attn, mlp = (torch.rand(2, 7, generator=generator) < 0.3).tolist()
         skip_set = SkipSet(attn=[i for i in range(7) if attn[i]], mlp=[i for i in range(7) if mlp[i]])
-        runtime.skip(skip_set)
+        runtime.draft_with(skip_set)
         table = replay.run(skip_set)
         assert table is not None
         assert_replay_equals_decoding(runtime, table, texts, [Drafting(3)])

@@ -20,7 +20,7 @@ from replays import (
     random_prompts,
     texts_of,
 )
-from selfspec_search.memory import Memory, parse_size
+from selfspec_search.memory import Memory
 from selfspec_search.recording import batches, probabilities
 from selfspec_search.replay import Replay
 from selfspec_search.sampling import Sampling
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selfspec import SkipSet
 from selfspec.errors import InputError
 from selfspec.runtime import Runtime
+from selfspec.sizes import parse_size
 from selfspec.views import target_view
 
 
@@ -164,16 +165,3 @@ class Allocations(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.now -= size
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("512M", 2**29), ("4G", 2**32), ("1.5GiB", 3 * 2**29), ("77", 77), ("2kb", 2048)]
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "-4G", "0", "4Q", "infM"])
-def test_sizes_that_make_no_sense_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="a size such as 512M or 4G is expected"):
-        parse_size(text)

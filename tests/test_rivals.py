@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec import InputError
+from selfspec.draft_view import draft_view
 from selfspec.drafting import NoDrafter
 from selfspec.plan import Plan
 from selfspec.runtime import Runtime
 from selfspec.skip_set import SkipSet
-from selfspec.views import draft_view
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -14,18 +14,9 @@ from transformers import T5ForConditionalGeneration as T5
 
 import selfspec.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, UnsupportedModelError, wrap
+from selfspec.draft_view import attention_modules, change_recipe, draft_view
 from selfspec.runtime import Runtime
-from selfspec.views import (
-    attention_modules,
-    change_skip_set,
-    decoder_layers,
-    draft_view,
-    longrope_switch,
-    pin_longrope,
-    probe,
-    reachable_tensors,
-    target_view,
-)
+from selfspec.views import decoder_layers, longrope_switch, pin_longrope, probe, reachable_tensors, target_view
 
 PLAN = Plan(skip_set=ENDS_SKIPPED, gamma=3)
 GREEDY = {"do_sample": False, "max_new_tokens": 17}
@@ -158,7 +149,7 @@ def test_changing_the_skip_set_back_and_forth_equals_a_fresh_view() -> None:
     changed, fresh = Runtime(model, ENDS_SKIPPED), {s: Runtime(model, s) for s in (ENDS_SKIPPED, FIRST_DROPPED)}
     runs = []
     for skip_set in (ENDS_SKIPPED, FIRST_DROPPED, SkipSet(), ENDS_SKIPPED):
-        changed.skip(skip_set)
+        changed.draft_with(skip_set)
         logits = draft_logits(changed, tokens)
         if skip_set:
             torch.testing.assert_close(logits, draft_logits(fresh[skip_set], tokens), rtol=0, atol=0)
@@ -176,7 +167,7 @@ def draft_logits(runtime: Runtime, tokens: Tensor) -> Tensor:
 def test_a_skip_set_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
     view = draft_view(model, ENDS_SKIPPED)
     with pytest.raises(selfspec.PlanError, match=r"mlp layer 7, but this model has 7 \(0\.\.6\)"):
-        change_skip_set(view, SkipSet(mlp={7}))
+        change_recipe(view, SkipSet(mlp={7}))
     assert len(decoder_layers(view)) == LAYERS - 2
 
 

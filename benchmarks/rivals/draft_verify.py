@@ -126,7 +126,7 @@ def propose(speeds: dict[SkipSet, float], num_layers: int, random: np.random.Gen
 
 def speed(runtime: Runtime, skip_set: SkipSet, prompts: Sequence[Tensor]) -> float:
     """Tokens per second of decoding the prompts with a draft without `skip_set`."""
-    runtime.skip(skip_set)
+    runtime.draft_with(skip_set)
     tokens, start = 0, perf_counter()
     for prompt in prompts:
         tokens += len(decode_row(runtime, AdaptiveExit(runtime), prompt, NEW_TOKENS)[0])

@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from selfspec.attention import AttentionArgs, additive_mask, masked_attention
+from selfspec.draft_view import change_recipe, draft_view
 from selfspec.skip_set import SkipSet
-from selfspec.views import ProbePass, change_skip_set, draft_view, run_view, target_view
+from selfspec.views import ProbePass, run_view, target_view
 
 WIDTH = 32
 """Tokens in a window, as in SWIFT."""
@@ -73,7 +74,7 @@ class Windows:
         Args:
             view: a draft view, whose skip set is changed.
         """
-        change_skip_set(view, skip_set)
+        change_recipe(view, skip_set)
         logits = run_view(view, self.tokens, self.positions, WindowPass(self, alone=False))  # b t v
         return float((logits.argmax(dim=-1) == self.following)[self.counted].float().mean())
 
@@ -142,7 +143,7 @@ class Stack:
         def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        change_skip_set(self.view, skip_set)
+        change_recipe(self.view, skip_set)
         module = self.layers[layer]
         hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
         try:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
+from selfspec.sizes import in_words
 from selfspec.views import probe, target_view
 from selfspec_search.recording import PADDING, batches
 from selfspec_search.texts import Text
@@ -19,7 +20,6 @@ ON_CPU = 4 * 2**30
 """The budget where none is given and there is no accelerator whose free memory could be asked for."""
 SHARE = 0.5
 """Of an accelerator's free memory, the budget where none is given."""
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Memory:
@@ -79,22 +79,3 @@ def _mlp_activations(config: Any, hidden: int) -> int:
     experts = getattr(config, "num_experts_per_tok", None) or 0
     of_experts = experts * (3 * (getattr(config, "moe_intermediate_size", None) or wide) + 3 * hidden)
     return int(max(3 * wide, of_experts))
-
-
-def in_words(size: int) -> str:
-    """Bytes for people, rounded up: what is said to be enough must be."""
-    unit, name = next(((size_of, name) for name, size_of in reversed(_UNITS.items()) if size >= size_of), (1, ""))
-    return f"{-(-size * 10 // unit) / 10:g} {name}{'i' if name else ''}B"
-
-
-def parse_size(text: str) -> int:
-    """Bytes from '512M', '4G', '1.5GiB' or a plain number; units are powers of 1024."""
-    bare = text.strip().upper().removesuffix("B").removesuffix("I")
-    number, unit = (bare[:-1], bare[-1]) if bare[-1:] in _UNITS and bare[-1:] else (bare, "")
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise InputError(f"memory is '{text}', but a size such as 512M or 4G is expected")
-    return size

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.draft_view import change_recipe, draft_view
 from selfspec.errors import InputError
 from selfspec.skip_set import SkipSet
-from selfspec.views import change_skip_set, draft_view, longrope_switch, pin_longrope, run_view, target_view
+from selfspec.views import longrope_switch, pin_longrope, run_view, target_view
 from selfspec_search.memory import Memory
 from selfspec_search.recording import Recording, batches, probabilities
 from selfspec_search.replay_pass import ReplayPass, Starts, Step
@@ -89,7 +90,7 @@ class Replay:
         `how_deep` sees an estimate from depth 0 alone (`Table.from_first_depth`), says how many depths are worth
         replaying, and may end the trial by 0: then None is returned.
         """
-        change_skip_set(self.view, skip_set)
+        change_recipe(self.view, skip_set)
         table, depths = Table.empty(self.texts, self.depths), self.depths
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:

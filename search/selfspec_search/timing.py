@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selfspec.decoding import is_captured, prefill, run_draft, settle, step
+from selfspec.draft_view import attention_modules
 from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter, PromptLookupDrafter
 from selfspec.kv_cache import KVCache
 from selfspec.plan import PromptLookup
@@ -18,7 +19,6 @@ from selfspec.request import Request
 from selfspec.runtime import Runtime, wait_for
 from selfspec.sampling import Draft
 from selfspec.stats import Stats
-from selfspec.views import attention_modules
 from selfspec_search.sampling import Sampling
 from selfspec_search.texts import request_for
 

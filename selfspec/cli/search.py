@@ -178,9 +178,9 @@ def _settings(
     given: dict[str, Any], memory: str | None, temperature: float | None, top_p: float | None, top_k: int | None
 ) -> SearchSettings:
     from selfspec_search import Sampling, SearchSettings
-    from selfspec_search.memory import parse_size
 
     from selfspec.cli.generate import sampling_options
+    from selfspec.sizes import parse_size
 
     try:
         size = None if memory is None else parse_size(memory)

@@ -1,0 +1,294 @@
+"""Quantised linear layers: weights rounded by torchao, multiplied by PyTorch's own kernels for such weights.
+
+torchao's tensors would do, but each multiplication then goes through Python's dispatch of a tensor subclass (20 us, as
+much as a small layer takes), and in eager mode their 8-bit weights are made floats again at every call. Its functions
+decide which integers stand for the weights; what multiplies them is one operator on plain tensors, which graphs capture
+and compilers know.
+
+Activations are bfloat16 whatever the model's dtype: these kernels are fast for nothing else, and a draft need not be
+exact. A row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from selfspec.recipe import Format
+
+COMPUTE = torch.bfloat16
+ROWS_AT_ONCE = 4096
+"""So many outputs' weights are rounded at a time: rounding holds several float32 copies."""
+ALIGNED = 16
+"""Kernels take sizes that are multiples of this; on others some read what is not theirs."""
+_LARGEST_FP8 = 448.0
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedWeight:
+    """A weight `n k` as `(values - 8) * scales + zeros` in 4 bits, `values * scales` else.
+
+    Attributes:
+        values: `n k`: 0 to 15 in a byte, signed bytes, or e4m3.
+        scales: `n g` for `g` groups of inputs, float32.
+        zeros: the same, in 4 bits alone.
+    """
+
+    format: Format
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, weight: Tensor, format: Format) -> QuantisedWeight:
+        """Round a weight, whatever its dtype, where it lies."""
+        round_to = {"int4": _round_to_int4, "int8": _round_to_int8, "fp8": _round_to_fp8}[format.name]
+        parts = [round_to(some.float(), format) for some in weight.detach().split(ROWS_AT_ONCE)]
+        values, scales, zeros = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        assert values is not None
+        assert scales is not None
+        return cls(format, values, scales, zeros)
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that it stands for, `n k`."""
+        groups = rearrange(self.values.float(), "n (g i) -> n g i", g=self.scales.shape[1])
+        if self.zeros is None:
+            weight = groups * self.scales[..., None]
+        else:
+            weight = (groups - 8) * self.scales[..., None] + self.zeros[..., None]
+        return rearrange(weight, "n g i -> n (g i)").to(dtype)
+
+
+Rounded = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _round_to_int4(weight: Tensor, format: Format) -> Rounded:
+    """Between each group's least and greatest weight, in sixteen steps."""
+    torchao = _torchao()
+    block = (1, format.group_size)
+    scales, zeros = torchao._choose_qparams_affine_tinygemm(
+        weight, torchao.MappingType.ASYMMETRIC, block, torch.int32, 0, 15, 1e-6, torch.float32, torch.float32
+    )
+    # What the kernels read is bfloat16: round to multiples of that.
+    scales, zeros = scales.to(COMPUTE).float(), zeros.to(COMPUTE).float()
+    values = torchao._quantize_affine_tinygemm(weight, block, scales, zeros, torch.uint8, 0, 15)
+    groups = weight.shape[1] // (format.group_size or 1)
+    return values, scales.view(-1, groups), zeros.view(-1, groups)
+
+
+def _round_to_int8(weight: Tensor, format: Format) -> Rounded:
+    torchao = _torchao()
+    block = (1, weight.shape[1])
+    kind = torchao.MappingType.SYMMETRIC
+    scales, zeros = torchao.choose_qparams_affine(weight, kind, block, torch.int8, -127, 127, 1e-12, torch.float32)
+    scales = scales.to(COMPUTE).float()
+    values = torchao.quantize_affine(weight, block, scales, zeros, torch.int8, -127, 127)
+    return values, scales.view(-1, 1), None
+
+
+def _round_to_fp8(weight: Tensor, format: Format) -> Rounded:
+    values, scales = _to_fp8(weight)
+    return values, scales, None
+
+
+def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `r k` as e4m3, and their scales `r 1`, float32."""
+    scales = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST_FP8
+    return (rows / scales).to(torch.float8_e4m3fn), scales
+
+
+@cache
+def _torchao() -> Any:
+    with _quietly():
+        from torchao.quantization import quant_primitives
+    return quant_primitives
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torchao tells of kernels built for other machines, which nothing here uses."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer with a quantised weight. What a format is multiplied by is its subclass's.
+
+    Args:
+        weight: `n k`.
+        bias: `n`, shared with the layer that this is a copy of; None if it has none.
+    """
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.out_features, self.in_features = weight.values.shape
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, self.in_features).to(COMPUTE)
+        outputs = self.product(rows).to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+        return outputs if self.bias is None else outputs + self.bias
+
+    @abstractmethod
+    def product(self, rows: Tensor) -> Tensor:
+        """`r k` in bfloat16, times the weight: `r n`."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes beside the layer that it is a copy of."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def _keep(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
+
+
+class Int4Linear(QuantisedLinear):
+    """Four bits a weight, unpacked on the way into the product."""
+
+    packed: Tensor
+    scales_and_zeros: Tensor  # g n 2
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        assert weight.zeros is not None
+        assert weight.format.group_size is not None
+        self.group_size = weight.format.group_size
+        pairs = rearrange(torch.stack([weight.scales, weight.zeros]), "pair n g -> g n pair").to(COMPUTE)
+        self._keep(packed=_pack(weight.values), scales_and_zeros=pairs)
+
+    def product(self, rows: Tensor) -> Tensor:
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        if rows.device.type == "cuda":
+            multiply = torch.ops.aten._weight_int4pack_mm
+        return multiply(rows, self.packed, self.group_size, self.scales_and_zeros)  # type: ignore[no-any-return]
+
+
+def _pack(values: Tensor) -> Tensor:
+    """Two to a byte, in the order that the device's kernel reads."""
+    if values.device.type != "cuda":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)  # type: ignore[no-any-return]
+    pairs = values[:, ::2] << 4 | values[:, 1::2]
+    tiles = next(tiles for tiles in (8, 4, 2) if values.shape[1] % (tiles * ALIGNED) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)  # type: ignore[no-any-return]
+
+
+class Int8Linear(QuantisedLinear):
+    """A byte a weight, made a float on the way into the product."""
+
+    values: Tensor
+    scales: Tensor  # n
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self._keep(values=weight.values, scales=weight.scales[:, 0].to(COMPUTE))
+
+    def product(self, rows: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(rows, self.values, self.scales)  # type: ignore[no-any-return]
+
+
+class Fp8Linear(QuantisedLinear):
+    """A product of floats of 8 bits: activations are rounded, too, each row by a scale of its own."""
+
+    values: Tensor
+    scales: Tensor  # 1 n
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self._keep(values=weight.values, scales=weight.scales.T)
+
+    def product(self, rows: Tensor) -> Tensor:
+        values, scales = _to_fp8(rows)
+        return torch._scaled_mm(values, self.values.T, scale_a=scales, scale_b=self.scales, out_dtype=COMPUTE)
+
+
+class DequantisedLinear(QuantisedLinear):
+    """The same layer for passes over very many tokens, such as a replay's, for which the kernels of `Int4Linear` and
+    `Int8Linear` are not made: its weight becomes floats at every call, then multiplies as any other.
+
+    In float32 it gives what they give, but for the order of sums. In bfloat16 the weight is rounded to that, too.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, bias)
+        self._dtype = dtype if dtype == torch.float32 else COMPUTE
+        self._in_pairs = weight.zeros is not None
+        values = weight.values[:, ::2] << 4 | weight.values[:, 1::2] if self._in_pairs else weight.values
+        self._keep(values=values, scales=weight.scales.to(COMPUTE))
+        if weight.zeros is not None:
+            self._keep(zeros=weight.zeros.to(COMPUTE))
+
+    def product(self, rows: Tensor) -> Tensor:
+        values, zeros = self.values, None
+        if self._in_pairs:
+            values = rearrange(torch.stack([values >> 4, values & 15]), "pair n k -> n (k pair)")
+            zeros = self.zeros.float()
+        weight = QuantisedWeight(self.format, values, self.scales.float(), zeros).dequantised(self._dtype)
+        return nn.functional.linear(rows.to(self._dtype), weight).to(COMPUTE)
+
+
+_KERNELS: dict[str, type[QuantisedLinear]] = {"int4": Int4Linear, "int8": Int8Linear, "fp8": Fp8Linear}
+
+
+def quantise(weight: Tensor, bias: Tensor | None, format: Format, *, many_tokens: bool = False) -> QuantisedLinear:
+    """A quantised copy of a linear layer; for passes over few tokens, or over `many_tokens`.
+
+    The caller has asked `linear_obstacle` and `device_obstacle` before.
+    """
+    rounded = QuantisedWeight.of(weight, format)
+    if many_tokens and format.name != "fp8":  # whose kernel serves both, and rounds activations
+        return DequantisedLinear(rounded, bias, weight.dtype)
+    return _KERNELS[format.name](rounded, bias)
+
+
+def quantised_bytes(outputs: int, inputs: int, format: Format) -> int:
+    """What a copy takes, before it is made."""
+    if format.name == "int4":
+        return outputs * inputs // 2 + 2 * COMPUTE.itemsize * outputs * (inputs // (format.group_size or inputs))
+    return outputs * inputs + outputs * (COMPUTE.itemsize if format.name == "int8" else torch.float32.itemsize)
+
+
+def linear_obstacle(linear: nn.Module, format: Format) -> str | None:
+    """Why a module cannot have a copy in this format, or None if it can."""
+    if type(linear) is not nn.Linear or type(linear.weight) not in (Tensor, nn.Parameter):
+        return "it is no ordinary linear layer"
+    outputs, inputs = linear.weight.shape
+    if not linear.weight.dtype.is_floating_point or linear.weight.dtype.itemsize < 2:
+        return f"its weight is {linear.weight.dtype} already"
+    if outputs % ALIGNED or inputs % (format.group_size or ALIGNED):
+        wanted = f"inputs in multiples of {format.group_size or ALIGNED} and outputs of {ALIGNED}"
+        return f"{format} takes {wanted}, and it has {inputs} and {outputs}"
+    return None
+
+
+@cache
+def device_obstacle(format: Format, device: torch.device) -> str | None:
+    """Why this device cannot multiply in a format, or None if it can: a small product is tried."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if format.name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{where} has no products of 8-bit floats"
+    size = max(128, format.group_size or 0)
+    try:
+        quantise(torch.ones(size, size, device=device), None, format)(torch.ones(1, size, device=device))
+    except (NotImplementedError, RuntimeError) as error:
+        return f"PyTorch {torch.__version__} has no product in {format} on {where}: {str(error).splitlines()[0]}"
+    return None

@@ -71,13 +71,12 @@ class Copies:
     def _trimmed(self, own: nn.Module, format: Format | None, vocabulary: SubVocabulary) -> nn.Module:
         weight, bias = _weight_and_bias(own)
         tokens = torch.tensor(vocabulary.tokens, device=weight.device)
-        some = nn.Linear(weight.shape[1], len(tokens), bias=bias is not None, device="meta")
+        some = nn.Linear(weight.shape[1], len(tokens), bias=False, device="meta")
         some.weight = nn.Parameter(weight.detach()[tokens], requires_grad=False)
-        if bias is not None:
-            some.bias = nn.Parameter(bias.detach()[tokens], requires_grad=False)
+        head: nn.Module = _BareLinear(some.weight.detach())
         if format is not None and obstacle(some, format, weight.device) is None:
-            return TrimmedHead(quantise(some.weight, some.bias, format, many_tokens=self.many_tokens), tokens, weight)
-        return TrimmedHead(some, tokens, weight)
+            head = quantise(some.weight, None, format, many_tokens=self.many_tokens)
+        return TrimmedHead(head, tokens, None if bias is None else bias.detach()[tokens], weight.shape[0])
 
 
 class TrimmedHead(nn.Module):
@@ -86,24 +85,25 @@ class TrimmedHead(nn.Module):
     Lossless all the same: to the target, a token that the draft never proposes is one that it gave no probability.
 
     Args:
-        head: of `tokens` alone.
+        head: of `tokens` alone, without a bias.
         tokens: in order.
-        whole: the whole head's weight, `v d`.
+        bias: theirs; None if the head has none.
+        vocabulary: how many tokens there are.
     """
 
     tokens: Tensor
+    bias: Tensor | None
 
-    def __init__(self, head: nn.Module, tokens: Tensor, whole: Tensor) -> None:
+    def __init__(self, head: nn.Module, tokens: Tensor, bias: Tensor | None, vocabulary: int) -> None:
         super().__init__()
-        self.vocabulary: int = whole.shape[0]
+        self.head, self.vocabulary = head, vocabulary
         self.register_buffer("tokens", tokens, persistent=False)
-        if isinstance(head, nn.Linear):  # held as buffers: the weights are this module's own
-            weight, bias = head.weight.detach(), head.bias.detach() if head.bias is not None else None
-            head = _BareLinear(weight, bias)
-        self.head = head
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         some = self.head(hidden)
+        if self.bias is not None:
+            some = some + self.bias
         every = some.new_full((*some.shape[:-1], self.vocabulary), -torch.inf)
         return every.index_copy_(-1, self.tokens, some)  # type: ignore[no-any-return]
 
@@ -112,15 +112,13 @@ class _BareLinear(nn.Module):
     """A linear layer whose weight counts as a copy."""
 
     weight: Tensor
-    bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.linear(inputs, self.weight, self.bias)
+        return nn.functional.linear(inputs, self.weight)
 
 
 def branch(model: PreTrainedModel, kind: str, layer: int) -> nn.Module:

@@ -37,6 +37,17 @@ class Format:
         if self.name != "int4" and self.group_size is not None:
             raise PlanError(f"{self.name} has no groups; leave out group_size, {self.group_size!r} was given")
 
+    @classmethod
+    def parse(cls, code: str) -> Self:
+        """The inverse of `code`."""
+        name, _, group_size = code.partition("/")
+        return cls(name, int(group_size) if group_size else None)  # type: ignore[arg-type]
+
+    @property
+    def code(self) -> str:
+        """In one word, as studies and profiles name it: `int8`, `int4/32`."""
+        return self.name if self.group_size is None else f"{self.name}/{self.group_size}"
+
     def __str__(self) -> str:
         return self.name if self.group_size is None else f"{self.name} in groups of {self.group_size}"
 
@@ -154,12 +165,6 @@ class Recipe:
     def head_is_own(self) -> bool:
         """Whether the draft has a head of its own."""
         return self.vocabulary is not None or (self.quantised is not None and self.quantised.head)
-
-    @property
-    def changes(self) -> int:
-        """In how much it differs from the model: skipped sub-layers count double."""
-        quantised = self.quantised
-        return 2 * len(self.skip_set) + (len(quantised.sublayers) + quantised.head if quantised else 0)
 
     def choice(self, kind: str, layer: int) -> Literal["keep", "quantise", "skip"]:
         """What becomes of a sub-layer."""

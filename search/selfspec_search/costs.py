@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -20,12 +21,28 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Savings(Record):
+    """Seconds that quantised copies save a step of the draft: of an attention, of an MLP, of the head, and of all of a
+    quantised head's tokens but a vanishing few. Below zero where a copy is the slower one."""
+
+    attention: float
+    mlp: float
+    head: float
+    vocabulary: float
+
+    def of(self, kind: str) -> float:
+        return self.attention if kind == "attn" else self.mlp
+
+
 class Costs(Record):
     """Seconds, of all rows together. A step of the draft is one token drafted in every row; a round is what comes on
     top: verify, accept, commit.
 
     `rounds[n]` is a round over n drafted tokens, a pass over n + 1; `rounds[0]` is all that plain decoding does for a
-    token. `measured` holds steps that the sub-layers' costs were fitted to, for the record.
+    token. Passes are padded where that is faster; a step that runs quantised copies is not, since their kernels are at
+    their best with one token, and `unpadded` is what it costs without any, in padded ones. `formats` holds savings on
+    such steps, by the format's code, for each format that is faster here; `vocabulary_saved` what leaving out the
+    head's tokens saves where it is not quantised. `measured` holds steps that all this was fitted to, for the record.
     """
 
     num_layers: int
@@ -39,12 +56,35 @@ class Costs(Record):
     lookup: Seconds = 0.0  # per round, of prompt lookup where that comes before the draft
     compiled: bool
     captured: bool = False  # as CUDA graphs
+    unpadded: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    vocabulary: Annotated[int, Field(ge=0)] = 0  # tokens of the whole head
+    vocabulary_saved: float = 0.0
+    formats: dict[str, Savings] = {}
     measured: dict[str, Seconds] = {}
 
-    def draft_step(self, skip_set: SkipSet, *, threshold: bool = False) -> float:
-        """Seconds per drafted token of a draft without `skip_set`."""
-        counts = counts_of(skip_set, self.num_layers)
-        return float(counts @ self._fitted) + (self.confidence if threshold else 0.0)
+    def draft_step(self, recipe: Recipe | SkipSet, *, threshold: bool = False) -> float:
+        """Seconds per drafted token of a draft by this recipe; its format must be one of `formats`."""
+        recipe = Recipe.of(recipe)
+        bare = float(counts_of(recipe.skip_set, self.num_layers) @ self._fitted)
+        seconds = max(bare * self._lengthened(recipe) - self._saved_by_copies(recipe), LEAST * bare)
+        return seconds + (self.confidence if threshold else 0.0)
+
+    def _lengthened(self, recipe: Recipe) -> float:
+        return self.unpadded if recipe.quantised is not None else 1.0
+
+    def _saved_by_copies(self, recipe: Recipe) -> float:
+        left_out = 1 - len(recipe.vocabulary) / self.vocabulary if recipe.vocabulary and self.vocabulary else 0.0
+        if recipe.quantised is None:
+            return left_out * self.vocabulary_saved
+        savings, sublayers = self.formats[recipe.quantised.format.code], recipe.quantised.sublayers
+        saved = len(sublayers.attn) * savings.attention + len(sublayers.mlp) * savings.mlp
+        if recipe.quantised.head:
+            return saved + savings.head + left_out * savings.vocabulary
+        return saved + left_out * self.vocabulary_saved * self.unpadded
+
+    def knows(self, recipe: Recipe) -> bool:
+        """Whether the recipe's format was measured, and is faster than none."""
+        return recipe.format is None or recipe.format.code in self.formats
 
     def saved(self, kind: str) -> float:
         """Seconds that skipping one more attention (`attn`) or MLP (`mlp`) saves a step; half a layer with it."""
@@ -55,6 +95,10 @@ class Costs(Record):
         if self.compiled or self.captured:  # which pads every draft to one length
             return np.full_like(drafted, self.rounds[gamma])
         return np.interp(drafted, np.arange(len(self.rounds)), self.rounds)
+
+    def gains(self, code: str, kind: str) -> float:
+        """Seconds that a quantised copy of one more sub-layer saves a step."""
+        return self.formats[code].of(kind)
 
     def mixed(self, other: Costs, weight: float) -> Costs:
         """A weighted mean of two, `weight` being that of the other. It was not measured, and does not say so."""
@@ -67,6 +111,8 @@ class Costs(Record):
         return np.array([self.fixed, self.layer, self.attention, self.mlp])
 
 
+LEAST = 0.02
+"""Of a step in full precision, the least that savings leave of it: beyond, they are noise."""
 _SINGLE = ("fixed", "layer", "attention", "mlp", "confidence", "prefill", "lookup")
 
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.copies import Copies
 from selfspec.draft_view import change_recipe, draft_view
 from selfspec.errors import InputError
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec.views import longrope_switch, pin_longrope, run_view, target_view
 from selfspec_search.memory import Memory
@@ -40,7 +42,7 @@ LEAST_CHANCE = 1e-3
 
 
 class Replay:
-    """Replays drafts of one model on texts that it wrote. One draft view and one recording serve every skip set.
+    """Replays drafts of one model on texts that it wrote. One draft view and one recording serve every recipe.
 
     Args:
         model: the model that wrote the texts.
@@ -48,7 +50,10 @@ class Replay:
         depths: the most tokens that a round may draft (gamma_max).
         sampling: how the texts' tokens were chosen.
         memory: bytes that keys, values and passes of drafts may take beside the model; None for `Memory.default`. The
-            passes that record the texts, one batch of few tokens at a time, come on top while the replay is made.
+            passes that record the texts, one batch of few tokens at a time, come on top while the replay is made, and
+            so do quantised copies.
+        copies: the draft's own layers, for passes over many tokens; by default they are made as recipes ask for them,
+            and kept.
 
     Raises:
         InputError: texts on both sides of a longrope switch, which no one pass can serve; too little memory.
@@ -62,11 +67,13 @@ class Replay:
         *,
         sampling: Sampling | None = None,
         memory: int | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self.texts, self.depths = texts, depths
         self.sampling = sampling or Sampling()
         self.processors = self.sampling.processors(model)
-        self.view = draft_view(model, SkipSet())
+        self.copies = copies or Copies(model, many_tokens=True)
+        self.view = draft_view(model)
         target = target_view(model)
         _pin_longrope(model, texts, (self.view, target), depths)
         budget = Memory(model, depths, memory, sampled=self.sampling.do_sample)
@@ -84,13 +91,13 @@ class Replay:
         kept = len(self.chunks) <= self._threads
         self._first_steps = [Step.of(self.recordings, chunk, 0) if kept else None for chunk in self.chunks]
 
-    def run(self, skip_set: SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
-        """The table for a draft without `skip_set`.
+    def run(self, recipe: Recipe | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
+        """The table for a draft by this recipe.
 
         `how_deep` sees an estimate from depth 0 alone (`Table.from_first_depth`), says how many depths are worth
         replaying, and may end the trial by 0: then None is returned.
         """
-        change_recipe(self.view, skip_set)
+        change_recipe(self.view, recipe, self.copies)
         table, depths = Table.empty(self.texts, self.depths), self.depths
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:
@@ -120,7 +127,7 @@ class Replay:
         for depth in range(1, depths):
             alive = self._advance(alive, depth, table, None)
 
-    def first_depth(self, skip_set: SkipSet) -> Table:
+    def first_depth(self, recipe: Recipe | SkipSet) -> Table:
         """The estimate from depth 0 alone."""
         seen: list[Table] = []
 
@@ -128,7 +135,7 @@ class Replay:
             seen.append(first)
             return 0
 
-        self.run(skip_set, stop)
+        self.run(recipe, stop)
         return seen[0]
 
     def only(self, indices: Sequence[int]) -> Replay:

@@ -33,7 +33,6 @@ from decode import commit, device_name, warn_if_dirty
 from rich.console import Console
 from rich.table import Table
 from selfspec_search import SearchResult, SearchSettings, load_study, search
-from selfspec_search.confirm import plan_of
 from selfspec_search.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
 from selfspec_search.replay import Replay
 from selfspec_search.store import StoredTrial
@@ -199,7 +198,7 @@ def seconds(
 ) -> float:
     """Decoding all prompts with this plan, one at a time."""
     runtime = Runtime(model, prediction.skip_set)
-    drafter = drafter_of(plan_of(prediction), runtime)
+    drafter = drafter_of(prediction.plan, runtime)
     decode_batch(runtime, drafter, prompts[:1], options.new_tokens)  # warm up
     start = perf_counter()
     for prompt in prompts:

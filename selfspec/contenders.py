@@ -180,11 +180,12 @@ def line_up(
     backend: str | None = None,
     compile: bool | None = None,
     policy: PolicyName = "adaptive",
+    draft_memory: int | str | None = None,
 ) -> LineUp:
     """`model.generate`, the plain model in our runtime, and ours; with `peers`, the built-in ways to speculate too,
     each with the settings that are the fastest on the first prompts."""
-    ours = SelfSpeculator(model, plan, backend=backend, compile=compile, policy=policy)
-    plain = SelfSpeculator(model, Plan.none(), backend=backend, compile=compile)
+    ours = SelfSpeculator(model, plan, backend=backend, compile=compile, policy=policy, draft_memory=draft_memory)
+    plain = SelfSpeculator(model, Plan.none(padding=ours.padding_for(1)), backend=backend, compile=compile)
     contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
     absent: list[str] = []
     families: list[list[Contender]] = [[*early_exits(model)], [*prompt_lookups(model)]] if peers else []
@@ -217,5 +218,6 @@ def _add(total: Stats, one: Stats) -> None:
     for gamma, passes in one.draft_lengths.items():
         total.draft_lengths[gamma] = total.draft_lengths.get(gamma, 0) + passes
     total.captured, total.graph_bytes, total.policy = one.captured, one.graph_bytes, one.policy
+    total.draft_bytes = one.draft_bytes
     total.backend, total.backend_reason, total.compiled = one.backend, one.backend_reason, one.compiled
     total.slower_paths = sorted({*total.slower_paths, *one.slower_paths})

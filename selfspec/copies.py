@@ -62,6 +62,10 @@ class Copies:
         wanted = set(_keys(self.model, recipe))
         self._made = {key: module for key, module in self._made.items() if key in wanted}
 
+    def drop(self, format: Format) -> None:
+        """Let go of all copies in a format."""
+        self._made = {key: module for key, module in self._made.items() if format not in key}
+
     def _get(self, key: Key, original: nn.Module, format: Format) -> nn.Module:
         if key not in self._made:
             weight, bias = original.weight, original.bias

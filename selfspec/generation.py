@@ -328,7 +328,7 @@ class SelfSpeculator:
         drafter: Drafter = NoDrafter()
         if not request.lockstep:
             drafter, self.stats.policy = drafter_for(self.plan, self.runtime, request.rows, self.policy)
-        self.runtime.padding = self._padding(request)
+        self.runtime.padding = self.padding_for(request.rows)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:
@@ -339,10 +339,10 @@ class SelfSpeculator:
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
 
-    def _padding(self, request: Request) -> Padding | None:
-        """The plan's, where passes take as long as they did when it was searched."""
+    def padding_for(self, rows: int) -> Padding | None:
+        """How passes over so many rows are padded: as the plan says, where they take as long as in its search."""
         padding, here = self.plan.padding, self._conditions
-        if padding is None or padding.rows != request.rows or self.plan.stale_because(**here) is not None:
+        if padding is None or padding.rows != rows or self.plan.stale_because(**here) is not None:
             return None
         return padding
 

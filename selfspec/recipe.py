@@ -174,6 +174,17 @@ class Recipe:
             return "quantise"
         return "keep"
 
+    def strip(self, num_layers: int) -> str:
+        """Two rows of blocks for the terminal, one column per layer: full = runs, half = quantised, light = skipped.
+
+        >>> print(Recipe(skip_set=SkipSet(attn={0, 2}, mlp={3})).strip(5))
+        attn ░█░██
+        mlp  ███░█
+        """
+        blocks = {"keep": "█", "quantise": "▒", "skip": "░"}
+        rows = {kind: (blocks[self.choice(kind, layer)] for layer in range(num_layers)) for kind in ("attn", "mlp")}
+        return "\n".join(f"{kind:4} {''.join(row)}" for kind, row in rows.items())
+
     def __str__(self) -> str:
         parts = [f"skip {self.skip_set}"]
         if self.quantised is not None:

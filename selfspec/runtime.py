@@ -144,6 +144,13 @@ class Runtime:
         for view in self.views.values():
             self._cache.attach(attention_modules(view))
 
+    def adopt_cache(self, other: Runtime) -> None:
+        """Use another runtime's cache, of the same model: one at a time."""
+        self._let_go_of_cache()
+        self._cache, self.row_buffers = other.cache, other.row_buffers
+        for view in self.views.values():
+            self.cache.attach(attention_modules(view))
+
     def _let_go_of_cache(self) -> None:
         """Free the cache before another one is taken: everything that holds it must let go."""
         self._cache = None

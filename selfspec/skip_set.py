@@ -92,14 +92,6 @@ class SkipSet(SublayerSet):
     def __str__(self) -> str:
         return super().__str__() or "nothing skipped"
 
-    def strip(self, num_layers: int) -> str:
-        """Two rows of blocks for the terminal, one column per layer: full = runs, light = skipped."""
-
-        def row(layers: frozenset[int]) -> str:
-            return "".join("░" if layer in layers else "█" for layer in range(num_layers))
-
-        return f"attn {row(self.attn)}\nmlp  {row(self.mlp)}"
-
 
 class QuantisedSet(SublayerSet):
     """Attention and MLP sub-layers whose linear layers the draft runs in weight-only quantised copies."""

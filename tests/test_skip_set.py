@@ -69,10 +69,6 @@ def test_the_text_form_is_compact() -> None:
     assert str(SkipSet(mlp={0, 1})) == "mlp 0-1"
 
 
-def test_the_strip_shows_a_column_for_each_layer() -> None:
-    assert SkipSet(attn={0, 2}, mlp={3}).strip(5) == "attn ░█░██\nmlp  ███░█"
-
-
 @given(skip_sets, st.integers(1, 41))
 def test_validation_passes_exactly_when_every_layer_exists(skip_set: SkipSet, num_layers: int) -> None:
     outside = [layer for _, layer in skip_set if layer >= num_layers]

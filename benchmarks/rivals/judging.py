@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from selfspec_search.confirm import plan_of
 from selfspec_search.objective import Prediction, Prices, best, predict
 from selfspec_search.replay import Replay
 from selfspec_search.table import Table
@@ -56,7 +55,7 @@ def enter(method: str, select: Select, context: Context, replay: Replay, budget:
     ratios = {candidate.skip_set: candidate.ratio for candidate in reversed(selection.offered) if candidate.skip_set}
     predictions = sorted((price(replay, context, skip_set) for skip_set in ratios), key=lambda p: -p.speedup)
     # Whoever finds nothing to skip decodes plainly.
-    plans = [(plan_of(prediction), prediction.speedup) for prediction in predictions[:JUDGED]] or [(Plan.none(), 1.0)]
+    plans = [(prediction.plan, prediction.speedup) for prediction in predictions[:JUDGED]] or [(Plan.none(), 1.0)]
     return [
         Entry(
             method=method,

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.benchmark import Ratio, speed_ratio
+from selfspec.copies import Copies, copied_bytes
 from selfspec.drafting import Drafter, NoDrafter, drafter_of
-from selfspec.plan import Figures, Plan
+from selfspec.plan import Figures, Padding
+from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
 from selfspec.stats import Stats
 from selfspec_search.objective import Prediction, Prices, predict
@@ -38,6 +40,7 @@ class Confirmed:
     no exit threshold (behind a wrong token, replay only expects those); None when sampling, where each run differs.
     `drafted_replayed` and `drafted_decoded` are tokens drafted per round. `differing_texts` counts decoded texts that
     are not, token for token, the plain model's (0 when sampling). `is_faster`: than the plain model, beyond doubt.
+    `draft_bytes`: what the draft's own layers take.
     """
 
     prediction: Prediction
@@ -50,6 +53,7 @@ class Confirmed:
     rounds_equal: bool | None
     differing_texts: int
     is_faster: bool
+    draft_bytes: int = 0
 
     @property
     def tokens_per_round_replayed(self) -> float:
@@ -170,6 +174,7 @@ def confirm(
     replay: Replay,
     prices: Prices,
     settings: SearchSettings,
+    padding: Padding | None = None,
     on_decoded: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Figures, list[Confirmed]]:
     """Decode held-out texts by each prediction and plainly; figures of plain decoding, and of each plan.
@@ -178,11 +183,13 @@ def confirm(
         predictions: plans to confirm.
         replay: of the held-out texts, all of which count for `predicted_on_held_out`.
         prices: of the held-out texts.
+        padding: of passes, of the plain model's, too.
         on_decoded: called with (batches decoded, of how many).
     """
     batches = _batches(replay.texts, settings)
     plain = _Contender(Runtime(model, backend=settings.backend, compile=settings.compile), NoDrafter(), settings)
-    contenders = [_contender(model, prediction, settings) for prediction in predictions]
+    plain.runtime.padding, copies = padding, Copies(model)
+    contenders = [_contender(model, prediction, settings, padding, copies) for prediction in predictions]
     everyone = [plain, *contenders]
     room = max(text.prompt + text.allowed for text in replay.texts) + settings.gamma_max + 1
     texts = [[replay.texts[index] for index in batch] for batch in batches]
@@ -203,6 +210,13 @@ def confirm(
     ]
 
 
+def padding_of(recipe: Recipe, padding: Padding | None) -> Padding | None:
+    """The padding of passes where a draft is made like this: kernels of quantised weights are best with one token."""
+    if padding is None or recipe.quantised is None:
+        return padding
+    return padding.model_copy(update={"draft": 1})
+
+
 def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]:
     """Texts to decode, spread over the list, in batches of as many rows as the plan is for.
 
@@ -216,15 +230,17 @@ def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]
     return [filled[first : first + rows] for first in range(0, len(filled), rows)]
 
 
-def _contender(model: PreTrainedModel, prediction: Prediction, settings: SearchSettings) -> _Contender:
-    runtime = Runtime(model, prediction.skip_set, backend=settings.backend, compile=settings.compile)
-    return _Contender(runtime, drafter_of(plan_of(prediction), runtime), settings)
-
-
-def plan_of(prediction: Prediction) -> Plan:
-    """The plan that drafts this way."""
-    way = prediction.drafting
-    return Plan(skip_set=prediction.skip_set, gamma=way.gamma, exit_threshold=way.threshold, prompt_lookup=way.lookup)
+def _contender(
+    model: PreTrainedModel,
+    prediction: Prediction,
+    settings: SearchSettings,
+    padding: Padding | None,
+    copies: Copies,
+) -> _Contender:
+    recipe = prediction.recipe if prediction.drafting.gamma else Recipe()
+    runtime = Runtime(model, recipe, backend=settings.backend, compile=settings.compile, copies=copies)
+    runtime.padding = padding_of(prediction.recipe, padding)
+    return _Contender(runtime, drafter_of(prediction.plan, runtime), settings)
 
 
 def _compare(
@@ -235,7 +251,7 @@ def _compare(
     prices: Prices,
     decoded: Sequence[int],
 ) -> Confirmed:
-    table = replay.run(prediction.skip_set) if prediction.drafting.gamma else Table.empty(replay.texts, 1)
+    table = replay.run(prediction.recipe) if prediction.drafting.gamma else Table.empty(replay.texts, 1)
     assert table is not None
     here = prices.only(decoded)
     walked = walk(table.only(decoded), [prediction.drafting], here.lookup)
@@ -258,11 +274,12 @@ def _compare(
         rounds_equal=[[pair[exact] for pair in text] for text in rounds] == replayed if greedy else None,
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
+        draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.recipe),
     )
 
 
 def _expected(prediction: Prediction, table: Table, prices: Prices) -> Figures:
-    (expected,) = predict(table, prices, prediction.skip_set, [prediction.drafting])
+    (expected,) = predict(table, prices, prediction.recipe, [prediction.drafting])
     by_position = agreement(table, prediction.drafting, prices.lookup)
     return expected.figures.model_copy(update={"agreement": by_position})
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from selfspec.loading import versions
 from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance
-from selfspec_search.confirm import Confirmed, confirm, plan_of
+from selfspec.recipe import Format
+from selfspec_search.confirm import Confirmed, confirm, padding_of
 from selfspec_search.memory import Memory
 from selfspec_search.objective import Prediction, Prices, plain_figures
 from selfspec_search.profile import Profile, measure, position_limit
@@ -63,7 +64,13 @@ class Trials:
     interrupted: bool = False
 
 
-def measure_for(model: PreTrainedModel, texts: Sequence[Text], settings: SearchSettings, phases: Phases) -> Profile:
+def measure_for(
+    model: PreTrainedModel,
+    texts: Sequence[Text],
+    settings: SearchSettings,
+    phases: Phases,
+    formats: Sequence[Format] = (),
+) -> Profile:
     """A profile at the contexts that decoding these texts passes through, shortest prompt to longest end."""
     prompts = [text.tokens[: text.prompt].to(model.device) for text in texts]
     middle = sorted(text.prompt + text.written // 2 for text in texts)[len(texts) // 2]
@@ -79,6 +86,7 @@ def measure_for(model: PreTrainedModel, texts: Sequence[Text], settings: SearchS
         sampling=settings.sampling,
         backend=settings.backend,
         compile=settings.compile,
+        formats=formats,
         on_cycle=lambda done, total: phases.tell("profile", done, total),
     )
 
@@ -113,10 +121,15 @@ class Finish:
         provenance = self._provenance(winner, plain, trials, texts, held_out)
         # Also where plain decoding won: then the prediction was most wrong.
         provenance = provenance.model_copy(update={"errors": (winner or confirmed[0]).errors})
-        plan = Plan.none(model=identity, provenance=provenance)
+        plan = Plan.none(model=identity, provenance=provenance, padding=self.profile.padding)
         if winner is not None:
-            changes = {"model": identity, "provenance": provenance, "outlook": self._outlook(winner, texts)}
-            plan = plan_of(winner.prediction).model_copy(update=changes)
+            changes = {
+                "model": identity,
+                "provenance": provenance,
+                "outlook": self._outlook(winner, texts),
+                "padding": padding_of(winner.prediction.recipe, self.profile.padding),
+            }
+            plan = winner.prediction.plan.model_copy(update=changes)
         return SearchResult(
             plan=plan,
             plain=plain,
@@ -137,6 +150,7 @@ class Finish:
             Replay(self.model, held_out, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
             Prices.of(self.profile, held_out, lookup=settings.lookup),
             settings,
+            self.profile.padding,
             lambda done, total: self.phases.tell("confirm", done, total, fastest),
         )
 
@@ -172,7 +186,7 @@ class Finish:
         costs = Prices.of(self.profile, texts, lookup=False).costs
         return Outlook(
             rows=self.profile.rows,
-            draft_step=costs.draft_step(prediction.skip_set),
+            draft_step=costs.draft_step(prediction.recipe),
             rounds=list(costs.rounds),
             agreement=_seen(winner.predicted_on_held_out.agreement),
         )

@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from selfspec.skip_set import SkipSet
+from selfspec.recipe import Recipe
 from selfspec_search.running import OWNER, Running, owner, trial_with_token
 from selfspec_search.storage import Storage
 from selfspec_search.watch import Watch
@@ -49,8 +49,9 @@ class Ledger:
 
     def start(
         self,
-        skip_set: SkipSet,
-        params: Mapping[str, bool],
+        recipe: Recipe,
+        params: Mapping[str, str],
+        distributions: Mapping[str, CategoricalDistribution],
         attrs: Mapping[str, Any] | None = None,
         history: Mapping[str, Any] | None = None,
     ) -> Running:
@@ -59,7 +60,7 @@ class Ledger:
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
-            distributions={name: CategoricalDistribution([False, True]) for name in params},
+            distributions=dict(distributions),
             user_attrs=dict(attrs or {}),
             system_attrs={OWNER: worker, **(history or {})},
         )
@@ -71,7 +72,7 @@ class Ledger:
             tried = True
             return raw.create_new_trial(self._study_id, template) if known is None else known._trial_id
 
-        return Running(self.storage, self.storage.do(create), skip_set, self._heartbeat)
+        return Running(self.storage, self.storage.do(create), recipe, self._heartbeat)
 
     def ends_for_dead(self, trial: FrozenTrial) -> bool:
         """End a running trial whose worker died; False if it lives, or if another worker ended the trial first."""

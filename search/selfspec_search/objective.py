@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfspec.plan import Figures, PromptLookup
+from selfspec.plan import Figures, Plan, PromptLookup
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec_search.costs import Costs
 from selfspec_search.lookup import MAX_NGRAM, MIN_NGRAMS, LookupTable
@@ -30,18 +31,35 @@ COMBINED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One skip set with one way of drafting, and what it is predicted to bring on the texts of a table."""
+    """One recipe with one way of drafting, and what it is predicted to bring on the texts of a table."""
 
-    skip_set: SkipSet
+    recipe: Recipe
     drafting: Drafting
     figures: Figures
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return self.recipe.skip_set
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that drafts this way."""
+        recipe, way = self.recipe, self.drafting
+        return Plan(
+            skip_set=recipe.skip_set,
+            quantised=recipe.quantised,
+            draft_vocabulary=recipe.vocabulary and recipe.vocabulary.code,
+            gamma=way.gamma,
+            exit_threshold=way.threshold,
+            prompt_lookup=way.lookup,
+        )
 
     @property
     def speedup(self) -> float:
         return self.figures.speedup
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the skip set, ready for JSON."""
+        """All but the recipe, ready for JSON."""
         lookup = self.drafting.lookup
         return {
             "gamma": self.drafting.gamma,
@@ -51,12 +69,12 @@ class Prediction:
         }
 
     @classmethod
-    def from_dict(cls, skip_set: SkipSet, data: Mapping[str, Any]) -> Prediction:
+    def from_dict(cls, recipe: Recipe, data: Mapping[str, Any]) -> Prediction:
         """The inverse of `to_dict`."""
         figures = Figures.model_validate({n: data[n] for n in Figures.model_fields if n in data}, strict=False)
         lookup = PromptLookup(**data["lookup"]) if data.get("lookup") else None
         drafting = Drafting(data["gamma"], data["threshold"], lookup)
-        return cls(skip_set=skip_set, drafting=drafting, figures=figures)
+        return cls(recipe=recipe, drafting=drafting, figures=figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +121,23 @@ class Prices:
     def _lookup_alone(self, texts: Sequence[Text]) -> list[Prediction]:
         lengths = range(1, len(self.costs.rounds))
         every = [PromptLookup(gamma=n, min_ngram=m, max_ngram=MAX_NGRAM) for m in MIN_NGRAMS for n in lengths]
-        return predict(Table.empty(texts, 1), self, SkipSet(), [Drafting(0, None, lookup) for lookup in every])
+        return predict(Table.empty(texts, 1), self, Recipe(), [Drafting(0, None, lookup) for lookup in every])
 
     def best_lookup(self, texts: Sequence[Text]) -> Prediction | None:
         """Prompt lookup alone at its best; None where it does not take part."""
         alone = [Drafting(0, None, lookup) for lookup in self.lookups]
-        predictions = predict(Table.empty(texts, 1), self, SkipSet(), alone) if alone else []
+        predictions = predict(Table.empty(texts, 1), self, Recipe(), alone) if alone else []
         return max(predictions, key=lambda prediction: prediction.speedup, default=None)
 
 
-def draft_cost(skip_set: SkipSet, prices: Prices) -> float:
+def draft_cost(recipe: Recipe | SkipSet, prices: Prices) -> float:
     """What a step of the draft costs, as a share of the whole model's."""
-    return prices.costs.draft_step(skip_set) / prices.costs.draft_step(SkipSet())
+    return prices.costs.draft_step(recipe) / prices.costs.draft_step(Recipe())
 
 
-def is_cheap(skip_set: SkipSet, prices: Prices, limit: float | None) -> bool:
-    """Whether a draft costs at most `limit`, if there is one."""
-    return limit is None or draft_cost(skip_set, prices) <= limit
+def ranked(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Best first; of equals that which skips more."""
+    return sorted(predictions, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set)))
 
 
 def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:
@@ -132,17 +150,17 @@ def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:
     return [Drafting(gamma, threshold) for threshold in thresholds for gamma in lengths]
 
 
-def evaluate(table: Table, prices: Prices, skip_set: SkipSet) -> list[Prediction]:
-    """Every way of drafting without `skip_set`, then the best of them with prompt lookup before it."""
-    by_layers = predict(table, prices, skip_set, ways_to_draft(table, prices))
+def evaluate(table: Table, prices: Prices, recipe: Recipe) -> list[Prediction]:
+    """Every way of drafting by `recipe`, then the best of them with prompt lookup before it."""
+    by_layers = predict(table, prices, recipe, ways_to_draft(table, prices))
     fastest = sorted(by_layers, key=lambda prediction: -prediction.speedup)[:COMBINED]
     combined = [replace(p.drafting, lookup=lookup) for lookup in prices.lookups for p in fastest]
-    return by_layers + (predict(table, prices, skip_set, combined) if combined else [])
+    return by_layers + (predict(table, prices, recipe, combined) if combined else [])
 
 
-def best(table: Table, prices: Prices, skip_set: SkipSet) -> Prediction:
-    """The fastest way of drafting without `skip_set`; where it is below 1, plain decoding is faster."""
-    return simplest(evaluate(table, prices, skip_set))
+def best(table: Table, prices: Prices, recipe: Recipe) -> Prediction:
+    """The fastest way of drafting by `recipe`; where it is below 1, plain decoding is faster."""
+    return simplest(evaluate(table, prices, recipe))
 
 
 def simplest(predictions: Sequence[Prediction]) -> Prediction:
@@ -169,8 +187,8 @@ def depths_worth_replaying(estimates: Sequence[Prediction]) -> int:
     return deepest + 1
 
 
-def predict(table: Table, prices: Prices, skip_set: SkipSet, ways: Sequence[Drafting]) -> list[Prediction]:
-    """Figures for each of these ways of drafting without `skip_set`.
+def predict(table: Table, prices: Prices, recipe: Recipe, ways: Sequence[Drafting]) -> list[Prediction]:
+    """Figures for each of these ways of drafting by `recipe`.
 
     Rows of a batch are done when the last one is. When sampling, that is told from each row's expected rounds, which is
     somewhat early.
@@ -185,7 +203,7 @@ def predict(table: Table, prices: Prices, skip_set: SkipSet, ways: Sequence[Draf
     predictions = []
     for index, way in enumerate(ways):
         passes = float(rounds[index][batches].max(axis=1).sum())
-        seconds = passes * _pass_seconds(walked, index, way, prices, skip_set) + prefill
+        seconds = passes * _pass_seconds(walked, index, way, prices, recipe) + prefill
         figures = Figures(
             tokens_per_round=int(table.written.sum()) / float(rounds[index].sum()),
             acceptance_rate=float(accepted[index] / drafted[index]) if drafted[index] else 0.0,
@@ -193,13 +211,13 @@ def predict(table: Table, prices: Prices, skip_set: SkipSet, ways: Sequence[Draf
             speedup=plain / seconds,
             texts=table.texts,
         )
-        predictions.append(Prediction(skip_set=skip_set, drafting=way, figures=figures))
+        predictions.append(Prediction(recipe=recipe, drafting=way, figures=figures))
     return predictions
 
 
 def plain_figures(table: Table, prices: Prices) -> Figures:
     """What plain decoding is predicted to bring."""
-    return predict(table, prices, SkipSet(), [Drafting(0)])[0].figures
+    return predict(table, prices, Recipe(), [Drafting(0)])[0].figures
 
 
 def _batches(texts: int, rows: int) -> NDArray[np.int64]:
@@ -207,11 +225,11 @@ def _batches(texts: int, rows: int) -> NDArray[np.int64]:
     return np.arange(-(-texts // rows) * rows).reshape(-1, rows) % texts
 
 
-def _pass_seconds(walked: Walk, index: int, way: Drafting, prices: Prices, skip_set: SkipSet) -> float:
+def _pass_seconds(walked: Walk, index: int, way: Drafting, prices: Prices, recipe: Recipe) -> float:
     """Of one round of all rows, drafting included: rows wait for the one that drafts longest."""
     costs, visits = prices.costs, walked.visits[index].ravel()
     drafted, steps = walked.drafted[index].ravel(), walked.steps[index].ravel()
-    step = costs.draft_step(skip_set, threshold=way.threshold is not None)
+    step = costs.draft_step(recipe, threshold=way.threshold is not None)
     rounds = costs.round(drafted, way.longest)
     seconds = step * _largest(steps, steps, visits, prices.rows) + _largest(drafted, rounds, visits, prices.rows)
     return seconds + (costs.lookup if way.lookup else 0.0)

@@ -12,10 +12,16 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.copies import Copies
 from selfspec.errors import InputError
 from selfspec.loading import processor_name, versions
+from selfspec.plan import Padding
+from selfspec.recipe import Format, Recipe
 from selfspec.runtime import Runtime, device_name
+from selfspec.skip_set import SkipSet
+from selfspec_search.copy_costs import copied_variants, copies_that_gain, fit_copies
 from selfspec_search.costs import Costs, Record, at_another_context, fit_step, variants
+from selfspec_search.padding import draft_padding, target_padding
 from selfspec_search.sampling import Sampling
 from selfspec_search.timing import STEPS, Bench, Call, medians, share_cache
 
@@ -51,6 +57,8 @@ class Profile(Record):
     versions: dict[str, str]
     contexts: Annotated[tuple[int, ...], Field(min_length=1)]
     costs: tuple[Costs, ...]
+    padding: Padding | None = None  # which `costs` are of; None where passes are what they are
+    slower_formats: dict[str, str] = Field(default_factory=dict)  # by code, why `costs` say nothing of them
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -132,6 +140,7 @@ def measure(
     sampling: Sampling | None = None,
     backend: str | None = None,
     compile: bool | None = None,
+    formats: Sequence[Format] = (),
     on_cycle: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure a profile: medians of interleaved cycles.
@@ -146,6 +155,7 @@ def measure(
         rows: how many are decoded together; each has the whole context.
         slots: the least capacity of the cache; the cost of a pass depends on it where attention has static shapes.
         sampling: how tokens are chosen, greedily by default; with a large vocabulary it counts.
+        formats: of quantised copies to measure; those that are no faster here are only named.
         on_cycle: called with (cycles done, of how many).
 
     Raises:
@@ -153,18 +163,31 @@ def measure(
     """
     contexts = _checked(model, contexts or _contexts_of(model, prompts, gamma_max), rows)
     slots = max(slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)  # one cache for all: growing would replace it
-    skip_sets = variants(model.config.num_hidden_layers)
-    runtimes = {name: Runtime(model, skip, backend=backend, compile=compile) for name, skip in skip_sets.items()}
+    base, copies = contexts[len(contexts) // 2], Copies(model)
+
+    def runtime_of(recipe: Recipe | SkipSet) -> Runtime:
+        return Runtime(model, recipe, backend=backend, compile=compile, copies=copies)
+
+    runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
     share_cache(runtimes.values(), rows, slots)
-    base = contexts[len(contexts) // 2]
+    full = runtimes[FULL]
+    benches = {context: Bench(_cached(model, prompts or (), rows, context + 1), sampling) for context in contexts}
+    draft_length = draft_padding(full, benches[base])
+    gaining, slower = copies_that_gain(full, benches[base], formats, runtime_of)
+    copied = copied_variants(model, gaining)
+    runtimes |= {name: runtime_of(recipe) for name, recipe in copied.items()}
+    share_cache(runtimes.values(), rows, slots)
+    for name in variants(model.config.num_hidden_layers):
+        runtimes[name].padding = Padding(rows=rows, target=[], draft=draft_length)
     calls: dict[Name, Call] = {}
-    for context in contexts:
-        bench = Bench(_cached(model, prompts or (), rows, context + 1), sampling)
-        lengths = round_lengths(gamma_max, sparse=runtimes[FULL].compile or context != base)
-        some = runtimes if context == base else {FULL: runtimes[FULL]}
+    for context, bench in benches.items():
+        lengths = round_lengths(gamma_max, sparse=full.compile or context != base)
+        some = runtimes if context == base else {FULL: full}
         calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
     timed = medians(calls, rare=_is_prefill, cycles=CYCLES, device=model.device, on_cycle=on_cycle)
-    full = runtimes[FULL]
+    padding = Padding(rows=rows, target=target_padding(_rounds(base, timed), gamma_max), draft=draft_length)
+    found = costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, padding=padding)
+    with_copies = fit_copies(model, gaining, {name: timed[base, name] / STEPS for name in (FULL, *copied)})
     return Profile(
         device=device_name(model.device),
         processor=processor_name(),
@@ -179,9 +202,10 @@ def measure(
         versions=versions(),
         contexts=tuple(contexts),
         costs=tuple(
-            costs.model_copy(update={"captured": bench.captures(full)})
-            for costs in costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile)
+            costs.model_copy(update={"captured": benches[base].captures(full), **with_copies}) for costs in found
         ),
+        padding=padding if padding.most else None,
+        slower_formats=slower,
     )
 
 
@@ -230,7 +254,13 @@ def _calls(bench: Bench, runtimes: Mapping[str, Runtime], lengths: Sequence[int]
 
 
 def costs_at(
-    contexts: Sequence[int], base: int, timed: Mapping[Name, float], num_layers: int, *, compiled: bool
+    contexts: Sequence[int],
+    base: int,
+    timed: Mapping[Name, float],
+    num_layers: int,
+    *,
+    compiled: bool,
+    padding: Padding | None = None,
 ) -> tuple[Costs, ...]:
     """Costs at every context, from all that was timed at `base` and what was timed at the others."""
     steps = {name: timed[base, name] / STEPS for name in variants(num_layers)}
@@ -242,6 +272,7 @@ def costs_at(
     for context in contexts:
         step, here = timed[context, FULL] / STEPS, _rounds(context, timed)
         ratios = [seconds / base_rounds[n] for n, seconds in here.items()]
+        bare = (base_rounds * np.interp(range(len(base_rounds)), list(here), ratios)).tolist()
         fixed, layer, attention, mlp = at_another_context(fitted, step, num_layers).tolist()
         found.append(
             Costs(
@@ -251,7 +282,7 @@ def costs_at(
                 attention=attention,
                 mlp=mlp,
                 confidence=confidence,
-                rounds=tuple((base_rounds * np.interp(range(len(base_rounds)), list(here), ratios)).tolist()),
+                rounds=_padded(bare, padding),
                 prefill=timed[context, "prefill"],
                 lookup=timed[context, "lookup"] / STEPS,
                 compiled=compiled,
@@ -259,6 +290,12 @@ def costs_at(
             )
         )
     return tuple(found)
+
+
+def _padded(rounds: list[float], padding: Padding | None) -> tuple[float, ...]:
+    """What rounds cost where their passes are padded: each what that of its pass's length does."""
+    lengths = [t if padding is None else padding.of_target(t) for t in range(1, len(rounds) + 1)]
+    return tuple(rounds[t - 1] for t in lengths)
 
 
 def _rounds(context: int, timed: Mapping[Name, float]) -> dict[int, float]:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
+from selfspec.recipe import Format
 from selfspec_search import text_cache
 from selfspec_search.finish import Finish, Phases, Trials, check_memory, measure_for
-from selfspec_search.objective import Prices, best, is_cheap
+from selfspec_search.limits import limits_of
+from selfspec_search.objective import Prices, best, ranked
 from selfspec_search.result import SearchResult
 from selfspec_search.sampling import Sampling
 from selfspec_search.settings import OnProgress, SearchSettings
@@ -34,8 +36,8 @@ def repick(
     Args:
         model: the one that the study is about.
         study: see `load_study`.
-        settings: `rows`, `compile`, `backend`, `lookup`, `max_draft_cost` and those of the confirmation count; texts,
-            sampling and the longest draft are the study's.
+        settings: `rows`, `compile`, `backend`, `lookup`, `max_draft_cost`, `draft_memory` and those of the confirmation
+            count; texts, sampling and the longest draft are the study's.
 
     Raises:
         InputError: the study is about another model, or holds no finished trial.
@@ -52,21 +54,28 @@ def repick(
     texts, calibration = text_cache.from_bytes(study.blobs[TEXTS]), int(made_with["calibration"])
     check_memory(model, texts, calibration, settings)
     with phases.phase("profile"):
-        profile = measure_for(model, texts, settings, phases)
+        formats = [Format.parse(code) for code in study.space.formats]
+        profile = measure_for(model, texts, settings, phases, formats)
     with phases.phase("trials"):
         prices = Prices.of(profile, texts[:calibration], lookup=settings.lookup).with_lookups(texts[:calibration])
         # Sets that were too expensive to be tried at all have no table.
         priced = [trial for trial in study.trials if "table" in trial.record]
-        # A set that was tried twice counts once.
-        tables = {trial.skip_set: table_of(trial, settings.gamma_max) for trial in priced}
-        found = [best(table, prices, skip_set) for skip_set, table in tables.items()]
-        found = [prediction for prediction in found if is_cheap(prediction.skip_set, prices, settings.max_draft_cost)]
+        # A recipe that was tried twice counts once.
+        tables, limits = {trial.recipe: trial for trial in priced}, limits_of(model, settings)
+        found = [
+            best(table_of(trial, settings.gamma_max), prices, recipe)
+            for recipe, trial in tables.items()
+            if limits.allow(recipe, prices)
+        ]
     if not found:
-        raise InputError(f"no trial of study '{study.name}' is as cheap here as max_draft_cost asks; raise it")
+        raise InputError(
+            f"no trial of study '{study.name}' is as cheap and as small here as max_draft_cost and draft_memory ask; "
+            "raise them"
+        )
     whole = sum(trial.value is not None for trial in study.trials)
     trials = Trials(
         study=study.name,
-        ranking=sorted(found, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set))),
+        ranking=ranked(found),
         lookup=prices.best_lookup(texts[:calibration]),
         complete=whole,
         pruned=len(study.trials) - whole,

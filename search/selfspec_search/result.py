@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfspec.plan import Figures, Plan
-from selfspec_search.confirm import Confirmed, plan_of
+from selfspec_search.confirm import Confirmed
 from selfspec_search.profile import Profile
 
 
@@ -68,7 +68,7 @@ class SearchResult:
 def _row(confirmed: Confirmed) -> dict[str, str]:
     measured = confirmed.measured
     return {
-        "plan": str(plan_of(confirmed.prediction)),
+        "plan": str(confirmed.prediction.plan),
         "speedup predicted": f"{confirmed.prediction.speedup:.2f}",
         "on held-out": f"{confirmed.predicted_on_held_out.speedup:.2f}",
         "measured": f"{measured.speedup:.2f}",

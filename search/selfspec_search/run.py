@@ -15,20 +15,27 @@ from transformers import PreTrainedModel
 from selfspec.compiling import will_compile
 from selfspec.errors import InputError
 from selfspec.runtime import Runtime
+from selfspec.sizes import in_words
 from selfspec.views import check_supported
 from selfspec_search import text_cache
 from selfspec_search.finish import Finish, Phases, Trials, check_memory, measure_for
+from selfspec_search.limits import limits_of
 from selfspec_search.objective import Prices
+from selfspec_search.offering import formats_for, most_copied, space_of
 from selfspec_search.profile import Profile
 from selfspec_search.repicking import repick
 from selfspec_search.replay import Replay
 from selfspec_search.result import SearchResult
 from selfspec_search.settings import OnProgress, SearchSettings
+from selfspec_search.space import Space
 from selfspec_search.store import Store, load_study
+from selfspec_search.stored import SPACE
 from selfspec_search.study import Study
 from selfspec_search.text_cache import TEXTS, TextCache, digest_of, model_fingerprint
 from selfspec_search.texts import Text, check_prompts, write_texts
 
+TOLD_FROM = 2**26
+"""Less memory for copies goes without saying."""
 PROFILE = "profile"
 """What the workers of a study share besides the texts, by key."""
 
@@ -77,8 +84,8 @@ class _Search:
         check_prompts(model, calibration, "calibration")
         check_prompts(model, held_out, "held-out")
         self.model, self.settings = model, settings or SearchSettings()
-        for skip_set in self.settings.start_from:
-            skip_set.validate(model.config.num_hidden_layers)
+        for recipe in self.settings.start_from:
+            recipe.validate(model.config.num_hidden_layers)
         self.prompts, self.calibration = [*calibration, *held_out], len(calibration)
         self.phases = Phases(on_progress=on_progress or (lambda progress: None))
         self.on_notice = on_notice or (lambda line: None)
@@ -97,6 +104,7 @@ class _Search:
             texts = text_cache.from_bytes(shared[TEXTS])
             check_memory(self.model, texts, self.calibration, self.settings)
             profile = Profile.from_dict(json.loads(shared[PROFILE]))
+            store.space = Space.from_bytes(shared[SPACE])
             with self.phases.phase("trials"):
                 trials = self._trials(store, profile, texts[: self.calibration])
         return self._result(trials, profile, texts)
@@ -128,7 +136,9 @@ class _Search:
             "rows": settings.rows,
             "lookup": settings.lookup,
             "compiled": will_compile(settings.compile, self.model.device),
+            "draft": settings.draft,
             "max_draft_cost": settings.max_draft_cost,
+            "draft_memory": settings.draft_memory,
         }
 
     def _make_shared(self) -> Mapping[str, bytes]:
@@ -136,9 +146,20 @@ class _Search:
         with self.phases.phase("texts"):
             texts = self._write()
         check_memory(self.model, texts, self.calibration, self.settings)
+        formats = formats_for(self.model, self.settings.draft)
+        if (size := most_copied(self.model, formats)) > TOLD_FROM:
+            self.on_notice(
+                f"quantised copies ({', '.join(map(str, formats))}) take up to {in_words(size)} beside the model while "
+                "the search runs; --draft skip does without"
+            )
         with self.phases.phase("profile"):
-            profile = measure_for(self.model, texts, self.settings, self.phases)
-        return {TEXTS: text_cache.to_bytes(texts), PROFILE: json.dumps(profile.to_dict()).encode()}
+            profile = measure_for(self.model, texts, self.settings, self.phases, formats)
+        space = space_of(self.model, profile, texts[: self.calibration], self.settings.draft)
+        return {
+            TEXTS: text_cache.to_bytes(texts),
+            PROFILE: json.dumps(profile.to_dict()).encode(),
+            SPACE: space.to_bytes(),
+        }
 
     def _write(self) -> list[Text]:
         settings, cache = self.settings, TextCache()
@@ -169,6 +190,7 @@ class _Search:
             Prices.of(profile, texts, lookup=settings.lookup).with_lookups(texts),
             settings,
             store,
+            limits_of(self.model, settings),
             on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
         )
         study.run()
@@ -185,10 +207,9 @@ class _Search:
 
 
 def _nothing_found(study: Study) -> str:
-    limit = study.settings.max_draft_cost
-    if study.trials and limit is not None:
-        return (
-            f"no skip set that was tried costs at most {limit} of a step of the whole model; raise max_draft_cost, or "
-            "give the search more time"
-        )
+    cost, memory = study.settings.max_draft_cost, study.settings.draft_memory
+    if study.trials and (cost is not None or memory is not None):
+        asked = [f"costs at most {cost} of a step of the whole model"] if cost is not None else []
+        asked += [f"takes at most {in_words(memory)}"] if memory is not None else []
+        return f"no draft that was tried {' and '.join(asked)}; raise the limit, or give the search more time"
     return "the search ended before it had tried one skip set; give it more time"

@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
-from selfspec.skip_set import SkipSet
+from selfspec.recipe import Recipe
 from selfspec_search.interrupts import hold_back
 from selfspec_search.storage import STALL_SECONDS, STORAGE_ERRORS, Storage, reason_of
 
@@ -43,12 +43,12 @@ class Running:
     Args:
         storage: where the trial is.
         trial_id: Optuna's.
-        skip_set: what is tried.
+        recipe: what is tried.
         interval: seconds between heartbeats.
     """
 
-    def __init__(self, storage: Storage, trial_id: int, skip_set: SkipSet, interval: float) -> None:
-        self.skip_set = skip_set
+    def __init__(self, storage: Storage, trial_id: int, recipe: Recipe, interval: float) -> None:
+        self.recipe = recipe
         self._storage = storage
         self._trial_id = trial_id
         self._interval = interval
@@ -91,7 +91,7 @@ class Running:
         self._end(TrialState.PRUNED)
 
     def fail(self) -> None:
-        """End the trial without a result; its skip set may be tried again."""
+        """End the trial without a result; its recipe may be tried again."""
         self._end(TrialState.FAIL)
 
     def _note(self, record: Mapping[str, Any], constraints: Mapping[str, float] | None) -> None:

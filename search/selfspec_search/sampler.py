@@ -1,51 +1,48 @@
-"""Sampler: one of Optuna's, on a study in memory: it proposes skip sets, and learns what came of them and of others."""
+"""Sampler: one of Optuna's, on a study in memory: it proposes recipes, and learns what came of them and of others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import optuna
-from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
-from selfspec.skip_set import SkipSet
-from selfspec_search.space import suggest, to_params
+from selfspec.recipe import Recipe
+from selfspec_search.space import Space
 
 POPULATION = 20
 """Of NSGA-II: a few generations must fit into a search."""
 
 
 class Sampler:
-    """Proposes skip sets.
+    """Proposes recipes.
 
     Args:
         name: `tpe`, `gp`, `nsga2` or `random`.
         seed: of its choices.
-        num_layers: of the model.
+        space: what there is to choose from.
     """
 
-    def __init__(self, name: str, seed: int, num_layers: int) -> None:
-        self.num_layers = num_layers
+    def __init__(self, name: str, seed: int, space: Space) -> None:
+        self.space = space
         self._study = optuna.create_study(direction="maximize", sampler=_make(name, seed))
-        self._asked: dict[SkipSet, optuna.Trial] = {}
+        self._asked: dict[Recipe, optuna.Trial] = {}
 
-    def propose(self) -> SkipSet:
-        """A set that looks promising; `tell` or `decline` answers."""
+    def propose(self) -> Recipe:
+        """One that looks promising; `tell` or `decline` answers."""
         trial = self._study.ask()
-        skip_set = suggest(trial, self.num_layers)
-        self.decline(skip_set)  # proposed before, and never answered
-        self._asked[skip_set] = trial
-        return skip_set
+        recipe = self.space.suggest(trial)
+        self.decline(recipe)  # proposed before, and never answered
+        self._asked[recipe] = trial
+        return recipe
 
-    def decline(self, skip_set: SkipSet) -> None:
+    def decline(self, recipe: Recipe) -> None:
         """Leave a proposal without a result, as where it is known already."""
-        if (asked := self._asked.pop(skip_set, None)) is not None:
+        if (asked := self._asked.pop(recipe, None)) is not None:
             self._study.tell(asked, state=TrialState.FAIL)
 
-    def tell(
-        self, skip_set: SkipSet, value: float | None, *, estimate: float, constraints: Mapping[str, float]
-    ) -> None:
-        """What came of a set, proposed here or not.
+    def tell(self, recipe: Recipe, value: float | None, *, estimate: float, constraints: Mapping[str, float]) -> None:
+        """What came of a recipe, proposed here or not.
 
         Args:
             value: the objective; None if the trial was ended early.
@@ -53,11 +50,10 @@ class Sampler:
             constraints: feasible if at most 0.
         """
         state = TrialState.PRUNED if value is None else TrialState.COMPLETE
-        if (asked := self._asked.pop(skip_set, None)) is None:
-            params = to_params(skip_set, self.num_layers)
+        if (asked := self._asked.pop(recipe, None)) is None:
             trial = optuna.create_trial(
-                params=params,
-                distributions=dict.fromkeys(params, CategoricalDistribution([False, True])),
+                params=self.space.to_params(recipe),
+                distributions={**self.space.distributions},
                 state=state,
                 value=value,
                 intermediate_values={0: estimate},

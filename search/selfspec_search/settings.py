@@ -8,11 +8,13 @@ from typing import Literal, get_args
 
 from selfspec.errors import InputError
 from selfspec.plan import MOST_DRAFTED
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec_search.sampling import Sampling
 
 Phase = Literal["texts", "profile", "trials", "confirm"]
 SamplerName = Literal["tpe", "gp", "nsga2", "random"]
+DraftName = Literal["both", "skip", "quantised"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,17 @@ class SearchSettings:
     """How long and how far to search, for what use, and where trials are kept.
 
     Args:
-        trials: skip sets to try in the study, by all its workers and earlier runs, pruned ones included.
+        trials: recipes to try in the study, by all its workers and earlier runs, pruned ones included.
         timeout: seconds after which no further trial starts; None for no limit.
         seed: of everything random in the search.
-        sampler: who proposes skip sets once those known to be good were tried: Optuna's TPE, Gaussian process, NSGA-II
+        sampler: who proposes recipes once those known to be good were tried: Optuna's TPE, Gaussian process, NSGA-II
             or random sampling.
+        draft: what drafts may do: `skip` sub-layers, which takes no memory; run them `quantised`, with a head that is
+            quantised and trimmed; or `both`. What is not faster on this device is never offered.
+        draft_memory: bytes that a draft's own layers may take beside the model; None for no limit. The search itself
+            holds copies in every format that it tries.
         max_draft_cost: the most that a step of the draft may cost, as a share of the whole model's; None for no limit.
-        start_from: skip sets to try first, such as the best of an earlier search.
+        start_from: recipes, or skip sets alone, to try first, such as the best of an earlier search.
         gamma_max: the longest draft considered.
         new_tokens: how many tokens the target writes after each prompt.
         sampling: how it chooses them, greedily by default.
@@ -47,8 +53,10 @@ class SearchSettings:
     timeout: float | None = None
     seed: int = 0
     sampler: SamplerName = "tpe"
+    draft: DraftName = "both"
+    draft_memory: int | None = None
     max_draft_cost: float | None = None
-    start_from: Sequence[SkipSet] = ()
+    start_from: Sequence[Recipe | SkipSet] = ()
     gamma_max: int = 8
     new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
@@ -72,6 +80,10 @@ class SearchSettings:
             raise InputError(f"seed is {self.seed}, but it must be between 0 and {2**32 - 1}")
         if self.sampler not in get_args(SamplerName):
             raise InputError(f"sampler is '{self.sampler}', but it must be one of {', '.join(get_args(SamplerName))}")
+        if self.draft not in get_args(DraftName):
+            raise InputError(f"draft is '{self.draft}', but it must be one of {', '.join(get_args(DraftName))}")
+        if self.draft_memory is not None and self.draft_memory < 1:
+            raise InputError(f"draft_memory is {self.draft_memory}, but it must be at least 1 byte")
         if self.max_draft_cost is not None and not 0 < self.max_draft_cost <= 1:
             raise InputError(f"max_draft_cost is {self.max_draft_cost}, but it must be above 0 and at most 1")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from selfspec.errors import InputError
-from selfspec.skip_set import SkipSet
+from selfspec.recipe import Recipe
 from selfspec_search import blobs
 from selfspec_search.ledger import Ledger
 from selfspec_search.running import Running
@@ -81,7 +81,7 @@ class Sharing:
         """Become the maker, unless another worker is about to, or has made all."""
         if self._shared() is not None or self._makers():
             return
-        mine = self._ledger.start(SkipSet(), {}, attrs={SETUP: self._about}).__enter__()
+        mine = self._ledger.start(Recipe(), {}, {}, attrs={SETUP: self._about}).__enter__()
         makers = self._makers()
         if self._shared() is not None or makers[:1] != [mine.number]:
             mine.fail()

@@ -1,53 +1,188 @@
-"""Space: skip sets as yes-or-no choices, one per sub-layer; where the search starts, and what lies beside a set."""
+"""Space: what may become of every sub-layer and of the head; where the search starts, and what lies beside a recipe."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from dataclasses import dataclass, field
+from itertools import islice, product
+from math import prod
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 
-from selfspec.skip_set import SkipSet
+from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
+from selfspec.skip_set import QuantisedSet, SkipSet
 
 Sublayer = tuple[str, int]
+Change = tuple[str, str, str]
+"""A parameter, what it was, and what it becomes."""
+KEEP, QUANTISE, SKIP = "keep", "quantise", "skip"
+FORMAT, HEAD = "format", "head"
+"""Parameters beside the sub-layers'."""
+OWN_HEAD = "the model's own"
 MOST_EARLY_EXITS = 16
 """Deep models: not every exit layer is tried, but so many, evenly spread."""
 
 
-def sublayers(num_layers: int) -> list[Sublayer]:
-    """All 2L of them, in the order in which the model runs them."""
-    return [(kind, layer) for layer in range(num_layers) for kind in ("attn", "mlp")]
+@dataclass(frozen=True)
+class Head:
+    """A head that the draft may have."""
+
+    quantised: bool = False
+    vocabulary: SubVocabulary | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All recipes of a search.
+
+    Args:
+        num_layers: of the model.
+        skips: whether sub-layers may be skipped.
+        formats: by code, the sub-layers whose copies in this format are faster; none where nothing is quantised.
+        heads: by name; the model's own is among them.
+    """
+
+    num_layers: int
+    skips: bool = True
+    formats: Mapping[str, QuantisedSet] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=lambda: {OWN_HEAD: Head()})
+
+    def sublayers(self) -> list[Sublayer]:
+        """All 2L of them, in the order in which the model runs them."""
+        return [(kind, layer) for layer in range(self.num_layers) for kind in ("attn", "mlp")]
+
+    @property
+    def choices(self) -> dict[str, list[str]]:
+        """By parameter. Formats and heads are parameters where there is a choice."""
+        chosen = [KEEP, *([QUANTISE] if self.formats else []), *([SKIP] if self.skips else [])]
+        every = {sublayer_name(sublayer): chosen for sublayer in self.sublayers()}
+        every |= {FORMAT: list(self.formats)} if len(self.formats) > 1 else {}
+        return every | ({HEAD: list(self.heads)} if len(self.heads) > 1 else {})
+
+    @property
+    def distributions(self) -> dict[str, CategoricalDistribution]:
+        """Of an Optuna trial's parameters."""
+        return {name: CategoricalDistribution(choices) for name, choices in self.choices.items()}
+
+    @property
+    def size(self) -> int:
+        """How many combinations of choices there are."""
+        return prod(len(choices) for choices in self.choices.values())
+
+    def to_params(self, recipe: Recipe | SkipSet) -> dict[str, str]:
+        """A recipe as an Optuna trial's parameters; what the space does not offer is kept as it is in the model."""
+        recipe = Recipe.of(recipe)
+        code = recipe.format.code if recipe.format is not None else None
+        code = code if code in self.formats else next(iter(self.formats), None)
+        params = {sublayer_name((kind, layer)): recipe.choice(kind, layer) for kind, layer in self.sublayers()}
+        offered = self.choices
+        found = {name: choice if choice in offered[name] else KEEP for name, choice in params.items()}
+        if FORMAT in offered:
+            found[FORMAT] = str(code)
+        if HEAD in offered:
+            mine = Head(recipe.quantised is not None and recipe.quantised.head, recipe.vocabulary)
+            found[HEAD] = next((name for name, head in self.heads.items() if head == mine), OWN_HEAD)
+        return found
+
+    def from_params(self, params: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_params`. What is quantised in a format that does not gain from it is kept."""
+        code = params.get(FORMAT, next(iter(self.formats), None))
+        head = self.heads[params.get(HEAD, OWN_HEAD)]
+        by_choice: dict[str, dict[str, list[int]]] = {c: {"attn": [], "mlp": []} for c in (KEEP, QUANTISE, SKIP)}
+        for kind, layer in self.sublayers():
+            by_choice[params[sublayer_name((kind, layer))]][kind].append(layer)
+        skip_set = SkipSet(**by_choice[SKIP])
+        if code is None:
+            return Recipe(skip_set=skip_set, vocabulary=head.vocabulary)
+        gain, asked = self.formats[code], by_choice[QUANTISE]
+        sublayers = QuantisedSet(attn=gain.attn & {*asked["attn"]}, mlp=gain.mlp & {*asked["mlp"]})
+        quantised = Quantised(format=Format.parse(code), sublayers=sublayers, head=head.quantised)
+        return Recipe(
+            skip_set=skip_set,
+            quantised=quantised if sublayers or head.quantised else None,
+            vocabulary=head.vocabulary,
+        )
+
+    def nearest(self, recipe: Recipe | SkipSet) -> Recipe:
+        """The recipe, as far as the space offers it."""
+        return self.from_params(self.to_params(recipe))
+
+    def suggest(self, trial: optuna.Trial) -> Recipe:
+        """Let an Optuna trial choose."""
+        return self.from_params({name: trial.suggest_categorical(name, c) for name, c in self.choices.items()})
+
+    def every(self) -> Iterator[Recipe]:
+        """All there are, those that change least first where there is little to choose: for models that have few."""
+        names = list(self.choices)
+        combined = list(product(*self.choices.values()))
+        combined.sort(key=lambda values: sum(value != KEEP for value in values))
+        return (self.from_params(dict(zip(names, values, strict=True))) for values in combined)
+
+    # --- Where to start ---
+
+    def quantised(self, code: str, skip_set: SkipSet | None = None, head: Head | None = None) -> Recipe:
+        """All that gains from it in this format, but for what is skipped, and the best head there is for it."""
+        gain, skipped = self.formats[code], skip_set or SkipSet()
+        head = head or next((head for head in self.heads.values() if head.quantised), Head())
+        kept = QuantisedSet(attn=gain.attn - skipped.attn, mlp=gain.mlp - skipped.mlp)
+        quantised = Quantised(format=Format.parse(code), sublayers=kept, head=head.quantised)
+        return self.nearest(Recipe(skip_set=skipped, quantised=quantised, vocabulary=head.vocabulary))
+
+    def seeds(self) -> Iterator[Recipe]:
+        """Recipes that are known to be good for some model: everything quantised, with each head; then skip sets."""
+        for code in self.formats:
+            yield self.quantised(code)
+        for head in self.heads.values():
+            yield from (self.quantised(code, None, head) for code in self.formats)
+        if self.skips:
+            yield from (Recipe(skip_set=skip_set) for skip_set in seeds(self.num_layers))
+        yield Recipe()
+
+    # --- What lies beside a recipe ---
+
+    def changes(self, recipe: Recipe) -> list[Change]:
+        """Every change of one parameter."""
+        now = self.to_params(recipe)
+        return [(name, now[name], other) for name, some in self.choices.items() for other in some if other != now[name]]
+
+    def changed(self, recipe: Recipe, *changes: Change) -> Recipe:
+        """The recipe with these parameters changed."""
+        return self.from_params(self.to_params(recipe) | {name: after for name, _, after in changes})
+
+    # --- On file ---
+
+    def to_bytes(self) -> bytes:
+        """For a study's storage: all its workers, and later readers, need the same space."""
+        heads = {
+            name: {"quantised": head.quantised, "vocabulary": head.vocabulary and head.vocabulary.code}
+            for name, head in self.heads.items()
+        }
+        formats = {code: sublayers.to_dict() for code, sublayers in self.formats.items()}
+        return json.dumps(
+            {"num_layers": self.num_layers, "skips": self.skips, "formats": formats, "heads": heads}
+        ).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Space:
+        """The inverse of `to_bytes`."""
+        read = json.loads(data)
+        heads = {
+            name: Head(head["quantised"], SubVocabulary(head["vocabulary"]) if head["vocabulary"] else None)
+            for name, head in read["heads"].items()
+        }
+        formats = {code: QuantisedSet.from_dict(sublayers) for code, sublayers in read["formats"].items()}
+        return cls(num_layers=read["num_layers"], skips=read["skips"], formats=formats, heads=heads)
 
 
 def skip_set_of(skipped: Sequence[Sublayer] | set[Sublayer]) -> SkipSet:
     return SkipSet(**{kind: [layer for k, layer in skipped if k == kind] for kind in ("attn", "mlp")})
 
 
-def to_params(skip_set: SkipSet, num_layers: int) -> dict[str, bool]:
-    """A skip set as an Optuna trial's parameters: True where a sub-layer is skipped."""
-    skipped = set(skip_set)
-    return {sublayer_name(sublayer): sublayer in skipped for sublayer in sublayers(num_layers)}
-
-
-def from_params(params: Mapping[str, Any], num_layers: int) -> SkipSet:
-    """The inverse of `to_params`."""
-    return skip_set_of([sublayer for sublayer in sublayers(num_layers) if params[sublayer_name(sublayer)]])
-
-
-def suggest(trial: optuna.Trial, num_layers: int) -> SkipSet:
-    """Let an Optuna trial choose."""
-    return skip_set_of(
-        [
-            sublayer
-            for sublayer in sublayers(num_layers)
-            if trial.suggest_categorical(sublayer_name(sublayer), [False, True])
-        ]
-    )
-
-
 def seeds(num_layers: int) -> Iterator[SkipSet]:
-    """Sets that are known to be good for some model: strided, middle blocks, attention only, early exits, none."""
+    """Sets that are known to be good for some model: strided, middle blocks, attention only, early exits."""
     layers = range(num_layers)
     yield SkipSet(attn=layers[1::2], mlp=layers[1::2])
     yield SkipSet(attn=layers[1:-1:3], mlp=layers[1:-1:3])
@@ -59,24 +194,12 @@ def seeds(num_layers: int) -> Iterator[SkipSet]:
     count = min(num_layers - 1, MOST_EARLY_EXITS)
     for step in range(1, count + 1):
         yield SkipSet.early_exit(max(1, step * num_layers // (count + 1)), num_layers)
-    yield SkipSet()
 
 
-def nested(order: Sequence[Sublayer]) -> Iterator[SkipSet]:
-    """Skip sets that grow along `order`, from a quarter of the sub-layers to seven eighths."""
-    for eighths in (4, 5, 3, 6, 2, 7):
-        yield skip_set_of(order[: len(order) * eighths // 8])
-
-
-def every_set(num_layers: int) -> Iterator[SkipSet]:
-    """All there are, the small ones first: for models that have few."""
-    every = sublayers(num_layers)
-    return (skip_set_of(skipped) for count in range(len(every) + 1) for skipped in combinations(every, count))
-
-
-def flipped(skip_set: SkipSet, *changed: Sublayer) -> SkipSet:
-    """The set with these sub-layers run that it skips, and skipped that it runs."""
-    return skip_set_of(set(skip_set) ^ set(changed))
+def nested(order: Sequence[Sublayer], eighths: Sequence[int] = (4, 5, 3, 6, 2, 7)) -> Iterator[SkipSet]:
+    """Skip sets that grow along `order`, of so many eighths of the sub-layers."""
+    for count in eighths:
+        yield skip_set_of(list(islice(order, len(order) * count // 8)))
 
 
 def sublayer_name(sublayer: Sublayer) -> str:

@@ -16,18 +16,18 @@ from typing import Any, Self
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
-from selfspec.skip_set import SkipSet
+from selfspec.recipe import Recipe
 from selfspec_search.ledger import Ledger
 from selfspec_search.running import GRACE_SECONDS, HEARTBEAT_SECONDS, Running
 from selfspec_search.sharing import SHARE_SECONDS, Sharing
-from selfspec_search.space import from_params, to_params
+from selfspec_search.space import Space
 from selfspec_search.storage_url import open_storage
 from selfspec_search.stored import FINISHED, StoredStudy, StoredTrial, load_study, study_names
 
 __all__ = ["Running", "Store", "StoredStudy", "StoredTrial", "load_study", "study_names"]
 
 MOST_RETRIES = 3
-"""A set whose workers died more often than this may be what killed them."""
+"""A recipe whose workers died more often than this may be what killed them."""
 
 
 class Store:
@@ -37,10 +37,10 @@ class Store:
         self.name = name
         self._ledger = ledger
         self._sharing = sharing
-        self._num_layers = num_layers
-        self._params = set(to_params(SkipSet(), num_layers))
+        self.space = Space(num_layers=num_layers)
+        """What the trials choose from; set anew before the first trial where there is more to choose."""
         self._told: set[int] = set()
-        self._retries: dict[SkipSet, dict[str, Any]] = {}
+        self._retries: dict[Recipe, dict[str, Any]] = {}
 
     @classmethod
     def open(
@@ -123,48 +123,48 @@ class Store:
         """What was published under `key`; None if nothing was, or not yet all of it."""
         return self._sharing.get(key)
 
-    def begin(self, skip_set: SkipSet) -> Running:
+    def begin(self, recipe: Recipe) -> Running:
         """Begin a trial, which the other workers see at once; use it as a context manager."""
-        params = to_params(skip_set, self._num_layers)
-        return self._ledger.start(skip_set, params, history=self._retries.pop(skip_set, {}))
+        params, history = self.space.to_params(recipe), self._retries.pop(recipe, {})
+        return self._ledger.start(recipe, params, self.space.distributions, history=history)
 
-    def claim(self, skip_set: SkipSet) -> Running | None:
-        """Begin a trial, unless another worker has begun one of this set, which this one could not know of yet.
+    def claim(self, recipe: Recipe) -> Running | None:
+        """Begin a trial, unless another worker has begun one of this recipe, which this one could not know of yet.
 
         Workers that look for something new at the same moment find the same: the first to begin it has it.
         """
-        running = self.begin(skip_set)
-        params, earlier = to_params(skip_set, self._num_layers), self._ledger.trials()[: running.number]
+        running = self.begin(recipe)
+        params, earlier = self.space.to_params(recipe), self._ledger.trials()[: running.number]
         if any(self._is_unknown(trial) and trial.params == params for trial in earlier):
             running.fail()
             return None
         return running
 
-    def waiting(self) -> SkipSet | None:
-        """The skip set of a trial whose worker died, for this worker to begin anew: one worker gets it, once."""
+    def waiting(self) -> Recipe | None:
+        """The recipe of a trial whose worker died, for this worker to begin anew: one worker gets it, once."""
         trials = self._ledger.trials()
         for trial in trials:
             if self._is_ours(trial) and trial.state == TrialState.RUNNING and self._ledger.ends_for_dead(trial):
                 history = _history(trial)
                 if len(history["retry_history"]) <= MOST_RETRIES and not _is_elsewhere(trial, trials):
-                    skip_set = from_params(trial.params, self._num_layers)
-                    self._retries[skip_set] = history
-                    return skip_set
+                    recipe = self.space.from_params(trial.params)
+                    self._retries[recipe] = history
+                    return recipe
         return None
 
-    def claimed(self) -> set[SkipSet]:
+    def claimed(self) -> set[Recipe]:
         """What all workers are trying now, this one included."""
         running = [
             trial for trial in self._ledger.trials() if trial.state == TrialState.RUNNING and self._is_ours(trial)
         ]
-        return {from_params(trial.params, self._num_layers) for trial in running}
+        return {self.space.from_params(trial.params) for trial in running}
 
     def news(self) -> list[StoredTrial]:
         """Trials of all workers that ended, complete or pruned, since the last call; at the first call all of them."""
         fresh = [
             t for t in self._ledger.trials() if t.state in FINISHED and t.number not in self._told and self._is_ours(t)
         ]
-        news = [StoredTrial.of(trial, self._num_layers) for trial in fresh]
+        news = [StoredTrial.of(trial, self.space) for trial in fresh]
         self._told.update(trial.number for trial in news)
         return news
 
@@ -173,11 +173,11 @@ class Store:
         return trial.state == TrialState.RUNNING or (trial.state in FINISHED and trial.number not in self._told)
 
     def _is_ours(self, trial: FrozenTrial) -> bool:
-        return set(trial.params) == self._params
+        return set(trial.params) == set(self.space.choices)
 
 
 def _is_elsewhere(dead: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether another trial has, or had, the same set: the worker died before it could leave the set to the other."""
+    """Whether another trial has, or had, the same recipe: the worker died before it could leave it to the other."""
     others = [trial for trial in trials if trial.number != dead.number and trial.params == dead.params]
     return any(trial.state in (TrialState.RUNNING, *FINISHED) for trial in others)
 

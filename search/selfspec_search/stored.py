@@ -10,16 +10,19 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec_search import blobs
 from selfspec_search.running import RECORD
-from selfspec_search.space import from_params
+from selfspec_search.space import Space
 from selfspec_search.storage_url import open_storage
 
 STUDY = "selfspec"
 """The attribute that marks a study as ours and says what it is about."""
 SHARED = "shared"
 """The attribute that names the blobs that all workers of a study need, once all are there."""
+SPACE = "space"
+"""The key under which the workers of a study share it."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -29,22 +32,26 @@ class StoredTrial:
 
     Attributes:
         number: of the trial in its study.
-        skip_set: what was tried.
+        recipe: what was tried.
         value: the predicted speedup; None if the trial was pruned.
         record: what the study noted about it.
     """
 
     number: int
-    skip_set: SkipSet
+    recipe: Recipe
     value: float | None
     record: Mapping[str, Any]
 
+    @property
+    def skip_set(self) -> SkipSet:
+        return self.recipe.skip_set
+
     @classmethod
-    def of(cls, trial: FrozenTrial, num_layers: int) -> StoredTrial:
+    def of(cls, trial: FrozenTrial, space: Space) -> StoredTrial:
         """From Optuna's own."""
         return cls(
             number=trial.number,
-            skip_set=from_params(trial.params, num_layers),
+            recipe=space.from_params(trial.params),
             value=trial.value if trial.state == TrialState.COMPLETE else None,
             record=trial.user_attrs.get(RECORD, {}),
         )
@@ -57,16 +64,20 @@ class StoredStudy:
     Attributes:
         name: of the study.
         identity: what its workers agree on.
-        num_layers: of the model.
+        space: what there was to choose from.
         trials: the finished ones, by number.
         blobs: what its workers share, or found out for all.
     """
 
     name: str
     identity: Mapping[str, Any]
-    num_layers: int
+    space: Space
     trials: list[StoredTrial]
     blobs: Mapping[str, bytes] = field(repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        return self.space.num_layers
 
 
 def study_names(storage: str) -> list[str]:
@@ -114,13 +125,14 @@ def _choose(names: list[str], name: str | None, label: str) -> str:
 def _read(raw: BaseStorage, name: str) -> StoredStudy:
     study_id = raw.get_study_id_from_name(name)
     attrs = raw.get_study_user_attrs(study_id)
-    num_layers = attrs[STUDY]["num_layers"]
     trials = [t for t in raw.get_all_trials(study_id, deepcopy=False, states=FINISHED) if t.params]
     shared = {key: blobs.from_attrs(key, attrs) for key in blobs.keys_of(attrs)}
+    kept = shared.get(SPACE)
+    space = Space(num_layers=attrs[STUDY]["num_layers"]) if kept is None else Space.from_bytes(kept)
     return StoredStudy(
         name=name,
         identity=attrs[STUDY]["identity"],
-        num_layers=num_layers,
-        trials=[StoredTrial.of(trial, num_layers) for trial in trials],
+        space=space,
+        trials=[StoredTrial.of(trial, space) for trial in trials],
         blobs={key: data for key, data in shared.items() if data is not None},
     )

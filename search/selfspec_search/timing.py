@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from selfspec.decoding import is_captured, prefill, run_draft, settle, step
-from selfspec.draft_view import attention_modules
 from selfspec.drafting import Drafter, LayerSkipDrafter, NoDrafter, PromptLookupDrafter
-from selfspec.kv_cache import KVCache
 from selfspec.plan import PromptLookup
 from selfspec.request import Request
 from selfspec.runtime import Runtime, wait_for
@@ -130,9 +128,7 @@ def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:
     first, *others = runtimes
     first.reserve(rows, slots)
     for other in others:
-        other._cache, other.row_buffers = first.cache, first.row_buffers
-        for view in other.views.values():
-            KVCache.attach(first.cache, attention_modules(view))
+        other.adopt_cache(first)
 
 
 def medians(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfspec.cli import options
-from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
+from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results, tell_draft_bytes
 
 if TYPE_CHECKING:
     from selfspec.benchmark import Measurement, Score
@@ -30,6 +30,7 @@ def bench(
     compile: options.Compile = None,
     backend: options.Backend = None,
     policy: options.Policy = "adaptive",
+    draft_memory: options.DraftMemory = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
@@ -50,10 +51,20 @@ def bench(
     from selfspec.benchmark import measure
     from selfspec.contenders import GENERATE, PLAIN, line_up
 
+    tell_draft_bytes(loaded.model, chosen)
     encoded = encode_prompts(read, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens)
     with progress_bar("finding the rivals' best settings", quiet=quiet) as report:
         report(0, 1, "finding the rivals' best settings")
-        entrants = line_up(loaded.model, chosen, encoded, new_tokens, backend=backend, compile=compile, policy=policy)
+        entrants = line_up(
+            loaded.model,
+            chosen,
+            encoded,
+            new_tokens,
+            backend=backend,
+            compile=compile,
+            policy=policy,
+            draft_memory=draft_memory,
+        )
         measured = measure(
             entrants.contenders,
             encoded,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from selfspec.sizes import in_words
+
 if TYPE_CHECKING:
     from rich.console import Console
     from selfspec_search import Confirmed, OnProgress, Progress, SearchResult
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 PHASES = {
     "texts": "writing texts",
     "profile": "timing passes",
-    "trials": "trying skip sets",
+    "trials": "trying drafts",
     "confirm": "decoding with the best",
 }
 
@@ -58,8 +60,12 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
         ("search", f"{result.trials_complete} trials whole, {result.trials_pruned} ended early{early} ({phases})"),
         ("plan", str(result.plan) if result.plan.speculates else NOTHING_FASTER),
     ]
+    if slower := result.profile.slower_formats:
+        lines.append(("left out", "; ".join(f"{code.partition('/')[0]}: {why}" for code, why in slower.items())))
     if (winner := result.winner) is None:
         return lines
+    if winner.draft_bytes:
+        lines.append(("draft's own layers", f"{in_words(winner.draft_bytes)} beside the model"))
     calibration, held_out = winner.prediction.figures, winner.predicted_on_held_out
     return [
         *lines,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfspec.cli import options
-from selfspec.cli.terminal import DRAFTED, asides, at_least, load_model, results
+from selfspec.cli.terminal import DRAFTED, asides, at_least, load_model, results, tell_draft_bytes
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def generate(
     compile: options.Compile = None,
     backend: options.Backend = None,
     policy: options.Policy = "adaptive",
+    draft_memory: options.DraftMemory = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -61,7 +62,10 @@ def generate(
     from selfspec.generation import SelfSpeculator
     from selfspec.prompts import check_length, encode_prompts
 
-    spec = SelfSpeculator(loaded.model, chosen, backend=backend, compile=compile, policy=policy)
+    tell_draft_bytes(loaded.model, chosen)
+    spec = SelfSpeculator(
+        loaded.model, chosen, backend=backend, compile=compile, policy=policy, draft_memory=draft_memory
+    )
     encoded = encode_prompts(prompts, loaded.tokenizer)
     for one, tokens in zip(prompts, encoded, strict=True):
         check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)

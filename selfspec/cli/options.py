@@ -30,11 +30,17 @@ Compile = Annotated[
 Policy = Annotated[
     PolicyName, typer.Option(help="Whether the draft length follows the text, or stays as the plan says.")
 ]
+DraftMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="The most that a draft's own layers may take beside the model, such as 512M or 4G."
+    ),
+]
 Backend = Annotated[
     str | None,
     typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]
-Trials = Annotated[int, typer.Option(help="Skip sets to try in the study, by all its workers together.")]
+Trials = Annotated[int, typer.Option(help="Drafts to try in the study, by all its workers together.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]

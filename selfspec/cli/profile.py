@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,8 @@ from selfspec.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
     from selfspec_search.profile import Profile
+
+    from selfspec.plan import Padding
 
 PROFILE_FILE = "profile.json"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -56,6 +59,7 @@ def profile(
     out, plot = checked_out(out), checked_plot(plot)
     loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
 
+    from selfspec_search.copy_costs import formats_of
     from selfspec_search.profile import measure
 
     from selfspec.compiling import compile_obstacle, will_compile
@@ -71,6 +75,7 @@ def profile(
             rows=rows,
             backend=backend,
             compile=compile,
+            formats=formats_of(where),
             on_cycle=lambda done, total: report(done, total, "timing passes"),
         )
     report_profile(results(), measured)
@@ -160,7 +165,26 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
         ("verify", f"a pass of {longest} tokens costs so many plain passes: {verify}"),
         ("skip an attention", f"saves of a draft step: {saved['attn']}"),
         ("skip an MLP", f"saves of a draft step: {saved['mlp']}"),
+        *_copies(profile),
+        *([("padding", _padding(profile.padding))] if profile.padding else []),
     ]
+
+
+def _copies(profile: Profile) -> Iterator[tuple[str, str]]:
+    """What quantised copies of everything make of a draft step, or why a format was left out."""
+    costs = profile.costs[len(profile.costs) // 2]
+    for code, savings in costs.formats.items():
+        parts = {"an attention": savings.attention, "an MLP": savings.mlp, "the head": savings.head}
+        step = costs.measured["nothing"]
+        yield code, "saves of a draft step: " + ", ".join(f"{part} {s / step:.1%}" for part, s in parts.items())
+    for code, reason in profile.slower_formats.items():
+        yield code, f"left out: {reason}"
+
+
+def _padding(padding: Padding) -> str:
+    longer = [f"{t} to {padded}" for t, padded in enumerate(padding.target, start=1) if padded > t]
+    longer += [f"the draft's to {padding.draft}"] * (padding.draft > 1)
+    return "faster are passes that are padded: " + ", ".join(longer) + " tokens"
 
 
 def write(profile: Profile, out: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from selfspec.plan import Plan
     from selfspec.prompts import Prompt
 
+DraftName = Literal["both", "skip", "quantised"]
 LEAST_TOKENS = 2
 """Of a prompt that a search can use."""
 _OF_A_STUDY = (
-    *("prompts", "held_out", "start_from", "temperature", "top_p", "top_k"),
+    *("prompts", "held_out", "start_from", "draft", "temperature", "top_p", "top_k"),
     *("trials", "timeout", "seed", "sampler", "gamma_max", "new_tokens"),
 )
 """What picking again has no use for."""
@@ -47,12 +48,19 @@ def search(
     trials: options.Trials = 200,
     timeout: Annotated[float | None, typer.Option(help="Start no further trial after so many seconds.")] = None,
     seed: options.Seed = 0,
-    sampler: Annotated[str, typer.Option(help="Who proposes skip sets: tpe, gp, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="Who proposes drafts: tpe, gp, nsga2 or random.")] = "tpe",
+    draft: Annotated[
+        DraftName,
+        typer.Option(
+            help="What drafts may do: skip sub-layers, run quantised copies, or both, as far as it is faster."
+        ),
+    ] = "both",
+    draft_memory: options.DraftMemory = None,
     max_draft_cost: Annotated[
         float | None, typer.Option(help="The most that a step of the draft may cost, as a share of the model's.")
     ] = None,
     start_from: Annotated[
-        list[Path] | None, typer.Option(metavar="PLAN", help="Try this plan's skip set first; may be repeated.")
+        list[Path] | None, typer.Option(metavar="PLAN", help="Try this plan's draft first; may be repeated.")
     ] = None,
     lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="Let prompt lookup take part.")] = True,
     gamma_max: Annotated[int, typer.Option(help="The longest draft to consider.")] = 8,
@@ -85,7 +93,7 @@ def search(
     *,
     context: typer.Context,
 ) -> None:
-    """Find what to skip, and write a plan.
+    """Find what to skip and what to quantise, and write a plan.
 
     The model writes text once; what any draft would have got accepted is computed from it, timed on this device, and
     the best few plans are confirmed by decoding held-out prompts. Trials are kept: the same command goes on where an
@@ -104,8 +112,9 @@ def search(
         "timeout": timeout,
         "seed": seed,
         "sampler": sampler,
+        "draft": draft,
         "max_draft_cost": max_draft_cost,
-        "start_from": [plan.skip_set for plan in known],
+        "start_from": [plan.recipe for plan in known],
         "gamma_max": gamma_max,
         "new_tokens": new_tokens,
         "rows": rows,
@@ -115,7 +124,7 @@ def search(
         "storage": storage,
         "study_name": study,
     }
-    settings = _settings(given, memory, temperature, top_p, top_k)
+    settings = _settings(given, memory, draft_memory, temperature, top_p, top_k)
     if pick_again:
         _refuse_beside_repick(context)
         with _told_of_interrupts(storage):
@@ -175,7 +184,12 @@ def _option(text: str) -> str:
 
 
 def _settings(
-    given: dict[str, Any], memory: str | None, temperature: float | None, top_p: float | None, top_k: int | None
+    given: dict[str, Any],
+    memory: str | None,
+    draft_memory: str | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
 ) -> SearchSettings:
     from selfspec_search import Sampling, SearchSettings
 
@@ -184,8 +198,9 @@ def _settings(
 
     try:
         size = None if memory is None else parse_size(memory)
+        draft_size = None if draft_memory is None else parse_size(draft_memory, "draft_memory")
         sampling = Sampling(**sampling_options(temperature, top_p, top_k))
-        return SearchSettings(**given, memory=size, sampling=sampling)
+        return SearchSettings(**given, memory=size, draft_memory=draft_size, sampling=sampling)
     except InputError as error:  # it begins with the setting's name
         raise InputError(str(error) if str(error).startswith("-") else _option(str(error))) from None
 

@@ -21,7 +21,10 @@ from rich.progress import (
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from selfspec.loading import Loaded
+    from selfspec.plan import Plan
 
 Report = Callable[[int, int, str], None]
 """Draws progress: (done, total, what is being done)."""
@@ -55,6 +58,15 @@ def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Lo
 
         torch.set_num_threads(1)  # it is too small to gain from more, and loses where cores are shared
     return loaded
+
+
+def tell_draft_bytes(model: PreTrainedModel, plan: Plan) -> None:
+    """Say what memory the draft takes beside the model, before it is taken."""
+    from selfspec.generation import draft_bytes
+    from selfspec.sizes import in_words
+
+    if size := draft_bytes(model, plan):
+        asides().print(f"the draft's own layers take {in_words(size)} beside the model", style="dim", markup=False)
 
 
 @contextmanager

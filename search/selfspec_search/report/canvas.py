@@ -18,7 +18,7 @@ PNG_DPI = 200
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e3e7eb", "#ffffff"
 ISO, SHADE = "#b4bdc7", "#e9edf2"
-KEPT, SKIPPED = "#34516e", "#e1e7ed"
+KEPT, QUANTISED, SKIPPED = "#34516e", "#8fb0cf", "#e1e7ed"
 PREDICTED, MEASURED, PALE, CHOSEN = "#7fa3cc", "#1f5f8b", "#a9cbe3", "#c8462b"
 
 _STYLE: Any = {

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from selfspec.errors import InputError, PlanError
 from selfspec.plan import Plan, PromptLookup
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec_search.pareto import pareto_front
 from selfspec_search.report.words import in_words, lookup_in_words
@@ -23,7 +24,7 @@ class Stored(Protocol):
     @property
     def number(self) -> int: ...
     @property
-    def skip_set(self) -> SkipSet: ...
+    def recipe(self) -> Recipe: ...
     @property
     def value(self) -> float | None: ...
     @property
@@ -35,7 +36,7 @@ class Trial:
     """One finished trial. All figures are predicted; None where they were not recorded, or the trial ended early."""
 
     number: int
-    skip_set: SkipSet
+    recipe: Recipe
     speedup: float | None = None
     estimate: float | None = None
     draft_cost: float | None = None
@@ -58,7 +59,7 @@ class Trial:
         gamma, lookup, worker = number(prediction, "gamma"), prediction.get("lookup"), record.get("worker")
         return cls(
             number=stored.number,
-            skip_set=stored.skip_set,
+            recipe=stored.recipe,
             speedup=_finite(stored.value),
             estimate=estimate if estimate else None,  # 0 stands for a set that was refused unreplayed
             gamma=None if gamma is None else int(gamma),
@@ -67,6 +68,10 @@ class Trial:
             **{name: number(record, name) for name in ("draft_cost", "agreement", "seconds")},
             **{name: number(prediction, name) for name in ("threshold", *_PREDICTED)},
         )
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return self.recipe.skip_set
 
     @property
     def is_pruned(self) -> bool:
@@ -115,9 +120,9 @@ class StudyData:
     def best(self, count: int) -> list[Trial]:
         """The complete trials of the highest predicted speedup; of equals the smaller draft, as the search ranks."""
         ranked = sorted(self.complete, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
-        unique: dict[SkipSet, Trial] = {}
+        unique: dict[Recipe, Trial] = {}
         for trial in ranked:
-            unique.setdefault(trial.skip_set, trial)
+            unique.setdefault(trial.recipe, trial)
         return list(unique.values())[:count]
 
     def front(self) -> list[Trial]:
@@ -126,9 +131,9 @@ class StudyData:
         known = [(trial, point) for trial, point in placed if point is not None]
         return [known[index][0] for index in pareto_front([point for _, point in known])]
 
-    def trial_of(self, skip_set: SkipSet) -> Trial | None:
-        """The trial that tried this set, if one did; a complete one before a pruned one."""
-        same = [trial for trial in self.trials if trial.skip_set == skip_set]
+    def trial_of(self, recipe: Recipe) -> Trial | None:
+        """The trial that tried this recipe, if one did; a complete one before a pruned one."""
+        same = [trial for trial in self.trials if trial.recipe == recipe]
         return min(same, key=lambda trial: (trial.is_pruned, trial.number), default=None)
 
 
@@ -149,16 +154,18 @@ class ReportData:
                 f"the plan is for a model of {named} layers, but study '{self.study.name}' searched one of "
                 f"{self.study.num_layers}; give a plan and a study of the same model"
             )
-        self.plan.skip_set.validate(self.study.num_layers)
+        self.plan.recipe.validate(self.study.num_layers)
 
     @property
     def num_layers(self) -> int:
-        """The model's; as far as the skip set reaches, where neither plan nor study says."""
+        """The model's; as far as the recipe reaches, where neither plan nor study says."""
         if self.study is not None:
             return self.study.num_layers
         if self.plan is not None and self.plan.model is not None:
             return self.plan.model.num_layers
-        return max((layer for _, layer in self.skip_set or ()), default=-1) + 1
+        recipe = self.recipe or Recipe()
+        named = [*recipe.skip_set, *(recipe.quantised.sublayers if recipe.quantised else ())]
+        return max((layer for _, layer in named), default=-1) + 1
 
     @property
     def best_trial(self) -> Trial | None:
@@ -166,22 +173,22 @@ class ReportData:
 
     @property
     def chosen_trial(self) -> Trial | None:
-        """The trial of the plan's skip set; without a plan the best one; None where the plan's draft skips nothing."""
+        """The trial of the plan's recipe; without a plan the best one; None where layers do not draft."""
         if self.plan is None:
             return self.best_trial
-        return self.study.trial_of(self.plan.skip_set) if self.study and self.plan.gamma else None
+        return self.study.trial_of(self.plan.recipe) if self.study and self.plan.gamma else None
 
     @property
-    def skip_set(self) -> SkipSet | None:
+    def recipe(self) -> Recipe | None:
         """The plan's, without a plan the best trial's."""
         if self.plan is not None:
-            return self.plan.skip_set
-        return self.best_trial.skip_set if self.best_trial else None
+            return self.plan.recipe
+        return self.best_trial.recipe if self.best_trial else None
 
     @property
-    def drafted_without(self) -> SkipSet | None:
-        """The skip set, where layers draft at all."""
-        return None if self.plan is not None and not self.plan.gamma else self.skip_set
+    def drafted_with(self) -> Recipe | None:
+        """The recipe, where layers draft at all."""
+        return None if self.plan is not None and not self.plan.gamma else self.recipe
 
 
 def _lookup_in_words(lookup: Any) -> str:

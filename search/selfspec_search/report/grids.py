@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
-from selfspec_search.report.canvas import INK, KEPT, PAPER, SKIPPED, WIDTH, legend_above, new_figure
+from selfspec_search.report.canvas import INK, KEPT, PAPER, QUANTISED, SKIPPED, WIDTH, legend_above, new_figure
 from selfspec_search.report.data import Sublayer
 
 KINDS = ("attn", "mlp")
@@ -24,21 +25,27 @@ OUTLIERS = 0.1
 """So large a share of the sub-layers may be darker than the scale shows: the first MLP of many models is needed so much
 that all others would look alike."""
 _HATCH = "#b9c3cd"
+_FACES = {"keep": KEPT, "quantise": QUANTISED, "skip": SKIPPED}
 _MATTERS = LinearSegmentedColormap.from_list("matters", ["#8a2f14", "#dd8452", "#f4d9c4", "#faf7f4"])
 _HELPS = LinearSegmentedColormap.from_list("helps", ["#a63a1b", "#f7f5f2", "#1f5f8b"])
 
 
-def strip(skip_set: SkipSet, num_layers: int) -> Figure:
-    """Two rows of cells, one column a layer: dark runs in the draft, light is skipped."""
+def strip(recipe: Recipe, num_layers: int) -> Figure:
+    """Two rows of cells, one column a layer: dark runs in the draft, lighter in a quantised copy, light is skipped."""
     figure, (axes,) = new_figure(_strip_height(num_layers) + 0.3)
-    rows = (skip_set.attn, skip_set.mlp)
     _cells(axes, num_layers)
-    for y, skipped in enumerate(rows):
+    for y, kind in enumerate(KINDS):
         for layer in range(num_layers):
-            face = SKIPPED if layer in skipped else KEPT
-            axes.add_patch(_cell(layer, y, face, hatch="////" if layer in skipped else None))
-    marks = [Patch(facecolor=KEPT), Patch(facecolor=SKIPPED, edgecolor=_HATCH, hatch="////")]
-    legend_above(figure, marks, ["runs", "skipped"], handlelength=1.1, handleheight=1.0)
+            choice = recipe.choice(kind, layer)
+            axes.add_patch(_cell(layer, y, _FACES[choice], hatch="////" if choice == "skip" else None))
+    named = {"keep": "runs", "skip": "skipped"}
+    if recipe.format is not None:
+        named = {"keep": "runs", "quantise": f"runs in {recipe.format.name}", "skip": "skipped"}
+    marks = [
+        Patch(facecolor=_FACES[choice], edgecolor=_HATCH, hatch="////" if choice == "skip" else None, linewidth=0.0)
+        for choice in named
+    ]
+    legend_above(figure, marks, list(named.values()), handlelength=1.1, handleheight=1.0)
     return figure
 
 

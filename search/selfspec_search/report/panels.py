@@ -13,7 +13,7 @@ from selfspec.plan import Figures, Plan
 from selfspec.skip_set import SkipSet
 from selfspec_search.report import figures, grids
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial
-from selfspec_search.report.words import counted, interval
+from selfspec_search.report.words import copies_of, counted, interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +48,19 @@ def provenance_figures(data: ReportData) -> dict[str, Figures]:
 
 
 def _strip(data: ReportData) -> Panel | None:
-    skip_set, layers = data.drafted_without, data.num_layers
-    if skip_set is None or not layers:
+    recipe, layers = data.drafted_with, data.num_layers
+    if recipe is None or not layers:
         return None
+    skip_set = recipe.skip_set
     lost = len(skip_set.dropped_layers())
     dropped = f"; {counted(lost, 'layer')} in whole" if lost else ""
     whose = "The plan" if data.plan else "The best trial"
     return Panel(
         key="skipped",
-        title="What the draft leaves out",
-        figure=grids.strip(skip_set, layers),
+        title="What the draft is made of" if recipe.quantised else "What the draft leaves out",
+        figure=grids.strip(recipe, layers),
         caption=f"{whose} skips {len(skip_set.attn)} of {layers} attention and {len(skip_set.mlp)} of {layers} MLP "
-        f"sub-layers{dropped}. Every token is still checked by the whole model.",
+        f"sub-layers{dropped}{copies_of(recipe)}. Every token is still checked by the whole model.",
     )
 
 
@@ -191,7 +192,7 @@ def _sensitivity(data: ReportData) -> Panel | None:
     study = data.study
     if study is None:
         return None
-    dotted = data.skip_set if data.skip_set is not None else SkipSet()
+    dotted = data.recipe.skip_set if data.recipe is not None else SkipSet()
     dots = " Dots are what the " + ("plan" if data.plan else "best trial") + " skips." if dotted else ""
     if study.sensitivity:
         values, differences = study.sensitivity, False

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfspec.plan import PromptLookup
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 
 MISSING = "—"
@@ -45,15 +46,13 @@ def lookup_in_words(lookup: PromptLookup) -> str:
     return f"{lookup.min_ngram} to {lookup.max_ngram} tokens, {lookup.gamma} drafted"
 
 
-def drafting(
-    skip_set: SkipSet, num_layers: int, *, gamma: int | None, threshold: float | None, lookup: str | None
-) -> str:
+def drafting(recipe: Recipe, num_layers: int, *, gamma: int | None, threshold: float | None, lookup: str | None) -> str:
     """How a plan or a trial drafts: of what is skipped only how much, for the whole list may take a page."""
     parts = [f"lookup of {lookup}"] if lookup else []
     if gamma != 0:
         exits = "" if threshold is None else f", exit below {threshold:.3f}"
         length = "" if gamma is None else f"; gamma {gamma}{exits}"
-        parts.append(f"skip {skipped_of(skip_set, num_layers)}{length}")
+        parts.append(f"skip {skipped_of(recipe.skip_set, num_layers)}{copies_of(recipe)}{length}")
     return "; on a miss ".join(parts)
 
 
@@ -63,6 +62,18 @@ def skipped_of(skip_set: SkipSet, num_layers: int) -> str:
     return f"{len(skip_set.attn)} of {num_layers} attention and {len(skip_set.mlp)} of {num_layers} MLP sub-layers"
 
 
-def listed(skip_set: SkipSet) -> str:
+def copies_of(recipe: Recipe) -> str:
+    """What of the draft is its own, to go on a sentence with; nothing where it only skips."""
+    parts = []
+    if recipe.quantised is not None:
+        named = [f"{len(recipe.quantised.sublayers)} sub-layers"] * bool(recipe.quantised.sublayers)
+        named += ["the head"] * recipe.quantised.head
+        parts.append(f"{' and '.join(named)} run in {recipe.quantised.format}")
+    if recipe.vocabulary is not None:
+        parts.append(f"it proposes {len(recipe.vocabulary)} tokens")
+    return "".join(f"; {part}" for part in parts)
+
+
+def listed(recipe: Recipe) -> str:
     """The whole list, with places where a line may end."""
-    return str(skip_set).replace(",", ", ")
+    return str(recipe).removeprefix("skip ").replace(",", ", ")

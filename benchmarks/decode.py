@@ -25,6 +25,7 @@ import torch
 import transformers
 from rich.console import Console
 from selfspec_search import SearchResult, SearchSettings, search
+from selfspec_search.settings import DraftName
 
 from selfspec import InputError, Plan
 from selfspec.benchmark import Measurement, Score, measure
@@ -85,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lookup", action=argparse.BooleanOptionalAction, default=True, help="let prompt lookup take part"
     )
+    parser.add_argument("--draft", choices=get_args(DraftName), default="both", help="what drafts may do")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -108,6 +110,7 @@ def find_plan(
     options: argparse.Namespace,
 ) -> SearchResult:
     settings = SearchSettings(
+        draft=options.draft,
         trials=options.trials,
         seed=options.seed,
         compile=options.compile,

@@ -106,6 +106,7 @@ def run_search(
     with TemporaryDirectory() as folder, no_cached_texts():
         storage = str(Path(folder) / "trials.db")
         settings = SearchSettings(
+            draft="skip",
             trials=options.trials,
             new_tokens=options.new_tokens,
             gamma_max=GAMMA_MAX,

@@ -15,9 +15,10 @@ from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, lo
 from selfspec_search.confirm import _batches, _Contender
 from selfspec_search.costs import Costs
 from selfspec_search.finish import Finish, Phases
+from selfspec_search.limits import Limits
 from selfspec_search.objective import Prediction, Prices
 from selfspec_search.profile import Profile
-from selfspec_search.space import every_set
+from selfspec_search.space import Space
 from selfspec_search.study import Study
 from selfspec_search.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
 from selfspec_search.texts import Text
@@ -201,9 +202,10 @@ def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
 ) -> None:
     study = Study.__new__(Study)
     study.settings, study.prices, study.largest_gap = SearchSettings(), Prices(costs=CHEAP_DRAFTS.costs[0]), gap
+    study.limits = Limits()
     figures = Figures(tokens_per_round=2.0, acceptance_rate=0.5, tokens_per_second=9.0, speedup=1.2, texts=1)
-    found = [Prediction(skip_set=s, drafting=Drafting(1), figures=figures) for s in every_set(2)]
-    study.found = {prediction.skip_set: prediction for prediction in found[:5]}
+    found = [Prediction(recipe=s, drafting=Drafting(1), figures=figures) for s in Space(num_layers=2).every()]
+    study.found = {prediction.recipe: prediction for prediction in found[:5]}
     assert study._is_hopeless(estimate) is hopeless
     study.found.popitem()
     assert not study._is_hopeless(estimate), "too few have run whole to know the gap"
@@ -246,7 +248,7 @@ def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_pat
         result = search(model, CALIBRATION, HELD_OUT, settings, seen.append)
         assert result.trials_complete + result.trials_pruned == trials
         assert sum(progress.phase == "trials" for progress in seen) == added + 1
-        assert len({trial.skip_set for trial in load_study(storage, "again").trials}) == trials, "a set was tried twice"
+        assert len({trial.recipe for trial in load_study(storage, "again").trials}) == trials, "a set was tried twice"
     assert all(progress.phase not in ("texts", "profile") for progress in seen), "both are kept in the study"
 
 
@@ -335,7 +337,7 @@ def test_a_dear_draft_is_neither_tried_nor_chosen(model: PreTrainedModel, tmp_pa
     for trial in trials:
         assert ("table" in trial.record) == (trial.record["draft_cost"] <= 0.4)
     assert any(trial.record["draft_cost"] > 0.4 for trial in trials)
-    with pytest.raises(InputError, match=r"no skip set that was tried costs at most 0.001"):
+    with pytest.raises(InputError, match=r"no draft that was tried costs at most 0.001"):
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, max_draft_cost=0.001))
 
 
@@ -397,9 +399,9 @@ def test_a_model_with_few_sublayers_has_every_set_tried_once(tmp_path: Path, mon
     monkeypatch.setattr("selfspec_search.finish.measure", lambda *_, **__: profile)
     small = tiny_model("llama", num_hidden_layers=2)
     result = search(small, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 40}, storage=storage))
-    tried = [trial.skip_set for trial in load_study(storage).trials]
+    tried = [trial.recipe for trial in load_study(storage).trials]
     assert len(tried) == len(set(tried)) == result.trials_complete + result.trials_pruned == 2**4
-    assert set(tried) == set(every_set(2))
+    assert set(tried) == set(Space(num_layers=2).every())
 
 
 @pytest.mark.slow

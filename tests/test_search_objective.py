@@ -22,10 +22,11 @@ from selfspec_search.table import Table
 from selfspec_search.walk import Drafting, walk
 
 from selfspec.plan import PromptLookup
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 
 LAYERS = 7
-HALF = SkipSet.early_exit(4, LAYERS)
+HALF = Recipe.of(SkipSet.early_exit(4, LAYERS))
 
 
 def costs(*, layer: float = 0.1, fixed: float = 0.2, compiled: bool = False) -> Costs:

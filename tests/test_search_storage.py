@@ -32,6 +32,7 @@ from selfspec_search.store import Store, StoredTrial, load_study, study_names
 from selfspec_search.watch import Watch
 
 from selfspec import InputError
+from selfspec.recipe import Recipe
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["postgres"]
 
 LAYERS = 3
-SETS = list(seeds(LAYERS))
+SETS = [Recipe.of(skip_set) for skip_set in seeds(LAYERS)]
 DEADLINE = 120.0
 """Whatever takes longer does not happen."""
 
@@ -545,7 +546,7 @@ class TestLostConnections:
                 back.start()
                 running.finish(1.25, {"a": 1})
             back.join()
-            assert store.news() == [StoredTrial(number=running.number, skip_set=SETS[0], value=1.25, record={"a": 1})]
+            assert store.news() == [StoredTrial(number=running.number, recipe=SETS[0], value=1.25, record={"a": 1})]
         (line,) = lines
         assert "the connection to storage" in line
         assert line.endswith("; trying again for 90 s")

@@ -21,6 +21,7 @@ from selfspec_search.space import seeds
 from selfspec_search.store import Store, StoredTrial, load_study, study_names
 
 from selfspec import InputError, SkipSet
+from selfspec.recipe import Recipe
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -29,7 +30,7 @@ pytest_plugins = ["postgres"]
 
 T = TypeVar("T")
 LAYERS = 5
-SETS = list(seeds(LAYERS))
+SETS = [Recipe.of(skip_set) for skip_set in seeds(LAYERS)]
 IDENTITY = {"model": "tiny llama", "gamma_max": 7, "new_tokens": 31}
 AT_ONCE = {"heartbeat": 3600.0, "grace": 0.0}
 """Whoever has been seen without a heartbeat in between is taken for dead at the next look."""
@@ -98,22 +99,22 @@ class TestEveryStorage:
         record = {"estimate": 1.25, "prediction": {"gamma": 3, "lookup": None}, "table": "x" * 50_000}
         with store.begin(SETS[0]) as running:
             running.finish(1.37, record, {"draft_cost": -0.2})
-        assert store.news() == [StoredTrial(number=1, skip_set=SETS[0], value=1.37, record=record)]
+        assert store.news() == [StoredTrial(number=1, recipe=SETS[0], value=1.37, record=record)]
 
     def test_a_pruned_trial_comes_back_without_a_value(self, store: Store) -> None:
         with store.begin(SETS[1]) as running:
             running.prune(0.9, {"estimate": 0.9})
-        assert store.news() == [StoredTrial(number=1, skip_set=SETS[1], value=None, record={"estimate": 0.9})]
+        assert store.news() == [StoredTrial(number=1, recipe=SETS[1], value=None, record={"estimate": 0.9})]
 
     def test_news_are_told_once(self, store: Store) -> None:
         for skip_set in SETS[:3]:
             with store.begin(skip_set) as running:
                 running.finish(1.0, {})
-        assert [trial.skip_set for trial in store.news()] == SETS[:3]
+        assert [trial.recipe for trial in store.news()] == SETS[:3]
         assert store.news() == []
         with store.begin(SETS[3]) as running:
             running.finish(1.0, {})
-            assert [trial.skip_set for trial in store.news()] == [SETS[3]]
+            assert [trial.recipe for trial in store.news()] == [SETS[3]]
 
     def test_a_set_is_claimed_while_it_is_tried(self, store: Store) -> None:
         assert store.claimed() == set()
@@ -150,7 +151,7 @@ class TestEveryStorage:
             assert [store.waiting() for _ in range(4)] == [None, SETS[2], None, None]
             with store.begin(SETS[2]) as running:
                 running.finish(1.5, {})
-            assert [trial.skip_set for trial in store.news()] == [SETS[2]]
+            assert [trial.recipe for trial in store.news()] == [SETS[2]]
 
     def test_what_a_worker_given_up_finishes_is_dropped_and_told(self, storage: str | None, name: str) -> None:
         lines: list[str] = []
@@ -201,7 +202,7 @@ class TestSharedStorages:
         with join(shared, name) as first, first.begin(SETS[0]) as running:
             running.finish(1.25, {"a": [1]})
         with join(shared, name) as second:
-            assert second.news() == [StoredTrial(number=1, skip_set=SETS[0], value=1.25, record={"a": [1]})]
+            assert second.news() == [StoredTrial(number=1, recipe=SETS[0], value=1.25, record={"a": [1]})]
 
     def test_who_joins_does_not_make_what_is_shared(self, shared: str, name: str) -> None:
         with join(shared, name) as first, join(shared, name) as second:
@@ -289,7 +290,7 @@ class TestSharedStorages:
         assert stores[0].claimed() == {SETS[3]}
         running.finish(1.0, {})
         assert stores[1].claim(SETS[3]) is None  # it had not heard of the result
-        assert [trial.skip_set for trial in stores[1].news()] == [SETS[3]]
+        assert [trial.recipe for trial in stores[1].news()] == [SETS[3]]
         again = stores[1].claim(SETS[3])
         assert again is not None  # who knows the result may still want another
         again.fail()
@@ -324,7 +325,7 @@ class TestSharedStorages:
         assert study.identity == IDENTITY
         assert study.num_layers == LAYERS
         assert study.blobs == {"profile": b"p"}
-        assert [(trial.skip_set, trial.value) for trial in study.trials] == [(SETS[0], 1.25), (SETS[1], None)]
+        assert [(trial.recipe, trial.value) for trial in study.trials] == [(SETS[0], 1.25), (SETS[1], None)]
         assert name in study_names(shared)
 
     def test_a_study_that_is_not_there_is_refused_with_those_that_are(self, shared: str, name: str) -> None:

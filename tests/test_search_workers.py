@@ -19,6 +19,7 @@ from selfspec_search.space import skip_set_of, sublayers
 from selfspec_search.store import Store, load_study
 
 from selfspec import SkipSet
+from selfspec.recipe import Recipe
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 JOURNAL_LOCK_SECONDS = 3
 """A worker may be killed while it holds the lock: others need not wait for it as long as users' do."""
 LAYERS = 4
-SETS = [skip_set_of([sublayer]) for sublayer in sublayers(LAYERS)]
+SETS = [Recipe.of(skip_set_of([sublayer])) for sublayer in sublayers(LAYERS)]
 DEADLINE = 240.0
 
 
@@ -167,7 +168,7 @@ def test_a_search_resumed_after_a_kill_has_all_that_was_finished_and_retries_the
     process.kill()
     process.join()
     with join(shared) as store:
-        assert [trial.skip_set for trial in store.news()] == SETS[:2]
+        assert [trial.recipe for trial in store.news()] == SETS[:2]
         assert store.waiting() == SETS[2]  # at once: the process is gone from this machine
         assert store.waiting() is None
         with store.begin(SETS[2]) as running:
@@ -203,8 +204,8 @@ def test_of_three_workers_one_is_killed_and_another_finishes_its_trial(
     victim.join()
     workers.wait()
     trials = load_study(shared).trials
-    assert Counter(trial.skip_set for trial in trials) == Counter(SETS)
-    (rescued,) = [trial for trial in trials if trial.skip_set == SETS[0]]
+    assert Counter(trial.recipe for trial in trials) == Counter(SETS)
+    (rescued,) = [trial for trial in trials if trial.recipe == SETS[0]]
     assert rescued.record["by"] in ("machine 0", "machine 1")
 
 

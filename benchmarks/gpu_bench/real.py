@@ -51,7 +51,11 @@ def measure_real(folder: Path, device: torch.device, dtype: str, effort: Effort,
     confirming, timed = held_out[: effort.confirm_prompts], held_out[effort.confirm_prompts :]
     timed = timed[: effort.search_prompts // 2]
     settings = SearchSettings(
-        trials=effort.search_trials, new_tokens=effort.search_tokens, gamma_max=effort.gamma_max, timeout=timeout
+        draft="skip",
+        trials=effort.search_trials,
+        new_tokens=effort.search_tokens,
+        gamma_max=effort.gamma_max,
+        timeout=timeout,
     )
     found = search(loaded.model, calibration[: effort.search_prompts], confirming, settings)
     lined_up = line_up(loaded.model, found.plan, timed, effort.search_tokens)

@@ -26,7 +26,11 @@ def measure_search(subject: Subject, effort: Effort, agreement: float) -> dict[s
         for count, seed in ((effort.search_prompts, 2), (effort.confirm_prompts, 3))
     )
     settings = SearchSettings(
-        trials=effort.search_trials, new_tokens=effort.search_tokens, gamma_max=effort.gamma_max, seed=subject.seed
+        draft="skip",
+        trials=effort.search_trials,
+        new_tokens=effort.search_tokens,
+        gamma_max=effort.gamma_max,
+        seed=subject.seed,
     )
     start = perf_counter()
     with no_cached_texts():

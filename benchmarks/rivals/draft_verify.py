@@ -17,7 +17,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from selfspec_search.space import flipped, skip_set_of, sublayers
+from selfspec_search.space import Sublayer, skip_set_of, sublayers
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
@@ -164,3 +164,8 @@ def _points(skip_sets: Sequence[SkipSet], num_layers: int) -> Floats:
     steps = sublayers(num_layers)
     rows = [set(skip_set) for skip_set in skip_sets]
     return np.array([[float(step in row) for step in steps] for row in rows])
+
+
+def flipped(skip_set: SkipSet, sublayer: Sublayer) -> SkipSet:
+    """The set with this sub-layer run if it is skipped, and skipped if it is run."""
+    return skip_set_of(set(skip_set) ^ {sublayer})

@@ -19,6 +19,7 @@ from selfspec.benchmark import Measurement, Ratio, measure
 from selfspec.contenders import PLAIN, Ours
 from selfspec.generation import SelfSpeculator
 from selfspec.plan import Plan
+from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 
 OURS = "ours"
@@ -76,12 +77,12 @@ def predicted_speedup(replay: Replay, context: Context, plan: Plan) -> float:
     if not plan.speculates:
         return 1.0
     ways = [Drafting(plan.gamma, plan.exit_threshold)]
-    return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.skip_set, ways)[0].speedup
+    return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.recipe, ways)[0].speedup
 
 
 def price(replay: Replay, context: Context, skip_set: SkipSet) -> Prediction:
     """A set with the draft length and the exit threshold that suit it best."""
-    return best(_table(replay, skip_set), Prices(costs=context.costs), skip_set)
+    return best(_table(replay, skip_set), Prices(costs=context.costs), Recipe.of(skip_set))
 
 
 def _table(replay: Replay, skip_set: SkipSet) -> Table:

@@ -85,6 +85,7 @@ def prepare(path: str, options: argparse.Namespace) -> Prepared:
 def settings_of(options: argparse.Namespace, confirming: int) -> SearchSettings:
     """Of our search, which ends by the clock alone."""
     return SearchSettings(
+        draft="skip",  # as the rivals
         trials=10**6,
         seed=options.seed,
         gamma_max=options.gamma_max,

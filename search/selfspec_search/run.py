@@ -207,9 +207,15 @@ class _Search:
 
 
 def _nothing_found(study: Study) -> str:
-    cost, memory = study.settings.max_draft_cost, study.settings.draft_memory
-    if study.trials and (cost is not None or memory is not None):
-        asked = [f"costs at most {cost} of a step of the whole model"] if cost is not None else []
-        asked += [f"takes at most {in_words(memory)}"] if memory is not None else []
-        return f"no draft that was tried {' and '.join(asked)}; raise the limit, or give the search more time"
+    settings = study.settings
+    asked = {
+        "max_draft_cost": f"costs at most {settings.max_draft_cost} of a step of the whole model",
+        "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} beside the model",
+    }
+    asked = {name: words for name, words in asked.items() if getattr(settings, name) is not None}
+    if study.trials and asked:
+        return (
+            f"no draft that was tried {' and '.join(asked.values())}; raise {' or '.join(asked)}, or give the search "
+            "more time"
+        )
     return "the search ended before it had tried one skip set; give it more time"

@@ -52,7 +52,7 @@ class Space:
 
     def sublayers(self) -> list[Sublayer]:
         """All 2L of them, in the order in which the model runs them."""
-        return [(kind, layer) for layer in range(self.num_layers) for kind in ("attn", "mlp")]
+        return sublayers(self.num_layers)
 
     @property
     def choices(self) -> dict[str, list[str]]:
@@ -175,6 +175,11 @@ class Space:
         }
         formats = {code: QuantisedSet.from_dict(sublayers) for code, sublayers in read["formats"].items()}
         return cls(num_layers=read["num_layers"], skips=read["skips"], formats=formats, heads=heads)
+
+
+def sublayers(num_layers: int) -> list[Sublayer]:
+    """All 2L of them, in the order in which the model runs them."""
+    return [(kind, layer) for layer in range(num_layers) for kind in ("attn", "mlp")]
 
 
 def skip_set_of(skipped: Sequence[Sublayer] | set[Sublayer]) -> SkipSet:

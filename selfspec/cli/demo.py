@@ -93,6 +93,7 @@ def _settings(trials: int, seed: int) -> SearchSettings:
     from selfspec_search import SearchSettings
 
     return SearchSettings(
+        draft="skip",  # the model is too small to gain from quantised copies
         trials=trials,
         timeout=SECONDS_OF_TRIALS,
         seed=seed,

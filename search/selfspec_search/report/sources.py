@@ -12,7 +12,7 @@ from typing import Any
 from selfspec.errors import InputError
 from selfspec.plan import PLAN_FILE, Plan
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial, number
-from selfspec_search.space import Space
+from selfspec_search.space import sublayers
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 JOURNAL_SUFFIX = ".journal"
@@ -99,7 +99,5 @@ def _sensitivity(data: bytes | None, num_layers: int) -> Mapping[Sublayer, float
     except ValueError:
         given = {}
     named = given if isinstance(given, Mapping) else {}
-    values = {
-        (kind, layer): number(named, f"{kind}_{layer}") for kind, layer in Space(num_layers=num_layers).sublayers()
-    }
+    values = {(kind, layer): number(named, f"{kind}_{layer}") for kind, layer in sublayers(num_layers)}
     return {sublayer: value for sublayer, value in values.items() if value is not None}

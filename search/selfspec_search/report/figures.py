@@ -30,6 +30,8 @@ from selfspec_search.report.canvas import (
 from selfspec_search.report.data import StudyData, Trial
 
 ISO_SPEEDUPS = (1.0, 1.2, 1.5, 2.0, 3.0)
+TABLE_COSTS, TABLE_AGREEMENTS = (0.55, 0.45, 0.28, 0.20), (0.80, 0.90, 0.95, 0.98)
+"""Of the table of ceilings, from the cost of published skip sets to that of quantised drafts that skip, too."""
 _SPEED = LinearSegmentedColormap.from_list("speed", ["#b9c8d8", "#7fa3cc", "#1f5f8b", "#0d2b45"])
 
 
@@ -74,6 +76,36 @@ def ideal_cost(agreement: float, speedup: float, gamma_max: int) -> float:
     """
     tokens = accumulate((agreement**depth for depth in range(1, gamma_max + 1)), initial=1.0)
     return max((each / speedup - 1) / gamma for gamma, each in enumerate(tokens) if gamma)
+
+
+def ideal_speedup(agreement: float, cost: float, gamma_max: int) -> float:
+    """The best speedup over gamma for an agreement and a cost of a draft step, in plain steps; the inverse of
+    `ideal_cost`, and 1 where plain decoding is faster."""
+    tokens = accumulate((agreement**depth for depth in range(1, gamma_max + 1)), initial=1.0)
+    return max(each / (gamma * cost + 1) for gamma, each in enumerate(tokens))
+
+
+def ceilings(points: Mapping[str, Sequence[tuple[float, float]]], gamma_max: int) -> Figure:
+    """The table of ideal speedups by draft cost and agreement, and on it where drafts stand, by name: (cost, agreement)
+    each."""
+    figure, (axes,) = new_figure(4.2)
+    for cost in TABLE_COSTS:
+        for agreement in TABLE_AGREEMENTS:
+            speedup = f"{ideal_speedup(agreement, cost, gamma_max):.2f}"
+            axes.text(cost, agreement, speedup, ha="center", va="center", color=MUTED, fontsize=8.5)
+    shades = (PALE, PREDICTED, MEASURED, CHOSEN)
+    for index, (name, some) in enumerate(points.items()):
+        colour = shades[index % len(shades)]
+        axes.scatter(*_columns(some), s=26, color=colour, edgecolors=PAPER, linewidths=0.5, label=name, zorder=3)
+    every = [point for some in points.values() for point in some]
+    costs, agreements = _columns([*every, (TABLE_COSTS[-1], TABLE_AGREEMENTS[0]), (TABLE_COSTS[0], 1.0)])
+    axes.set_xlim(0, min(1.2, max(costs) * 1.08))
+    axes.set_ylim(max(0.0, min(agreements) - 0.04), 1.01)
+    axes.set_xlabel("cost of a draft step, in plain steps")
+    axes.set_ylabel("agreement")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    legend_above(figure)
+    return figure
 
 
 def history(study: StudyData) -> Figure:

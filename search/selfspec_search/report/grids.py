@@ -49,10 +49,17 @@ def strip(recipe: Recipe, num_layers: int) -> Figure:
     return figure
 
 
-def sensitivity(values: Mapping[Sublayer, float], num_layers: int, skipped: SkipSet, *, differences: bool) -> Figure:
+def sensitivity(
+    values: Mapping[Sublayer, float],
+    num_layers: int,
+    skipped: SkipSet,
+    *,
+    differences: bool,
+    happens: str = "is skipped",
+) -> Figure:
     """A 2 x L heat map, the skipped sub-layers dotted.
 
-    `values` are agreements with that one sub-layer skipped, or, with `differences`, gains in predicted speedup; NaN is
+    `values` are agreements where with that one sub-layer something `happens`, or, with `differences`, gains in predicted speedup; NaN is
     left blank.
     """
     figure, (axes,) = new_figure(_strip_height(num_layers) + 0.75)
@@ -72,7 +79,7 @@ def sensitivity(values: Mapping[Sublayer, float], num_layers: int, skipped: Skip
     )
     for kind, layer in skipped:
         axes.scatter([layer], [KINDS.index(kind)], s=9, color=INK, edgecolors=PAPER, linewidths=0.5)
-    label = "gain in predicted speedup" if differences else "agreement when it alone is skipped"
+    label = "gain in predicted speedup" if differences else f"agreement when it alone {happens}"
     bar = figure.colorbar(
         image,
         ax=axes,

@@ -102,7 +102,8 @@ def _kind_of_child(module: nn.Module) -> tuple[Any, ...]:
     """What compiled code certainly depends on. What it depends on beside that (a window, say) it checks itself, but
     only so many variants of one code are allowed: caches that grow, or rows that change, would use them up."""
     keys = module._buffers.get("selfspec_keys")
-    return type(module), None if keys is None else keys.shape
+    parts = tuple(type(part) for part in module.modules())  # quantised copies among them
+    return parts, None if keys is None else keys.shape
 
 
 def _with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ What of the CUDA-only code each test reaches:
   `KVCache.begin` over all slots: `test_captured_rounds_write_what_the_model_writes`, and those of `read` and `Laps`.
 - `CudaRecorder._recover`: `test_a_capture_that_fails_leaves_all_as_it_was`; a new pool once all graphs are dropped:
   `test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held`.
+- The packing of 4-bit weights, and the choice of kernels: `test_the_kernels_of_quantised_weights_...`, and captured in
+  `test_quantised_drafts_are_captured`.
 - `fuses_layers`, `compile_obstacle`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
 - `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
 - `Runtime.prefill_chunk`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
@@ -23,9 +25,11 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+import quantised_models
 import selfspec_search.confirm
 import torch
 from models import FIRST_DROPPED, damped_model, prompts
+from quantised_models import drafting, few_prompts
 from selfspec_search.memory import Memory
 from selfspec_search.settings import SearchSettings
 from selfspec_search.texts import Text
@@ -36,7 +40,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import selfspec.decoding
-from selfspec import Plan, SelfSpeculator, wrap
+from selfspec import Plan, SelfSpeculator, draft_bytes, wrap
 from selfspec.attention import TorchFlash
 from selfspec.compiling import compile_obstacle
 from selfspec.decoding import read
@@ -45,6 +49,8 @@ from selfspec.graphs import CudaRecorder, Graphs, Recorder, Work
 from selfspec.loading import AUTO, _device, describe_device
 from selfspec.lossless import compare
 from selfspec.plan import PromptLookup
+from selfspec.quantised_linear import QuantisedWeight, device_obstacle, quantise
+from selfspec.recipe import FP8, INT4, INT8, Format
 from selfspec.runtime import PREFILL_CHUNK, device_name
 from selfspec.stats import Laps
 
@@ -133,6 +139,41 @@ def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert_captured(spec)
+
+
+QUANTISED = [INT4, INT8, FP8]
+
+
+@BOTH
+@pytest.mark.parametrize("format", QUANTISED, ids=str)
+def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_for(
+    format: Format, device: torch.device
+) -> None:
+    if (obstacle := device_obstacle(format, device)) is not None:
+        pytest.skip(obstacle)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(n, 256, generator=generator).to(device) for n in (176, 7))
+    product = quantise(weight, None, format)(inputs)
+    expected = inputs @ QuantisedWeight.of(weight, format).dequantised().T
+    rounding = 0.06 if format == FP8 else 0.01  # which rounds activations, too
+    assert (product - expected).norm() < rounding * expected.norm()
+    for row in range(7):
+        assert torch.equal(quantise(weight, None, format)(inputs[row]), product[row])
+
+
+@BOTH
+@pytest.mark.parametrize("format", QUANTISED, ids=str)
+def test_quantised_drafts_are_captured(format: Format, device: torch.device) -> None:
+    if (obstacle := device_obstacle(format, device)) is not None:
+        pytest.skip(obstacle)
+    model, plan = quantised_models.damped_model("llama").to(device), drafting(format, trimmed=True)
+    spec, given = captured(model, plan), {name: t.to(device) for name, t in few_prompts(11, 5, 7).items()}
+    expected = model.generate(**given, **GREEDY)
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **GREEDY), expected)
+    assert_captured(spec)
+    assert spec.stats.accepted > 0
+    assert spec.stats.draft_bytes == draft_bytes(model, plan) > 0
 
 
 @BOTH

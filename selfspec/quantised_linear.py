@@ -6,7 +6,7 @@ packing for CPUs among its prototypes, and make 8-bit weights floats again at ev
 1.4 in bfloat16, and 0.4 here; measured with its release 0.18).
 
 Activations are bfloat16 whatever the model's dtype: these kernels are fast for nothing else, and a draft need not be
-exact. A row's result does not depend on the rows beside it.
+exact. On a CPU, a row's product with integers does not depend on the rows beside it.
 """
 
 from __future__ import annotations

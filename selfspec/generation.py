@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from selfspec.copies import check_memory, copied_bytes, obstacles
+from selfspec.copies import copied_bytes, obstacles
 from selfspec.decoding import decode, is_captured
 from selfspec.drafting import Drafter, NoDrafter
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
@@ -113,7 +113,7 @@ class SelfSpeculator:
         self.plan.check_fits(model.config)
         recipe = self.plan.recipe if self.plan.gamma else Recipe()  # what never drafts needs no copies
         limit = parse_size(draft_memory, "draft_memory") if isinstance(draft_memory, str) else draft_memory
-        check_memory(model, recipe, limit)
+        self.runtime.draft_memory = limit
         self.runtime.draft_with(recipe)
         self._warn_if_stale(**self._conditions)
         self._told_of_sampling = False

@@ -32,7 +32,7 @@ class Format:
     def __post_init__(self) -> None:
         if self.name not in get_args(FormatName):
             raise PlanError(f"format is {self.name!r}, but it must be one of {', '.join(get_args(FormatName))}")
-        if self.name == "int4" and self.group_size not in GROUP_SIZES:
+        if self.name == "int4" and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
             raise PlanError(f"int4 has a group_size of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
         if self.name != "int4" and self.group_size is not None:
             raise PlanError(f"{self.name} has no groups; leave out group_size, {self.group_size!r} was given")

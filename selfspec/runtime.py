@@ -19,7 +19,7 @@ from selfspec.compiling import (
     fuses_layers,
     will_compile,
 )
-from selfspec.copies import Copies, check_vocabulary
+from selfspec.copies import Copies, check_memory, check_vocabulary
 from selfspec.draft_view import attention_modules, change_recipe, draft_view
 from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
@@ -77,14 +77,19 @@ class Runtime:
         self._graphs_wanted = graphs
         self.recipe = Recipe.of(recipe)
         self.padding: Padding | None = None
+        self.draft_memory: int | None = None
+        """The most bytes that copies of its own may take; None for no limit."""
         self._shared_copies = copies
         self._backend_name = backend
         self._build()
 
     def _build(self) -> None:
-        self.copies = self._shared_copies or Copies(self.model)
+        check_memory(self.model, self.recipe, self.draft_memory)
         check_vocabulary(self.model, self.recipe)
-        self.views: dict[ViewName, PreTrainedModel] = {
+        self.views: dict[ViewName, PreTrainedModel] = {}  # what is replaced must go before what replaces it comes
+        self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
+        self.copies = self._shared_copies or Copies(self.model)
+        self.views |= {
             "target": target_view(self.model),
             "draft": draft_view(self.model, self.recipe, self.copies),
         }
@@ -95,7 +100,6 @@ class Runtime:
         self._fused = FusedLayers()
         self._cache: KVCache | None = None
         self._pinned_long: bool | None = None  # the side of the longrope switch that is served
-        self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
         self._fingerprint = _identity(self.model)
 
     def refresh(self) -> None:
@@ -163,8 +167,10 @@ class Runtime:
 
     def draft_with(self, recipe: Recipe | SkipSet) -> None:
         """Draft by this recipe from now on."""
-        self.recipe = Recipe.of(recipe)
-        check_vocabulary(self.model, self.recipe)
+        recipe = Recipe.of(recipe)
+        check_memory(self.model, recipe, self.draft_memory)
+        check_vocabulary(self.model, recipe)
+        self.recipe = recipe
         change_recipe(self.views["draft"], self.recipe, self.copies)
         if self._shared_copies is None:
             self.copies.keep_only(self.recipe)

@@ -173,6 +173,7 @@ def measure(
     full = runtimes[FULL]
     benches = {context: Bench(_cached(model, prompts or (), rows, context + 1), sampling) for context in contexts}
     draft_length = draft_padding(full, benches[base])
+    full.padding = Padding(rows=rows, target=[], draft=draft_length)  # a format must be faster than what it replaces
     gaining, slower = copies_that_gain(full, benches[base], formats, runtime_of)
     copied = copied_variants(model, gaining)
     runtimes |= {name: runtime_of(recipe) for name, recipe in copied.items()}

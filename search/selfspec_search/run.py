@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from selfspec.compiling import will_compile
 from selfspec.errors import InputError
+from selfspec.quantised_linear import device_obstacle
+from selfspec.recipe import Format
 from selfspec.runtime import Runtime
 from selfspec.sizes import in_words
 from selfspec.views import check_supported
@@ -105,6 +107,7 @@ class _Search:
             check_memory(self.model, texts, self.calibration, self.settings)
             profile = Profile.from_dict(json.loads(shared[PROFILE]))
             store.space = Space.from_bytes(shared[SPACE])
+            self._check_formats(store.space)
             with self.phases.phase("trials"):
                 trials = self._trials(store, profile, texts[: self.calibration])
         return self._result(trials, profile, texts)
@@ -160,6 +163,15 @@ class _Search:
             PROFILE: json.dumps(profile.to_dict()).encode(),
             SPACE: space.to_bytes(),
         }
+
+    def _check_formats(self, space: Space) -> None:
+        """Raise `InputError` where this device cannot replay what others of the study may draft with."""
+        for code in space.formats:
+            if (obstacle := device_obstacle(Format.parse(code), self.model.device)) is not None:
+                raise InputError(
+                    f"the study tries drafts in {Format.parse(code)}, which this worker cannot replay: {obstacle}; "
+                    "give another --study, or --repick its trials here"
+                )
 
     def _write(self) -> list[Text]:
         settings, cache = self.settings, TextCache()

@@ -167,7 +167,7 @@ def obstacles(model: PreTrainedModel, recipe: Recipe) -> list[str]:
         for name, part in parts:
             if (reason := obstacle(part, format, model.device)) is not None:
                 left.setdefault(reason, []).append(f"{kind} {layer}'s {name}")
-    if recipe.quantised.head and (reason := obstacle(model.lm_head, format, model.device)) is not None:  # type: ignore[arg-type]
+    if recipe.quantised.head and (reason := obstacle(_like_head(model, recipe), format, model.device)) is not None:
         left.setdefault(reason, []).append("the head")
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} not in {format.name}: {reason}"
@@ -187,10 +187,18 @@ def copied_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
     outputs = weight.shape[0] if recipe.vocabulary is None else len(recipe.vocabulary)
     total += 0 if recipe.vocabulary is None else outputs * (8 + (0 if bias is None else bias.itemsize))
     own_format = recipe.format if recipe.quantised and recipe.quantised.head else None
-    like = nn.Linear(weight.shape[1], outputs, device="meta", dtype=weight.dtype)
+    like = _like_head(model, recipe)
     if own_format is not None and obstacle(like, own_format, model.device) is None:
         return total + quantised_bytes(outputs, weight.shape[1], own_format)
     return total + (0 if recipe.vocabulary is None else outputs * weight.shape[1] * weight.itemsize)
+
+
+def _like_head(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """The layer that the draft's head would be a copy of: one without weights for a trimmed one, else the model's."""
+    head: nn.Module = model.lm_head  # type: ignore[assignment]
+    if recipe.vocabulary is None or type(head) is not nn.Linear:
+        return head
+    return nn.Linear(head.in_features, len(recipe.vocabulary), device="meta", dtype=head.weight.dtype)
 
 
 def check_memory(model: PreTrainedModel, recipe: Recipe, limit: int | None) -> None:

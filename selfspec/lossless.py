@@ -104,10 +104,10 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
     gap = rounding = None
     if runtime.model.dtype != torch.float32:
         text, padding = torch.cat([prompt, expected[:position]]), runtime.padding
-        runtime.padding = None  # of the plain model
-        longest = gamma + 1 if padding is None else padding.of_target(gamma + 1)
+        runtime.padding = None  # as the plain model's
         one_by_one = _last_logits(runtime, text, len(prompt), 1)
-        by_rounds = _last_logits(runtime, text, len(prompt), longest)
+        runtime.padding = padding
+        by_rounds = _last_logits(runtime, text, len(prompt), gamma + 1)
         top = one_by_one.topk(2).values
         gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds).abs().max().item()
     return Difference(

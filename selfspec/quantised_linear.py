@@ -130,7 +130,7 @@ class QuantisedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, self.in_features).to(COMPUTE)
+        rows = inputs.reshape(-1, self.in_features).to(COMPUTE).contiguous()  # kernels want no other
         outputs = self.product(rows).to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
         return outputs if self.bias is None else outputs + self.bias
 

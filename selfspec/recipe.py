@@ -106,9 +106,13 @@ class SubVocabulary:
 
     @classmethod
     def of(cls, tokens: Iterable[int], vocabulary: int) -> SubVocabulary:
-        """These tokens, of a vocabulary of so many."""
+        """These tokens, of a vocabulary of so many; `PlanError` for one that is not in it."""
         bits = bytearray(-(-vocabulary // 8))
         for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise PlanError(
+                    f"draft_vocabulary: token {token} was given, but the vocabulary has 0..{vocabulary - 1}"
+                )
             bits[token // 8] |= 1 << token % 8
         return cls(base64.b64encode(zlib.compress(bytes(bits), 9)).decode())
 

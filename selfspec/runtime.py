@@ -168,6 +168,7 @@ class Runtime:
     def draft_with(self, recipe: Recipe | SkipSet) -> None:
         """Draft by this recipe from now on."""
         recipe = Recipe.of(recipe)
+        recipe.validate(self.model.config.num_hidden_layers)  # all that may be refused, before anything is changed
         check_memory(self.model, recipe, self.draft_memory)
         check_vocabulary(self.model, recipe)
         self.recipe = recipe

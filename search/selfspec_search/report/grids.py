@@ -59,8 +59,8 @@ def sensitivity(
 ) -> Figure:
     """A 2 x L heat map, the skipped sub-layers dotted.
 
-    `values` are agreements where something `happens` with that one sub-layer, or, with `differences`, gains in predicted
-    speedup; NaN is left blank.
+    `values` are agreements where something `happens` with that one sub-layer, or, with `differences`, gains in
+    predicted speedup; NaN is left blank.
     """
     figure, (axes,) = new_figure(_strip_height(num_layers) + 0.75)
     grid = np.array([[values.get((kind, layer), np.nan) for layer in range(num_layers)] for kind in KINDS])

@@ -1,0 +1,1 @@
+"""What `benchmarks/quantised.py` measures, one noun per file."""

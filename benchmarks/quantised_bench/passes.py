@@ -1,0 +1,119 @@
+"""Passes: what the target's take by their length, and the draft's by how they are made, all in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from gpu_bench.limits import PassTimes
+from gpu_bench.passes import _captured as captured
+from selfspec_search.padding import target_padding
+
+from quantised_bench.effort import Effort
+from quantised_bench.subject import Subject
+from quantised_bench.times import Times, take_turns
+from selfspec import Recipe
+from selfspec.copies import Copies, copied_bytes
+from selfspec.plan import Padding
+from selfspec.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Measured in one run.
+
+    Args:
+        target: by tokens of the pass.
+        drafts: of one token, by the draft's name.
+        bytes: what each draft takes beside the model.
+    """
+
+    target: dict[int, Times]
+    drafts: dict[str, Times]
+    bytes: dict[str, int]
+
+    @cached_property
+    def padding(self) -> Padding | None:
+        """The lengths at which passes are faster than shorter ones; None where there are none."""
+        longest = max(self.target)
+        medians = {t - 1: times.median for t, times in self.target.items()}
+        padding = Padding(rows=1, target=target_padding(medians, longest - 1))
+        return padding if padding.most else None
+
+    def length_of(self, t: int) -> int:
+        """How many tokens a pass over `t` is made of."""
+        return self.padding.of_target(t) if self.padding else t
+
+    @property
+    def better_plain(self) -> Times:
+        """Of the pass by which plain decoding is the fastest."""
+        return self.target[self.length_of(1)]
+
+    def verify(self, gamma: int) -> Times:
+        """Of the pass that checks so many drafted tokens."""
+        return self.target[self.length_of(gamma + 1)]
+
+    def of(self, draft: str, gamma: int) -> PassTimes:
+        """A round's passes, and the better plain one."""
+        return PassTimes(
+            plain=self.better_plain.median, draft=self.drafts[draft].median, verify=self.verify(gamma).median
+        )
+
+    @property
+    def gammas(self) -> list[int]:
+        """Draft lengths whose verify pass was measured."""
+        return [t - 1 for t in sorted(self.target) if t > 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        one = self.target[1]
+        return {
+            "target_ms": {t: round(1000 * times.median, 3) for t, times in self.target.items()},
+            "target_over_one_token": {t: times.over(one).to_dict() for t, times in self.target.items()},
+            "padding": self.padding.model_dump() if self.padding else None,
+            "drafts": {name: self._draft(name) for name in self.drafts},
+        }
+
+    def _draft(self, name: str) -> dict[str, Any]:
+        times = self.drafts[name]
+        return {
+            "ms": round(1000 * times.median, 3),
+            "share_of_target": times.over(self.target[1]).to_dict(),
+            "share_of_better_plain": times.over(self.better_plain).to_dict(),
+            "bytes": self.bytes[name],
+        }
+
+
+@torch.inference_mode()
+def measure_passes(subject: Subject, drafts: Mapping[str, Recipe], copies: Copies, effort: Effort) -> Passes:
+    """All in turn, each by a runtime of its own behind a filled cache; on CUDA as graphs, so that no launch counts."""
+    target = Runtime(subject.model)
+    runtimes = {name: Runtime(subject.model, recipe, copies=copies) for name, recipe in drafts.items()}
+    for runtime in (target, *runtimes.values()):
+        fill(runtime, effort.context, max(effort.lengths))
+    tokens = subject.prompts(1, max(effort.lengths))[0][None]
+    calls = {f"target {t}": partial(target.run, "target", tokens[:, :t].clone()) for t in effort.lengths}
+    calls |= {name: partial(runtime.run, "draft", tokens[:, :1].clone()) for name, runtime in runtimes.items()}
+    timed = take_turns(
+        {name: captured(call, subject.device) for name, call in calls.items()},
+        subject.device,
+        repeats=effort.pass_repeats,
+        in_a_row=effort.passes_in_a_row,
+    )
+    return Passes(
+        target=by_length(timed, effort.lengths),
+        drafts={name: timed[name] for name in drafts},
+        bytes={name: copied_bytes(subject.model, recipe) for name, recipe in drafts.items()},
+    )
+
+
+def fill(runtime: Runtime, context: int, longest: int) -> None:
+    """Let a cache hold `context` tokens, with room behind them; which ones they are, a pass's time does not tell."""
+    runtime.reserve(1, context + longest)
+    runtime.cache.lengths.fill_(context)
+
+
+def by_length(timed: Mapping[str, Times], lengths: Sequence[int]) -> dict[int, Times]:
+    return {t: timed[f"target {t}"] for t in lengths}

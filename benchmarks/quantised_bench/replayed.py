@@ -1,0 +1,86 @@
+"""Replayed: how often drafts of the embedded model are right, and how far that gets a round, without decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+from selfspec_search.replay import Replay
+from selfspec_search.space import Sublayer, skip_set_of, sublayers
+from selfspec_search.texts import Text, write_texts
+from selfspec_search.walk import Drafting, agreement, walk
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfspec import Recipe, SkipSet
+from selfspec.copies import Copies, branch
+from selfspec.runtime import Runtime
+
+GAMMA = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rightness:
+    """Of one draft, in rounds of up to GAMMA drafted tokens.
+
+    Args:
+        first: agreement at the first depth, over all positions of the texts.
+        by_depth: over the rounds that decoding goes through, behind accepted tokens.
+        acceptance: accepted over drafted.
+    """
+
+    first: float
+    by_depth: list[float]
+    acceptance: float
+    tokens_per_round: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "agreement": round(self.first, 4),
+            "agreement_by_depth": [round(share, 4) for share in self.by_depth],
+            "acceptance_rate": round(self.acceptance, 4),
+            "tokens_per_round": round(self.tokens_per_round, 4),
+        }
+
+
+def texts_of(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int) -> list[Text]:
+    """What the model writes behind each prompt, greedily."""
+    return [text for _, text in write_texts(Runtime(model), prompts, new_tokens)]
+
+
+def rightness(replay: Replay, recipe: Recipe, copies: Copies | None = None) -> Rightness:
+    """Of a draft by this recipe, its copies made in another way if any are given."""
+    if copies is not None:
+        replay = copy(replay)
+        replay.copies = copies
+    table, way = replay.run(recipe), Drafting(GAMMA)
+    assert table is not None
+    walked = walk(table, [way])
+    rounds, drafted = walked.visits.sum(), (walked.visits * walked.drafted).sum()
+    return Rightness(
+        first=table.agreement,
+        by_depth=agreement(table, way),
+        acceptance=float((walked.visits * walked.accepted).sum() / drafted) if drafted else 0.0,
+        tokens_per_round=float(table.written.sum() / rounds),
+    )
+
+
+def by_sensitivity(replay: Replay) -> list[Sublayer]:
+    """All sub-layers, first those whose absence alone costs the least agreement for the weights that it saves."""
+    model = replay.view
+    weights = {kind: _parameters(model, kind) for kind in ("attn", "mlp")}
+    lost = {
+        one: 1 - replay.first_depth(skip_set_of([one])).agreement for one in sublayers(model.config.num_hidden_layers)
+    }
+    return sorted(lost, key=lambda one: lost[one] / weights[one[0]])
+
+
+def most_dispensable(order: Sequence[Sublayer], share: float) -> SkipSet:
+    """The first of an order of sub-layers."""
+    return skip_set_of(order[: round(share * len(order))])
+
+
+def _parameters(model: PreTrainedModel, kind: str) -> int:
+    return sum(parameter.numel() for parameter in branch(model, kind, 0).parameters())

@@ -84,9 +84,10 @@ class Copies:
 
 
 class TrimmedHead(nn.Module):
-    """Logits of some tokens; all others have none, minus infinity: the draft does not propose them.
+    """Logits of some tokens; all others get minus infinity, so that the draft does not propose them (but where a family
+    caps its logits, which makes that its least one).
 
-    Lossless all the same: to the target, a token that the draft never proposes is one that it gave no probability.
+    Lossless all the same: to the target, a token that the draft does not propose is one that it gave no probability.
 
     Args:
         head: of `tokens` alone, without a bias.

@@ -76,7 +76,7 @@ class Runtime:
         self.compile = wanted and self.compile_obstacle is None
         self._graphs_wanted = graphs
         self.recipe = Recipe.of(recipe)
-        self.padding: Padding | None = None
+        self._padding: Padding | None = None
         self.draft_memory: int | None = None
         """The most bytes that copies of its own may take; None for no limit."""
         self._shared_copies = copies
@@ -106,7 +106,19 @@ class Runtime:
         """Build the views anew if the user moved, cast or re-adapted the model since."""
         if _identity(self.model) != self._fingerprint:
             check_supported(self.model)
+            self._shared_copies = None  # they are of what the model was
             self._build()
+
+    @property
+    def padding(self) -> Padding | None:
+        """How passes are padded, where so many rows are decoded as it is for; None for not at all."""
+        return self._padding
+
+    @padding.setter
+    def padding(self, padding: Padding | None) -> None:
+        if padding != self._padding and self.graphs is not None:
+            self.graphs.drop()  # they hold passes of the old lengths
+        self._padding = padding
 
     @property
     def cache(self) -> KVCache:

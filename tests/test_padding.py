@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import selfspec.kv_cache
 import selfspec.runtime
 from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
+from selfspec.graphs import Graphs
 from selfspec.kv_cache import KVCache, Pass
 from selfspec.lossless import compare
 from selfspec.plan import Outlook, Padding, PromptLookup
@@ -468,3 +469,15 @@ def test_padding_that_makes_no_sense_is_refused(padding: dict[str, Any], message
     assert "\n" not in str(error.value)
     with pytest.raises(PlanError, match=message):
         Plan(skip_set=SkipSet(), gamma=2, padding=padding)
+
+
+def test_padding_that_changes_drops_the_graphs_of_the_old_lengths() -> None:
+    spec = wrap(damped_model("llama", FIRST_DROPPED), padded())
+    spec.runtime.graphs = Graphs(TapeRecorder())
+    given = batch(11)
+    expected = spec.model.generate(**given, **GREEDY)
+    for plan in (spec.plan, padded().model_copy(update={"padding": None}), spec.plan):
+        spec.plan = plan
+        for _ in range(3):
+            assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        assert len(spec.runtime.graphs) >= 2

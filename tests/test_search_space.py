@@ -121,3 +121,8 @@ def test_a_small_space_can_be_gone_through() -> None:
     assert len(every) == small.size == 3**4
     assert every[0] == Recipe()
     assert len(set(every)) == 3**2 * 2**2, "MLPs gain nothing from being quantised"
+
+
+def test_studies_of_when_skipping_was_the_only_choice_are_read() -> None:
+    params = {name: choice == "skip" for name, choice in SKIPS.to_params(SkipSet(attn={2}, mlp={0})).items()}
+    assert SKIPS.from_params(params) == Recipe.of(SkipSet(attn={2}, mlp={0}))

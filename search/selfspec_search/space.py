@@ -22,6 +22,8 @@ KEEP, QUANTISE, SKIP = "keep", "quantise", "skip"
 FORMAT, HEAD = "format", "head"
 """Parameters beside the sub-layers'."""
 OWN_HEAD = "the model's own"
+_OF_OLD_STUDIES = {True: SKIP, False: KEEP}
+"""As choices were stored when skipping was the only one."""
 MOST_EARLY_EXITS = 16
 """Deep models: not every exit layer is tried, but so many, evenly spread."""
 
@@ -93,7 +95,8 @@ class Space:
         head = self.heads[params.get(HEAD, OWN_HEAD)]
         by_choice: dict[str, dict[str, list[int]]] = {c: {"attn": [], "mlp": []} for c in (KEEP, QUANTISE, SKIP)}
         for kind, layer in self.sublayers():
-            by_choice[params[sublayer_name((kind, layer))]][kind].append(layer)
+            choice = params[sublayer_name((kind, layer))]
+            by_choice[_OF_OLD_STUDIES.get(choice, choice)][kind].append(layer)
         skip_set = SkipSet(**by_choice[SKIP])
         if code is None:
             return Recipe(skip_set=skip_set, vocabulary=head.vocabulary)

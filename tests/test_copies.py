@@ -359,6 +359,7 @@ def test_a_plan_that_never_drafts_makes_no_copies(model: PreTrainedModel, monkey
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "starcoder2", "qwen3_moe"])
+@pytest.mark.slow
 def test_bytes_foretold_are_bytes_taken(family: str, name: str) -> None:
     model, recipe = quantisable_model(family), RECIPES[name]
     for many_tokens in (False, True):
@@ -499,6 +500,7 @@ def test_a_trimmed_head_that_stays_in_full_precision_is_told_of() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.slow
 def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed: bool, dtype: torch.dtype) -> None:
     model = damped_model(family)
     plan = drafting(INT8, trimmed=trimmed)

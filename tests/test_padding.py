@@ -247,6 +247,7 @@ def test_other_numbers_of_rows_are_not_padded(
     assert set(passes) <= set(range(1, GAMMA + 2))
 
 
+@pytest.mark.slow
 def test_requests_of_all_sizes_come_one_after_the_other(
     llama: PreTrainedModel, passes: list[int], no_slack: None
 ) -> None:
@@ -309,6 +310,7 @@ def test_lock_step_decoding_is_padded_like_any_other(llama: PreTrainedModel, pas
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 19])
 @pytest.mark.parametrize("lengths", [(1,), (13,), (13, 7, 13)], ids=["a token", "one row", "rows of unequal length"])
+@pytest.mark.slow
 def test_the_last_padded_pass_of_a_request_finds_room_in_the_cache(
     lengths: tuple[int, ...], new_tokens: int, llama: PreTrainedModel, no_slack: None
 ) -> None:
@@ -365,6 +367,7 @@ def test_a_prompt_is_prefilled_in_passes_of_its_own_lengths(
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_replayed_rounds_of_padded_passes_write_what_the_model_writes(family: str, rows: int, no_slack: None) -> None:
     model, given = damped_model(family, FIRST_DROPPED), batch(*(13, 7, 10)[:rows])
     spec, uncaptured = taped(model, padded(rows)), fixed_widths(model, padded(rows, padding=None))
@@ -379,6 +382,7 @@ def test_replayed_rounds_of_padded_passes_write_what_the_model_writes(family: st
     assert spec.runtime.padding is not None
 
 
+@pytest.mark.slow
 def test_graphs_of_padded_passes_are_not_played_for_requests_that_are_not_padded(
     llama: PreTrainedModel, no_slack: None
 ) -> None:
@@ -471,6 +475,7 @@ def test_padding_that_makes_no_sense_is_refused(padding: dict[str, Any], message
         Plan(skip_set=SkipSet(), gamma=2, padding=padding)
 
 
+@pytest.mark.slow
 def test_padding_that_changes_drops_the_graphs_of_the_old_lengths() -> None:
     spec = wrap(damped_model("llama", FIRST_DROPPED), padded())
     spec.runtime.graphs = Graphs(TapeRecorder())

@@ -96,7 +96,7 @@ def test_the_ceiling_is_that_of_the_best_draft_length_by_hand() -> None:
     # Of plain passes of 8: (1 + a) / (2 + 8), (1 + a + a^2) / (4 + 8), (1 + a + a^2 + a^3) / (6 + 9).
     best = ceiling(passes, "cheap", 0.9)
     assert (best.gamma, best.speedup) == (3, pytest.approx(8 * 3.439 / 15))
-    assert [best.speedup] * 2 > [8 * 1.9 / 10, 8 * 2.71 / 12]
+    assert best.speedup > max(8 * 1.9 / 10, 8 * 2.71 / 12)
     assert ceiling(passes, "cheap", 0.5).gamma == 1  # 1.5 / 10 beats 1.75 / 12 and 1.875 / 15
     assert ceiling(passes, "dear", 0.9).speedup == pytest.approx(8 * 1.9 / 16)
 
@@ -186,7 +186,7 @@ def test_the_dial_scales_what_a_skip_set_gives_and_leaves_nothing_behind() -> No
     changed = {name for name, one in subject.model.named_parameters() if not torch.equal(one, before[name])}
     assert changed == scaled | {"model.layers.5.mlp.down_proj.weight"}
     assert all(torch.equal(subject.model.get_parameter(name), before[name] * 0.25) for name in changed)
-    dial.turn_back()
+    subject.restore()
     assert all(torch.equal(one, before[name]) for name, one in subject.model.named_parameters())
 
 
@@ -219,10 +219,10 @@ def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(be
     for scale in (0.0, 16.0):
         bench.dial.turn(scale)
         agreements.append(bench.agreement())
+    bench.subject.restore()
     assert agreements[0] > 0.9 > 0.5 > agreements[1]
     assert bench.spec.runtime.copies is copies
     assert copies._made == made
-    bench.dial.turn_back()
 
 
 def test_a_draft_that_skips_more_needs_no_new_copies(bench: Bench) -> None:
@@ -427,11 +427,11 @@ def test_the_toy_run_of_a_gpu_measures_shapes_formats_and_a_trained_model(
     monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
     training = [sys.executable, str(BENCHMARKS / "midsize.py"), "--toy", "--out", str(tmp_path / "model")]
     subprocess.run(training, check=True, capture_output=True)
-    result, out = run("gpu", "--midsize", tmp_path / "model", "--formats", "int4", "fp8")
+    result, out = run("gpu", "--midsize", tmp_path / "model", "--formats", "fp8")
     assert set(result) == COMMON | {"shapes", "trained", "stages"}
     assert {stage["status"] for stage in result["stages"]} == {"done"}, out
     assert [(shape["shape"], shape["format"]) for shape in result["shapes"]] == [
-        (shape.name, format.code) for shape in (TOY_LLAMA, TOY_QWEN3) for format in (INT4, FP8)
+        (shape.name, FP8.code) for shape in (TOY_LLAMA, TOY_QWEN3)
     ]
     for shape in result["shapes"]:
         check_shape(shape)

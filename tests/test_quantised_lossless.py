@@ -85,6 +85,7 @@ def test_greedy_output_with_a_trimmed_head_is_model_generates(
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.slow
 def test_greedy_output_with_larger_groups_is_model_generates(size: int) -> None:
     model = damped_model("llama", hidden_size=256, head_dim=64, num_attention_heads=4, intermediate_size=256)
     assert_lossless(model, drafting(Format("int4", size)), few_prompts(11, 5))
@@ -279,6 +280,7 @@ def test_sampled_texts_of_a_quantised_draft_follow_the_models_own_distribution(
 
 @pytest.mark.parametrize("trimmed", [False, True], ids=["every token", "some tokens"])
 @pytest.mark.parametrize("format", [INT4, INT8], ids=str)
+@pytest.mark.slow
 def test_sampled_texts_of_a_quantised_head_follow_the_models_own_distribution(
     format: Format, trimmed: bool, wider: PreTrainedModel
 ) -> None:
@@ -292,6 +294,7 @@ def test_sampled_texts_of_a_quantised_head_follow_the_models_own_distribution(
     [{"exit_threshold": 0.5}, {"prompt_lookup": PromptLookup(gamma=3, min_ngram=1, max_ngram=2)}],
     ids=lambda way: next(iter(way)),
 )
+@pytest.mark.slow
 def test_sampled_texts_of_ragged_quantised_drafts_follow_the_models_own_distribution(
     way: dict[str, Any], small: PreTrainedModel
 ) -> None:
@@ -342,6 +345,7 @@ WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repet
 
 
 @pytest.mark.parametrize("lookup", [None, LOOKUP], ids=["layers", "cascade"])
+@pytest.mark.slow
 def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
     lookup: PromptLookup | None, llama: PreTrainedModel
 ) -> None:
@@ -360,6 +364,7 @@ def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
 @pytest.mark.parametrize(
     "options", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING | WARPERS], ids=["greedy", "sampling"]
 )
+@pytest.mark.slow
 def test_the_host_reads_once_a_round_and_nothing_else_reads(
     options: dict[str, Any], llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +393,7 @@ def test_the_host_reads_once_a_round_and_nothing_else_reads(
     assert all(reads == ["tolist"] for reads in rounds)
 
 
+@pytest.mark.slow
 def test_another_recipe_drops_the_graphs(llama: PreTrainedModel) -> None:
     spec, given, histories = taped(llama, drafting(INT4)), few_prompts(11), []
     options = GREEDY | {"max_new_tokens": 13}
@@ -447,6 +453,7 @@ def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
     family: str,
     compilations: list[int],  # noqa: F811
@@ -483,6 +490,7 @@ def kinds(model: PreTrainedModel, plan: Plan) -> int:
 
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("family", ["gemma2", "llama", "phi"])
+@pytest.mark.slow
 def test_in_bfloat16_output_differs_from_plain_decoding_by_near_ties_alone(family: str, trimmed: bool) -> None:
     model = damped_model(family, dtype=torch.bfloat16)
     spec, rows = wrap(model, drafting(trimmed=trimmed)), []

@@ -211,6 +211,7 @@ def test_a_search_that_quantises_confirms_what_replay_foretold(model: PreTrained
 
 
 @pytest.mark.usefixtures("profiled")
+@pytest.mark.slow
 def test_drafts_that_quantise_and_skip_are_tried_and_found_again(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")
     given = Recipe(skip_set=SkipSet(attn={3}), quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp={1, 3})))

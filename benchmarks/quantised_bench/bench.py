@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
-import torch
 from gpu_bench.agreement import drafted_agreement
 from torch import Tensor
 
@@ -33,6 +30,7 @@ class Bench:
 
     def __init__(self, subject: Subject, format: Format, effort: Effort) -> None:
         self.subject, self.format, self.effort = subject, format, effort
+        subject.restore()
         self.everything = Recipe(quantised=Quantised.everything(format, subject.num_layers))
         self.passes: Passes | None = None
         self.spec = selfspec.wrap(subject.model, self._plan(self.everything, PROBING), policy="fixed")
@@ -68,15 +66,6 @@ class Bench:
         """`model.generate`, plain decoding as it is and padded, and ours as it drafts now."""
         plain = [self._plainly(PLAIN), *([self._plainly(PADDED)] if self._padding else [])]
         return [HuggingFace(GENERATE, self.subject.model), *plain, Ours(DRAFTED, self.spec)]
-
-    def finish(self) -> None:
-        """Free what decoded, and leave the weights as they were drawn."""
-        self.dial.turn_back()
-        self._plain.clear()
-        del self.spec, self.dial
-        gc.collect()
-        if self.subject.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def distinct(self, outputs: list[Tensor]) -> float:
         """The share of different tokens in a text, averaged: text that loops has few."""

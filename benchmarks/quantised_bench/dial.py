@@ -33,23 +33,17 @@ class Dial:
         linears = subject.linears()
         self.names = [name for name, linear in linears.items() if linear_obstacle(linear, format) is None]
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
-        self._turned = False
 
     @torch.no_grad()
     def turn(self, scale: float, skip_set: SkipSet | None = None, skipped_scale: float = 1.0) -> None:
         """Set s; and scale what the sub-layers of a skip set give, which a draft without them lacks."""
-        self._turned = True
+        self.subject.moved.update(self.names)
         for name in self.names:
             drawn, copied = self._ends(name)
             weight = self.subject.model.get_parameter(name)
             torch.lerp(copied, drawn, scale, out=weight)
             if skip_set is not None and _is_of(skip_set, name):
                 weight.mul_(skipped_scale)
-
-    def turn_back(self) -> None:
-        """Leave the weights as they were drawn."""
-        if self._turned:
-            self.turn(1.0)
 
     @torch.no_grad()
     def requantised(self) -> float:

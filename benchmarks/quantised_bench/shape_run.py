@@ -71,10 +71,10 @@ class ShapeRun:
         skipping = partial(cell_with_skips, bench, least)
         self._cell(bench, result, f"agreement {least:g} with skips", estimates, skipping)
         self.console.print(ceilings_table(result, self.effort.agreements))
-        bench.finish()
 
     def _bench(self, shape: Shape, format: Format, timed: Sequence[Format]) -> Bench:
         """A bench, its passes timed; the copies of other formats are let go of."""
+        self._free()
         subject = self._of(shape)
         bench = Bench(subject, format, self.effort)
         vocabulary = subject.model.config.vocab_size
@@ -82,6 +82,7 @@ class ShapeRun:
         copies = bench.spec.runtime.copies
         bench.passes = measure_passes(subject, drafts, copies, self.effort)
         copies.keep_only(bench.everything)
+        self._free()
         return bench
 
     def _begin(self, bench: Bench) -> dict[str, Any]:
@@ -121,6 +122,12 @@ class ShapeRun:
         """The shape, built; the one before makes room first."""
         if self._subject is None or self._subject.shape is not shape:
             self._subject = None
-            gc.collect()
+            self._free()
             self._subject = Subject(shape, self.device, self.seed)
         return self._subject
+
+    def _free(self) -> None:
+        """Views and what they compiled know each other, and go only when somebody looks for such rings."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -20,22 +20,30 @@ HEAD_SPREAD = 0.5
 
 
 class Subject:
-    """A model with random weights, which can be drawn again at any time: they depend on the seed alone."""
+    """A model with random weights, which can be drawn again at any time: they depend on the seed alone.
+
+    Attributes:
+        moved: names of parameters that are not as they were drawn.
+    """
 
     def __init__(self, shape: Shape, device: torch.device, seed: int) -> None:
         self.shape, self.device, self.seed = shape, device, seed
         self.model = shape.build(device, seed)
         self.num_layers: int = self.model.config.num_hidden_layers
         self.skip_set = published_share(self.num_layers)
+        self.moved: set[str] = set()
         for name, parameter in self.model.named_parameters():
             self._temper(name, parameter)
 
     def drawn(self, name: str) -> Tensor:
         """A parameter as it was at first, in a tensor of its own."""
-        fresh = torch.empty_like(self.model.get_parameter(name), requires_grad=False)
-        draw(name, fresh, self.seed)
-        self._temper(name, fresh)
-        return fresh
+        return self._draw(name, torch.empty_like(self.model.get_parameter(name), requires_grad=False))
+
+    def restore(self) -> None:
+        """Leave all parameters as they were drawn, where they are."""
+        for name in self.moved:
+            self._draw(name, self.model.get_parameter(name))
+        self.moved.clear()
 
     def linears(self) -> dict[str, nn.Linear]:
         """All linear layers, the head's too, by their weights' names."""
@@ -47,6 +55,11 @@ class Subject:
         generator = torch.Generator().manual_seed(self.seed + 1)
         drawn = torch.randint(1, self.model.config.vocab_size, (count, length), generator=generator)
         return list(drawn.to(self.device))
+
+    def _draw(self, name: str, weight: Tensor) -> Tensor:
+        draw(name, weight, self.seed)
+        self._temper(name, weight)
+        return weight
 
     @torch.no_grad()
     def _temper(self, name: str, weight: Tensor) -> None:

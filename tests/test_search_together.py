@@ -265,7 +265,7 @@ def test_a_search_that_goes_on_neither_writes_texts_nor_measures_a_profile_again
     first, *later = [{key: study.blobs[key] for key in ("texts", "profile")} for study in story.studies]
     assert all(blobs == first for blobs in later)
     for out in (story.interrupted, story.finished):
-        assert "trying skip sets" in out
+        assert "trying drafts" in out
         assert "writing texts" not in out
         assert "timing passes" not in out
     assert not story.texts_written_anew

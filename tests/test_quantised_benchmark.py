@@ -17,6 +17,7 @@ from selfspec import InputError, Quantised, QuantisedSet, Recipe, SkipSet, SubVo
 from selfspec.copies import copied_bytes
 from selfspec.quantised_linear import QuantisedWeight
 from selfspec.recipe import FP8, INT4, INT8
+from selfspec.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -30,7 +31,7 @@ from quantised_bench.dial import Dial, rounded
 from quantised_bench.drafts import drafts_for, with_head, with_skips
 from quantised_bench.effort import TOY
 from quantised_bench.gpu import EIGHT, MIDSIZE, THIRTY_TWO, _order
-from quantised_bench.passes import Passes
+from quantised_bench.passes import Passes, best_length, lengths_of
 from quantised_bench.read import read_share
 from quantised_bench.replayed import GAMMA, most_dispensable
 from quantised_bench.rounding import RoundedCopies, round_to_nearest
@@ -72,6 +73,7 @@ def passes_of(target: dict[int, float], **drafts: float) -> Passes:
     return Passes(
         target={t: Times((seconds,)) for t, seconds in target.items()},
         drafts={name: Times((seconds,)) for name, seconds in drafts.items()},
+        padded={},
         bytes=dict.fromkeys(drafts, 0),
     )
 
@@ -89,6 +91,16 @@ def test_passes_of_which_longer_ones_are_slower_are_not_padded() -> None:
     assert passes.padding is None
     assert passes.better_plain.median == 10.0
     assert passes.gammas == [2, 4]  # whose verify passes were measured
+
+
+def test_a_draft_s_pass_is_padded_where_that_is_clearly_faster_and_nothing_is_quantised() -> None:
+    times = {t: Times((seconds,)) for t, seconds in ((1, 10.0), (2, 9.7), (3, 9.5))}
+    assert best_length(times) == 3
+    assert best_length({1: times[1], 2: times[2]}) == 1  # 3 % is noise
+    model = TOY_LLAMA.build(CPU, 0)
+    skipping, quantised_too = Recipe(skip_set=SkipSet(attn={1})), Recipe(quantised=Quantised.everything(INT4, 7))
+    assert lengths_of(Runtime(model, skipping)) == (1, 2, 3)
+    assert lengths_of(Runtime(model, quantised_too)) == (1,)
 
 
 def test_the_ceiling_is_that_of_the_best_draft_length_by_hand() -> None:
@@ -201,6 +213,9 @@ def test_a_copy_made_of_the_target_anew_is_as_far_from_it_as_the_draft_s() -> No
     for scale in (0.25, 0.5, 1.0):
         dial.turn(scale)
         assert dial.requantised() == pytest.approx(1, abs=0.02)
+    skip_set = SkipSet(attn={3}, mlp={3})  # of the layer in the middle
+    dial.turn(1.0, skip_set, 0.25)
+    assert dial.requantised(skip_set) == pytest.approx(1)  # what is skipped has no copy
     dial.turn(7.0)  # so far away the nearest copy is another
     assert dial.requantised() < 0.5
 

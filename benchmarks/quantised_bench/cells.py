@@ -101,7 +101,7 @@ def measure_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "agreement": agreement,
         "out_of_reach": abs(agreement - cell.agreement) > OUT_OF_REACH * bench.effort.tolerance,
         **was_set,
-        "requantised": bench.dial.requantised(),
+        "requantised": bench.dial.requantised(cell.skip_set),
         "gamma": best.gamma,
         **_speeds(bench, measured, bench.passes, best),
     }

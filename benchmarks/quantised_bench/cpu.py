@@ -16,7 +16,7 @@ from quantised_bench.tables import stages_table, tell
 from selfspec.recipe import INT4, INT8
 
 BUDGET = 1500.0
-REAL_ESTIMATES, TOY_ESTIMATES = Estimates(passes=240, cell=240), Estimates(passes=10, cell=5)
+REAL_ESTIMATES, TOY_ESTIMATES = Estimates(passes=200, ends=60, cell=240), Estimates(passes=10, ends=2, cell=5)
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -46,12 +46,16 @@ class Dial:
                 weight.mul_(skipped_scale)
 
     @torch.no_grad()
-    def requantised(self) -> float:
+    def requantised(self, skip_set: SkipSet | None = None) -> float:
         """How far the target is from a copy made of it now, over how far it is from the draft's: 1 if equally far.
 
-        Of the linear layers of one decoder layer, in the middle.
+        Of the linear layers of one decoder layer, in the middle, but those whose outputs are skipped and so scaled.
         """
-        sample = [name for name in self.names if f".{self.subject.num_layers // 2}." in name]
+        sample = [
+            name
+            for name in self.names
+            if f".{self.subject.num_layers // 2}." in name and not (skip_set and _is_of(skip_set, name))
+        ]
         from_new = from_draft = 0.0
         for name in sample:
             weight = self.subject.model.get_parameter(name)

@@ -42,14 +42,14 @@ class Effort:
 CPU = Effort(
     prompts=2,
     prompt_length=17,
-    new_tokens=48,
+    new_tokens=32,
     repeats=3,
     agreements=(0.9, 0.95),
     lengths=(1, 2, 3, 4, 5, 6, 7, 8, 9),
     context=128,
     pass_repeats=5,
     passes_in_a_row=2,
-    tolerance=0.015,
+    tolerance=0.02,
     steps=6,
     trimmed=32_000,
 )

@@ -52,8 +52,8 @@ class Extent:
 REAL_RUN = Extent(
     effort=GPU,
     shapes={
-        EIGHT: (LLAMA_8B, Estimates(passes=120, cell=60)),
-        THIRTY_TWO: (QWEN3_32B, Estimates(passes=150, cell=90)),
+        EIGHT: (LLAMA_8B, Estimates(passes=120, ends=20, cell=60)),
+        THIRTY_TWO: (QWEN3_32B, Estimates(passes=150, ends=30, cell=90)),
     },
     sizes=REAL,
     dtype="bfloat16",
@@ -62,8 +62,8 @@ REAL_RUN = Extent(
 TOY_RUN = Extent(
     effort=TOY,
     shapes={
-        EIGHT: (TOY_LLAMA, Estimates(passes=5, cell=3)),
-        THIRTY_TWO: (TOY_QWEN3, Estimates(passes=5, cell=3)),
+        EIGHT: (TOY_LLAMA, Estimates(passes=5, ends=1, cell=3)),
+        THIRTY_TWO: (TOY_QWEN3, Estimates(passes=5, ends=1, cell=3)),
     },
     sizes=TOY_SIZES,
     dtype="float32",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gpu_bench.limits import PassTimes
 from gpu_bench.passes import _captured as captured
-from selfspec_search.padding import target_padding
+from selfspec_search.padding import DRAFT_LENGTHS, LEAST_GAIN, target_padding
 
 from quantised_bench.effort import Effort
 from quantised_bench.subject import Subject
@@ -28,11 +28,13 @@ class Passes:
     Args:
         target: by tokens of the pass.
         drafts: of one token, by the draft's name.
+        padded: how many tokens such a pass is made of, where it is more than one.
         bytes: what each draft takes beside the model.
     """
 
     target: dict[int, Times]
     drafts: dict[str, Times]
+    padded: dict[str, int]
     bytes: dict[str, int]
 
     @cached_property
@@ -80,6 +82,7 @@ class Passes:
         times = self.drafts[name]
         return {
             "ms": round(1000 * times.median, 3),
+            "tokens": self.padded.get(name, 1),
             "share_of_target": times.over(self.target[1]).to_dict(),
             "share_of_better_plain": times.over(self.better_plain).to_dict(),
             "bytes": self.bytes[name],
@@ -92,19 +95,23 @@ def measure_passes(subject: Subject, drafts: Mapping[str, Recipe], copies: Copie
     target = Runtime(subject.model)
     runtimes = {name: Runtime(subject.model, recipe, copies=copies) for name, recipe in drafts.items()}
     for runtime in (target, *runtimes.values()):
-        fill(runtime, effort.context, max(effort.lengths))
-    tokens = subject.prompts(1, max(effort.lengths))[0][None]
-    calls = {f"target {t}": partial(target.run, "target", tokens[:, :t].clone()) for t in effort.lengths}
-    calls |= {name: partial(runtime.run, "draft", tokens[:, :1].clone()) for name, runtime in runtimes.items()}
+        fill(runtime, effort.context, max(*effort.lengths, *DRAFT_LENGTHS))
+    tokens = subject.prompts(1, max(*effort.lengths, *DRAFT_LENGTHS))[0][None]
+    calls = {("target", t): partial(target.run, "target", tokens[:, :t].clone()) for t in effort.lengths}
+    for name, runtime in runtimes.items():
+        for t in lengths_of(runtime):
+            calls[name, t] = partial(runtime.run, "draft", tokens[:, :t].clone())
     timed = take_turns(
-        {name: captured(call, subject.device) for name, call in calls.items()},
+        {key: captured(call, subject.device) for key, call in calls.items()},
         subject.device,
         repeats=effort.pass_repeats,
         in_a_row=effort.passes_in_a_row,
     )
+    best = {name: best_length({t: timed[name, t] for t in lengths_of(runtimes[name])}) for name in drafts}
     return Passes(
-        target=by_length(timed, effort.lengths),
-        drafts={name: timed[name] for name in drafts},
+        target={t: timed["target", t] for t in effort.lengths},
+        drafts={name: timed[name, t] for name, t in best.items()},
+        padded={name: t for name, t in best.items() if t > 1},
         bytes={name: copied_bytes(subject.model, recipe) for name, recipe in drafts.items()},
     )
 
@@ -115,5 +122,12 @@ def fill(runtime: Runtime, context: int, longest: int) -> None:
     runtime.cache.lengths.fill_(context)
 
 
-def by_length(timed: Mapping[str, Times], lengths: Sequence[int]) -> dict[int, Times]:
-    return {t: timed[f"target {t}"] for t in lengths}
+def lengths_of(runtime: Runtime) -> tuple[int, ...]:
+    """To how many tokens a draft's pass over one may be padded: as a search has it, quantised ones never."""
+    return (1,) if runtime.static or runtime.recipe.quantised else DRAFT_LENGTHS
+
+
+def best_length(timed: Mapping[int, Times]) -> int:
+    """The fastest, where it is faster than one token by more than noise."""
+    best = min(timed, key=lambda t: timed[t].median)
+    return best if timed[best].median < timed[1].median * (1 - LEAST_GAIN) else 1

@@ -32,10 +32,11 @@ class Estimates:
 
     Args:
         passes: with drawing the shape and making its copies.
-        cell: and as much for the agreement that nobody set.
+        ends: the agreement at both ends of the dial.
     """
 
     passes: float
+    ends: float
     cell: float
 
 
@@ -64,7 +65,7 @@ class ShapeRun:
             return
         result = self._begin(bench)
         kind = f"agreement of {shape.name}"
-        result["agreement"] = self.budget.run(f"{name}: agreement, unset", estimates.cell, bench.ends, kind=kind)
+        result["agreement"] = self.budget.run(f"{name}: agreement, unset", estimates.ends, bench.ends, kind=kind)
         for agreement in self.effort.agreements:
             self._cell(bench, result, f"agreement {agreement:g}", estimates, partial(cell_of, bench, agreement))
         least = min(self.effort.agreements)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gpu_bench.shapes import Shape
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-_PLAIN = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+_PLAIN: dict[str, Any] = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 """No token ends a text. The head is not tied to the embedding, so that it can be drawn by itself: what a pass reads
 stays the same."""
 

@@ -30,11 +30,13 @@ def drafts_table(result: dict[str, Any]) -> Table:
     """Drafts' passes over one token."""
     table = _table(
         f"{result['shape']}: a pass of the draft, one token",
-        ("draft", "ms", "share of the target's (least-greatest)", "share of the better plain pass", "memory beside it"),
+        ("draft", "padded to", "ms", "share of the target's (least-greatest)", "of the better plain pass", "memory"),
     )
     for name, draft in result["passes"]["drafts"].items():
         shares = (_spread(draft[key]) for key in ("share_of_target", "share_of_better_plain"))
-        table.add_row(name, f"{draft['ms']:.1f}", *shares, in_words(draft["bytes"]) if draft["bytes"] else "none")
+        padded = str(draft["tokens"]) if draft["tokens"] > 1 else ""
+        memory = in_words(draft["bytes"]) if draft["bytes"] else "none"
+        table.add_row(name, padded, f"{draft['ms']:.1f}", *shares, memory)
     return table
 
 

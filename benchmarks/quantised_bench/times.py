@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import TypeVar
 
 import torch
 from gpu_bench.timing import Call, seconds_of
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Times:
         return Spread(value=median(ratios), low=min(ratios), high=max(ratios))
 
 
-def take_turns(calls: Mapping[str, Call], device: torch.device, *, repeats: int, in_a_row: int) -> dict[str, Times]:
+def take_turns(calls: Mapping[Key, Call], device: torch.device, *, repeats: int, in_a_row: int) -> dict[Key, Times]:
     """Time stretches of `in_a_row` calls, `repeats` of each, after one that warms up.
 
     All take turns, so that what drifts (clocks, heat, neighbours) drifts for all.
@@ -53,7 +56,7 @@ def take_turns(calls: Mapping[str, Call], device: torch.device, *, repeats: int,
 
     for call in calls.values():
         stretch(call)
-    timed: dict[str, list[float]] = {name: [] for name in calls}
+    timed: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             timed[name].append(seconds_of(lambda call=call: stretch(call), device) / in_a_row)

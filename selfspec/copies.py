@@ -133,8 +133,13 @@ def branch(model: PreTrainedModel, kind: str, layer: int) -> nn.Module:
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of a sub-layer, by name."""
-    return ((name, part) for name, part in module.named_modules() if type(part) is nn.Linear)
+    """The linear layers of a sub-layer, by name, but those that carry adapters: what carries them (a module that holds
+    them by name, as peft's do) reads its layers' weights."""
+    for name, part in module.named_children():
+        if type(part) is nn.Linear:
+            yield name, part
+        elif not any(isinstance(child, nn.ModuleDict) for child in part.children()):
+            yield from ((f"{name}.{inner}", linear) for inner, linear in linears(part))
 
 
 def obstacle(linear: nn.Module, format: Format, device: torch.device) -> str | None:

@@ -86,7 +86,9 @@ class Runtime:
     def _build(self) -> None:
         check_memory(self.model, self.recipe, self.draft_memory)
         check_vocabulary(self.model, self.recipe)
-        self.views: dict[ViewName, PreTrainedModel] = {}  # what is replaced must go before what replaces it comes
+        self._fingerprint: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
+        self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
+        self.views: dict[ViewName, PreTrainedModel] = {}
         self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
         self.copies = self._shared_copies or Copies(self.model)
         self.views |= {
@@ -98,7 +100,6 @@ class Runtime:
         self.backend = choose_backend(recorded.needs(self.model), self._backend_name)
         self.graphs = None if self._graphs_wanted is False else graphs_for(self.model.device)
         self._fused = FusedLayers()
-        self._cache: KVCache | None = None
         self._pinned_long: bool | None = None  # the side of the longrope switch that is served
         self._fingerprint = _identity(self.model)
 

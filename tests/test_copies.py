@@ -40,6 +40,7 @@ from selfspec.copies import (
     quantisable,
 )
 from selfspec.draft_view import change_recipe, draft_view
+from selfspec.errors import UnsupportedModelError
 from selfspec.quantised_linear import QuantisedLinear, QuantisedWeight, device_obstacle
 from selfspec.recipe import FP8, INT4, INT8
 from selfspec.runtime import Runtime
@@ -603,3 +604,41 @@ def test_a_recipe_that_is_refused_leaves_the_draft_as_it_was(model: PreTrainedMo
     model.to(torch.float64)  # the views are built anew, by the recipe that was there
     spec.generate(**given, **GREEDY)
     assert spec.runtime.copies.nbytes == memory
+
+
+class Adapted(torch.nn.Module):
+    """A layer with a low-rank adapter, which reads its own weights as peft's does."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base_layer = base
+        sizes = (base.in_features, rank), (rank, base.out_features)
+        self.lora_A, self.lora_B = (torch.nn.ModuleDict({"default": torch.nn.Linear(*size)}) for size in sizes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        down, up = self.lora_A["default"], self.lora_B["default"]
+        return self.base_layer(inputs) + up(down(inputs.to(down.weight.dtype)))
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+def test_layers_that_carry_adapters_stay_as_they_are(rank: int) -> None:
+    model = quantisable_model("llama")
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj, rank)
+    spec, given = wrap(model, drafting(INT4)), few_prompts(13, 7, 10)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    copied = {key[2] for key in spec.runtime.copies._made if key[0] == "attn"}
+    assert copied == {"k_proj", "v_proj", "o_proj"}
+
+
+def test_a_rebuild_that_is_refused_is_made_up_for_when_the_model_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantisable_model("llama")
+    spec, given = wrap(model, drafting(INT8)), few_prompts(13, 7, 10)
+    expected = spec.generate(**given, **GREEDY)
+    norm = model.model.norm
+    kept, norm.weight = norm.weight, torch.nn.Parameter(torch.full_like(norm.weight, torch.nan))
+    with pytest.raises(UnsupportedModelError, match="NaN or infinity"):
+        spec.generate(**given, **GREEDY)
+    norm.weight = kept
+    assert torch.equal(spec.generate(**given, **GREEDY), expected)

@@ -103,7 +103,11 @@ def test_a_step_costs_what_is_run_without_padding_less_what_copies_save() -> Non
     quarter = SubVocabulary.of(range(TOKENS // 4), TOKENS)
     trimmed = Recipe(skip_set=skip_set, quantised=with_head, vocabulary=quarter)
     assert COSTS.draft_step(trimmed) == pytest.approx(unpadded - 0.003 - 0.75 * 0.001)
-    assert COSTS.draft_step(Recipe(vocabulary=quarter)) == pytest.approx(COSTS.draft_step(Recipe()) - 0.75 * 0.004)
+    own_head = Recipe(skip_set=skip_set, quantised=copied, vocabulary=quarter)
+    assert COSTS.draft_step(own_head) == pytest.approx(unpadded - 0.75 * 0.004)
+    assert COSTS.draft_step(Recipe(vocabulary=quarter)) == pytest.approx(
+        COSTS.draft_step(Recipe()) - 0.75 * 0.004 / 1.25
+    )
 
 
 def test_savings_beyond_the_step_leave_something_of_it() -> None:
@@ -155,6 +159,22 @@ def test_a_device_that_gains_nothing_is_offered_skips_alone(model: PreTrainedMod
     assert all(choices == ["keep", "skip"] for choices in space.choices.values())
     with pytest.raises(InputError, match=r"no quantised draft is faster here \(fp8: 1.30 of the time.*--draft skip"):
         space_of(model, nothing, TEXTS, "quantised")
+
+
+def test_a_format_that_gains_by_the_head_alone_is_offered_for_it(model: PreTrainedModel) -> None:
+    by_head = {INT8.code: SAVINGS.model_copy(update={"attention": -0.001, "mlp": -0.001})}
+    profile = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": by_head}),)})
+    space = space_of(model, profile, TEXTS, "both")
+    assert space.choices["attn_0"] == ["keep", "skip"]
+    first = next(space.seeds())
+    assert first.quantised == Quantised(format=INT8, head=True)
+    assert space.from_params(space.to_params(first)) == first
+    nothing = {INT8.code: by_head[INT8.code].model_copy(update={"head": -0.001})}
+    profile = profile.model_copy(
+        update={"costs": (COSTS.model_copy(update={"formats": nothing}),), "slower_formats": {}}
+    )
+    with pytest.raises(InputError, match="neither a sub-layer nor the head gains"):
+        space_of(model, profile, TEXTS, "quantised")
 
 
 def test_trimmed_heads_keep_the_tokens_that_are_frequent_in_the_texts(model: PreTrainedModel) -> None:
@@ -236,6 +256,22 @@ def test_no_draft_is_chosen_that_takes_more_memory_than_allowed(model: PreTraine
     assert all(confirmed.draft_bytes <= whole // 3 for confirmed in result.confirmed)
     with pytest.raises(InputError, match=r"no draft that was tried takes at most 1 B .*; raise draft_memory"):
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"draft": "quantised", "draft_memory": 1}))
+
+
+@pytest.mark.usefixtures("profiled")
+def test_picking_again_says_why_nothing_can_be_used(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = str(tmp_path / "plan.db")
+    settings = SETTINGS | {"trials": 2, "lookup": False, "draft": "quantised", "storage": storage}
+    search(model, CALIBRATION, HELD_OUT, SearchSettings(**settings))
+    study = load_study(storage)
+    with pytest.raises(InputError, match="none is within draft_memory; raise the limit"):
+        repick(model, study, SearchSettings(draft_memory=1))
+    slow = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": {}}),)})
+    monkeypatch.setattr("selfspec_search.finish.measure", lambda *args, **kwargs: slow)
+    with pytest.raises(InputError, match=r"their formats are no faster \(fp8: 1.30 .*\); search on this device"):
+        repick(model, study, SearchSettings())
 
 
 @pytest.mark.usefixtures("profiled")

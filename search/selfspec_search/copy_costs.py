@@ -63,8 +63,8 @@ def _obstacle(model: PreTrainedModel, format: Format) -> str | None:
     return None if quantisable(model, format) else "no linear layer of this model fits it"
 
 
-def _everything(model: PreTrainedModel, format: Format, *, head: bool = True) -> Quantised:
-    return Quantised(format=format, sublayers=quantisable(model, format), head=head)
+def _everything(model: PreTrainedModel, format: Format) -> Quantised:
+    return Quantised(format=format, sublayers=quantisable(model, format), head=True)
 
 
 def copied_variants(model: PreTrainedModel, formats: Sequence[Format]) -> dict[str, Recipe]:

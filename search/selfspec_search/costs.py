@@ -75,12 +75,12 @@ class Costs(Record):
     def _saved_by_copies(self, recipe: Recipe) -> float:
         left_out = 1 - len(recipe.vocabulary) / self.vocabulary if recipe.vocabulary and self.vocabulary else 0.0
         if recipe.quantised is None:
-            return left_out * self.vocabulary_saved
+            return left_out * self.vocabulary_saved / self.unpadded
         savings, sublayers = self.formats[recipe.quantised.format.code], recipe.quantised.sublayers
         saved = len(sublayers.attn) * savings.attention + len(sublayers.mlp) * savings.mlp
         if recipe.quantised.head:
             return saved + savings.head + left_out * savings.vocabulary
-        return saved + left_out * self.vocabulary_saved * self.unpadded
+        return saved + left_out * self.vocabulary_saved
 
     def knows(self, recipe: Recipe) -> bool:
         """Whether the recipe's format was measured, and is faster than none."""

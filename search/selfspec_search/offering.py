@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from selfspec.copies import copied_bytes, quantisable
 from selfspec.errors import InputError
 from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
-from selfspec.skip_set import QuantisedSet, SkipSet
+from selfspec.skip_set import QuantisedSet
 from selfspec_search.copy_costs import formats_of, vocabulary_of
 from selfspec_search.costs import Costs
 from selfspec_search.profile import Profile
@@ -35,10 +35,7 @@ def formats_for(model: PreTrainedModel, draft: DraftName) -> list[Format]:
 def most_copied(model: PreTrainedModel, formats: Sequence[Format]) -> int:
     """Bytes that a search with these formats takes for copies, at most."""
     layers = model.config.num_hidden_layers
-    return sum(
-        copied_bytes(model, Recipe(quantised=Quantised.everything(format, layers, skip_set=SkipSet())))
-        for format in formats
-    )
+    return sum(copied_bytes(model, Recipe(quantised=Quantised.everything(format, layers))) for format in formats)
 
 
 def space_of(model: PreTrainedModel, profile: Profile, texts: Sequence[Text], draft: DraftName) -> Space:
@@ -65,7 +62,7 @@ def space_of(model: PreTrainedModel, profile: Profile, texts: Sequence[Text], dr
         )
         for code in costs.formats
     }
-    formats = {code: sublayers for code, sublayers in formats.items() if sublayers}
+    formats = {code: some for code, some in formats.items() if some or costs.formats[code].head > 0}
     if draft == "quantised" and not formats:
         raise InputError(f"no quantised draft is faster here ({slower(profile)}); search with --draft skip")
     heads = _heads(model, costs, texts) if formats else {OWN_HEAD: Head()}
@@ -74,7 +71,8 @@ def space_of(model: PreTrainedModel, profile: Profile, texts: Sequence[Text], dr
 
 def slower(profile: Profile) -> str:
     """Why formats were left out, in words."""
-    return "; ".join(f"{Format.parse(code)}: {reason}" for code, reason in profile.slower_formats.items())
+    reasons = [f"{Format.parse(code)}: {reason}" for code, reason in profile.slower_formats.items()]
+    return "; ".join(reasons) or "neither a sub-layer nor the head gains"
 
 
 def _heads(model: PreTrainedModel, costs: Costs, texts: Sequence[Text]) -> dict[str, Head]:

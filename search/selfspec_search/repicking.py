@@ -13,6 +13,8 @@ from selfspec_search import text_cache
 from selfspec_search.finish import Finish, Phases, Trials, check_memory, measure_for
 from selfspec_search.limits import limits_of
 from selfspec_search.objective import Prices, best, ranked
+from selfspec_search.offering import slower
+from selfspec_search.profile import Profile
 from selfspec_search.result import SearchResult
 from selfspec_search.sampling import Sampling
 from selfspec_search.settings import OnProgress, SearchSettings
@@ -68,10 +70,7 @@ def repick(
             if limits.allow(recipe, prices)
         ]
     if not found:
-        raise InputError(
-            f"no trial of study '{study.name}' is as cheap and as small here as max_draft_cost and draft_memory ask; "
-            "raise them"
-        )
+        raise InputError(f"no trial of study '{study.name}' can be used here: {_why_none(settings, profile)}")
     whole = sum(trial.value is not None for trial in study.trials)
     trials = Trials(
         study=study.name,
@@ -82,6 +81,14 @@ def repick(
     )
     finish = Finish(model=model, settings=settings, profile=profile, phases=phases)
     return finish.run(trials, texts[:calibration], texts[calibration:])
+
+
+def _why_none(settings: SearchSettings, profile: Profile) -> str:
+    """Why all trials of a study were turned away, and what to do."""
+    given = [name for name in ("max_draft_cost", "draft_memory") if getattr(settings, name) is not None]
+    if given:
+        return f"none is within {' and '.join(given)}; raise the limit"
+    return f"their formats are no faster ({slower(profile)}); search on this device"
 
 
 def table_of(trial: StoredTrial, depths: int) -> Table:

@@ -59,7 +59,7 @@ class Space:
     @property
     def choices(self) -> dict[str, list[str]]:
         """By parameter. Formats and heads are parameters where there is a choice."""
-        chosen = [KEEP, *([QUANTISE] if self.formats else []), *([SKIP] if self.skips else [])]
+        chosen = [KEEP, *([QUANTISE] if any(self.formats.values()) else []), *([SKIP] if self.skips else [])]
         every = {sublayer_name(sublayer): chosen for sublayer in self.sublayers()}
         every |= {FORMAT: list(self.formats)} if len(self.formats) > 1 else {}
         return every | ({HEAD: list(self.heads)} if len(self.heads) > 1 else {})

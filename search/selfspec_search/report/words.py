@@ -68,7 +68,8 @@ def copies_of(recipe: Recipe) -> str:
     if recipe.quantised is not None:
         named = [f"{len(recipe.quantised.sublayers)} sub-layers"] * bool(recipe.quantised.sublayers)
         named += ["the head"] * recipe.quantised.head
-        parts.append(f"{' and '.join(named)} run in {recipe.quantised.format}")
+        runs = "run" if recipe.quantised.sublayers else "runs"
+        parts.append(f"{' and '.join(named)} {runs} in {recipe.quantised.format}")
     if recipe.vocabulary is not None:
         parts.append(f"it proposes {len(recipe.vocabulary)} tokens")
     return "".join(f"; {part}" for part in parts)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from selfspec.recipe import Format
 
 COMPUTE = torch.bfloat16
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE, ROWS_ON_CPU = 4096, 256
 """So many outputs' weights are rounded at a time: rounding holds several float32 copies."""
 FITS = 3
 """So often the steps of 4 bits are fitted to the weights: more changes little."""
@@ -51,7 +51,8 @@ class QuantisedWeight:
     def of(cls, weight: Tensor, format: Format) -> QuantisedWeight:
         """Round a weight, whatever its dtype, where it lies."""
         round_to = {"int4": _round_to_int4, "int8": _round_to_int8, "fp8": _round_to_fp8}[format.name]
-        parts = [round_to(some.float(), format) for some in weight.detach().split(ROWS_AT_ONCE)]
+        at_once = ROWS_ON_CPU if weight.device.type == "cpu" else ROWS_AT_ONCE
+        parts = [round_to(some.float(), format) for some in weight.detach().split(at_once)]
         values, scales, zeros = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
         assert values is not None
         assert scales is not None

@@ -246,7 +246,7 @@ def test_int4_rounds_each_group_for_itself() -> None:
 def test_rounding_in_parts_is_rounding_at_once(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(50, 256)
     whole = QuantisedWeight.of(weight, format)
-    monkeypatch.setattr(selfspec.quantised_linear, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(selfspec.quantised_linear, "ROWS_ON_CPU", 7)
     parts = QuantisedWeight.of(weight, format)
     assert torch.equal(parts.dequantised(), whole.dequantised())
     assert parts.values.dtype == whole.values.dtype

@@ -143,9 +143,8 @@ def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: lis
         "backend_reason": runtime.backend.reason,
         "compiled": runtime.compile,
         "intervals": INTERVALS,
-        "plan": entrants.ours.plan.model_dump(
-            mode="json", include={"skip_set", "gamma", "exit_threshold", "prompt_lookup"}
-        ),
+        "plan": entrants.ours.plan.model_dump(mode="json", exclude={"outlook", "model", "provenance"}),
+        "draft_bytes": entrants.ours.runtime.copies.nbytes,
         "contenders": [score.to_dict() for score in scores],
         "absent": entrants.absent,
         "unsteady": measured.unsteady,

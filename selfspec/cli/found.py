@@ -88,6 +88,8 @@ def _rounds(winner: Confirmed) -> str:
     if winner.rounds_equal is None:
         return f"{figures}, sampled"
     equal = f"equal in all {winner.rounds} rounds" if winner.rounds_equal else "NOT equal in every round"
+    if not winner.rounds_equal and winner.prediction.recipe.quantised is not None:
+        equal += ", as may be where copies round"
     return f"{figures}: {equal}; {winner.differing_texts} texts differ from the plain model's"
 
 

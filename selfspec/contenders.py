@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -211,12 +212,12 @@ def _new_tokens(result: Any, prompt: Tensor) -> Tensor:
 
 def _add(total: Stats, one: Stats) -> None:
     """Add up what a score reports."""
-    for name in ("rows", "tokens", "rounds", "passes", "drafted", "accepted"):
+    for name in ("rows", "tokens", "rounds", "passes", "drafted", "accepted", "steps"):
         setattr(total, name, getattr(total, name) + getattr(one, name))
     for name, value in one.seconds.items():
         total.seconds[name] += value
-    for gamma, passes in one.draft_lengths.items():
-        total.draft_lengths[gamma] = total.draft_lengths.get(gamma, 0) + passes
+    total.choices = dict(Counter(total.choices) + Counter(one.choices))
+    total.pass_lengths = dict(Counter(total.pass_lengths) + Counter(one.pass_lengths))
     total.captured, total.graph_bytes, total.policy = one.captured, one.graph_bytes, one.policy
     total.draft_bytes = one.draft_bytes
     total.backend, total.backend_reason, total.compiled = one.backend, one.backend_reason, one.compiled

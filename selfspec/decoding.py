@@ -24,6 +24,7 @@ def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -
         if (obstacle := settle(runtime, drafter, request)) is not None:
             stats.slower_paths.append(f"rounds are not captured: {obstacle}")
         prefill(runtime, request)
+        drafter.begin(request)
         look_ahead(drafter, request)
         wait_for(request.sequences.device)  # so that its time is its own
     while not request.is_done():
@@ -44,9 +45,9 @@ def settle(runtime: Runtime, drafter: Drafter, request: Request) -> str | None:
 
 def look_ahead(drafter: Drafter, request: Request) -> None:
     """Let the drafter look at the prompts, as it looks at every later text at the end of a round."""
-    if drafter.looks:
-        drafter.look(request)
-        request.known_found = [found for (found,) in read(request.found[:, None])]
+    looked = drafter.look(request)
+    if looked is not None:
+        drafter.hear(read(looked))
 
 
 def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> list[Committed]:
@@ -54,18 +55,21 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     graph where that is possible; then the host reads once."""
     laps = Laps(request.sequences.device)
     part, n = drafter.choose(request)
-    stats.count_choice(part.gamma)
     laps.mark()
     draft = run_draft(runtime, part, request, n)
     laps.mark()
     checked = run_check(runtime, drafter, request, draft)
     laps.mark()
     told = read(checked.told)
-    request.known_found = [found for *_, found in told]
-    committed = request.take([row[:-1] for row in told], checked.scores, checked.logits)
-    stats.count_pass([(row.row, row.drafted, row.accepted, len(row.tokens)) for row in committed])
+    committed = request.take([row[: checked.width] for row in told], checked.scores, checked.logits)
+    for row in committed:
+        row.origin = part.origin(row.row)
+    stats.count_choice(part.label, part.steps(n), draft.width + 1)
+    stats.count_pass(committed)
     stats.add_laps(laps)
     drafter.observe(committed)
+    if drafter.looks:
+        drafter.hear([row[checked.width :] for row in told])
     return committed
 
 
@@ -83,16 +87,18 @@ def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draf
 def run_check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) -> Checked:
     """The check of a draft, after which `drafter` looks at what was committed."""
     # A graph reads the draft where it lay when the graph was captured, so it serves drafts that lie there.
-    key = ("check", drafter.key, draft.tokens.shape[1], draft.addresses)
+    key = ("check", drafter.key, draft.width, draft.addresses)
     checked: Checked = _run(runtime, request, key, lambda: check(runtime, drafter, request, draft))
     return checked
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check leaves: what the host must be told, `b m`; processed and raw target logits, `b n+1 v`."""
+    """What a check leaves: what the host must be told, `b m`, the first `width` columns of it by the request and the
+    others by the drafter; processed and raw target logits, `b n+1 v`."""
 
     told: Tensor
+    width: int
     scores: Tensor
     logits: Tensor
 
@@ -106,8 +112,8 @@ def check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) ->
     told = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores)
     # Rewind: every row's cache again holds its committed tokens but the last one.
     runtime.cache.lengths.copy_(request.ends - request.pads - 1)
-    drafter.look(request)
-    return Checked(torch.cat([told, request.found[:, None]], dim=1), scores, logits)
+    looked = drafter.look(request)
+    return Checked(told if looked is None else torch.cat([told, looked], dim=1), told.shape[1], scores, logits)
 
 
 def read(told: Tensor) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from selfspec.errors import InputError
 from selfspec.processors import capture_obstacle, has_stop_token, ignoring_padding, looking_at, settings_of
 from selfspec.row_buffers import STOP_TOKENS, RowBuffers
 from selfspec.sampling import Acceptance, Draft
+
+Origin = Literal["lookup", "layers", "draft model"]
+"""Who drafts."""
 
 
 @dataclass(kw_only=True)
@@ -72,7 +76,6 @@ class Request:
         buffers.stop_tokens.fill_(-1)
         for index, token in enumerate(sorted(self._stop_tokens)):
             buffers.stop_tokens[index] = token
-        self.known_found = [0] * self.rows
         self.rewind()
         # Criteria that look at the text get a copy on the CPU, so that they need not read the device.
         looks = bool(self._other_criteria) and not self.lockstep
@@ -122,10 +125,6 @@ class Request:
     def has_ended(self, row: int) -> bool:
         """Whether the row no longer commits, as the host was told."""
         return self.stopped_at[row] is not None and not self._runs_on
-
-    def found_in_unfinished(self) -> list[int]:
-        """How many tokens were found for each unfinished row, as the host was told."""
-        return [found for found, stop in zip(self.known_found, self.stopped_at, strict=True) if stop is None]
 
     def is_done(self) -> bool:
         """Whether every row has stopped."""
@@ -262,10 +261,11 @@ def _first(counts: Tensor, width: int) -> Tensor:
 
 @dataclass
 class Committed:
-    """What one round committed in one row: `tokens`, of which the first `accepted` were drafted."""
+    """What one round committed in one row: `tokens`, of which the first `accepted` were drafted, by `origin`."""
 
     row: int
     start: int
     tokens: list[int]
     drafted: int
     accepted: int
+    origin: Origin | None = None

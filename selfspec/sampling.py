@@ -24,6 +24,11 @@ class Draft:
     probs: Tensor | None  # b n v
 
     @property
+    def width(self) -> int:
+        """How many tokens beside the last committed one a pass over it takes."""
+        return self.tokens.shape[1]
+
+    @property
     def addresses(self) -> tuple[int, ...]:
         """Where it lies in memory."""
         tensors = (self.tokens, self.lengths, self.probs)

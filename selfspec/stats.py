@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from selfspec.request import Committed
 
 
 class Laps:
@@ -59,8 +62,14 @@ class Stats:
     """By pass: (row, drafted, accepted) of every unfinished row."""
     policy: str = ""
     """`adaptive`, or `fixed` and why."""
-    draft_lengths: dict[int, int] = field(default_factory=dict)
-    """By the most tokens that a round might draft: how many passes. Where the policy chose 0, it decoded plainly."""
+    choices: dict[str, int] = field(default_factory=dict)
+    """By who drafted and how far: in how many passes."""
+    steps: int = 0
+    """Passes of the draft."""
+    pass_lengths: dict[int, int] = field(default_factory=dict)
+    """By how many tokens of each row a verify pass took: how many passes."""
+    by_origin: dict[str, list[int]] = field(default_factory=dict)
+    """By who drafted: tokens drafted, and accepted."""
     seconds: dict[str, float] = field(
         default_factory=lambda: {"prefill": 0.0, "draft": 0.0, "verify": 0.0, "total": 0.0}
     )
@@ -100,21 +109,25 @@ class Stats:
         """Time outside prefill, draft and verify: acceptance, stopping, processors, streaming."""
         return self.seconds["total"] - sum(self.seconds[name] for name in ("prefill", "draft", "verify"))
 
-    def count_pass(self, rounds: list[tuple[int, int, int, int]]) -> None:
-        """Count one verify pass: (row, drafted, accepted, committed) of every row that was unfinished before it."""
+    def count_pass(self, rounds: Sequence[Committed]) -> None:
+        """Count one verify pass: what it committed in every row that was unfinished before it."""
         self.passes += 1
         self.rounds += len(rounds)
-        for _, drafted, accepted, committed in rounds:
+        for row in rounds:
+            committed = len(row.tokens)
             self.tokens += committed
-            self.drafted += drafted
-            self.accepted += accepted
-            missing = drafted - len(self.reached_at)
+            self.drafted += row.drafted
+            self.accepted += row.accepted
+            if row.origin is not None and row.drafted:
+                drafted, accepted = self.by_origin.get(row.origin, (0, 0))
+                self.by_origin[row.origin] = [drafted + row.drafted, accepted + row.accepted]
+            missing = row.drafted - len(self.reached_at)
             self.reached_at.extend([0] * missing)
             self.accepted_at.extend([0] * missing)
-            for position in range(drafted):
+            for position in range(row.drafted):
                 self.reached_at[position] += committed > position
-                self.accepted_at[position] += accepted > position
-        self.history.append(tuple((row, drafted, accepted) for row, drafted, accepted, _ in rounds))
+                self.accepted_at[position] += row.accepted > position
+        self.history.append(tuple((row.row, row.drafted, row.accepted) for row in rounds))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -125,9 +138,11 @@ class Stats:
         finally:
             self.seconds[name] += perf_counter() - start
 
-    def count_choice(self, gamma: int) -> None:
-        """Count a pass for which drafts of up to `gamma` tokens were chosen."""
-        self.draft_lengths[gamma] = self.draft_lengths.get(gamma, 0) + 1
+    def count_choice(self, label: str, steps: int, tokens: int) -> None:
+        """Count a pass over `tokens` tokens of each row, for which who goes by `label` drafted in so many `steps`."""
+        self.choices[label] = self.choices.get(label, 0) + 1
+        self.steps += steps
+        self.pass_lengths[tokens] = self.pass_lengths.get(tokens, 0) + 1
 
     def add_laps(self, laps: Laps) -> None:
         """Add the time of a round's draft and of its verify pass with all that follows on the device."""

@@ -238,12 +238,12 @@ def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTra
         spec.runtime.graphs = Graphs(TapeRecorder())
     expected = llama.generate(tokens, **options)
     assert torch.equal(spec.generate(tokens, **options), expected)
-    lengths = dict(spec.stats.draft_lengths)
+    lengths = dict(spec.stats.choices)
     assert len(lengths) > 1, f"only drafts of {lengths} were tried"
     assert sum(lengths.values()) == spec.stats.passes
     assert spec.stats.policy == "adaptive"
     assert torch.equal(spec.generate(tokens, **options), expected)
-    assert spec.stats.draft_lengths == lengths, "the same request is decoded the same way"
+    assert spec.stats.choices == lengths, "the same request is decoded the same way"
 
 
 def test_batches_adapt_together(llama: PreTrainedModel) -> None:
@@ -251,7 +251,7 @@ def test_batches_adapt_together(llama: PreTrainedModel) -> None:
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 61}
     spec = wrap(llama, plan(outlook=outlook(0.9, rows=3)))
     assert torch.equal(spec.generate(tokens, **options), llama.generate(tokens, **options))
-    assert len(spec.stats.draft_lengths) > 1
+    assert len(spec.stats.choices) > 1
 
 
 def test_with_one_seed_sampled_text_is_the_same_every_time(llama: PreTrainedModel) -> None:

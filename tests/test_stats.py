@@ -44,7 +44,7 @@ def play(request: Request, stats: Stats, drafts: list[list[int]], best: list[lis
     scores = torch.nn.functional.one_hot(torch.tensor([row + [0] * (n + 1 - len(row)) for row in best]), V).float()
     told = request.commit(draft, accept(draft, scores, sampling=False), scores)
     committed = request.take(told.tolist(), scores, scores)
-    stats.count_pass([(row.row, row.drafted, row.accepted, len(row.tokens)) for row in committed])
+    stats.count_pass(committed)
 
 
 def test_two_rows_of_three_rounds_counted_by_hand() -> None:

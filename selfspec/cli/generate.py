@@ -139,6 +139,6 @@ def _printable(text: str) -> str:
 def _figures(spec: SelfSpeculator) -> str:
     stats = spec.stats
     how = [stats.backend, *["compiled"] * stats.compiled, *["captured"] * stats.captured]
-    chosen = ", ".join(f"{gamma} ({passes}x)" for gamma, passes in sorted(stats.draft_lengths.items()))
-    adapted = [f"draft lengths {chosen}"] if stats.policy == "adaptive" else []
+    chosen = ", ".join(f"{choice} ({passes}x)" for choice, passes in sorted(stats.choices.items()))
+    adapted = [f"drafted by {chosen}"] if stats.policy == "adaptive" else []
     return "; ".join([str(stats), *adapted, ", ".join(how), *stats.slower_paths])

@@ -1,0 +1,18 @@
+"""Drafters: who guesses the next tokens."""
+
+from selfspec.drafting.cascade import LookupFirstDrafter
+from selfspec.drafting.drafter import Drafter, NoDrafter, Origin
+from selfspec.drafting.layers import LayerSkipDrafter
+from selfspec.drafting.lookup import PromptLookupDrafter, latest_match
+from selfspec.drafting.of_plan import drafter_of
+
+__all__ = [
+    "Drafter",
+    "LayerSkipDrafter",
+    "LookupFirstDrafter",
+    "NoDrafter",
+    "Origin",
+    "PromptLookupDrafter",
+    "drafter_of",
+    "latest_match",
+]

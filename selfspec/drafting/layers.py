@@ -1,0 +1,82 @@
+"""Layer skipping: the model without some of its own sub-layers drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from selfspec.drafting.drafter import Drafter
+from selfspec.processors import process
+from selfspec.request import Origin, Request
+from selfspec.runtime import Runtime
+from selfspec.sampling import Draft, pick, to_probs
+
+
+class LayerSkipDrafter(Drafter):
+    """Drafts with the runtime's draft view: the model without its skip set.
+
+    A row stops drafting where the largest softmax of the draft's raw logits falls below `exit_threshold`; the batch
+    stops when every row has. The test looks at the draft's confidence before processors and before a token is drawn:
+    testing the drawn token's own probability would bias what comes out.
+    """
+
+    def __init__(self, runtime: Runtime, gamma: int, exit_threshold: float | None = None) -> None:
+        self.runtime, self.gamma, self.exit_threshold = runtime, gamma, exit_threshold
+        if exit_threshold is not None:
+            self.capture_obstacle = "with an exit threshold, drafts end when the device says so"
+
+    @property
+    def key(self) -> Hashable:
+        return "layers"
+
+    @property
+    def label(self) -> str:
+        return f"layers {self.gamma}"
+
+    def steps(self, n: int) -> int:
+        return n
+
+    def origin(self, row: int) -> Origin | None:
+        return "layers"
+
+    def draft(self, request: Request, n: int, among: Tensor | None = None) -> Draft:
+        """As in every drafter; only rows `among` (`b`, all by default) draft."""
+        lengths, start = self.runtime.cache.lengths, self.runtime.cache.lengths.clone()
+        limits = request.draft_limits(n)  # b
+        if among is not None:
+            limits = limits * among
+        drafted = torch.zeros_like(limits)
+        tokens, probs = [], []
+        token = request.last_tokens()
+        for step in range(n):
+            logits = self.runtime.run("draft", token[:, None])  # b 1 v
+            going = self._going(logits, drafted == step) & (step < limits)
+            if self.exit_threshold is not None and not going.any():
+                break
+            drafted += going
+            token, q = self._next_token(request, logits, step, among)
+            tokens.append(token)
+            probs.append(q)
+            lengths += 1
+        lengths.copy_(start)
+        if not tokens:
+            return Draft.empty(request.rows, lengths.device)
+        sampled = [q for q in probs if q is not None]
+        return Draft(torch.stack(tokens, dim=1), drafted, torch.stack(sampled, dim=1) if sampled else None)
+
+    def _going(self, logits: Tensor, going: Tensor) -> Tensor:
+        if self.exit_threshold is None:
+            return going
+        return going & (to_probs(logits[:, 0]).amax(dim=-1) >= self.exit_threshold)
+
+    def _next_token(
+        self, request: Request, logits: Tensor, step: int, among: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ends = (request.ends + step)[:, None]  # b 1
+        scores = process(request.processors, logits, request.sequences, ends)[:, 0]
+        token, q = pick(scores, sampling=request.sampling)
+        written = token if among is None else torch.where(among, token, request.sequences.gather(1, ends)[:, 0])
+        request.sequences.scatter_(1, ends, written[:, None])
+        return token, q

@@ -1,0 +1,98 @@
+"""Prompt lookup: what followed an earlier occurrence of the last tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from selfspec.drafting.drafter import Drafter
+from selfspec.plan import PromptLookup
+from selfspec.request import Origin, Request
+from selfspec.sampling import Draft
+
+
+class PromptLookupDrafter(Drafter):
+    """Drafts what followed an earlier occurrence of a row's last tokens, in the row's own context: no pass at all.
+
+    Of all places whose preceding tokens equal the row's last ones, the longest match counts (up to `max_ngram` tokens,
+    at least `min_ngram`), and of these the latest. A copy that reaches the last committed token goes on with what it
+    drafted itself, so text with a period is continued for as long as the draft may be. Rows without a match draft
+    nothing. (Prompt lookup decoding, A. Saxena 2023; the continuation beyond the end is ours.)
+
+    It looks at the end of a round, so that the round's one read tells the host how much there is to draft.
+
+    Attributes:
+        found: by row, how many tokens there are to draft in the next round; 0 without a match.
+        matched: by row, how many of its last tokens stand at the place that was found.
+        tokens: by row, what stands behind that place.
+    """
+
+    looks = True
+
+    def __init__(self, lookup: PromptLookup) -> None:
+        self.lookup, self.gamma = lookup, lookup.gamma
+        self.found: list[int] = []
+        self.matched: list[int] = []
+        self.tokens: list[Sequence[int]] = []
+
+    @property
+    def key(self) -> Hashable:
+        return self.lookup.gamma, self.lookup.min_ngram, self.lookup.max_ngram
+
+    @property
+    def label(self) -> str:
+        return f"lookup {self.gamma}"
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        return self, max(self.found_in_unfinished(request), default=0)
+
+    def found_in_unfinished(self, request: Request) -> list[int]:
+        """How many tokens were found for each unfinished row, as the host was told."""
+        return [found for found, stop in zip(self.found, request.stopped_at, strict=True) if stop is None]
+
+    def origin(self, row: int) -> Origin | None:
+        return "lookup" if self.found[row] else None
+
+    def look(self, request: Request) -> Tensor:
+        """Write what follows the best match behind each row's committed tokens, and to `request.found` how much."""
+        sequences, ends = request.sequences, request.ends
+        source, matched = latest_match(sequences, request.pads, ends, self.lookup.max_ngram)
+        request.found.copy_(request.draft_limits(self.gamma) * (matched >= self.lookup.min_ngram))
+        steps = torch.arange(self.gamma, device=ends.device)
+        period = (ends - source).clamp(min=1)
+        tokens = sequences.gather(1, source[:, None] + steps % period[:, None])  # b n
+        sequences.scatter_(1, ends[:, None] + steps, tokens)
+        return torch.cat([request.found[:, None], matched[:, None], tokens], dim=1)
+
+    def hear(self, told: Sequence[Sequence[int]]) -> None:
+        self.found = [found for found, *_ in told]
+        self.matched = [matched for _, matched, *_ in told]
+        self.tokens = [tokens for _, _, *tokens in told]
+
+    def draft(self, request: Request, n: int) -> Draft:
+        """What `look` found."""
+        columns = request.ends[:, None] + torch.arange(n, device=request.ends.device)
+        return Draft(request.sequences.gather(1, columns), request.found.clamp(max=n), None)
+
+
+def latest_match(sequences: Tensor, pads: Tensor, ends: Tensor, max_ngram: int) -> tuple[Tensor, Tensor]:
+    """The place `b` behind the best earlier match of each row's last tokens, and how many of them match, `b`.
+
+    The longest match of up to `max_ngram` tokens, the latest of equals; 0 tokens where nothing matches. Row r's tokens
+    are `sequences[r, pads[r]:ends[r]]`.
+    """
+    width = sequences.shape[1]
+    backs = torch.arange(max_ngram, 0, -1, device=ends.device)
+    last = ends[:, None] - backs  # b m, where each row's last tokens stand
+    columns = torch.arange(width, device=ends.device)
+    # A token that no text holds stands for those that a row does not have, and for its padding.
+    tokens = torch.where(last >= pads[:, None], sequences.gather(1, last.clamp(min=0)), -1)  # b m
+    own = torch.where(columns >= pads[:, None], sequences, -2)  # b s
+    # In row k stands, at column c, the token k + 1 places before it, back from the last one once it is flipped.
+    before = torch.nn.functional.pad(own, (max_ngram, 0), value=-2)[:, :-1].unfold(1, width, 1)  # b m s
+    equal = (before == tokens[..., None]).byte().flip(1)
+    length = equal.cumprod(dim=1, dtype=torch.uint8).sum(dim=1) * (columns < ends[:, None])  # b s
+    place = (length * width + columns * (length > 0)).argmax(dim=1)
+    return place, length.gather(1, place[:, None])[:, 0]

@@ -30,6 +30,8 @@ PLAN_FILE = "selfspec_plan.json"
 PLAN_VERSION = 1
 MOST_DRAFTED = 64
 """The longest draft that a plan may ask for."""
+MOST_SIBLINGS = 16
+"""The most alternatives to drafted tokens."""
 
 # Keys of a config that do not change what the model computes.
 _INCIDENTAL = frozenset(
@@ -63,6 +65,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, ser_json_inf_nan="constants"
     )
+
+
+class _Setting(_Strict):
+    """What users make by hand, too."""
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(_first_problem(error)) from None
 
 
 class ModelIdentity(_Strict):
@@ -180,7 +192,7 @@ class Padding(_Strict):
         return max(self.draft - 1, *(padded - t for t, padded in enumerate(self.target, start=1)), 0)
 
 
-class PromptLookup(_Strict):
+class PromptLookup(_Setting):
     """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
 
     The longest match counts, of up to `max_ngram` tokens.
@@ -191,10 +203,7 @@ class PromptLookup(_Strict):
     max_ngram: Annotated[int, Field(ge=1, le=64)] = 8
 
     def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise PlanError(_first_problem(error)) from None
+        super().__init__(**data)
         if self.min_ngram > self.max_ngram:
             raise PlanError(
                 f"prompt lookup's min_ngram is {self.min_ngram}, but it must be at most max_ngram, {self.max_ngram}"
@@ -204,11 +213,25 @@ class PromptLookup(_Strict):
         return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted"
 
 
+class Tree(_Setting):
+    """Draft alternatives, too: `siblings` of them in each row, beside the drafted tokens of which the draft is least
+    sure; at one position it tries `width` tokens at most, the drafted one included.
+    """
+
+    siblings: Annotated[int, Field(ge=1, le=MOST_SIBLINGS)]
+    width: Annotated[int, Field(ge=2, le=MOST_SIBLINGS + 1)] = 3
+
+    def __str__(self) -> str:
+        return f"{self.siblings} sibling{'s' if self.siblings > 1 else ''}, up to {self.width} tokens a position"
+
+
 class Plan(_Strict):
     """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
 
     `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
     `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
+
+    With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
 
     `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays. `padding`
     makes passes longer where that is faster, also those of plain decoding.
@@ -228,6 +251,7 @@ class Plan(_Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
+    tree: Tree | None = None
     outlook: Outlook | None = None
     padding: Padding | None = None
     model: ModelIdentity | None = None
@@ -249,6 +273,8 @@ class Plan(_Strict):
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
             recipe.validate(self.model.num_layers)
+        if self.tree is not None and not self.gamma:
+            raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
         if self.outlook is not None and len(self.outlook.rounds) <= self.gamma:
             longest = len(self.outlook.rounds) - 1
             raise PlanError(
@@ -272,8 +298,13 @@ class Plan(_Strict):
         return self.longest_draft > 0
 
     @property
+    def siblings(self) -> int:
+        """How many alternatives a round drafts beside that."""
+        return self.tree.siblings if self.tree is not None else 0
+
+    @property
     def longest_draft(self) -> int:
-        """The most tokens that a round drafts, whoever drafts them."""
+        """The most tokens that a round drafts, whoever drafts them, siblings apart."""
         return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
 
     def __str__(self) -> str:
@@ -281,7 +312,8 @@ class Plan(_Strict):
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}")
+            siblings = f", {self.tree}" if self.tree is not None else ""
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:

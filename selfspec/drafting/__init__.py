@@ -5,6 +5,7 @@ from selfspec.drafting.drafter import Drafter, NoDrafter, Origin
 from selfspec.drafting.layers import LayerSkipDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter, latest_match
 from selfspec.drafting.of_plan import drafter_of
+from selfspec.drafting.tree import TreeDrafter
 
 __all__ = [
     "Drafter",
@@ -13,6 +14,7 @@ __all__ = [
     "NoDrafter",
     "Origin",
     "PromptLookupDrafter",
+    "TreeDrafter",
     "drafter_of",
     "latest_match",
 ]

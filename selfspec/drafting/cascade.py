@@ -21,12 +21,12 @@ class LookupFirstDrafter(Drafter):
 
     def __init__(self, lookup: PromptLookupDrafter, layers: LayerSkipDrafter) -> None:
         self.lookup, self.layers = lookup, layers
-        self.gamma = max(lookup.gamma, layers.gamma)
+        self.gamma, self.siblings = max(lookup.gamma, layers.gamma), layers.siblings
         self.capture_obstacle = layers.capture_obstacle
 
     @property
     def key(self) -> Hashable:
-        return "lookup first", self.lookup.key
+        return "lookup first", self.lookup.key, self.layers.key
 
     @property
     def label(self) -> str:
@@ -58,6 +58,7 @@ class LookupFirstDrafter(Drafter):
             torch.where(hit[:, None], found.tokens, made.tokens),
             torch.where(hit, found.lengths, made.lengths),
             _mixed(hit, found.tokens, made.probs),
+            made.siblings,  # none of them valid where nothing was made
         )
 
 

@@ -336,6 +336,7 @@ class SelfSpeculator:
             whole = True
         finally:
             self._tell_paths(request)
+            self.stats.changes = list(drafter.changes)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.cache.scrub()
 

@@ -148,20 +148,53 @@ class Provenance(_Strict):
     profile: dict[str, Any] = {}
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Outlook(_Strict):
-    """What the search expects of drafts of every length, on its device: what a policy starts from.
+    """What the search expects of drafts of every kind and length, on its device: what a policy starts from.
 
     Args:
         rows: how many are decoded together; all figures are for all of them.
         draft_step: seconds to draft one token in every row.
         rounds: seconds of all but drafting in a round over 0, 1, ... drafted tokens.
-        agreement: by draft position.
+        agreement: of drafts by layers, by draft position.
+        looking: seconds of prompt lookup in a round.
+        matches: of prompt lookup, by the length of its match (1, 2, 3 or 4, 5 to 7, 8 or more last tokens): how often
+            the first looked-up token is right, and how often a later one is where all before it were; empty where
+            prompt lookup takes no part.
+        branching: seconds that siblings add to a round, beside their places in its pass.
+        rescued: how often a sibling is right where the drafted tokens go wrong.
     """
 
     rows: Annotated[int, Field(ge=1)]
-    draft_step: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    draft_step: Cost
     rounds: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2)]
-    agreement: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    agreement: Annotated[list[Share], Field(min_length=1)]
+    looking: Cost = 0.0
+    matches: Annotated[list[Annotated[list[Share], Field(min_length=2, max_length=2)]], Field(max_length=5)] = []
+    branching: Cost = 0.0
+    rescued: Share = 0.0
+
+    @model_validator(mode="after")
+    def _knows_every_match(self) -> Self:
+        if len(self.matches) not in (0, 5):
+            raise ValueError("matches are of five lengths, or none")
+        return self
+
+    def between(self, other: Outlook, rows: int) -> Outlook:
+        """What so many rows cost, between the costs of fewer and of more."""
+        weight = (rows - self.rows) / (other.rows - self.rows)
+        changed: dict[str, Any] = {"rows": rows}
+        for name in ("draft_step", "looking", "branching"):
+            changed[name] = _between(getattr(self, name), getattr(other, name), weight)
+        pairs = zip(self.rounds, other.rounds, strict=False)
+        return self.model_copy(update=changed | {"rounds": [_between(*pair, weight) for pair in pairs]})
+
+
+def _between(one: float, other: float, weight: float) -> float:
+    return one + (other - one) * weight
 
 
 class Padding(_Strict):
@@ -233,7 +266,8 @@ class Plan(_Strict):
 
     With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
 
-    `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays. `padding`
+    `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
+    `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
     makes passes longer where that is faster, also those of plain decoding.
 
     `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
@@ -253,6 +287,7 @@ class Plan(_Strict):
     prompt_lookup: PromptLookup | None = None
     tree: Tree | None = None
     outlook: Outlook | None = None
+    other_rows: list[Outlook] = []
     padding: Padding | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
@@ -292,6 +327,23 @@ class Plan(_Strict):
         """What the draft is made of."""
         vocabulary = None if self.draft_vocabulary is None else SubVocabulary(self.draft_vocabulary)
         return Recipe(skip_set=self.skip_set, quantised=self.quantised, vocabulary=vocabulary)
+
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of rows whose costs are known, in order."""
+        return sorted(outlook.rows for outlook in self._outlooks)
+
+    @property
+    def _outlooks(self) -> list[Outlook]:
+        return [] if self.outlook is None else sorted([self.outlook, *self.other_rows], key=lambda one: one.rows)
+
+    def outlook_for(self, rows: int) -> Outlook | None:
+        """What to expect of so many rows; None where only fewer or only more are known."""
+        fewer = [outlook for outlook in self._outlooks if outlook.rows <= rows]
+        more = [outlook for outlook in self._outlooks if outlook.rows >= rows]
+        if not fewer or not more:
+            return None
+        return fewer[-1] if fewer[-1].rows == rows else fewer[-1].between(more[0], rows)
 
     @property
     def speculates(self) -> bool:

@@ -75,11 +75,12 @@ class Request:
         width = self.prompts.shape[1]
         self.buffers = buffers
         self.sequences, self.pads, self.ends = buffers.sequences, buffers.pads, buffers.ends
-        self.finished, self.found = buffers.finished, buffers.found
+        self.finished, self.found, self.matched = buffers.finished, buffers.found, buffers.matched
         self.sequences.fill_(self.pad_token)
         self.sequences[:, :width] = self.prompts
         self.pads.copy_(self._own_pads)
         self.found.zero_()
+        self.matched.zero_()
         buffers.stop_tokens.fill_(-1)
         for index, token in enumerate(sorted(self._stop_tokens)):
             buffers.stop_tokens[index] = token

@@ -51,7 +51,7 @@ class LookupFirstDrafter(Drafter):
         return self.lookup.origin(row) or self.layers.origin(row)
 
     def draft(self, request: Request, n: int) -> Draft:
-        hit = request.found > 0  # b
+        hit = self.lookup.hits(request) > 0  # b
         made = self.layers.draft(request, min(n, self.layers.gamma), among=~hit).padded(n)
         found = self.lookup.draft(request, n)
         return Draft(

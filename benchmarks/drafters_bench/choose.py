@@ -94,6 +94,17 @@ def _continued(loaded: Loaded, prompts: Sequence[Tensor]) -> Tensor:
     return output[:, width:]
 
 
+def least_looping(loaded: Loaded, prompts: Sequence[str], count: int) -> list[str]:
+    """The prompts whose continuations repeat themselves the least: a loop is no text, and lookup would shine on it."""
+    shares = {}
+    for prompt in prompts:
+        (written,) = _continued(loaded, [torch.tensor(loaded.tokenizer(prompt)["input_ids"])])
+        shares[prompt] = float(looped(written.tolist()).mean())
+    if len(shares) < count:
+        raise ValueError(f"there are {len(shares)} prompts, but {count} were asked for")
+    return sorted(shares, key=lambda prompt: (shares[prompt], prompt))[:count]
+
+
 def chosen(found: Sequence[Candidate], count: int) -> list[Candidate]:
     """Of those that copy, the most faithful ones: one of each name, as the same method stands in many files."""
     copying = sorted((c for c in found if c.copies), key=lambda c: (-c.faithful, c.function.prompt))

@@ -1,4 +1,4 @@
-"""Prose prompts: long docstrings, from the quotes to about the middle."""
+"""Prose prompts: long docstrings, from the quotes to within a line about the middle."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ PER_FILE = 3
 _CODE = (">>>", "...", "def ", "class ", "import ", "%", "-")
 
 
-def prose_prompts(files: Sequence[Source], tokenizer: PreTrainedTokenizerBase, count: int, random: Random) -> list[str]:
+def prose_prompts(files: Sequence[Source], tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
     """Halves of docstrings of modules, classes and functions, in random order, few of each file."""
     found = []
     for file in files:
         halves = [half for half in _halves(file) if len(tokenizer.encode(half, verbose=False)) in TOKENS]
         random.shuffle(halves)
         found += halves[:PER_FILE]
-    if len(found) < count:
-        raise ValueError(f"the files yield {len(found)} docstrings, but {count} were asked for")
     random.shuffle(found)
-    return found[:count]
+    return found
 
 
 def _halves(file: Source) -> Iterator[str]:
@@ -43,7 +41,16 @@ def _halves(file: Source) -> Iterator[str]:
         first, last = node.body[0].lineno - 1, node.body[0].end_lineno
         docstring = lines[first:last]
         if len(docstring) >= LINES and _is_prose(docstring):
-            yield "\n".join(docstring[: len(docstring) // 2]).rstrip()
+            yield _cut(docstring)
+
+
+def _cut(docstring: Sequence[str]) -> str:
+    """Up to the middle of the last wordy line of the first half: within a sentence, lest the docstring be closed."""
+    half = docstring[: len(docstring) // 2]
+    last = max((at for at, line in enumerate(half) if len(line.split()) >= WORDS), default=0)
+    words = half[last].split()
+    indent = half[last][: len(half[last]) - len(half[last].lstrip())]
+    return "\n".join([*half[:last], indent + " ".join(words[: (len(words) + 1) // 2])])
 
 
 def _is_prose(lines: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from drafters_bench.choose import FAITHFUL, Candidate, candidates, changing, chosen
+from drafters_bench.choose import FAITHFUL, Candidate, candidates, changing, chosen, least_looping
 from drafters_bench.editing import short_functions
 from drafters_bench.prose import prose_prompts
 from drafters_bench.workloads import CODE, COUNT, EDITING, FOLDER, MIXED, PROSE
@@ -27,6 +27,8 @@ CHOICE = FOLDER / "choice.json"
 """What the choice of the editing prompts had to choose from."""
 CANDIDATES = 256
 """Functions that are tried."""
+DOCSTRINGS = 24
+"""Docstrings that are tried."""
 MARKERS = (NEW_DOCSTRING, ONCE_MORE, " renamed to ")
 
 
@@ -34,10 +36,10 @@ def main() -> None:
     """Write everything, with one thread, so that the same machine writes the same."""
     torch.set_num_threads(1)
     files = load_corpus().held_out
-    confirming = files[len(files) * 2 // 3 :]  # the files that the package's held-out prompts come from
     loaded = load("demo", device="cpu", dtype="float32")
     code = code_prompts()
-    prose = prose_prompts(confirming, loaded.tokenizer, COUNT, Random(f"{SEED} prose"))
+    docstrings = prose_prompts(files, loaded.tokenizer, Random(f"{SEED} prose"))
+    prose = least_looping(loaded, docstrings[:DOCSTRINGS], COUNT)
     editing, changes = edits(loaded, files)
     mixed = [prompt for four in zip(code, editing, prose, changes, strict=False) for prompt in four]
     for workload, prompts in ((CODE, code), (EDITING, editing), (PROSE, prose), (MIXED, mixed)):

@@ -193,7 +193,6 @@ def test_rows_without_a_match_draft_by_layers_beside_rows_that_look_up() -> None
     chosen = one.choose([Row(LONGEST, 8, LONGEST), Row(LONGEST, 8, LONGEST), Row(0, 0, LONGEST)])
     assert chosen.lookup
     assert chosen.layers
-    assert not one.choose([Row(LONGEST, 8, LONGEST)] * 3).layers
 
 
 def test_siblings_stand_beside_drafts_only_where_they_bring_more_than_they_cost() -> None:

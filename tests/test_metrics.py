@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import complaint, run
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from saved import PLAN, save_model
 
 from selfspec import InputError, Metrics, SelfspecError, Stats
 from selfspec.request import Committed
@@ -206,3 +210,55 @@ def test_without_the_package_the_error_says_what_to_install() -> None:
         with pytest.raises(SelfspecError, match=r"pip install 'selfspec\[metrics\]'"):
             use()
     assert json.loads(first().to_json())["tokens"] == 7
+
+
+# --- generate --stats ---
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def command(model_dir: Path, tmp_path: Path) -> tuple[Any, ...]:
+    """Two prompts of 13 new tokens."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\nand another\n")
+    plan = PLAN.save(tmp_path / "plan.json")
+    return "generate", model_dir, "--plan", plan, "--prompt-file", prompts, "--max-new-tokens", 13
+
+
+def test_generate_writes_the_figures_of_all_prompts_to_a_file(command: tuple[Any, ...], tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    result = run(*command, "--stats", out)
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert (data["rows"], data["tokens"]) == (2, 26)
+    drafted = [line.split(" of ")[1].split()[0] for line in result.stderr.splitlines()]
+    assert len(drafted) == 2
+    assert data["drafted"] == sum(map(int, drafted))
+    assert result.stdout == run(*command).stdout
+
+
+def test_generate_writes_prometheus_text_where_the_file_is_called_so(command: tuple[Any, ...], tmp_path: Path) -> None:
+    out = tmp_path / "figures.prom"
+    assert run(*command, "--stats", out).exit_code == 0
+    samples = read(out.read_text())
+    assert samples["selfspec_rows_total", ""] == 2
+    assert samples["selfspec_generation_tokens_total", ""] == 26
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.prom", "plan.json", "prompts.txt"]
+
+
+def test_figures_that_cannot_be_written_are_found_out_before_the_model_is_loaded(tmp_path: Path) -> None:
+    command = ("generate", "no-model", "--plan", "no-plan", "--prompt", "x", "--stats")
+    assert "there is no directory" in complaint(*command, tmp_path / "none" / "x.json")
+    assert "is no ordinary file" in complaint(*command, tmp_path)
+    assert "stdout is for the text" in complaint(*command, "-")
+    assert "stdout is for the text" in complaint(*command, "/dev/stdout")
+
+
+@pytest.mark.usefixtures("_no_client")
+def test_a_prom_file_without_the_package_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    command = ("generate", "no-model", "--plan", "no-plan", "--prompt", "x", "--stats", tmp_path / "x.prom")
+    assert complaint(*command).endswith("pip install 'selfspec[metrics]'")

@@ -13,7 +13,7 @@ import typer
 
 from selfspec.cli import options
 from selfspec.cli.found import in_phases, report_search
-from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
+from selfspec.cli.terminal import asides, at_least, check_writable, load_model, progress_bar, results
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
@@ -260,12 +260,7 @@ def writable(out: Path) -> Path:
     from selfspec.plan import PLAN_FILE
 
     file = out / PLAN_FILE if os.path.isdir(out) else out
-    if not os.path.isdir(file.parent):
-        raise InputError(f"cannot write {out}: there is no directory {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"cannot write {out}: choose a directory that is writable")
-    if os.path.exists(file) and not os.path.isfile(file):  # a rename would put an ordinary file in a device's place
-        raise InputError(f"cannot write {out}: {file} is there and is no ordinary file; choose another name")
+    check_writable(file)
     return file
 
 

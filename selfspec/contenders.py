@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,7 +125,7 @@ class Ours:
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
         result = self.spec.generate(prompt.to(self.spec.model.device)[None], max_new_tokens=new_tokens, do_sample=False)
         if self.stats is not None:
-            _add(self.stats, self.spec.stats)
+            self.stats.add(self.spec.stats)
         return _new_tokens(result, prompt)
 
 
@@ -208,17 +207,3 @@ def timed(contender: Contender, prompt: Tensor, new_tokens: int) -> tuple[Tensor
 def _new_tokens(result: Any, prompt: Tensor) -> Tensor:
     tokens = result if isinstance(result, Tensor) else result.sequences
     return tokens[0, len(prompt) :].cpu()
-
-
-def _add(total: Stats, one: Stats) -> None:
-    """Add up what a score reports."""
-    for name in ("rows", "tokens", "rounds", "passes", "drafted", "accepted", "rescued", "steps"):
-        setattr(total, name, getattr(total, name) + getattr(one, name))
-    for name, value in one.seconds.items():
-        total.seconds[name] += value
-    total.choices = dict(Counter(total.choices) + Counter(one.choices))
-    total.pass_lengths = dict(Counter(total.pass_lengths) + Counter(one.pass_lengths))
-    total.captured, total.graph_bytes, total.policy = one.captured, one.graph_bytes, one.policy
-    total.draft_bytes = one.draft_bytes
-    total.backend, total.backend_reason, total.compiled = one.backend, one.backend_reason, one.compiled
-    total.slower_paths = sorted({*total.slower_paths, *one.slower_paths})

@@ -160,8 +160,8 @@ class Stats:
         """Add another call's figures: counts and times are summed, how it ran is told by `other`."""
         for name in (item.name for item in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if name in ("history", "slower_paths"):
-                both = [*mine, *(each for each in theirs if name == "history" or each not in mine)]
+            if name in ("history", "changes", "slower_paths"):
+                both = [*mine, *(each for each in theirs if name != "slower_paths" or each not in mine)]
             else:
                 both = theirs if isinstance(theirs, str | bool) or name.endswith("_bytes") else _sum(mine, theirs)
             setattr(self, name, both)

@@ -112,18 +112,20 @@ class EarlyExit:
 
 @dataclass
 class Ours:
-    """A `SelfSpeculator`: our runtime, with a plan or plainly."""
+    """A `SelfSpeculator`: our runtime, with a plan or plainly, and further options of `generate`."""
 
     name: str
     spec: SelfSpeculator
     stats: Stats | None = field(default_factory=Stats)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"plan": str(self.spec.plan)}
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        result = self.spec.generate(prompt.to(self.spec.model.device)[None], max_new_tokens=new_tokens, do_sample=False)
+        row = prompt.to(self.spec.model.device)[None]
+        result = self.spec.generate(row, max_new_tokens=new_tokens, do_sample=False, **self.options)
         if self.stats is not None:
             self.stats.add(self.spec.stats)
         return _new_tokens(result, prompt)

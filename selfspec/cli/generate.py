@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfspec.cli import options
-from selfspec.cli.terminal import DRAFTED, asides, at_least, load_model, results, tell_draft_bytes
+from selfspec.cli.terminal import DRAFTED, asides, at_least, load_draft_model, load_model, results, tell_draft_bytes
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from selfspec.generation import SelfSpeculator
+    from selfspec.plan import Plan
     from selfspec.prompts import Prompt
 
 DEFAULT_NEW_TOKENS = 256
@@ -23,7 +24,7 @@ DEFAULT_NEW_TOKENS = 256
 
 def generate(
     model: options.Model,
-    plan: options.PlanFile,
+    plan: options.PlanFileOrNone = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, one after the other: text lines or .jsonl.")
@@ -40,10 +41,13 @@ def generate(
     backend: options.Backend = None,
     policy: options.Policy = "adaptive",
     draft_memory: options.DraftMemory = None,
+    draft_model: options.DraftModel = None,
+    draft_gamma: options.DraftGamma = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Decode by a plan, as it comes: drafted tokens that were accepted in [green]green[/green], the model's own plain.
+    """Decode by a plan, or with a draft model, as it comes: drafted tokens that were accepted in [green]green[/green],
+    the model's own plain.
 
     Greedy unless a sampling option is given. The text goes to stdout, one line of figures to stderr.
     """
@@ -52,10 +56,9 @@ def generate(
         at_least("--max-new-tokens", max_new_tokens, 1)
     sampling = sampling_options(temperature, top_p, top_k)
 
-    from selfspec.plan import Plan
-
-    chosen = Plan.from_pretrained(plan)
+    chosen = _plan(plan, draft_model, draft_gamma)
     loaded = load_model(model, device=device, dtype=dtype)
+    drafting = load_draft_model(draft_model, loaded)
 
     import torch
 
@@ -64,7 +67,13 @@ def generate(
 
     tell_draft_bytes(loaded.model, chosen)
     spec = SelfSpeculator(
-        loaded.model, chosen, backend=backend, compile=compile, policy=policy, draft_memory=draft_memory
+        loaded.model,
+        chosen,
+        backend=backend,
+        compile=compile,
+        policy=policy,
+        draft_memory=draft_memory,
+        draft_model=drafting,
     )
     encoded = encode_prompts(prompts, loaded.tokenizer)
     for one, tokens in zip(prompts, encoded, strict=True):
@@ -75,6 +84,20 @@ def generate(
         if loaded.context is not None:
             limit = min(limit, loaded.context - len(tokens))
         _stream(spec, loaded.tokenizer, tokens, max_new_tokens=limit, **sampling)
+
+
+def _plan(file: Path | None, draft_model: str | None, draft_gamma: int | None) -> Plan:
+    """The plan of the file; or, with a draft model alone, one by which that drafts."""
+    from selfspec.plan import Plan
+    from selfspec.skip_set import SkipSet
+
+    if draft_gamma is not None and (file is not None or draft_model is None):
+        raise InputError("--draft-gamma goes with --draft-model where no plan is given; a plan has a gamma of its own")
+    if file is not None:
+        return Plan.from_pretrained(file)
+    if draft_model is None:
+        raise typer.BadParameter("give --plan, or --draft-model")
+    return Plan(skip_set=SkipSet(), gamma=draft_gamma or options.DRAFT_GAMMA)
 
 
 def sampling_options(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def batch(*lengths: int, **options: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
 
 
-def repetitive(rows: int, **options: Any) -> dict[str, Any]:
+def repetitive(rows: int, *, seed: int = 3) -> dict[str, Any]:
     """Prompts in which most tokens occur more than once, so that there is something to look up."""
-    tokens, mask = prompts(*(11, 17, 5)[:rows], seed=3)
-    return batch(11) | {"input_ids": torch.where(mask.bool(), tokens % 5 + 1, PAD), "attention_mask": mask} | options
+    tokens, mask = prompts(*(11, 17, 5)[:rows], seed=seed)
+    return batch(11) | {"input_ids": torch.where(mask.bool(), tokens % 5 + 1, PAD), "attention_mask": mask}
 
 
 def assert_lossless(spec: SelfSpeculator, given: dict[str, Any]) -> Tensor:
@@ -174,7 +174,7 @@ def test_rows_end_at_stop_tokens_and_stop_strings() -> None:
 def test_behind_prompt_lookup_it_drafts_where_nothing_was_found(rows: int, gamma: int, threshold: float | None) -> None:
     spec = speculator(gamma, lookup=True, threshold=threshold)
     with watched(spec) as seen:
-        assert_lossless(spec, repetitive(rows))
+        assert_lossless(spec, repetitive(rows, seed=3 if rows == 1 else 5))
     assert set(spec.stats.by_origin) == {"lookup", "draft model"}
     assert all(0 < accepted < drafted for drafted, accepted in spec.stats.by_origin.values()) or threshold
     assert seen.drafts > 3
@@ -286,6 +286,17 @@ def test_it_is_still_right_behind_lookups() -> None:
     (drafted, accepted), (_, looked_up) = (spec.stats.by_origin[name] for name in ("draft model", "lookup"))
     assert drafted == accepted > 5
     assert looked_up > 0
+
+
+def test_looked_up_tokens_that_were_accepted_are_fed_to_it_later() -> None:
+    model, never_right = llamas()[0], tiny_model("qwen3", seed=1)
+    spec = wrap(model, of_gamma(3, prompt_lookup=LOOKUP), draft_model=never_right)
+    given = repetitive(3, seed=5) | {"repetition_penalty": 0.9}  # below 1: text that repeats itself
+    with watched(spec) as seen:
+        assert_lossless(spec, given)
+    (_, accepted), (_, looked_up) = (spec.stats.by_origin[name] for name in ("draft model", "lookup"))
+    assert accepted == 0 < looked_up
+    assert max(seen.widths) > 1
 
 
 @pytest.mark.parametrize("static", [False, True])

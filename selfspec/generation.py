@@ -339,7 +339,7 @@ class SelfSpeculator:
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
         self.runtime.refresh()
         if self.draft_runtime is not None:
-            refresh(self.draft_runtime, self.model)
+            refresh(self.draft_runtime, self.runtime)
         choice = self.runtime.backend
         self.stats = Stats(
             rows=request.rows,

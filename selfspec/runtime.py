@@ -242,11 +242,11 @@ class Runtime:
         self.prefill(compact, lengths - 1)
 
     @torch.inference_mode()
-    def extend(self, tokens: Tensor) -> None:
+    def extend(self, tokens: Tensor, *, static: bool = False) -> None:
         """Cache `tokens` (`b t`) behind `lengths`, which move on, without the head, in chunks."""
         cache = self.cache
         for chunk in tokens.split(self.prefill_chunk, dim=1) if tokens.shape[1] else ():  # prompts of one token: none
-            step = cache.begin(chunk.shape[1])
+            step = cache.begin(chunk.shape[1], static=static)
             run_view(self.views["target"], chunk, step.positions, step, head=False)
             cache.lengths += chunk.shape[1]
 

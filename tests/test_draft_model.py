@@ -25,10 +25,12 @@ from models import (
     tiny_model,
 )
 from pairs import text, tokenizer
+from tape import NoReads, TapeRecorder
 from test_sampling import CALLS, LENGTH, OPTIONS, ROWS, V, assert_follows, law
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+import selfspec.decoding
 from selfspec import (
     Format,
     InputError,
@@ -42,6 +44,7 @@ from selfspec import (
 from selfspec.contenders import DRAFT_MODEL, OURS, line_up
 from selfspec.drafting import DraftModelDrafter, NoDrafter
 from selfspec.drafting.draft_model import WIDEST
+from selfspec.graphs import Graphs
 from selfspec.plan import PromptLookup
 from selfspec.request import Request
 from selfspec.views import SUPPORTED_MODEL_TYPES
@@ -319,6 +322,73 @@ def test_it_catches_up_with_rounds_that_others_drafted(away: int, static: bool) 
     assert max(seen.widths) >= away + 1
     assert spec.stats.acceptance_rate == 1.0
     assert spec.stats.choices["none"] == away
+
+
+# --- Captured (see `tape.py`) ---
+
+
+def taped(plan: Plan, draft_model: PreTrainedModel | None = None) -> SelfSpeculator:
+    spec = wrap(llamas()[0], plan, draft_model=draft_model or llamas()[1])
+    spec.runtime.graphs = Graphs(TapeRecorder())
+    return spec
+
+
+@pytest.mark.parametrize("lookup", [None, LOOKUP])
+@pytest.mark.parametrize("lengths", [(11,), (13, 7, 1)], ids=str)
+def test_replayed_rounds_are_the_uncaptured_ones(lengths: tuple[int, ...], lookup: PromptLookup | None) -> None:
+    plan = of_gamma(3, prompt_lookup=lookup)
+    spec, uncaptured, given = taped(plan), wrap(llamas()[0], plan, draft_model=llamas()[1]), batch(*lengths)
+    if lookup is not None:
+        given = repetitive(len(lengths))
+    assert_lossless(uncaptured, given)
+    step = selfspec.decoding.step
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selfspec.decoding, "step", lambda *args: _without_reads(step, *args))
+            assert_lossless(spec, given)
+        assert spec.stats.history == uncaptured.stats.history, "a wrong draft shows in nothing else"
+    assert spec.stats.captured
+    assert not spec.stats.slower_paths
+    assert spec.runtime.graphs is not None
+    assert spec.runtime.graphs.recorder.played > spec.stats.passes  # type: ignore[attr-defined]
+
+
+def _without_reads(step: Any, *args: Any) -> Any:
+    with NoReads():
+        return step(*args)
+
+
+def test_replayed_rounds_catch_up_with_what_others_drafted() -> None:
+    spec = taped(of_gamma(3), llamas()[0])
+    original, rounds = DraftModelDrafter.choose, iter(range(1000))
+
+    def choose(drafter: DraftModelDrafter, request: Request) -> Any:
+        return (NoDrafter(), 0) if 1 <= next(rounds) % (WIDEST + 4) < WIDEST + 2 else original(drafter, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DraftModelDrafter, "choose", choose)
+        for _ in range(2):
+            assert_lossless(spec, batch(13, 7, 1, max_new_tokens=95))
+            assert spec.stats.acceptance_rate == 1.0
+
+
+def test_what_changes_either_model_drops_the_graphs_of_both() -> None:
+    draft_model = copy.deepcopy(llamas()[1])
+    spec = taped(of_gamma(3), draft_model)
+    for new_tokens in (21, 150):  # a cache that grows
+        assert_lossless(spec, batch(11, max_new_tokens=new_tokens))
+    for parameter in draft_model.get_decoder().layers[1].parameters():
+        parameter.data = parameter.data.clone().zero_()
+    uncaptured = wrap(llamas()[0], of_gamma(3), draft_model=draft_model)
+    assert_lossless(uncaptured, batch(11))
+    assert_lossless(spec, batch(11))
+    assert spec.stats.history == uncaptured.stats.history
+
+
+def test_an_exit_threshold_is_not_captured() -> None:
+    spec = taped(of_gamma(3, exit_threshold=0.05))
+    assert_lossless(spec, batch(11))
+    assert "drafts end when the device says so" in spec.stats.slower_paths[0]
 
 
 # --- Sampling ---

@@ -26,7 +26,7 @@ class LookupFirstDrafter(Drafter):
 
     @property
     def key(self) -> Hashable:
-        return "lookup first", self.lookup.key
+        return "lookup first", self.lookup.key, self.second.key
 
     @property
     def label(self) -> str:

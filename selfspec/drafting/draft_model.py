@@ -38,17 +38,16 @@ class DraftModelDrafter(StepwiseDrafter):
         beside: the target, whose vocabulary may be larger: q is 0 for tokens that the draft model does not know.
     """
 
-    capture_obstacle = "how far the draft model must catch up is known to the host alone"
-
     def __init__(
         self, runtime: Runtime, gamma: int, exit_threshold: float | None = None, *, beside: PreTrainedModel
     ) -> None:
         super().__init__(runtime, gamma, exit_threshold)
+        self._n, self._width = 0, 1
         self.vocabulary, self.own_vocabulary = vocabulary_size(beside), vocabulary_size(runtime.model)
 
     @property
     def key(self) -> Hashable:
-        return "draft model"
+        return "draft model", self._width  # which the host chose
 
     @property
     def label(self) -> str:
@@ -64,7 +63,6 @@ class DraftModelDrafter(StepwiseDrafter):
         self._pads = request.pads.tolist()
         self._cached = [width - 1] * b  # of each row, padding included
         self._reach = reach(self.runtime.model, width - min(self._pads))
-        self._n, self._width = 0, 1
         self.runtime.reserve(b, request.max_length + request.room)
         if self._longest(request):
             self.runtime.prefill_prompts(self._known(request.prompts), request.pads)
@@ -94,7 +92,7 @@ class DraftModelDrafter(StepwiseDrafter):
         lacking = max((end - cached for end, _, cached, _ in self._unfinished(request)), default=1)
         if not self.runtime.static:
             return lacking
-        # Every other length would be compiled.
+        # Every other length would be compiled, or captured.
         return min(max(2, 1 << (lacking - 1).bit_length()), self.runtime.cache.slots)
 
     def _unfinished(self, request: Request) -> list[tuple[int, int, int, int | None]]:
@@ -116,7 +114,7 @@ class DraftModelDrafter(StepwiseDrafter):
         """Logits `b 1 v` behind each row's last committed token, once all before it are cached."""
         texts, width = request.ends - request.pads, self._width  # b
         if width > WIDEST:
-            self.runtime.extend(self._last(request, width)[:, :-1])
+            self.runtime.extend(self._last(request, width)[:, :-1], static=self.runtime.static)
             width = 2 if self.runtime.static else 1
         logits = self.runtime.run("target", self._last(request, width))  # b t v
         at = texts - 1 - self.runtime.cache.lengths  # b
@@ -169,11 +167,18 @@ def draft_runtime(
         return Runtime(draft_model, backend=backend, compile=compile, graphs=False)
 
 
-def refresh(runtime: Runtime, model: PreTrainedModel) -> None:
-    """Build the draft model's views anew if it was changed since, and check that it still goes with `model`."""
+def refresh(runtime: Runtime, beside: Runtime) -> None:
+    """Build the draft model's views anew if it was changed since, and check that it still goes with the target's.
+
+    From then on both have the same graphs: captured rounds run both models, so what changes either one drops them.
+    """
     with _of_the_draft_model():
         runtime.refresh()
-    check_pair(model, runtime.model)
+    check_pair(beside.model, runtime.model)
+    if runtime.graphs is not beside.graphs:
+        if beside.graphs is not None:
+            beside.graphs.drop()
+        runtime.graphs = beside.graphs
 
 
 def check_pair(model: PreTrainedModel, draft_model: PreTrainedModel) -> None:

@@ -57,18 +57,18 @@ def of_gamma(gamma: int, **settings: Any) -> Plan:
     return Plan(skip_set=SkipSet(), gamma=gamma, **settings)
 
 
-def pair(family: str, skip_set: SkipSet = FIRST_DROPPED) -> tuple[PreTrainedModel, PreTrainedModel]:
+def pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A model, and another with weights of its own that is right about half of the time."""
-    model = damped_model(family, skip_set)
+    model = damped_model(family, ENDS_SKIPPED)
     draft_model = copy.deepcopy(model)
-    damp(draft_model, skip_set, 0.0)
+    damp(draft_model, ENDS_SKIPPED, 0.0)
     return model, draft_model
 
 
 @cache
 def llamas() -> tuple[PreTrainedModel, PreTrainedModel]:
     """One pair for all tests that leave it as it was."""
-    return pair("llama", ENDS_SKIPPED)
+    return pair("llama")
 
 
 @cache

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
     )
     from selfspec.generation import SelfSpeculator, SpeculativeOutput, draft_bytes, wrap
+    from selfspec.metrics import Metrics
     from selfspec.plan import Plan
     from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
     from selfspec.skip_set import QuantisedSet, SkipSet
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Format",
     "InputError",
+    "Metrics",
     "Plan",
     "PlanError",
     "PlanWarning",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOMES = {
     "Format": "recipe",
+    "Metrics": "metrics",
     "Plan": "plan",
     "Quantised": "recipe",
     "QuantisedSet": "skip_set",

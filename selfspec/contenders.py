@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,11 +114,12 @@ class EarlyExit:
 
 @dataclass
 class Ours:
-    """A `SelfSpeculator`: our runtime, with a plan or plainly."""
+    """A `SelfSpeculator`: our runtime, with a plan or plainly, and further options of `generate`."""
 
     name: str
     spec: SelfSpeculator
     stats: Stats | None = field(default_factory=Stats)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,9 +129,10 @@ class Ours:
         return {"plan": str(self.spec.plan)}
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        result = self.spec.generate(prompt.to(self.spec.model.device)[None], max_new_tokens=new_tokens, do_sample=False)
+        row = prompt.to(self.spec.model.device)[None]
+        result = self.spec.generate(row, max_new_tokens=new_tokens, do_sample=False, **self.options)
         if self.stats is not None:
-            _add(self.stats, self.spec.stats)
+            self.stats.add(self.spec.stats)
         return _new_tokens(result, prompt)
 
 
@@ -220,17 +221,3 @@ def timed(contender: Contender, prompt: Tensor, new_tokens: int) -> tuple[Tensor
 def _new_tokens(result: Any, prompt: Tensor) -> Tensor:
     tokens = result if isinstance(result, Tensor) else result.sequences
     return tokens[0, len(prompt) :].cpu()
-
-
-def _add(total: Stats, one: Stats) -> None:
-    """Add up what a score reports."""
-    for name in ("rows", "tokens", "rounds", "passes", "drafted", "accepted", "steps"):
-        setattr(total, name, getattr(total, name) + getattr(one, name))
-    for name, value in one.seconds.items():
-        total.seconds[name] += value
-    total.choices = dict(Counter(total.choices) + Counter(one.choices))
-    total.pass_lengths = dict(Counter(total.pass_lengths) + Counter(one.pass_lengths))
-    total.captured, total.graph_bytes, total.policy = one.captured, one.graph_bytes, one.policy
-    total.draft_bytes = one.draft_bytes
-    total.backend, total.backend_reason, total.compiled = one.backend, one.backend_reason, one.compiled
-    total.slower_paths = sorted({*total.slower_paths, *one.slower_paths})

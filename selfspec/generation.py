@@ -307,7 +307,7 @@ class SelfSpeculator:
             self._warn_if_stale(do_sample=bool(generation_config.do_sample))
         limit = max_length(stopping_criteria, input_ids.shape[1])
         lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
-        gamma = 0 if lockstep else longest_draft(self.plan)
+        gamma, siblings = (0, 0) if lockstep else (longest_draft(self.plan), self.plan.siblings)
         switch = longrope_switch(model)
         longest = int((input_ids.shape[1] - pads).max())
         if switch is not None and longest <= switch < longest + limit - input_ids.shape[1]:
@@ -324,7 +324,7 @@ class SelfSpeculator:
             prompts=input_ids.to(model.device, torch.long),
             pads=pads.to(model.device),
             max_length=limit,
-            room=gamma + 1,
+            room=gamma + siblings + 1,
             sampling=bool(generation_config.do_sample),
             processors=logits_processor,
             criteria=stopping_criteria,
@@ -360,6 +360,7 @@ class SelfSpeculator:
             whole = True
         finally:
             self._tell_paths(request)
+            self.stats.changes = list(drafter.changes)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.scrub()
                 if self.draft_runtime is not None:

@@ -30,6 +30,8 @@ PLAN_FILE = "selfspec_plan.json"
 PLAN_VERSION = 1
 MOST_DRAFTED = 64
 """The longest draft that a plan may ask for."""
+MOST_SIBLINGS = 16
+"""The most alternatives to drafted tokens."""
 
 # Keys of a config that do not change what the model computes.
 _INCIDENTAL = frozenset(
@@ -63,6 +65,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, ser_json_inf_nan="constants"
     )
+
+
+class _Setting(_Strict):
+    """What users make by hand, too."""
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(_first_problem(error)) from None
 
 
 class ModelIdentity(_Strict):
@@ -136,20 +148,53 @@ class Provenance(_Strict):
     profile: dict[str, Any] = {}
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Outlook(_Strict):
-    """What the search expects of drafts of every length, on its device: what a policy starts from.
+    """What the search expects of drafts of every kind and length, on its device: what a policy starts from.
 
     Args:
         rows: how many are decoded together; all figures are for all of them.
         draft_step: seconds to draft one token in every row.
         rounds: seconds of all but drafting in a round over 0, 1, ... drafted tokens.
-        agreement: by draft position.
+        agreement: of drafts by layers, by draft position.
+        looking: seconds of prompt lookup in a round.
+        matches: of prompt lookup, by the length of its match (1, 2, 3 or 4, 5 to 7, 8 or more last tokens): how often
+            the first looked-up token is right, and how often a later one is where all before it were; empty where
+            prompt lookup takes no part.
+        branching: seconds that siblings add to a round, beside their places in its pass.
+        rescued: how often a sibling is right where the drafted tokens go wrong.
     """
 
     rows: Annotated[int, Field(ge=1)]
-    draft_step: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    draft_step: Cost
     rounds: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2)]
-    agreement: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    agreement: Annotated[list[Share], Field(min_length=1)]
+    looking: Cost = 0.0
+    matches: Annotated[list[Annotated[list[Share], Field(min_length=2, max_length=2)]], Field(max_length=5)] = []
+    branching: Cost = 0.0
+    rescued: Share = 0.0
+
+    @model_validator(mode="after")
+    def _knows_every_match(self) -> Self:
+        if len(self.matches) not in (0, 5):
+            raise ValueError("matches are of five lengths, or none")
+        return self
+
+    def between(self, other: Outlook, rows: int) -> Outlook:
+        """What so many rows cost, between the costs of fewer and of more."""
+        weight = (rows - self.rows) / (other.rows - self.rows)
+        changed: dict[str, Any] = {"rows": rows}
+        for name in ("draft_step", "looking", "branching"):
+            changed[name] = _between(getattr(self, name), getattr(other, name), weight)
+        pairs = zip(self.rounds, other.rounds, strict=False)
+        return self.model_copy(update=changed | {"rounds": [_between(*pair, weight) for pair in pairs]})
+
+
+def _between(one: float, other: float, weight: float) -> float:
+    return one + (other - one) * weight
 
 
 class Padding(_Strict):
@@ -180,7 +225,7 @@ class Padding(_Strict):
         return max(self.draft - 1, *(padded - t for t, padded in enumerate(self.target, start=1)), 0)
 
 
-class PromptLookup(_Strict):
+class PromptLookup(_Setting):
     """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
 
     The longest match counts, of up to `max_ngram` tokens.
@@ -191,10 +236,7 @@ class PromptLookup(_Strict):
     max_ngram: Annotated[int, Field(ge=1, le=64)] = 8
 
     def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise PlanError(_first_problem(error)) from None
+        super().__init__(**data)
         if self.min_ngram > self.max_ngram:
             raise PlanError(
                 f"prompt lookup's min_ngram is {self.min_ngram}, but it must be at most max_ngram, {self.max_ngram}"
@@ -204,13 +246,28 @@ class PromptLookup(_Strict):
         return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted"
 
 
+class Tree(_Setting):
+    """Draft alternatives, too: `siblings` of them in each row, beside the drafted tokens of which the draft is least
+    sure; at one position it tries `width` tokens at most, the drafted one included.
+    """
+
+    siblings: Annotated[int, Field(ge=1, le=MOST_SIBLINGS)]
+    width: Annotated[int, Field(ge=2, le=MOST_SIBLINGS + 1)] = 3
+
+    def __str__(self) -> str:
+        return f"{self.siblings} sibling{'s' if self.siblings > 1 else ''}, up to {self.width} tokens a position"
+
+
 class Plan(_Strict):
     """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
 
     `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
     `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
 
-    `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays. `padding`
+    With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
+
+    `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
+    `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
     makes passes longer where that is faster, also those of plain decoding.
 
     `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
@@ -228,7 +285,9 @@ class Plan(_Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
+    tree: Tree | None = None
     outlook: Outlook | None = None
+    other_rows: list[Outlook] = []
     padding: Padding | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
@@ -249,6 +308,8 @@ class Plan(_Strict):
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
             recipe.validate(self.model.num_layers)
+        if self.tree is not None and not self.gamma:
+            raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
         if self.outlook is not None and len(self.outlook.rounds) <= self.gamma:
             longest = len(self.outlook.rounds) - 1
             raise PlanError(
@@ -268,12 +329,34 @@ class Plan(_Strict):
         return Recipe(skip_set=self.skip_set, quantised=self.quantised, vocabulary=vocabulary)
 
     @property
+    def rows(self) -> list[int]:
+        """The numbers of rows whose costs are known, in order."""
+        return sorted(outlook.rows for outlook in self._outlooks)
+
+    @property
+    def _outlooks(self) -> list[Outlook]:
+        return [] if self.outlook is None else sorted([self.outlook, *self.other_rows], key=lambda one: one.rows)
+
+    def outlook_for(self, rows: int) -> Outlook | None:
+        """What to expect of so many rows; None where only fewer or only more are known."""
+        fewer = [outlook for outlook in self._outlooks if outlook.rows <= rows]
+        more = [outlook for outlook in self._outlooks if outlook.rows >= rows]
+        if not fewer or not more:
+            return None
+        return fewer[-1] if fewer[-1].rows == rows else fewer[-1].between(more[0], rows)
+
+    @property
     def speculates(self) -> bool:
         return self.longest_draft > 0
 
     @property
+    def siblings(self) -> int:
+        """How many alternatives a round drafts beside that."""
+        return self.tree.siblings if self.tree is not None else 0
+
+    @property
     def longest_draft(self) -> int:
-        """The most tokens that a round drafts, whoever drafts them."""
+        """The most tokens that a round drafts, whoever drafts them, siblings apart."""
         return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
 
     def __str__(self) -> str:
@@ -281,7 +364,8 @@ class Plan(_Strict):
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}")
+            siblings = f", {self.tree}" if self.tree is not None else ""
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:

@@ -11,7 +11,14 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from selfspec.errors import InputError
-from selfspec.processors import capture_obstacle, has_stop_token, ignoring_padding, looking_at, settings_of
+from selfspec.processors import (
+    CONTEXT_FREE,
+    capture_obstacle,
+    has_stop_token,
+    ignoring_padding,
+    looking_at,
+    settings_of,
+)
 from selfspec.row_buffers import STOP_TOKENS, RowBuffers
 from selfspec.sampling import Acceptance, Draft
 
@@ -68,11 +75,12 @@ class Request:
         width = self.prompts.shape[1]
         self.buffers = buffers
         self.sequences, self.pads, self.ends = buffers.sequences, buffers.pads, buffers.ends
-        self.finished, self.found = buffers.finished, buffers.found
+        self.finished, self.found, self.matched = buffers.finished, buffers.found, buffers.matched
         self.sequences.fill_(self.pad_token)
         self.sequences[:, :width] = self.prompts
         self.pads.copy_(self._own_pads)
         self.found.zero_()
+        self.matched.zero_()
         buffers.stop_tokens.fill_(-1)
         for index, token in enumerate(sorted(self._stop_tokens)):
             buffers.stop_tokens[index] = token
@@ -104,6 +112,11 @@ class Request:
     def capture_key(self) -> tuple[object, ...]:
         """What is baked into captured rounds: equal for requests that can share them."""
         return (self.sampling, *map(settings_of, self.processors))
+
+    @property
+    def is_context_free(self) -> bool:
+        """Whether no processor looks at the tokens before."""
+        return all(type(processor) in CONTEXT_FREE for processor in self.processors)
 
     @property
     def rows(self) -> int:
@@ -143,7 +156,8 @@ class Request:
         """
         counts, new = self._counts_and_tokens(draft, acceptance)
         unusable = self._unusable(scores, counts)
-        columns = (self.ends, counts, draft.lengths, acceptance.accepted, self.finished, unusable)
+        rescued = self.finished & False if acceptance.rescue is None else acceptance.rescue.rescued
+        columns = (self.ends, counts, draft.lengths, acceptance.accepted, rescued, self.finished, unusable)
         told = torch.cat([torch.stack([column.long() for column in columns], dim=1), new], dim=1)
         self.sequences.scatter_(1, self.ends[:, None] + torch.arange(new.shape[1], device=new.device), new)
         self.ends += counts
@@ -158,7 +172,7 @@ class Request:
         `told` is what `commit` returned, read; `scores` and the raw `logits`, `b n+1 v`, are for those who keep them.
         """
         committed = []
-        for row, (start, count, drafted, accepted, done, bad, *tokens) in enumerate(told):
+        for row, (start, count, drafted, accepted, rescued, done, bad, *tokens) in enumerate(told):
             if bad and not done:
                 raise InputError(
                     f"the model's logits hold NaN or infinity in row {row} after {start} tokens; "
@@ -170,13 +184,19 @@ class Request:
             if self.keep_logits:
                 self.logits[row].extend(logits[row, :count].float().clone())
             if not done:
-                committed.append(Committed(row, start, tokens[:count], drafted, min(accepted, count)))
+                cut = count < accepted  # a stop token, or the limit
+                committed.append(
+                    Committed(row, start, tokens[:count], drafted, min(accepted, count), 0 if cut else rescued)
+                )
         self._stop(committed)
         return committed
 
     def _counts_and_tokens(self, draft: Draft, acceptance: Acceptance) -> tuple[Tensor, Tensor]:
         """How many tokens each row commits (`b`), and the candidates (`b n+1`)."""
         new = torch.nn.functional.pad(draft.tokens, (0, 1))
+        if (rescue := acceptance.rescue) is not None:
+            last = (acceptance.accepted - 1).clamp(min=0)[:, None]
+            new.scatter_(1, last, torch.where(rescue.rescued[:, None], rescue.tokens[:, None], new.gather(1, last)))
         new.scatter_(1, acceptance.accepted[:, None], acceptance.following[:, None])
         if self.lockstep:
             return torch.ones_like(self.ends), torch.where(self.finished[:, None], self.pad_token, new)
@@ -209,6 +229,7 @@ class Request:
         ended = [(row, end) for row in committed if (end := self.stopped_at[row.row]) is not None]
         for row, end in ended:
             row.tokens = row.tokens[: end - row.start]
+            row.rescued = row.rescued if len(row.tokens) >= row.accepted else 0
             row.accepted = min(row.accepted, len(row.tokens))
         if ended and (self.lockstep or self._other_criteria):  # stop tokens and the limit the device knows itself
             self.finished.copy_(torch.tensor([end is not None for end in self.stopped_at]))
@@ -261,11 +282,13 @@ def _first(counts: Tensor, width: int) -> Tensor:
 
 @dataclass
 class Committed:
-    """What one round committed in one row: `tokens`, of which the first `accepted` were drafted, by `origin`."""
+    """What one round committed in one row: `tokens`, of which the first `accepted` were drafted, by `origin`; the last
+    of these as a sibling of another that was wrong, if it is `rescued`."""
 
     row: int
     start: int
     tokens: list[int]
     drafted: int
     accepted: int
+    rescued: int = 0
     origin: Origin | None = None

@@ -17,6 +17,7 @@ class RowBuffers:
         ends: `b`, committed tokens of each row, padding included.
         finished: `b`, rows that no longer commit.
         found: `b`, how many tokens prompt lookup wrote behind `ends` for the next round.
+        matched: `b`, how many of a row's last tokens stand where these were found.
         limit: where every row ends at the latest, padding included; a single number.
         stop_tokens: any one of them ends a row; -1, which no token is, where there are fewer.
     """
@@ -26,7 +27,8 @@ class RowBuffers:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
         self.sequences = numbers(rows, width)
-        self.pads, self.ends, self.found = numbers(rows), numbers(rows), numbers(rows)
+        self.pads, self.ends = numbers(rows), numbers(rows)
+        self.found, self.matched = numbers(rows), numbers(rows)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.limit = numbers()
         self.stop_tokens = numbers(max(1, stop_tokens))

@@ -38,6 +38,8 @@ from selfspec.views import (
 )
 
 ViewName = Literal["target", "draft"]
+PassFunction = Callable[[Tensor, Tensor | None], Tensor]
+"""Of tokens `b t` and the depths of the siblings among them, if any: logits `b t v`."""
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
 """Of all rows together: enough to keep a GPU busy, few enough that what an MLP makes of them stays below a gigabyte."""
@@ -89,7 +91,7 @@ class Runtime:
         self._fingerprint: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
         self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
         self.views: dict[ViewName, PreTrainedModel] = {}
-        self._passes: dict[tuple[ViewName, int], Callable[[Tensor], Tensor]] = {}
+        self._passes: dict[tuple[ViewName, int, int], PassFunction] = {}
         self.copies = self._shared_copies or Copies(self.model)
         self.views |= {
             "target": target_view(self.model),
@@ -251,17 +253,20 @@ class Runtime:
             cache.lengths += chunk.shape[1]
 
     @torch.inference_mode()
-    def run(self, view: ViewName, tokens: Tensor) -> Tensor:
-        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are."""
+    def run(self, view: ViewName, tokens: Tensor, depths: Tensor | None = None) -> Tensor:
+        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are.
+
+        With `depths` (`b m`), the last `m` tokens are siblings: see `Pass`.
+        """
         t = tokens.shape[1]
-        key = (view, self._padded(view, t))
+        key = (view, t if depths is not None else self._padded(view, t), depths is not None and depths.shape[1])
         if key not in self._passes:
-            self._passes[key] = self._make_pass(*key)
+            self._passes[key] = self._make_pass(*key[:2])
         if key[1] == t:
-            return self._passes[key](tokens)
+            return self._passes[key](tokens, depths)
         # What stands behind the tokens, they do not see; nor does what comes later, which writes over it.
         padding = tokens[:, -1:].expand(-1, key[1] - t)
-        return self._passes[key](torch.cat([tokens, padding], dim=1))[:, :t]
+        return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]
 
     def _padded(self, view: ViewName, t: int) -> int:
         """How many tokens a pass over `t` is made of: more, where longer passes are faster."""
@@ -269,15 +274,15 @@ class Runtime:
             return t
         return self.padding.draft if (view, t) == ("draft", 1) else self.padding.of_target(t) if view == "target" else t
 
-    def _make_pass(self, view: ViewName, t: int) -> Callable[[Tensor], Tensor]:
+    def _make_pass(self, view: ViewName, t: int) -> PassFunction:
         module, cache, static = self.views[view], self.cache, self.static
 
-        def forward(tokens: Tensor) -> Tensor:
-            step = cache.begin(t, static=static)
+        def forward(tokens: Tensor, depths: Tensor | None) -> Tensor:
+            step = cache.begin(t, static=static, depths=depths)
             return run_view(module, tokens, step.positions, step)
 
-        def forward_in_fused_layers(tokens: Tensor) -> Tensor:
-            step = cache.begin(t, static=True)
+        def forward_in_fused_layers(tokens: Tensor, depths: Tensor | None) -> Tensor:
+            step = cache.begin(t, static=True, depths=depths)
             step.make_masks(self._masks, self.model.dtype)  # before the layers, whose code must not tell the first one
             with self._fused.of_length(decoder_layers(module), t):
                 return run_view(module, tokens, step.positions, step)
@@ -288,22 +293,20 @@ class Runtime:
             return self._or_eager(forward_in_fused_layers, forward)
         return self._or_eager(compile_pass(forward), forward)
 
-    def _or_eager(
-        self, compiled: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    def _or_eager(self, compiled: PassFunction, eager: PassFunction) -> PassFunction:
         """A compiled pass that, where this model cannot be compiled, becomes eager and leaves the reason."""
         run = compiled
 
-        def attempt(tokens: Tensor) -> Tensor:
+        def attempt(tokens: Tensor, depths: Tensor | None) -> Tensor:
             nonlocal run
             try:
-                return run(tokens)
+                return run(tokens, depths)
             except COMPILE_ERRORS as error:
                 if run is eager:
                     raise
                 self.compile, self.compile_obstacle = False, first_line(error)
                 run = eager
-                return run(tokens)
+                return run(tokens, depths)
 
         return attempt
 

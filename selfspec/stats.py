@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise, zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ class Stats:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    failed: int = 0
+    """Rounds in which a drafted token was wrong."""
+    rescued: int = 0
+    """Of those accepted, siblings that stood in for a drafted token that was wrong."""
     reached_at: list[int] = field(default_factory=list)
     """By draft position: how often a token was drafted there, and all before it in its round were accepted and did not
     end the row."""
@@ -64,6 +69,8 @@ class Stats:
     """`adaptive`, or `fixed` and why."""
     choices: dict[str, int] = field(default_factory=dict)
     """By who drafted and how far: in how many passes."""
+    changes: list[str] = field(default_factory=list)
+    """When the policy came to choose differently, and what each choice promised."""
     steps: int = 0
     """Passes of the draft."""
     pass_lengths: dict[int, int] = field(default_factory=dict)
@@ -119,6 +126,8 @@ class Stats:
             self.tokens += committed
             self.drafted += row.drafted
             self.accepted += row.accepted
+            self.failed += row.accepted - row.rescued < min(row.drafted, committed)
+            self.rescued += row.rescued
             if row.origin is not None and row.drafted:
                 drafted, accepted = self.by_origin.get(row.origin, (0, 0))
                 self.by_origin[row.origin] = [drafted + row.drafted, accepted + row.accepted]
@@ -151,6 +160,29 @@ class Stats:
         self.seconds["draft"] += draft
         self.seconds["verify"] += verify
 
+    def add(self, other: Stats) -> None:
+        """Add another call's figures: counts and times are summed, how it ran is told by `other`."""
+        for name in (item.name for item in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name in ("history", "changes", "slower_paths"):
+                both = [*mine, *(each for each in theirs if name != "slower_paths" or each not in mine)]
+            else:
+                both = theirs if isinstance(theirs, str | bool) or name.endswith("_bytes") else _sum(mine, theirs)
+            setattr(self, name, both)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """`to_dict` as one JSON object."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def to_prometheus(self) -> str:
+        """This call's figures in Prometheus' text format; for sums over requests there is `selfspec.Metrics`.
+
+        Raises `SelfspecError` where the package `prometheus-client` is missing.
+        """
+        from selfspec.metrics import to_text
+
+        return to_text(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON, but the pass-by-pass history."""
         data = asdict(self)
@@ -169,3 +201,12 @@ class Stats:
             f"{self.accepted} of {self.drafted} drafted accepted ({self.acceptance_rate:.0%}), "
             f"{self.tokens_per_second:.1f} tokens/s"
         )
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """Numbers added; dictionaries and lists of numbers entry by entry, where only one has it, that one's."""
+    if isinstance(one, dict):
+        return one | {key: _sum(one[key], value) if key in one else value for key, value in other.items()}
+    if isinstance(one, list):
+        return [_sum(a, b) for a, b in zip_longest(one, other, fillvalue=0)]
+    return one + other

@@ -17,8 +17,8 @@ from selfspec_search.study import Study
 from transformers import AutoModelForCausalLM, T5Config
 
 from selfspec import Plan, SkipSet, __version__
-from selfspec.cli.generate import _printable
 from selfspec.cli.search import split
+from selfspec.cli.writer import printable
 from selfspec.plan import ModelIdentity, Outlook
 from selfspec.prompts import Prompt
 
@@ -63,7 +63,7 @@ def test_generate_writes_the_plain_models_text_to_stdout_and_one_line_of_figures
 ) -> None:
     result = run("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
     assert result.exit_code == 0, result.output
-    assert result.stdout == _printable(continuation(model_dir, PROMPT, 40)) + "\n"
+    assert result.stdout == printable(continuation(model_dir, PROMPT, 40)) + "\n"
     assert result.stderr.count("\n") == 1
     assert "40 tokens in" in result.stderr
     assert "sdpa" in result.stderr
@@ -85,9 +85,9 @@ def test_generate_adapts_the_draft_length_unless_told_not_to(model_dir: Path, pl
     PLAN.model_copy(update={"outlook": outlook}).save(plan_file)
     arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
     adaptive, fixed = run(*arguments), run(*arguments, "--policy", "fixed")
-    assert adaptive.stdout == fixed.stdout == _printable(continuation(model_dir, PROMPT, 40)) + "\n"
-    assert "draft lengths" in adaptive.stderr
-    assert "draft lengths" not in fixed.stderr
+    assert adaptive.stdout == fixed.stdout == printable(continuation(model_dir, PROMPT, 40)) + "\n"
+    assert "drafted by" in adaptive.stderr
+    assert "drafted by" not in fixed.stderr
     assert run(*arguments, "--policy", "eager").exit_code == 2
 
 
@@ -101,7 +101,7 @@ def test_generate_serves_every_prompt_of_a_file_and_chats(model_dir: Path, plan_
     result = run("generate", model_dir, "--prompt-file", prompt_file, *options)
     assert result.stderr.count("5 tokens in") == 5
     chat = run("generate", model_dir, "--prompt", "hi", "--chat", *options)
-    assert chat.stdout == _printable(continuation(model_dir, "user: hi\nassistant: ", 5)) + "\n"
+    assert chat.stdout == printable(continuation(model_dir, "user: hi\nassistant: ", 5)) + "\n"
 
 
 def test_sampling_repeats_itself_for_a_seed_and_differs_for_another(model_dir: Path, plan_file: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_temperature_of_zero_is_greedy(model_dir: Path, plan_file: Path) -> No
 
 
 def test_control_characters_of_a_text_never_reach_the_terminal() -> None:
-    assert _printable("a\tb\n\x1b[31mc\x07\r\x9bd é") == "a\tb\n[31mcd é"
+    assert printable("a\tb\n\x1b[31mc\x07\r\x9bd é") == "a\tb\n[31mcd é"
 
 
 # --- bench ---
@@ -515,7 +515,7 @@ def test_generate_with_a_draft_model_writes_the_plain_models_text(model_dir: Pat
     options = ("--draft-model", smaller_dir, "--draft-gamma", 2, "--prompt", PROMPT, "--max-new-tokens", 40)
     result = run("generate", model_dir, *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout == _printable(continuation(model_dir, PROMPT, 40)) + "\n"
+    assert result.stdout == printable(continuation(model_dir, PROMPT, 40)) + "\n"
     assert "drafted accepted (100%)" in result.stderr  # it is the same model
 
 

@@ -61,10 +61,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     begin, prefill = KVCache.begin, Runtime.prefill
     prompt = False
 
-    def noted(self: KVCache, t: int, *, static: bool = False) -> Pass:
+    def noted(self: KVCache, t: int, **options: Any) -> Pass:
         if not prompt:
             lengths.append(t)
-        return begin(self, t, static=static)
+        return begin(self, t, **options)
 
     def of_the_prompt(self: Runtime, *args: Tensor) -> None:
         nonlocal prompt
@@ -165,7 +165,7 @@ def test_a_policy_may_choose_any_length_of_a_padded_draft(llama: PreTrainedModel
     spec = wrap(llama, padded(outlook=outlook, target=[3, 3, 5, 5, 8, 8, 8]))
     options, given = GREEDY | {"max_new_tokens": 60}, batch(11)
     assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
-    assert len(spec.stats.choices) > 2
+    assert len(spec.stats.choices) > 1
     assert set(passes) <= {2, 3, 5, 8}
 
 
@@ -351,9 +351,9 @@ def test_a_prompt_is_prefilled_in_passes_of_its_own_lengths(
     monkeypatch.setattr(selfspec.runtime, "PREFILL_CHUNK", 3)
     begin, lengths = KVCache.begin, list[int]()
 
-    def noted(self: KVCache, t: int, *, static: bool = False) -> Pass:
+    def noted(self: KVCache, t: int, **options: Any) -> Pass:
         lengths.append(t)
-        return begin(self, t, static=static)
+        return begin(self, t, **options)
 
     monkeypatch.setattr(KVCache, "begin", noted)
     spec, given = wrap(llama, padded(target=[9] * 4, draft=9)), batch(12)

@@ -155,7 +155,8 @@ def play(processors: list[LogitsProcessor], lengths: Tensor | None = None, seed:
     for step in range(N):
         logits = drafter[sequences[:, step]][:, None]
         scores = process(chain, logits, sequences, ends + step)[:, 0]
-        sequences[:, step + 1], q = pick(scores, sampling=True)
+        picked = pick(scores, sampling=True)
+        sequences[:, step + 1], q = picked.token, picked.probs
         assert q is not None
         probs.append(q)
     lengths = torch.full((ROUNDS,), N) if lengths is None else lengths

@@ -25,7 +25,7 @@ from selfspec_search.replay import Replay
 from selfspec_search.settings import SearchSettings
 from selfspec_search.table import Table
 from selfspec_search.texts import Text, decode_batch
-from selfspec_search.walk import agreement, walk
+from selfspec_search.walk import Drafting, agreement, walk
 
 LEAST_BATCHES = 4
 """With fewer, an interval from drawing among them says little."""
@@ -37,10 +37,11 @@ class Confirmed:
 
     `expected_here` is predicted for the texts that were decoded, and nothing else. `rounds_equal` says whether replay
     and greedy decoding agree in every round of every one of them: accepted tokens always, drafted ones where there is
-    no exit threshold (behind a wrong token, replay only expects those); None when sampling, where each run differs.
+    no exit threshold (behind a wrong token, replay only expects those); None when sampling, where each run differs, and
+    for trees, of whose siblings replay knows nothing.
     `drafted_replayed` and `drafted_decoded` are tokens drafted per round. `differing_texts` counts decoded texts that
     are not, token for token, the plain model's (0 when sampling). `is_faster`: than the plain model, beyond doubt.
-    `draft_bytes`: what the draft's own layers take.
+    `draft_bytes`: what the draft's own layers take. `by_layers`: its agreement by position, were it to draft always.
     """
 
     prediction: Prediction
@@ -54,6 +55,7 @@ class Confirmed:
     differing_texts: int
     is_faster: bool
     draft_bytes: int = 0
+    by_layers: list[float] = field(default_factory=list)
 
     @property
     def tokens_per_round_replayed(self) -> float:
@@ -64,6 +66,11 @@ class Confirmed:
     def tokens_per_round_decoded(self) -> float:
         """On the same texts."""
         return self.measured.tokens_per_round
+
+    @property
+    def samples(self) -> bool:
+        """Whether texts were sampled, so that no two decodings need be alike."""
+        return self.rounds_equal is None and self.prediction.drafting.tree is None
 
     @property
     def rank(self) -> tuple[float, bool, int]:
@@ -191,7 +198,7 @@ def confirm(
     plain.runtime.padding, copies = padding, Copies(model)
     contenders = [_contender(model, prediction, settings, padding, copies) for prediction in predictions]
     everyone = [plain, *contenders]
-    room = max(text.prompt + text.allowed for text in replay.texts) + settings.gamma_max + 1
+    room = max(text.prompt + text.allowed for text in replay.texts) + settings.longest_draft + 1
     texts = [[replay.texts[index] for index in batch] for batch in batches]
     for contender in everyone:  # one capacity for all: it decides what a pass costs, and growing would recompile
         contender.runtime.reserve(settings.rows, room)
@@ -256,6 +263,7 @@ def _compare(
     here = prices.only(decoded)
     walked = walk(table.only(decoded), [prediction.drafting], here.lookup)
     rounds, greedy = contender.rounds(), not contender.settings.sampling.do_sample
+    replayable = greedy and prediction.drafting.tree is None
     exact = slice(0 if prediction.drafting.threshold is None else 1, 2)
     replayed = [[pair[exact] for pair in text] for text in walked.rounds(0)]
     outputs = [
@@ -271,10 +279,11 @@ def _compare(
         drafted_replayed=float((walked.visits * walked.drafted).sum() / walked.visits.sum()),
         drafted_decoded=sum(drafted for text in rounds for drafted, _ in text) / max(1, sum(map(len, rounds))),
         rounds=sum(map(len, rounds)),
-        rounds_equal=[[pair[exact] for pair in text] for text in rounds] == replayed if greedy else None,
+        rounds_equal=[[pair[exact] for pair in text] for text in rounds] == replayed if replayable else None,
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
         draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.recipe),
+        by_layers=agreement(table, Drafting(table.depths)) if prediction.drafting.gamma else [],
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from time import perf_counter
 
@@ -12,18 +12,19 @@ import optuna
 from transformers import PreTrainedModel
 
 from selfspec.loading import versions
-from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance
+from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance, Tree
 from selfspec.recipe import Format
 from selfspec_search.confirm import Confirmed, confirm, padding_of
 from selfspec_search.memory import Memory
 from selfspec_search.objective import Prediction, Prices, plain_figures
+from selfspec_search.outlooks import Branching, Scene, match_shares, seen
 from selfspec_search.profile import Profile, measure, position_limit
 from selfspec_search.replay import Replay
 from selfspec_search.result import SearchResult
 from selfspec_search.settings import OnProgress, Phase, Progress, SearchSettings
 from selfspec_search.table import Table
 from selfspec_search.texts import Text
-from selfspec_search.walk import Drafting
+from selfspec_search.trees import Branches
 
 
 @dataclass(kw_only=True)
@@ -75,14 +76,14 @@ def measure_for(
     prompts = [text.tokens[: text.prompt].to(model.device) for text in texts]
     middle = sorted(text.prompt + text.written // 2 for text in texts)[len(texts) // 2]
     contexts = {min(text.prompt for text in texts), middle, max(map(len, texts))}
-    most = max(1, (position_limit(model) or 2**31) - settings.gamma_max - 2)
+    most = max(1, (position_limit(model) or 2**31) - settings.longest_draft - 2)
     return measure(
         model,
         prompts,
-        gamma_max=settings.gamma_max,
+        gamma_max=settings.longest_draft,
         contexts=sorted({min(context, most) for context in contexts}),
         rows=settings.rows,
-        slots=max(text.prompt + text.allowed for text in texts) + settings.gamma_max + 1,
+        slots=max(text.prompt + text.allowed for text in texts) + settings.longest_draft + 1,
         sampling=settings.sampling,
         backend=settings.backend,
         compile=settings.compile,
@@ -114,7 +115,10 @@ class Finish:
         if trials.lookup is not None and trials.lookup.speedup > 1:
             chosen.append(trials.lookup)
         with self.phases.phase("confirm"):
-            plain, confirmed = self._confirm(chosen, held_out)
+            with_tree, branching = self._with_tree(trials, texts)
+            if with_tree is not None:
+                chosen.append(with_tree)
+            plain, confirmed = self._confirm(chosen, held_out, branching)
         confirmed.sort(key=lambda one: one.rank)
         winner = next((one for one in confirmed if one.is_faster), None)
         identity = ModelIdentity.of(self.model.config)
@@ -123,10 +127,12 @@ class Finish:
         provenance = provenance.model_copy(update={"errors": (winner or confirmed[0]).errors})
         plan = Plan.none(model=identity, provenance=provenance, padding=self.profile.padding)
         if winner is not None:
+            outlook = self._outlook(winner, texts, branching)
             changes = {
                 "model": identity,
                 "provenance": provenance,
-                "outlook": self._outlook(winner, texts),
+                "outlook": outlook,
+                "other_rows": self._other_rows(winner.prediction, outlook, texts),
                 "padding": padding_of(winner.prediction.recipe, self.profile.padding),
             }
             plan = winner.prediction.plan.model_copy(update=changes)
@@ -142,13 +148,29 @@ class Finish:
             seconds=self.phases.seconds,
         )
 
-    def _confirm(self, chosen: Sequence[Prediction], held_out: Sequence[Text]) -> tuple[Figures, list[Confirmed]]:
+    def _with_tree(self, trials: Trials, texts: Sequence[Text]) -> tuple[Prediction | None, dict[Tree, Branching]]:
+        """The best draft by layers with siblings, if they are predicted to pay; and what they were found to do."""
+        prices = Prices.of(self.profile, texts, lookup=False)
+        by_layers = next((p for p in trials.ranking if p.drafting.gamma and p.drafting.threshold is None), None)
+        if by_layers is None:
+            return None, {}
+        padding = self.profile.padding
+        trees = Branches(model=self.model, settings=self.settings, texts=texts, prices=prices, padding=padding)
+        prediction, branching = trees.that_pay(by_layers)
+        if prediction is None or branching is None:
+            return None, {}
+        assert prediction.drafting.tree is not None
+        return prediction, {prediction.drafting.tree: branching}
+
+    def _confirm(
+        self, chosen: Sequence[Prediction], held_out: Sequence[Text], branching: Mapping[Tree, Branching]
+    ) -> tuple[Figures, list[Confirmed]]:
         settings, fastest = self.settings, max(prediction.speedup for prediction in chosen)
         return confirm(
             self.model,
             chosen,
             Replay(self.model, held_out, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
-            Prices.of(self.profile, held_out, lookup=settings.lookup),
+            replace(Prices.of(self.profile, held_out, lookup=settings.lookup), branching=branching),
             settings,
             self.profile.padding,
             lambda done, total: self.phases.tell("confirm", done, total, fastest),
@@ -178,18 +200,40 @@ class Finish:
             profile=self.profile.to_dict(),
         )
 
-    def _outlook(self, winner: Confirmed, texts: Sequence[Text]) -> Outlook | None:
-        """What a policy needs to know; None where drafts adapt by themselves, or layers do not draft."""
-        prediction = winner.prediction
-        if prediction.drafting != Drafting(prediction.drafting.gamma) or not prediction.drafting.gamma:
+    def _outlook(self, winner: Confirmed, texts: Sequence[Text], branching: Mapping[Tree, Branching]) -> Outlook | None:
+        """What a policy needs to know; None where drafts adapt by themselves."""
+        way = winner.prediction.drafting
+        if way.threshold is not None:
             return None
-        costs = Prices.of(self.profile, texts, lookup=False).costs
+        prices = Prices.of(self.profile, texts, lookup=self.settings.lookup)
+        costs, found = prices.costs, None if way.tree is None else branching[way.tree]
+        matches = [] if prices.lookup is None else match_shares(texts, prices.lookup, self.profile.gamma_max)
         return Outlook(
             rows=self.profile.rows,
-            draft_step=costs.draft_step(prediction.recipe),
+            draft_step=costs.draft_step(winner.prediction.recipe),
             rounds=list(costs.rounds),
-            agreement=_seen(winner.predicted_on_held_out.agreement),
+            agreement=seen(winner.by_layers),
+            looking=costs.lookup,
+            matches=matches,
+            branching=found.seconds if found else 0.0,
+            rescued=found.rescued if found else 0.0,
         )
+
+    def _other_rows(self, prediction: Prediction, outlook: Outlook | None, texts: Sequence[Text]) -> list[Outlook]:
+        """The same for the other numbers of rows that the plan is to serve."""
+        if outlook is None:
+            return []
+        scene = Scene(
+            model=self.model,
+            recipe=prediction.recipe,
+            texts=texts,
+            sampling=self.settings.sampling,
+            backend=self.settings.backend,
+            compile=self.settings.compile,
+            padding=padding_of(prediction.recipe, self.profile.padding),
+        )
+        others = sorted(set(self.settings.other_rows) - {outlook.rows})
+        return [scene.outlook(outlook, rows) for rows in others]
 
     def _conditions(self, texts: Sequence[Text]) -> Conditions:
         return Conditions(
@@ -201,9 +245,3 @@ class Finish:
             compiled=self.profile.compiled,
             versions={**versions(), "selfspec": version("selfspec"), "optuna": optuna.__version__},
         )
-
-
-def _seen(agreement: Sequence[float]) -> list[float]:
-    """Without the zeros at the end, of depths that no text reached: nothing is known of them."""
-    reached = [depth for depth, share in enumerate(agreement) if share > 0]
-    return list(agreement[: max(reached, default=0) + 1])

@@ -76,5 +76,5 @@ def _row(confirmed: Confirmed) -> dict[str, str]:
         "tokens/round": f"{confirmed.tokens_per_round_decoded:.2f}",
         "by replay": f"{confirmed.tokens_per_round_replayed:.2f}",
         "acceptance": f"{measured.acceptance_rate:.0%}",
-        "differing texts": "" if confirmed.rounds_equal is None else str(confirmed.differing_texts),
+        "differing texts": "" if confirmed.samples else str(confirmed.differing_texts),
     }

@@ -33,10 +33,12 @@ class SearchSettings:
             holds copies in every format that it tries.
         max_draft_cost: the most that a step of the draft may cost, as a share of the whole model's; None for no limit.
         start_from: recipes, or skip sets alone, to try first, such as the best of an earlier search.
-        gamma_max: the longest draft considered.
+        gamma_max: the longest draft by layers considered.
+        lookup_max: the longest by prompt lookup, which costs no drafting; None for twice that.
         new_tokens: how many tokens the target writes after each prompt.
         sampling: how it chooses them, greedily by default.
         rows: how many rows decode together where the plan will be used.
+        other_rows: other numbers of rows that it should serve: what they cost is measured, too, for the policy.
         lookup: whether prompt lookup takes part.
         memory: bytes that the replay may take beside the model; None for a share of what is there.
         confirm: how many of the best plans are decoded for real.
@@ -58,9 +60,11 @@ class SearchSettings:
     max_draft_cost: float | None = None
     start_from: Sequence[Recipe | SkipSet] = ()
     gamma_max: int = 8
+    lookup_max: int | None = None
     new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     rows: int = 1
+    other_rows: Sequence[int] = ()
     lookup: bool = True
     memory: int | None = None
     confirm: int = 3
@@ -90,8 +94,18 @@ class SearchSettings:
             raise InputError(f"timeout is {self.timeout} seconds, but it must be more than 0; leave it out for none")
         if self.gamma_max > MOST_DRAFTED:
             raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most {MOST_DRAFTED}")
+        if self.lookup_max is not None and not 1 <= self.lookup_max <= MOST_DRAFTED:
+            raise InputError(f"lookup_max is {self.lookup_max}, but it must be between 1 and {MOST_DRAFTED}")
+        if any(rows < 1 for rows in self.other_rows):
+            raise InputError(f"other_rows holds {min(self.other_rows)}, but there is at least 1 row")
         if self.confirm_texts is not None and self.confirm_texts < 1:
             raise InputError(f"confirm_texts is {self.confirm_texts}, but at least one text must be decoded")
+
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round may draft, whoever drafts them."""
+        by_lookup = min(MOST_DRAFTED, self.lookup_max or 2 * self.gamma_max) if self.lookup else 0
+        return max(self.gamma_max, by_lookup)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,10 @@ class Bench:
 
     def round(self, runtime: Runtime, n: int) -> Call:
         """STEPS rounds over `n` tokens that cost nothing to draft."""
-        drafter = _Guesses(self.prompts, n)
+        return self.whole(runtime, _Guesses(self.prompts, n))
+
+    def whole(self, runtime: Runtime, drafter: Drafter) -> Call:
+        """STEPS rounds, drafts included."""
         request = self._begin(runtime, drafter)
         stats = Stats(rows=request.rows)
 
@@ -92,7 +95,7 @@ class Bench:
         Its prompts need not be cached: whatever is there takes as long to attend to.
         """
         runtime.pin_longrope(self.prompts.shape[1])
-        gamma = drafter.gamma
+        gamma = drafter.gamma + drafter.siblings
         request = request_for(
             runtime.model, list(self.prompts), 2 * gamma + 2, gamma, sampling=self.sampling, stops=False
         )

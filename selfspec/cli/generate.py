@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selfspec.cli import options
-from selfspec.cli.terminal import DRAFTED, asides, at_least, load_draft_model, load_model, results, tell_draft_bytes
+from selfspec.cli.show import Show, tell
+from selfspec.cli.stats_file import check_stats_file, write_stats
+from selfspec.cli.terminal import asides, at_least, load_draft_model, load_model, tell_draft_bytes
+from selfspec.cli.writer import Writer
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from selfspec.generation import SelfSpeculator
     from selfspec.plan import Plan
     from selfspec.prompts import Prompt
 
@@ -43,15 +42,26 @@ def generate(
     draft_memory: options.DraftMemory = None,
     draft_model: options.DraftModel = None,
     draft_gamma: options.DraftGamma = None,
+    show: Annotated[
+        bool,
+        typer.Option("--show", help="A colour for each token's origin, and in the end how often drafts were right."),
+    ] = False,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the figures of all prompts: JSON, or for Prometheus to a .prom file."),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
     """Decode by a plan, or with a draft model, as it comes: drafted tokens that were accepted in [green]green[/green],
     the model's own plain.
 
-    Greedy unless a sampling option is given. The text goes to stdout, one line of figures to stderr.
+    Greedy unless a sampling option is given. The text goes to stdout, one line of figures to stderr. With
+    [bold]--show[/bold] tokens are told apart by who drafted them, or what the model wrote them for.
     """
     prompts = _prompts(prompt, prompt_file, chat=chat)
+    if stats is not None:
+        check_stats_file(stats)
     if max_new_tokens is not None:
         at_least("--max-new-tokens", max_new_tokens, 1)
     sampling = sampling_options(temperature, top_p, top_k)
@@ -79,11 +89,21 @@ def generate(
     for one, tokens in zip(prompts, encoded, strict=True):
         check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)
     torch.manual_seed(seed)
+    shown = Show(chosen) if show else None
+    writer = Writer(spec, loaded.tokenizer, shown)
     for tokens in encoded:
         limit = max_new_tokens or DEFAULT_NEW_TOKENS
         if loaded.context is not None:
             limit = min(limit, loaded.context - len(tokens))
-        _stream(spec, loaded.tokenizer, tokens, max_new_tokens=limit, **sampling)
+        writer.write(tokens, max_new_tokens=limit, **sampling)
+        if writer.interrupted:
+            break
+    if shown is not None:
+        tell(shown.summary(writer.stats, asides()))
+    if stats is not None:
+        write_stats(writer.stats, stats)
+    if writer.interrupted:
+        raise typer.Exit(130)
 
 
 def _plan(file: Path | None, draft_model: str | None, draft_gamma: int | None) -> Plan:
@@ -126,42 +146,3 @@ def _prompts(text: str | None, file: Path | None, *, chat: bool) -> list[Prompt]
     else:
         raise InputError("the prompt is empty; give --prompt some text")
     return [prompt.as_chat() for prompt in prompts] if chat else prompts
-
-
-def _stream(spec: SelfSpeculator, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, **options: Any) -> None:
-    """Write one continuation as its rounds come in, then its figures; ctrl-C ends it early, figures included."""
-    from selfspec.cli.detokenizer import Detokenizer
-
-    out, text = results(), Detokenizer(tokenizer, prompt.tolist())
-
-    def write(piece: str, *, drafted: bool = False) -> None:
-        out.out(_printable(piece), style=DRAFTED if drafted else None, end="", highlight=False)
-        out.file.flush()
-
-    rounds = spec.stream_rounds(prompt.to(spec.model.device)[None], **options)
-    interrupted = False
-    try:
-        for committed in rounds:
-            for index, token in enumerate(committed.tokens):
-                if piece := text.put(token):
-                    write(piece, drafted=index < committed.accepted)
-    except KeyboardInterrupt:
-        interrupted = True
-    write(text.end() + "\n")
-    rounds.close()  # type: ignore[attr-defined]
-    asides().out(_figures(spec), style="dim", highlight=False)
-    if interrupted:
-        raise typer.Exit(130)
-
-
-def _printable(text: str) -> str:
-    """Without the control characters by which a text could command the terminal."""
-    return "".join(char for char in text if char in "\n\t" or not (char < " " or "\x7f" <= char < "\xa0"))
-
-
-def _figures(spec: SelfSpeculator) -> str:
-    stats = spec.stats
-    how = [stats.backend, *["compiled"] * stats.compiled, *["captured"] * stats.captured]
-    chosen = ", ".join(f"{choice} ({passes}x)" for choice, passes in sorted(stats.choices.items()))
-    adapted = [f"drafted by {chosen}"] if stats.policy == "adaptive" else []
-    return "; ".join([str(stats), *adapted, ", ".join(how), *stats.slower_paths])

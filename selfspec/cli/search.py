@@ -13,7 +13,7 @@ import typer
 
 from selfspec.cli import options
 from selfspec.cli.found import in_phases, report_search
-from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
+from selfspec.cli.terminal import asides, at_least, check_writable, load_model, progress_bar, results
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ LEAST_TOKENS = 2
 """Of a prompt that a search can use."""
 _OF_A_STUDY = (
     *("prompts", "held_out", "start_from", "draft", "temperature", "top_p", "top_k"),
-    *("trials", "timeout", "seed", "sampler", "gamma_max", "new_tokens"),
+    *("trials", "timeout", "seed", "sampler", "gamma_max", "lookup_max", "new_tokens"),
 )
 """What picking again has no use for."""
 HELD_OUT_SHARE = 4
@@ -64,8 +64,15 @@ def search(
     ] = None,
     lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="Let prompt lookup take part.")] = True,
     gamma_max: Annotated[int, typer.Option(help="The longest draft to consider.")] = 8,
+    lookup_max: Annotated[
+        int | None, typer.Option(help="The longest draft by prompt lookup; by default twice --gamma-max.")
+    ] = None,
     new_tokens: options.NewTokens = 128,
     rows: Annotated[int, typer.Option(help="How many rows will decode together.")] = 1,
+    other_rows: Annotated[
+        list[int] | None,
+        typer.Option(help="Another number of rows that the plan should serve; may be repeated."),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Search for sampling at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="... from the most likely tokens of this mass.")] = None,
     top_k: Annotated[int | None, typer.Option(help="... from this many tokens.")] = None,
@@ -118,6 +125,8 @@ def search(
         "gamma_max": gamma_max,
         "new_tokens": new_tokens,
         "rows": rows,
+        "other_rows": other_rows or (),
+        "lookup_max": lookup_max,
         "lookup": lookup,
         "compile": compile,
         "backend": backend,
@@ -260,12 +269,7 @@ def writable(out: Path) -> Path:
     from selfspec.plan import PLAN_FILE
 
     file = out / PLAN_FILE if os.path.isdir(out) else out
-    if not os.path.isdir(file.parent):
-        raise InputError(f"cannot write {out}: there is no directory {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"cannot write {out}: choose a directory that is writable")
-    if os.path.exists(file) and not os.path.isfile(file):  # a rename would put an ordinary file in a device's place
-        raise InputError(f"cannot write {out}: {file} is there and is no ordinary file; choose another name")
+    check_writable(file)
     return file
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -31,6 +32,15 @@ Report = Callable[[int, int, str], None]
 PIPE_WIDTH = 140
 DRAFTED = "green"
 """The style of tokens that were drafted and accepted."""
+ORIGINS = {
+    "lookup": "cyan",
+    "layers": DRAFTED,
+    "draft model": "bright_blue",
+    "recovered": "yellow",
+    "bonus": "magenta",
+    "undrafted": "",
+}
+"""The style of tokens by who wrote them: drafted and accepted ones first, then the model's own."""
 
 
 def results() -> Console:
@@ -111,3 +121,13 @@ def at_least(name: str, value: float, least: float) -> None:
     """Raise `InputError` for an option below its least value."""
     if value < least:
         raise InputError(f"{name} is {value}, but it must be at least {least}")
+
+
+def check_writable(file: Path) -> None:
+    """Raise `InputError` where a file could not be written, before time is spent on what it shall hold."""
+    if not os.path.isdir(file.parent):
+        raise InputError(f"cannot write {file}: there is no directory {file.parent}; make it first")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"cannot write {file}: choose a directory that is writable")
+    if os.path.exists(file) and not os.path.isfile(file):  # a rename would put an ordinary file in a device's place
+        raise InputError(f"cannot write {file}: it is there and is no ordinary file; choose another name")

@@ -21,7 +21,7 @@ class LookupFirstDrafter(Drafter):
 
     def __init__(self, lookup: PromptLookupDrafter, second: StepwiseDrafter) -> None:
         self.lookup, self.second = lookup, second
-        self.gamma = max(lookup.gamma, second.gamma)
+        self.gamma, self.siblings = max(lookup.gamma, second.gamma), second.siblings
         self.capture_obstacle = second.capture_obstacle
 
     @property
@@ -58,13 +58,14 @@ class LookupFirstDrafter(Drafter):
         return self.lookup.origin(row) or self.second.origin(row)
 
     def draft(self, request: Request, n: int) -> Draft:
-        hit = request.found > 0  # b
+        hit = self.lookup.hits(request) > 0  # b
         made = self.second.draft(request, min(n, self.second.gamma), among=~hit).padded(n)
         found = self.lookup.draft(request, n)
         return Draft(
             torch.where(hit[:, None], found.tokens, made.tokens),
             torch.where(hit, found.lengths, made.lengths),
             _mixed(hit, found.tokens, made.probs),
+            made.siblings,  # none of them valid where nothing was made
         )
 
 

@@ -25,6 +25,8 @@ class Drafter(ABC):
     """Why what it does cannot be captured, or None if it can."""
     looks = False
     """Whether `look` does anything."""
+    changes: Sequence[str] = ()
+    """When it came to choose differently, and why, in words."""
 
     @property
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from selfspec.drafting.drafter import Drafter
 from selfspec.processors import process
 from selfspec.request import Origin, Request
 from selfspec.runtime import Runtime
-from selfspec.sampling import Draft, pick, to_probs
+from selfspec.sampling import Draft, Picked, pick, to_probs
 
 
 class StepwiseDrafter(Drafter):
@@ -48,7 +48,7 @@ class StepwiseDrafter(Drafter):
         if among is not None:
             limits = limits * among
         drafted = torch.zeros_like(limits)
-        tokens, probs = [], []
+        picked: list[Picked] = []
         token = request.last_tokens()
         for step in range(n):
             logits = self._logits(request, token, step)  # b 1 v
@@ -56,30 +56,36 @@ class StepwiseDrafter(Drafter):
             if self.exit_threshold is not None and not going.any():
                 break
             drafted += going
-            token, q = self._next_token(request, logits, step, among)
-            tokens.append(token)
-            probs.append(q)
+            picked.append(self._next(request, logits, step, among))
+            token = picked[-1].token
             lengths += 1
         lengths.copy_(start)
-        if not tokens:
-            return Draft.empty(request.rows, lengths.device)
-        sampled = [q for q in probs if q is not None]
-        return Draft(torch.stack(tokens, dim=1), drafted, torch.stack(sampled, dim=1) if sampled else None)
+        return self._draft_of(picked, drafted)
 
     def _going(self, logits: Tensor, going: Tensor) -> Tensor:
         if self.exit_threshold is None:
             return going
         return going & (to_probs(logits[:, 0]).amax(dim=-1) >= self.exit_threshold)
 
-    def _next_token(
-        self, request: Request, logits: Tensor, step: int, among: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _next(self, request: Request, logits: Tensor, step: int, among: Tensor | None) -> Picked:
+        """Choose a token from logits `b 1 v`, and write it where the next one's context ends."""
         ends = (request.ends + step)[:, None]  # b 1
         scores = process(request.processors, logits, request.sequences, ends)[:, 0]
-        token, q = pick(scores, sampling=request.sampling)
+        picked = self._pick(request, scores)
+        token = picked.token
         written = token if among is None else torch.where(among, token, request.sequences.gather(1, ends)[:, 0])
         request.sequences.scatter_(1, ends, written[:, None])
-        return token, q
+        return picked
+
+    def _pick(self, request: Request, scores: Tensor) -> Picked:
+        return pick(scores, sampling=request.sampling)
+
+    def _draft_of(self, picked: Sequence[Picked], lengths: Tensor) -> Draft:
+        if not picked:
+            return Draft.empty(len(lengths), lengths.device)
+        sampled = [one.probs for one in picked if one.probs is not None]
+        tokens = torch.stack([one.token for one in picked], dim=1)
+        return Draft(tokens, lengths, torch.stack(sampled, dim=1) if sampled else None)
 
 
 class LayerSkipDrafter(StepwiseDrafter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ from selfspec.drafting.drafter import Drafter
 from selfspec.plan import PromptLookup
 from selfspec.request import Origin, Request
 from selfspec.sampling import Draft
+
+
+@dataclass
+class Heard:
+    """What the host was told of the latest look.
+
+    Attributes:
+        found: by row, how many tokens there are to draft in the next round; 0 without a match.
+        matched: by row, how many of its last tokens stand at the place that was found.
+        tokens: by row, what stands behind that place.
+    """
+
+    found: list[int] = field(default_factory=list)
+    matched: list[int] = field(default_factory=list)
+    tokens: list[Sequence[int]] = field(default_factory=list)
 
 
 class PromptLookupDrafter(Drafter):
@@ -23,19 +39,16 @@ class PromptLookupDrafter(Drafter):
 
     It looks at the end of a round, so that the round's one read tells the host how much there is to draft.
 
-    Attributes:
-        found: by row, how many tokens there are to draft in the next round; 0 without a match.
-        matched: by row, how many of its last tokens stand at the place that was found.
-        tokens: by row, what stands behind that place.
+    Args:
+        lookup: what counts as a match, and how much of what follows is drafted.
+        heard: what the latest look found; shared with those who draft less of what another one looks up.
     """
 
     looks = True
 
-    def __init__(self, lookup: PromptLookup) -> None:
+    def __init__(self, lookup: PromptLookup, heard: Heard | None = None) -> None:
         self.lookup, self.gamma = lookup, lookup.gamma
-        self.found: list[int] = []
-        self.matched: list[int] = []
-        self.tokens: list[Sequence[int]] = []
+        self.heard = heard or Heard()
 
     @property
     def key(self) -> Hashable:
@@ -45,21 +58,30 @@ class PromptLookupDrafter(Drafter):
     def label(self) -> str:
         return f"lookup {self.gamma}"
 
+    def part(self, gamma: int, min_ngram: int) -> PromptLookupDrafter:
+        """One that drafts less of what this one finds, and only behind longer matches."""
+        lookup = PromptLookup(gamma=gamma, min_ngram=min_ngram, max_ngram=self.lookup.max_ngram)
+        return PromptLookupDrafter(lookup, self.heard)
+
     def choose(self, request: Request) -> tuple[Drafter, int]:
         return self, max(self.found_in_unfinished(request), default=0)
 
     def found_in_unfinished(self, request: Request) -> list[int]:
-        """How many tokens were found for each unfinished row, as the host was told."""
-        return [found for found, stop in zip(self.found, request.stopped_at, strict=True) if stop is None]
+        """How many tokens there are to draft for each unfinished row, as the host was told."""
+        return [self._found(row) for row, stop in enumerate(request.stopped_at) if stop is None]
 
     def origin(self, row: int) -> Origin | None:
-        return "lookup" if self.found[row] else None
+        return "lookup" if self._found(row) else None
+
+    def _found(self, row: int) -> int:
+        return min(self.heard.found[row], self.gamma) if self.heard.matched[row] >= self.lookup.min_ngram else 0
 
     def look(self, request: Request) -> Tensor:
         """Write what follows the best match behind each row's committed tokens, and to `request.found` how much."""
         sequences, ends = request.sequences, request.ends
         source, matched = latest_match(sequences, request.pads, ends, self.lookup.max_ngram)
         request.found.copy_(request.draft_limits(self.gamma) * (matched >= self.lookup.min_ngram))
+        request.matched.copy_(matched)
         steps = torch.arange(self.gamma, device=ends.device)
         period = (ends - source).clamp(min=1)
         tokens = sequences.gather(1, source[:, None] + steps % period[:, None])  # b n
@@ -67,14 +89,18 @@ class PromptLookupDrafter(Drafter):
         return torch.cat([request.found[:, None], matched[:, None], tokens], dim=1)
 
     def hear(self, told: Sequence[Sequence[int]]) -> None:
-        self.found = [found for found, *_ in told]
-        self.matched = [matched for _, matched, *_ in told]
-        self.tokens = [tokens for _, _, *tokens in told]
+        self.heard.found = [found for found, *_ in told]
+        self.heard.matched = [matched for _, matched, *_ in told]
+        self.heard.tokens = [tokens for _, _, *tokens in told]
+
+    def hits(self, request: Request) -> Tensor:
+        """How many tokens it drafts in each row, `b`; 0 without a match."""
+        return request.found.clamp(max=self.gamma) * (request.matched >= self.lookup.min_ngram)
 
     def draft(self, request: Request, n: int) -> Draft:
         """What `look` found."""
         columns = request.ends[:, None] + torch.arange(n, device=request.ends.device)
-        return Draft(request.sequences.gather(1, columns), request.found.clamp(max=n), None)
+        return Draft(request.sequences.gather(1, columns), self.hits(request).clamp(max=n), None)
 
 
 def latest_match(sequences: Tensor, pads: Tensor, ends: Tensor, max_ngram: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from selfspec.drafting.draft_model import DraftModelDrafter
 from selfspec.drafting.drafter import Drafter, NoDrafter
 from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter
+from selfspec.drafting.tree import TreeDrafter
 from selfspec.plan import Plan
 from selfspec.runtime import Runtime
 
@@ -16,10 +17,17 @@ def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = Non
 
     With a `draft_runtime`, its model drafts where layers would.
     """
-    stepwise: StepwiseDrafter = LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)
+    stepwise: StepwiseDrafter = layers_of(plan, runtime)
     if draft_runtime is not None:
         stepwise = DraftModelDrafter(draft_runtime, plan.gamma, plan.exit_threshold, beside=runtime.model)
     if plan.prompt_lookup is None:
         return stepwise if plan.gamma else NoDrafter()
     lookup = PromptLookupDrafter(plan.prompt_lookup)
     return LookupFirstDrafter(lookup, stepwise) if plan.gamma else lookup
+
+
+def layers_of(plan: Plan, runtime: Runtime) -> LayerSkipDrafter:
+    """The part of it that skips layers."""
+    if plan.tree is None:
+        return LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)
+    return TreeDrafter(runtime, plan.gamma, plan.tree, plan.exit_threshold)

@@ -1,0 +1,34 @@
+"""The file that `--stats` names: one run's figures, for scripts and dashboards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfspec.cli.terminal import check_writable
+from selfspec.errors import InputError
+
+if TYPE_CHECKING:
+    from selfspec.stats import Stats
+
+PROMETHEUS = ".prom"
+"""Files with this suffix are what node_exporter's textfile collector reads."""
+
+
+def check_stats_file(path: Path) -> None:
+    """Find out before anything is decoded whether the file can be written."""
+    if str(path) == "-" or path.parent == Path("/dev"):
+        raise InputError(f"--stats is '{path}', but stdout is for the text, and stderr for asides; name a file")
+    check_writable(path)
+    if path.suffix == PROMETHEUS:
+        from selfspec.metrics import require_client
+
+        require_client()
+
+
+def write_stats(stats: Stats, path: Path) -> None:
+    """Write JSON, or Prometheus' text where the name ends in .prom; whoever reads it never sees half of it."""
+    from selfspec.plan import write_atomically
+
+    prometheus = path.suffix == PROMETHEUS
+    write_atomically(path, stats.to_prometheus() if prometheus else stats.to_json(indent=2) + "\n")

@@ -1,0 +1,145 @@
+"""AdaptivePolicy: in each round the choice that gains most over going on at the present speed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from selfspec.policy.choice import Choice, Choices, Estimates, Row
+from selfspec.policy.estimates import match_class
+
+ROUNDS = 32
+"""About so many rounds make up the present speed."""
+HYSTERESIS = 0.02
+"""Another choice must promise so much more, relatively."""
+FIRST_PROBE, LAST_PROBE = 8, 256
+"""Rounds without any draft by layers before a probe whether they pay again: at first, and after many in vain."""
+
+
+class Seen(NamedTuple):
+    """What a round brought a row: tokens drafted by layers (0 if others drafted), how many of the trunk were accepted,
+    whether a sibling was, and how many were committed; how many looked-up tokens there were, for a match of what
+    length, and how many of them would have been right."""
+
+    drafted: int
+    accepted: int
+    rescued: int
+    committed: int
+    found: int = 0
+    matched: int = 0
+    right: int = 0
+
+
+@dataclass
+class AdaptivePolicy:
+    """Chooses who drafts how far, from what drafts cost and how often they were right of late.
+
+    A round is worth the tokens that it promises, less what its time would bring at the present speed (the renewal
+    reward theorem: the choice that maximises this in every situation maximises tokens per second). A choice stays, for
+    rows in the same situation, until another one promises distinctly more.
+
+    Layers teach nothing while they do not draft, so they are probed now and then, the more seldom the more often in
+    vain, and again at once where that succeeds. Prompt lookup is judged in every round, whether it drafts or not.
+
+    Args:
+        choices: what there is to choose from.
+        first: the choice to begin with.
+    """
+
+    choices: Choices
+    first: Choice
+
+    changes: list[str] = field(default_factory=list)
+    """Whenever another choice was made in the same situation: when, which, and why."""
+
+    def __post_init__(self) -> None:
+        self.estimates = Estimates.of(self.choices.outlook)
+        self._incumbents: dict[int, Choice] = {}
+        self._rounds = 0
+        nothing = Counter({Row(0, 0, len(self.choices.outlook.rounds)): self.choices.outlook.rows})
+        speeds = [self._speed(choice, nothing) for choice in self.choices.by_layers]
+        self._weight = float(ROUNDS) / 2
+        self._seconds = self.choices.seconds(self.choices.by_layers[0], nothing)  # of an average round
+        self._tokens = max(speeds) * self._seconds
+        self._idle, self._wait, self._again, self.probing = 0, float(FIRST_PROBE), False, False
+
+    @property
+    def speed(self) -> float:
+        """Tokens per priced second of late, all rows together."""
+        return self._tokens / self._seconds
+
+    def choose(self, rows: Sequence[Row]) -> Choice:
+        """For the next round of these unfinished rows."""
+        counted = Counter(rows)
+        situation = self._situation(rows)
+        best, best_gain = self.choices.best(counted, self.estimates, self.speed)
+        chosen = self._incumbents.get(situation, self.first if situation < 0 else best)
+        if chosen != best and best_gain > self._gain(chosen, counted) + HYSTERESIS * self._expected(best, counted):
+            if situation in self._incumbents:
+                self._note(situation, chosen, best, counted)
+            chosen = best
+        self._incumbents[situation] = chosen
+        self.probing = False
+        if not chosen.layers and situation < 0 and self._probe is not None:
+            self.probing = self._again or self._idle >= self._wait
+            chosen = self._probe if self.probing else chosen
+        elif chosen.layers:
+            self._idle, self._wait, self._again = 0, float(FIRST_PROBE), False
+        self._now = chosen, counted, situation
+        return chosen
+
+    def observe(self, rows: Sequence[Seen]) -> None:
+        """What came of the round that was chosen last."""
+        choice, counted, situation = self._now
+        for row in rows:
+            if row.drafted:
+                self.estimates.layers.observe(min(row.drafted, row.accepted + 1, row.committed), row.accepted)
+                if choice.siblings and row.accepted < min(row.drafted, row.committed):
+                    self.estimates.rescue.observe(1, row.rescued)
+            if row.found and self.estimates.matches:
+                reached = min(row.found, row.right + 1, row.committed)
+                self.estimates.matches[match_class(row.matched)].observe(reached, min(row.right, reached))
+        decay = 1 - 1 / ROUNDS
+        self._tokens = decay * self._tokens + (1 - decay) * sum(row.committed for row in rows)
+        self._seconds = decay * self._seconds + (1 - decay) * self.choices.seconds(choice, counted)
+        self._rounds += 1
+        if self.probing:
+            self._judge(rows)
+            self._idle = 0
+        elif situation < 0:
+            self._idle += 1
+
+    @property
+    def _probe(self) -> Choice | None:
+        return next((choice for choice in self.choices.by_layers if choice.layers), None)
+
+    def _judge(self, probe: Sequence[Seen]) -> None:
+        """Set the wait for the next probe: twice as long after one in vain, and shorter on average only where probes
+        bring more than they cost; else text on which they are right often, but not often enough, would be probed for
+        ever. One that was right is followed by another at once."""
+        choice, counted, _ = self._now
+        drafted, accepted = sum(row.drafted for row in probe), sum(row.accepted for row in probe)
+        plain = self.choices.seconds(self.choices.by_layers[0], counted)
+        needed = max(1e-6, self.choices.seconds(choice, counted) / plain - 1)  # accepted in each row, to keep up
+        self._wait = min(LAST_PROBE, max(0.5, self._wait * 2 ** (1 - accepted / max(1, len(probe)) / needed)))
+        self._again = 2 * accepted >= drafted > 0
+
+    def _situation(self, rows: Sequence[Row]) -> int:
+        """The length class of a single row's match, or of the batch's best; -1 without any."""
+        return max((match_class(row.matched) for row in rows if row.found), default=-1)
+
+    def _gain(self, choice: Choice, rows: Counter[Row]) -> float:
+        return self._expected(choice, rows) - self.speed * self.choices.seconds(choice, rows)
+
+    def _expected(self, choice: Choice, rows: Counter[Row]) -> float:
+        return self.choices.tokens(choice, rows, self.estimates)
+
+    def _speed(self, choice: Choice, rows: Counter[Row]) -> float:
+        return self._expected(choice, rows) / self.choices.seconds(choice, rows)
+
+    def _note(self, situation: int, before: Choice, after: Choice, rows: Counter[Row]) -> None:
+        where = "without a match" if situation < 0 else "behind a match"
+        promised = [f"{choice} promises {self._speed(choice, rows):.4g} tokens/s" for choice in (after, before)]
+        self.changes.append(f"round {self._rounds}, {where}: {'; '.join(promised)}")

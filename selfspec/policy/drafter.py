@@ -1,0 +1,93 @@
+"""AdaptiveDrafter: whoever the policy chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
+
+from selfspec.drafting import Drafter, LayerSkipDrafter, LookupFirstDrafter, NoDrafter, PromptLookupDrafter, TreeDrafter
+from selfspec.plan import Tree
+from selfspec.policy.adaptive import AdaptivePolicy, Seen
+from selfspec.policy.choice import Choice, Row
+from selfspec.request import Committed, Request
+from selfspec.runtime import Runtime
+from selfspec.sampling import Draft
+
+
+class AdaptiveDrafter(Drafter):
+    """Layer skipping, with siblings or without, prompt lookup, or none, as the policy says.
+
+    Args:
+        lookup: looks up in every round, if it may draft at all.
+        tree: how siblings are chosen, if there may be any.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        policy: AdaptivePolicy,
+        lookup: PromptLookupDrafter | None = None,
+        tree: Tree | None = None,
+    ) -> None:
+        self.runtime, self.policy, self.lookup, self.tree = runtime, policy, lookup, tree
+        choices = policy.choices
+        self.gamma = max(*choices.layers, *choices.lookups)
+        self.siblings = tree.siblings if tree is not None else 0
+        self.looks = lookup is not None
+        self.changes = policy.changes
+        self._parts: dict[Choice, Drafter] = {}
+
+    @property
+    def key(self) -> Hashable:
+        return "adaptive", self.lookup.key if self.lookup else None
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        choice = self.policy.choose(self._rows(request))
+        if choice not in self._parts:
+            self._parts[choice] = self._part(choice)
+        return self._parts[choice].choose(request)
+
+    def draft(self, request: Request, n: int) -> Draft:
+        raise AssertionError("the chosen drafter drafts")
+
+    def look(self, request: Request) -> Tensor | None:
+        return self.lookup.look(request) if self.lookup else None
+
+    def hear(self, told: Sequence[Sequence[int]]) -> None:
+        if self.lookup:
+            self.lookup.hear(told)
+
+    def observe(self, committed: Sequence[Committed]) -> None:
+        self.policy.observe([self._seen(row) for row in committed])
+
+    def _rows(self, request: Request) -> list[Row]:
+        """Every unfinished row, as the host knows it."""
+        longest, ends = len(self.policy.choices.outlook.rounds) - 1, request.known_ends
+        going = [row for row, stop in enumerate(request.stopped_at) if stop is None]
+        lefts = {row: min(longest, request.max_length - ends[row] - 1) for row in going}
+        if self.lookup is None:
+            return [Row(0, 0, left) for left in lefts.values()]
+        heard = self.lookup.heard
+        return [Row(heard.found[row], heard.matched[row], left) for row, left in lefts.items()]
+
+    def _seen(self, row: Committed) -> Seen:
+        by_layers = row.drafted if row.origin == "layers" else 0
+        accepted = row.accepted - row.rescued if by_layers else 0
+        seen = Seen(by_layers, accepted, row.rescued, len(row.tokens))
+        if self.lookup is None or not (found := self.lookup.heard.found[row.row]):
+            return seen
+        pairs = zip(row.tokens, self.lookup.heard.tokens[row.row][:found], strict=False)
+        right = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(found, len(row.tokens)))
+        return seen._replace(found=found, matched=self.lookup.heard.matched[row.row], right=right)
+
+    def _part(self, choice: Choice) -> Drafter:
+        layers: LayerSkipDrafter | None = None
+        if choice.siblings and self.tree is not None:
+            layers = TreeDrafter(self.runtime, choice.layers, self.tree)
+        elif choice.layers:
+            layers = LayerSkipDrafter(self.runtime, choice.layers)
+        if not choice.lookup or self.lookup is None:
+            return layers or NoDrafter()
+        lookup = self.lookup.part(choice.lookup, choice.least)
+        return LookupFirstDrafter(lookup, layers) if layers is not None else lookup

@@ -8,29 +8,35 @@ import torch
 from torch import Tensor
 
 from selfspec.drafting.drafter import Drafter
-from selfspec.drafting.layers import LayerSkipDrafter
+from selfspec.drafting.layers import StepwiseDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter
-from selfspec.request import Origin, Request
+from selfspec.request import Committed, Origin, Request
 from selfspec.sampling import Draft, one_hot
 
 
 class LookupFirstDrafter(Drafter):
-    """A cascade: prompt lookup, and layer skipping in the rows where it found nothing."""
+    """A cascade: prompt lookup, and layer skipping or a draft model in the rows where it found nothing."""
 
     looks = True
 
-    def __init__(self, lookup: PromptLookupDrafter, layers: LayerSkipDrafter) -> None:
-        self.lookup, self.layers = lookup, layers
-        self.gamma, self.siblings = max(lookup.gamma, layers.gamma), layers.siblings
-        self.capture_obstacle = layers.capture_obstacle
+    def __init__(self, lookup: PromptLookupDrafter, second: StepwiseDrafter) -> None:
+        self.lookup, self.second = lookup, second
+        self.gamma, self.siblings = max(lookup.gamma, second.gamma), second.siblings
+        self.capture_obstacle = second.capture_obstacle
 
     @property
     def key(self) -> Hashable:
-        return "lookup first", self.lookup.key, self.layers.key
+        return "lookup first", self.lookup.key, self.second.key
 
     @property
     def label(self) -> str:
-        return f"{self.lookup.label}, else {self.layers.label}"
+        return f"{self.lookup.label}, else {self.second.label}"
+
+    def begin(self, request: Request) -> None:
+        self.second.begin(request)
+
+    def observe(self, committed: Sequence[Committed]) -> None:
+        self.second.observe(committed)
 
     def look(self, request: Request) -> Tensor:
         return self.lookup.look(request)
@@ -40,19 +46,20 @@ class LookupFirstDrafter(Drafter):
 
     def choose(self, request: Request) -> tuple[Drafter, int]:
         found = self.lookup.found_in_unfinished(request)
-        if all(found):
+        second, longest = self.second.choose(request)
+        if all(found) or second is not self.second:
             return self.lookup, max(found, default=0)
-        return self, max(*found, request.longest_draft(self.layers.gamma))
+        return self, max(*found, longest)
 
     def steps(self, n: int) -> int:
-        return self.layers.steps(min(n, self.layers.gamma))
+        return self.second.steps(min(n, self.second.gamma))
 
     def origin(self, row: int) -> Origin | None:
-        return self.lookup.origin(row) or self.layers.origin(row)
+        return self.lookup.origin(row) or self.second.origin(row)
 
     def draft(self, request: Request, n: int) -> Draft:
         hit = self.lookup.hits(request) > 0  # b
-        made = self.layers.draft(request, min(n, self.layers.gamma), among=~hit).padded(n)
+        made = self.second.draft(request, min(n, self.second.gamma), among=~hit).padded(n)
         found = self.lookup.draft(request, n)
         return Draft(
             torch.where(hit[:, None], found.tokens, made.tokens),

@@ -244,7 +244,7 @@ class Sdpa:
 
 
 class Flex:
-    """PyTorch's FlexAttention: what each token sees is compiled into the kernel, with windows, soft caps and siblings."""
+    """PyTorch's FlexAttention: windows, soft caps and siblings are compiled into the kernel."""
 
     name = "flex"
     masks = False

@@ -61,6 +61,7 @@ class Request:
         )
         self.scores: list[list[Tensor]] = [[] for _ in range(b)]
         self.logits: list[list[Tensor]] = [[] for _ in range(b)]
+        self.is_captured = False
         self._own_pads = self.pads
         self.processors = ignoring_padding(self.processors, self.pads)
         self.begin_in(RowBuffers(b, self.max_length + self.room, device, len(self._stop_tokens)))
@@ -68,6 +69,7 @@ class Request:
     def begin_captured_in(self, buffers: RowBuffers) -> None:
         """Begin in buffers that outlive the request; only where `capture_obstacle` has nothing against it."""
         self.begin_in(buffers)
+        self.is_captured = True
         self.processors = looking_at(self.processors, buffers.pads)
 
     def begin_in(self, buffers: RowBuffers) -> None:

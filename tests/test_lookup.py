@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from selfspec import Plan, PlanError, SelfSpeculator, wrap
 from selfspec.drafting import PromptLookupDrafter, latest_match
+from selfspec.drafting.lookup import NgramIndex
 from selfspec.plan import PromptLookup
 from selfspec.request import Request
 
@@ -38,8 +41,9 @@ def request_of(*rows: list[int], new_tokens: int = 9) -> Request:
     )
 
 
-def drafted(*rows: list[int], lookup: PromptLookup = LOOKUP) -> list[list[int]]:
+def drafted(*rows: list[int], lookup: PromptLookup = LOOKUP, scan: bool = False) -> list[list[int]]:
     request = request_of(*rows)
+    request.is_captured = scan  # what a graph holds scans the context
     drafter = PromptLookupDrafter(lookup)
     drafter.look(request)
     draft = drafter.draft(request, int(request.found.max()))
@@ -97,7 +101,29 @@ def naive(tokens: list[int], lookup: PromptLookup) -> list[int]:
 )
 def test_any_rows_draft_what_the_definition_says(rows: list[list[int]], least: int, more: int) -> None:
     lookup = PromptLookup(gamma=4, min_ngram=least, max_ngram=least + more)
-    assert drafted(*rows, lookup=lookup) == [naive(row, lookup) for row in rows]
+    expected = [naive(row, lookup) for row in rows]
+    assert drafted(*rows, lookup=lookup, scan=True) == expected
+    assert drafted(*rows, lookup=lookup) == expected
+
+
+@given(text=st.lists(st.integers(3, 5), min_size=2, max_size=23), cuts=st.sets(st.integers(1, 22)))
+def test_an_index_that_grows_finds_what_one_made_at_once_does(text: list[int], cuts: set[int]) -> None:
+    grown, places = NgramIndex(4), sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
+    for start, end in pairwise(places):
+        grown.extend(text[start:end])
+        whole = NgramIndex(4)
+        whole.extend(text[:end])
+        place, length = latest_match(torch.tensor([text]), torch.tensor([0]), torch.tensor([end]), 4)
+        assert grown.match == whole.match == ((int(place), int(length)) if length else (0, 0))
+
+
+def test_the_index_of_another_request_is_forgotten() -> None:
+    spec = speculator(0)
+    for rows in (3, 1, 3):
+        tokens, mask = repetitive(rows)
+        for moved in (tokens, (tokens + mask) * mask):
+            assert_same(moved, attention_mask=mask, max_new_tokens=23, do_sample=False, spec=spec)
+            assert spec.stats.accepted
 
 
 def test_no_match_is_length_zero() -> None:

@@ -34,6 +34,7 @@ class LookupFirstDrafter(Drafter):
         return f"{self.lookup.label}, else {self.second.label}"
 
     def begin(self, request: Request) -> None:
+        self.lookup.begin(request)
         self.second.begin(request)
 
     def observe(self, committed: Sequence[Committed]) -> None:
@@ -92,6 +93,9 @@ class CheckedLookupDrafter(Drafter):
     @property
     def label(self) -> str:
         return f"{self.lookup.label} checked by layers"
+
+    def begin(self, request: Request) -> None:
+        self.lookup.begin(request)
 
     def look(self, request: Request) -> Tensor:
         return self.lookup.look(request)

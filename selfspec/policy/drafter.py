@@ -42,6 +42,10 @@ class AdaptiveDrafter(Drafter):
     def key(self) -> Hashable:
         return "adaptive", self.lookup.key if self.lookup else None
 
+    def begin(self, request: Request) -> None:
+        if self.lookup:
+            self.lookup.begin(request)
+
     def choose(self, request: Request) -> tuple[Drafter, int]:
         choice = self.policy.choose(self._rows(request))
         if choice not in self._parts:

@@ -82,7 +82,12 @@ def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draf
     if is_captured(runtime, request):
         n = width  # a graph for every length would be too many
     key = ("draft", part.key, width, part.siblings)
-    draft: Draft = _run(runtime, request, key, lambda: part.draft(request, n).padded(width))
+
+    def work() -> Draft:
+        made = part.draft(request, n)
+        return made.padded(width) if runtime.static else made  # one that ended early needs a shorter pass
+
+    draft: Draft = _run(runtime, request, key, work)
     return draft
 
 

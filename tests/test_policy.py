@@ -29,7 +29,7 @@ from selfspec.policy import (
 )
 from selfspec.policy.adaptive import FIRST_PROBE, LAST_PROBE, Seen
 from selfspec.policy.estimates import MATCHES, PRIOR, match_class
-from selfspec.policy.serving import draft_lengths
+from selfspec.policy.serving import draft_lengths, lookup_lengths
 from selfspec.runtime import Runtime
 
 LONGEST = 7
@@ -336,11 +336,20 @@ def test_few_lengths_are_the_plans_half_and_double(gamma: int, longest: int, len
     assert draft_lengths(gamma, longest, few=False) == list(range(longest + 1))
 
 
+def test_looked_up_drafts_are_of_any_length_or_where_each_is_captured_of_the_plans() -> None:
+    own = plan(prompt_lookup=PromptLookup(gamma=5))
+    assert lookup_lengths(own, 7, few=False) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert lookup_lengths(own, 7, few=True) == [0, 5]
+    assert lookup_lengths(plan(), 7, few=True) == [0, 7]
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTrainedModel) -> None:
     tokens, mask = prompts(11)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}
-    spec = wrap(llama, plan(outlook=outlook(0.9, 0.8, draft_step=0.15)))
+    matches = [[0.3, 0.6], [0.4, 0.7], [0.5, 0.75], [0.6, 0.8], [0.8, 0.9]]
+    told = outlook(0.9, 0.8, draft_step=0.15, matches=matches, rescued=0.3)
+    spec = wrap(llama, plan(outlook=told, tree=Tree(siblings=2)))
     if captured:
         spec.runtime.graphs = Graphs(TapeRecorder())
     expected = llama.generate(tokens, **options)

@@ -14,6 +14,8 @@ ROUNDS = 32
 """About so many rounds make up the present speed."""
 HYSTERESIS = 0.02
 """Another choice must promise so much more, relatively."""
+MOST_CHANGES = 200
+"""So many are noted."""
 FIRST_PROBE, LAST_PROBE = 8, 256
 """Rounds without any draft by layers before a probe whether they pay again: at first, and after many in vain."""
 
@@ -139,6 +141,8 @@ class AdaptivePolicy:
         return self._expected(choice, rows) / self.choices.seconds(choice, rows)
 
     def _note(self, situation: int, before: Choice, after: Choice, rows: Counter[Row]) -> None:
+        if len(self.changes) == MOST_CHANGES:
+            return
         where = "without a match" if situation < 0 else "behind a match"
         promised = [f"{choice} promises {self._speed(choice, rows):.4g} tokens/s" for choice in (after, before)]
         self.changes.append(f"round {self._rounds}, {where}: {'; '.join(promised)}")

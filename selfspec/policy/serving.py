@@ -16,8 +16,8 @@ PolicyName = Literal["adaptive", "fixed"]
 
 MATCH = max(MATCHES)
 """The longest match that is told from shorter ones."""
-FEW_LOOKUPS = (4, 16)
-"""Draft lengths by lookup where each must be captured or compiled."""
+LOOKUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Draft lengths by lookup; where each must be compiled and captured, one serves: the plan's, or 8."""
 
 
 def longest_draft(plan: Plan) -> int:
@@ -94,6 +94,5 @@ def draft_lengths(gamma: int, longest: int, *, few: bool) -> list[int]:
 
 def lookup_lengths(plan: Plan, longest: int, *, few: bool) -> list[int]:
     """The same, of looked-up drafts."""
-    own = {plan.prompt_lookup.gamma} if plan.prompt_lookup else set()
-    every = {*FEW_LOOKUPS} if few else {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
-    return [0, *sorted(n for n in every | own | {longest} if n <= longest)]
+    own = plan.prompt_lookup.gamma if plan.prompt_lookup else min(8, longest)
+    return [0, *sorted({own} if few else {n for n in (*LOOKUPS, own, longest) if n <= longest})]

@@ -212,7 +212,7 @@ def _new_tokens(result: Any, prompt: Tensor) -> Tensor:
 
 def _add(total: Stats, one: Stats) -> None:
     """Add up what a score reports."""
-    for name in ("rows", "tokens", "rounds", "passes", "drafted", "accepted", "steps"):
+    for name in ("rows", "tokens", "rounds", "passes", "drafted", "accepted", "steps", "resumed"):
         setattr(total, name, getattr(total, name) + getattr(one, name))
     for name, value in one.seconds.items():
         total.seconds[name] += value

@@ -65,6 +65,7 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     for row in committed:
         row.origin = part.origin(row.row)
     stats.count_choice(part.label, part.steps(n), draft.width + 1)
+    stats.resumed += runtime.can_resume(draft)
     stats.count_pass(committed)
     stats.add_laps(laps)
     drafter.observe(committed)
@@ -106,7 +107,7 @@ class Checked:
 def check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) -> Checked:
     """Verify, accept, commit and rewind; then the drafter looks at what is there now. Never reads the device."""
     n = draft.tokens.shape[1]
-    logits = runtime.run("target", torch.cat([request.last_tokens()[:, None], draft.tokens], dim=1))  # b n+1 v
+    logits = runtime.verify(torch.cat([request.last_tokens()[:, None], draft.tokens], dim=1), draft)  # b n+1 v
     ends = request.ends[:, None] + torch.arange(n + 1, device=logits.device)
     scores = process(request.processors, logits, request.sequences, ends)
     told = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores)

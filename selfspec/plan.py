@@ -210,6 +210,9 @@ class Plan(_Strict):
     `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
     `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
 
+    With `resume`, verification goes on from the draft's own states at the first layer of which anything is skipped or
+    quantised. Worth it only where a pass over many tokens takes much longer than one over one.
+
     `outlook` lets a policy choose other lengths than gamma, by what each costs; without it, gamma stays. `padding`
     makes passes longer where that is faster, also those of plain decoding.
 
@@ -228,6 +231,7 @@ class Plan(_Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
+    resume: bool = False
     outlook: Outlook | None = None
     padding: Padding | None = None
     model: ModelIdentity | None = None
@@ -281,7 +285,8 @@ class Plan(_Strict):
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}")
+            resumed = ", resumed" if self.resume else ""
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{resumed}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:

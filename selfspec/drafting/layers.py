@@ -50,6 +50,9 @@ class LayerSkipDrafter(Drafter):
         drafted = torch.zeros_like(limits)
         tokens, probs = [], []
         token = request.last_tokens()
+        resuming = self.runtime.resuming
+        if resuming is not None:
+            resuming.begin()
         for step in range(n):
             logits = self.runtime.run("draft", token[:, None])  # b 1 v
             going = self._going(logits, drafted == step) & (step < limits)
@@ -61,10 +64,10 @@ class LayerSkipDrafter(Drafter):
             probs.append(q)
             lengths += 1
         lengths.copy_(start)
-        if not tokens:
-            return Draft.empty(request.rows, lengths.device)
-        sampled = [q for q in probs if q is not None]
-        return Draft(torch.stack(tokens, dim=1), drafted, torch.stack(sampled, dim=1) if sampled else None)
+        draft = _stacked(tokens, drafted, probs)
+        if resuming is not None and among is None:
+            resuming.keep_for(draft)
+        return draft
 
     def _going(self, logits: Tensor, going: Tensor) -> Tensor:
         if self.exit_threshold is None:
@@ -80,3 +83,10 @@ class LayerSkipDrafter(Drafter):
         written = token if among is None else torch.where(among, token, request.sequences.gather(1, ends)[:, 0])
         request.sequences.scatter_(1, ends, written[:, None])
         return token, q
+
+
+def _stacked(tokens: list[Tensor], drafted: Tensor, probs: list[Tensor | None]) -> Draft:
+    if not tokens:
+        return Draft.empty(drafted.shape[0], drafted.device)
+    sampled = [q for q in probs if q is not None]
+    return Draft(torch.stack(tokens, dim=1), drafted, torch.stack(sampled, dim=1) if sampled else None)

@@ -8,7 +8,8 @@ nothing where reading the weights is what takes time.
 Measured for exact prefixes of a quarter and a half of the model, for early exits and scattered skip sets: the verify
 part alone, full and resumed in turn; and whole greedy decodings by the same plan with and without it, paired. Subjects
 are the embedded model, and a larger Llama of random weights, in float32 and bfloat16, whose upper layers are damped so
-that drafts are often right (its text means nothing). Prints tables; the last line is JSON.
+that drafts are often right (its text means nothing). On a CPU all times are of the one thread that works, so that what
+else the machine does counts for little. Prints tables; the last line is JSON.
 
     python benchmarks/resuming.py --out benchmarks/results/resuming_cpu.json        # some ten minutes
     python benchmarks/resuming.py --toy                                             # a minute, to try the code
@@ -21,19 +22,21 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
+import numpy as np
 import torch
 from decode import commit, device_name, warn_if_dirty
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfspec import Plan, SkipSet, wrap
-from selfspec.benchmark import measure
-from selfspec.contenders import Ours
+from selfspec.benchmark import Measurement
+from selfspec.contenders import Contender, Ours
 from selfspec.demo import held_out_prompts
 from selfspec.loading import load, quiet_hugging_face, versions
 from selfspec.prompts import load_prompts
@@ -104,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gammas", type=int, nargs="+", default=[2, 4, 6], help="draft lengths")
-    parser.add_argument("--repeats", type=int, default=41, help="of the verify part, full and resumed in turn")
-    parser.add_argument("--prompts", type=int, default=8, help="how many are decoded")
+    parser.add_argument("--repeats", type=int, default=31, help="of the verify part, full and resumed in turn")
+    parser.add_argument("--prompts", type=int, default=6, help="how many are decoded")
     parser.add_argument("--decodings", type=int, default=3, help="repeats of each whole decoding")
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where passes run eagerly, as no others resume")
     parser.add_argument("--toy", action="store_true", help="a tiny model in the larger one's place, and few repeats")
@@ -185,6 +188,7 @@ def timed_in_turn(runtime: Runtime, n: int, repeats: int) -> dict[str, list[floa
     text = torch.randint(vocabulary, (1, CONTEXT + n + 1), generator=random).to(runtime.model.device)
     runtime.prefill(text[:, :CONTEXT], torch.tensor([CONTEXT]))
     tokens = text[:, CONTEXT:]  # b n+1
+    clock = clock_of(tokens.device)
     times: dict[str, list[float]] = {part: [] for part in (FULL, RESUMED, "one_token", "lower", "upper")}
     for repeat in range(repeats + 1):
         draft = draft_of(runtime, tokens)
@@ -199,11 +203,11 @@ def timed_in_turn(runtime: Runtime, n: int, repeats: int) -> dict[str, list[floa
             ("one_token", lambda: runtime.run("target", tokens[:, :1])),
         ]
         for part, run in (*work[:: 1 if repeat % 2 else -1], *after):
-            start = perf_counter()
+            start = clock()
             run()
             wait_for(tokens.device)
             if repeat:  # the first one warms up
-                times[part].append(perf_counter() - start)
+                times[part].append(clock() - start)
     return times
 
 
@@ -219,6 +223,10 @@ def draft_of(runtime: Runtime, tokens: Tensor) -> Draft:
     draft = Draft(tokens[:, 1:], torch.tensor([n], device=tokens.device), None)
     runtime.resuming.keep_for(draft)
     return draft
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    return perf_counter if device.type == "cuda" or torch.get_num_threads() > 1 else thread_time
 
 
 # --- Whole decodings ---
@@ -237,12 +245,7 @@ def decodings(subject: Subject, options: argparse.Namespace) -> Iterator[dict[st
                 )
                 for way in (FULL, RESUMED)
             }
-            measured = measure(
-                [Ours(way, spec) for way, spec in specs.items()],
-                subject.prompts,
-                new_tokens=options.new_tokens,
-                repeats=options.decodings,
-            )
+            measured = decoded_in_turn([Ours(way, spec) for way, spec in specs.items()], subject, options)
             full, resumed = measured.scores(specs[FULL].runtime, against=(FULL,), gamma=gamma)
             assert resumed.stats is not None
             yield {
@@ -260,6 +263,22 @@ def decodings(subject: Subject, options: argparse.Namespace) -> Iterator[dict[st
                 "near_ties": resumed.differing.near_ties,
                 "errors": resumed.differing.errors,
             }
+
+
+def decoded_in_turn(contenders: list[Contender], subject: Subject, options: argparse.Namespace) -> Measurement:
+    """As `selfspec.benchmark.measure` does it, by our clock; the first repeat warms up."""
+    clock = clock_of(subject.model.device)
+    seconds = np.zeros((len(contenders), options.decodings + 1, len(subject.prompts)))
+    outputs: list[list[Tensor]] = [list(subject.prompts) for _ in contenders]
+    for repeat, (column, prompt) in product(range(options.decodings + 1), enumerate(subject.prompts)):
+        turns = list(enumerate(contenders))
+        for index, contender in turns[:: 1 if (repeat + column) % 2 else -1]:
+            start = clock()
+            outputs[index][column] = contender.decode(prompt, options.new_tokens)
+            seconds[index, repeat, column] = clock() - start
+    return Measurement(
+        contenders=contenders, prompts=subject.prompts, seconds=seconds[:, 1:], outputs=outputs, unsteady=[]
+    )
 
 
 # --- Tables ---

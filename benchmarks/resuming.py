@@ -109,8 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gammas", type=int, nargs="+", default=[2, 4, 6], help="draft lengths")
     parser.add_argument("--repeats", type=int, default=31, help="of the verify part, full and resumed in turn")
     parser.add_argument("--prompts", type=int, default=6, help="how many are decoded")
-    parser.add_argument("--decodings", type=int, default=3, help="repeats of each whole decoding")
-    parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--decodings", type=int, default=2, help="repeats of each whole decoding")
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where passes run eagerly, as no others resume")
     parser.add_argument("--toy", action="store_true", help="a tiny model in the larger one's place, and few repeats")
@@ -266,19 +266,19 @@ def decodings(subject: Subject, options: argparse.Namespace) -> Iterator[dict[st
 
 
 def decoded_in_turn(contenders: list[Contender], subject: Subject, options: argparse.Namespace) -> Measurement:
-    """As `selfspec.benchmark.measure` does it, by our clock; the first repeat warms up."""
+    """As `selfspec.benchmark.measure` does it, by our clock."""
     clock = clock_of(subject.model.device)
-    seconds = np.zeros((len(contenders), options.decodings + 1, len(subject.prompts)))
+    for contender in contenders:
+        contender.decode(max(subject.prompts, key=len), options.new_tokens)
+    seconds = np.zeros((len(contenders), options.decodings, len(subject.prompts)))
     outputs: list[list[Tensor]] = [list(subject.prompts) for _ in contenders]
-    for repeat, (column, prompt) in product(range(options.decodings + 1), enumerate(subject.prompts)):
+    for repeat, (column, prompt) in product(range(options.decodings), enumerate(subject.prompts)):
         turns = list(enumerate(contenders))
         for index, contender in turns[:: 1 if (repeat + column) % 2 else -1]:
             start = clock()
             outputs[index][column] = contender.decode(prompt, options.new_tokens)
             seconds[index, repeat, column] = clock() - start
-    return Measurement(
-        contenders=contenders, prompts=subject.prompts, seconds=seconds[:, 1:], outputs=outputs, unsteady=[]
-    )
+    return Measurement(contenders=contenders, prompts=subject.prompts, seconds=seconds, outputs=outputs, unsteady=[])
 
 
 # --- Tables ---

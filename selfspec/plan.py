@@ -318,7 +318,8 @@ class Plan(_Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+        unused = None if self.resume else {"resume"}  # so that what does not use it looks as it always did
+        return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:

@@ -288,4 +288,6 @@ def test_the_users_model_gets_no_hooks() -> None:
 def test_a_plan_keeps_whether_it_resumes() -> None:
     assert Plan.from_json(resuming().to_json()).resume
     assert str(resuming()).endswith("gamma 3, resumed")
-    assert not Plan(skip_set=SCATTERED, gamma=3).resume
+    other = Plan(skip_set=SCATTERED, gamma=3)
+    assert not other.resume
+    assert "resume" not in other.to_json(), "plans that do not use it look as they always did"

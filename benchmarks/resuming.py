@@ -3,7 +3,9 @@
 A resumed verification spares n + 1 tokens the layers below the first one that the draft leaves out, and takes the last
 drafted token through them alone. So it gains b (V(n + 1) - V(1)) milliseconds, where b is the share of the model below
 that layer and V(t) a pass over t tokens: something where a pass over many tokens takes longer than one over one, and
-nothing where reading the weights is what takes time.
+nothing where reading the weights is what takes time. (To spare the last drafted token that pass, and do without the
+bonus token, is no way out: drafting one token fewer brings as many tokens, by the same upper pass, and takes a lower
+pass where the other takes a whole step of the draft.)
 
 Measured for exact prefixes of a quarter and a half of the model, for early exits and scattered skip sets: the verify
 part alone, full and resumed in turn; and whole greedy decodings by the same plan with and without it, paired. Subjects

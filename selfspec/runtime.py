@@ -271,8 +271,10 @@ class Runtime:
 
     @torch.inference_mode()
     def verify(self, tokens: Tensor, draft: Draft) -> Tensor:
-        """Logits `b n+m+1 v` of the target over the last committed tokens and the draft's nodes (`b n+m+1`), which resume
-        from the draft's own states where there are any."""
+        """Logits `b n+m+1 v` of the target over the last committed tokens and the draft's nodes (`b n+m+1`).
+
+        They resume from the draft's own states where there are any.
+        """
         if self.resuming is None or not self.resuming.has_states_of(draft):
             return self.run("target", tokens, None if draft.siblings is None else draft.siblings.depths)
         if (column := self.resuming.missing) is not None:

@@ -402,7 +402,8 @@ class Plan(_Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        unused = None if self.resume else {"resume"}  # so that what does not use it looks as it always did
+        # Plans that do not use these look as they always did.
+        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod

@@ -13,7 +13,7 @@ are the embedded model, and a larger Llama of random weights, in float32 and bfl
 that drafts are often right (its text means nothing). On a CPU all times are of the one thread that works, so that what
 else the machine does counts for little. Prints tables; the last line is JSON.
 
-    python benchmarks/resuming.py --out benchmarks/results/resuming_cpu.json        # some ten minutes
+    python benchmarks/resuming.py --out benchmarks/results/resuming_cpu.json        # some ten minutes of a free core
     python benchmarks/resuming.py --toy                                             # a minute, to try the code
 """
 
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gammas", type=int, nargs="+", default=[2, 4, 6], help="draft lengths")
     parser.add_argument("--repeats", type=int, default=31, help="of the verify part, full and resumed in turn")
-    parser.add_argument("--prompts", type=int, default=6, help="how many are decoded")
+    parser.add_argument("--prompts", type=int, default=4, help="how many are decoded")
     parser.add_argument("--decodings", type=int, default=2, help="repeats of each whole decoding")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)

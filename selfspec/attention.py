@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
 
 from selfspec.errors import InputError
@@ -84,6 +86,8 @@ class Backend(Protocol):
     name: str
     masks: bool
     """Whether it asks the pass for masks."""
+    trees: bool
+    """Whether it can tell siblings apart."""
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -103,6 +107,7 @@ class FlashAttn:
 
     name = "flash-attn"
     masks = False
+    trees = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -165,6 +170,7 @@ class TorchFlash:
 
     name = "torch-flash"
     masks = False
+    trees = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -211,6 +217,7 @@ class Sdpa:
 
     name = "sdpa"
     masks = True
+    trees = True
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -236,6 +243,50 @@ class Sdpa:
         return attended.reshape(b, h, t, -1).transpose(1, 2)
 
 
+class Flex:
+    """PyTorch's FlexAttention: windows, soft caps and siblings are compiled into the kernel."""
+
+    name = "flex"
+    masks = False
+    trees = True
+
+    @staticmethod
+    def obstacle(needs: AttentionNeeds) -> str | None:
+        return None if needs.device.type == "cuda" else f"FlexAttention needs CUDA, the model is on {needs.device.type}"
+
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        return ()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
+    ) -> Tensor:
+        step.append(keys, key)
+        step.append(values, value)
+        cap = how.softcap
+
+        def capped(score: Tensor, *_: Tensor) -> Tensor:
+            return score if cap is None else torch.tanh(score / cap) * cap
+
+        keys, values = (cached[:, : step.s].transpose(1, 2) for cached in (keys, values))
+        attended: Tensor = _flex(query.device.type)(
+            query,
+            keys,
+            values,
+            score_mod=None if cap is None else capped,
+            block_mask=step.blocks(how.window),
+            scale=how.scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        return attended.transpose(1, 2)
+
+
+@cache
+def _flex(device: str) -> Any:
+    """FlexAttention, as a kernel where there is CUDA; elsewhere as its own reference, for tests."""
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+
+
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionArgs) -> Tensor:
     """Attention of `b h t d` over `b h s d`, with an additive mask that broadcasts to `b h t s` and the soft cap."""
     if how.softcap is None:
@@ -257,7 +308,7 @@ def fold_mask(mask: Tensor, groups: int) -> Tensor:
     return repeat(mask, "b t s -> b 1 (g t) s", g=groups)
 
 
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (FlashAttn, TorchFlash, Sdpa)}
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (FlashAttn, TorchFlash, Sdpa, Flex)}
 
 
 @dataclass(frozen=True)

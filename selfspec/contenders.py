@@ -16,13 +16,15 @@ from selfspec.errors import SelfspecError
 from selfspec.generation import SelfSpeculator
 from selfspec.plan import Plan
 from selfspec.policy import PolicyName
+from selfspec.skip_set import SkipSet
 from selfspec.stats import Stats
 
-GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, OURS = (
+GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, DRAFT_MODEL, OURS = (
     "model.generate",
     "plain",
     "assistant_early_exit",
     "prompt_lookup",
+    "draft model",
     "selfspec",
 )
 TRIAL_PROMPTS, TRIAL_TOKENS = 2, 64
@@ -112,18 +114,23 @@ class EarlyExit:
 
 @dataclass
 class Ours:
-    """A `SelfSpeculator`: our runtime, with a plan or plainly."""
+    """A `SelfSpeculator`: our runtime, with a plan or plainly, and further options of `generate`."""
 
     name: str
     spec: SelfSpeculator
     stats: Stats | None = field(default_factory=Stats)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
+        if self.spec.draft_runtime is not None:
+            model = self.spec.draft_runtime.model
+            return {"draft_model": model.name_or_path or model.config.model_type, "gamma": self.spec.plan.gamma}
         return {"plan": str(self.spec.plan)}
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        result = self.spec.generate(prompt.to(self.spec.model.device)[None], max_new_tokens=new_tokens, do_sample=False)
+        row = prompt.to(self.spec.model.device)[None]
+        result = self.spec.generate(row, max_new_tokens=new_tokens, do_sample=False, **self.options)
         if self.stats is not None:
             self.stats.add(self.spec.stats)
         return _new_tokens(result, prompt)
@@ -181,9 +188,12 @@ def line_up(
     compile: bool | None = None,
     policy: PolicyName = "adaptive",
     draft_memory: int | str | None = None,
+    draft_model: PreTrainedModel | None = None,
+    draft_gamma: int = 4,
 ) -> LineUp:
     """`model.generate`, the plain model in our runtime, and ours; with `peers`, the built-in ways to speculate too,
-    each with the settings that are the fastest on the first prompts."""
+    each with the settings that are the fastest on the first prompts; with a `draft_model`, classic speculative decoding
+    in our runtime, `draft_gamma` tokens a round."""
     ours = SelfSpeculator(model, plan, backend=backend, compile=compile, policy=policy, draft_memory=draft_memory)
     plain = SelfSpeculator(model, Plan.none(padding=ours.padding_for(1)), backend=backend, compile=compile)
     contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
@@ -194,6 +204,10 @@ def line_up(
             contenders.append(fastest(candidates, prompts, new_tokens))
         except PeerError as error:
             absent.append(" ".join(str(error).split()))
+    if draft_model is not None:
+        classic = Plan(skip_set=SkipSet(), gamma=draft_gamma, padding=ours.padding_for(1))
+        spec = SelfSpeculator(model, classic, backend=backend, compile=compile, draft_model=draft_model)
+        contenders.append(Ours(DRAFT_MODEL, spec))
     return LineUp(contenders=[*contenders, Ours(OURS, ours)], ours=ours, absent=absent)
 
 

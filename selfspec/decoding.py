@@ -160,11 +160,4 @@ def _run(runtime: Runtime, request: Request, key: Hashable, work: Callable[[], A
 
 def prefill(runtime: Runtime, request: Request) -> None:
     """Cache all of each prompt but its last token; ragged prompts lose their padding here."""
-    b, width = request.prompts.shape
-    lengths = width - request.pads  # b
-    longest = int(lengths.max())
-    runtime.pin_longrope(longest)
-    columns = torch.arange(longest - 1, device=request.prompts.device)
-    # Row r's tokens start behind its padding; what lies beyond its last one is never seen.
-    compact = request.prompts.gather(1, (columns + request.pads[:, None]).clamp(max=width - 1).expand(b, -1))
-    runtime.prefill(compact, lengths - 1)
+    runtime.prefill_prompts(request.prompts, request.pads)

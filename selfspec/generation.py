@@ -25,6 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from selfspec.copies import copied_bytes, obstacles
 from selfspec.decoding import decode, is_captured
 from selfspec.drafting import Drafter, NoDrafter
+from selfspec.drafting.draft_model import bytes_beside, check_plan, draft_runtime, refresh
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
 from selfspec.plan import Padding, Plan
@@ -55,6 +56,7 @@ def wrap(
     graphs: bool | None = None,
     policy: PolicyName = "adaptive",
     draft_memory: int | str | None = None,
+    draft_model: PreTrainedModel | None = None,
 ) -> SelfSpeculator:
     """Make `model` decode speculatively by `plan`: the same output, sooner.
 
@@ -69,14 +71,25 @@ def wrap(
             down to plain decoding; `fixed` keeps the plan's.
         draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
             quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
+        draft_model: a smaller model of the same tokenizer, on the same device, that drafts the plan's gamma tokens in
+            the place of the model's own layers; the plan must not name any (`Plan(skip_set=SkipSet(), gamma=4)`). It
+            takes its weights and a cache of its own (`stats.draft_bytes`).
 
     Raises:
-        InputError: the draft takes more than `draft_memory`; nothing was taken yet.
+        InputError: the draft takes more than `draft_memory`, and nothing was taken yet; or the draft model does not go
+            with the model or the plan.
         UnsupportedModelError: the family is not among those tested, or the probe found a difference.
         PlanError: the plan is malformed, or made for another model.
     """
     return SelfSpeculator(
-        model, plan, backend=backend, compile=compile, graphs=graphs, policy=policy, draft_memory=draft_memory
+        model,
+        plan,
+        backend=backend,
+        compile=compile,
+        graphs=graphs,
+        policy=policy,
+        draft_memory=draft_memory,
+        draft_model=draft_model,
     )
 
 
@@ -103,11 +116,14 @@ class SelfSpeculator:
         graphs: bool | None = None,
         policy: PolicyName = "adaptive",
         draft_memory: int | str | None = None,
+        draft_model: PreTrainedModel | None = None,
     ) -> None:
         if policy not in get_args(PolicyName):
             raise InputError(f"policy '{policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
         self.policy = policy
         self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
+        if draft_model is not None:
+            check_plan(self.plan, draft_memory)
         self.model = model
         self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs, resume=self.plan.resume)
         self.plan.check_fits(model.config)
@@ -115,6 +131,10 @@ class SelfSpeculator:
         limit = parse_size(draft_memory, "draft_memory") if isinstance(draft_memory, str) else draft_memory
         self.runtime.draft_memory = limit
         self.runtime.draft_with(recipe)
+        self.draft_runtime: Runtime | None = None
+        """Where a draft model runs, if there is one."""
+        if draft_model is not None:
+            self.draft_runtime = draft_runtime(model, draft_model, backend=backend, compile=compile)
         self._warn_if_stale(**self._conditions)
         self._told_of_sampling = False
         self.stats = Stats()
@@ -318,6 +338,8 @@ class SelfSpeculator:
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
         self.runtime.refresh()
+        if self.draft_runtime is not None:
+            refresh(self.draft_runtime, self.runtime)
         choice = self.runtime.backend
         self.stats = Stats(
             rows=request.rows,
@@ -327,7 +349,9 @@ class SelfSpeculator:
         )
         drafter: Drafter = NoDrafter()
         if not request.lockstep:
-            drafter, self.stats.policy = drafter_for(self.plan, self.runtime, request.rows, self.policy)
+            drafter, self.stats.policy = drafter_for(
+                self.plan, self.runtime, request.rows, self.policy, self.draft_runtime
+            )
         self.runtime.padding = self.padding_for(request.rows)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
@@ -338,7 +362,9 @@ class SelfSpeculator:
             self._tell_paths(request)
             self.stats.changes = list(drafter.changes)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
-                self.runtime.cache.scrub()
+                self.runtime.scrub()
+                if self.draft_runtime is not None:
+                    self.draft_runtime.scrub()
 
     def padding_for(self, rows: int) -> Padding | None:
         """How passes over so many rows are padded: as the plan says, where they take as long as in its search."""
@@ -351,6 +377,10 @@ class SelfSpeculator:
         """Write to the stats what was compiled and captured, and why the rest was not."""
         runtime, stats = self.runtime, self.stats
         stats.compiled, stats.draft_bytes = runtime.compile, runtime.copies.nbytes
+        if self.draft_runtime is not None:
+            stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
+            if self.draft_runtime.compile_obstacle not in (None, runtime.compile_obstacle):
+                stats.slower_paths.append(f"the draft model runs eagerly: {self.draft_runtime.compile_obstacle}")
         stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.recipe)]
         if runtime.compile_obstacle is not None:
             stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")

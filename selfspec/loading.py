@@ -89,6 +89,25 @@ def load(name: str, *, device: str = AUTO, dtype: str = AUTO) -> Loaded:
     return Loaded(name, model.eval(), tokenizer)
 
 
+def load_draft_model(name: str, beside: Loaded) -> Loaded:
+    """Load a model that is to draft for `beside`: on its device, in its dtype, of its tokenizer.
+
+    Raises:
+        InputError: it cannot be loaded, or its tokenizer is another one.
+        UnsupportedModelError: the family is not supported.
+    """
+    loaded = load(name, device=str(beside.model.device), dtype=beside.dtype_name)
+    own, other = loaded.tokenizer.get_vocab(), beside.tokenizer.get_vocab()
+    differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    if differing:
+        token = differing[0]
+        raise InputError(
+            f"draft model '{name}' has another tokenizer than '{beside.name}': token {token!r} is {own.get(token)} "
+            f"there and {other.get(token)} here; give a draft model of the same tokenizer"
+        )
+    return loaded
+
+
 def _resolve(name: str) -> str:
     """What to hand to `from_pretrained`: the demo's directory, a checked local directory, or a hub id."""
     if name == DEMO:

@@ -228,12 +228,13 @@ class Padding(_Strict):
 class PromptLookup(_Setting):
     """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
 
-    The longest match counts, of up to `max_ngram` tokens.
+    The longest match counts, of up to `max_ngram` tokens. `checked`: the draft checks them before the target does.
     """
 
     gamma: Annotated[int, Field(ge=1, le=MOST_DRAFTED)]
     min_ngram: Annotated[int, Field(ge=1, le=64)] = 2
     max_ngram: Annotated[int, Field(ge=1, le=64)] = 8
+    checked: bool = False
 
     def __init__(self, **data: Any) -> None:
         super().__init__(**data)
@@ -243,7 +244,8 @@ class PromptLookup(_Setting):
             )
 
     def __str__(self) -> str:
-        return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted"
+        checked = ", checked by the draft" if self.checked else ""
+        return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted{checked}"
 
 
 class Tree(_Setting):
@@ -312,6 +314,12 @@ class Plan(_Strict):
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
             recipe.validate(self.model.num_layers)
+        checked = self.prompt_lookup is not None and self.prompt_lookup.checked
+        if checked and (not self.gamma or self.tree is not None or self.exit_threshold is not None):
+            raise PlanError(
+                "prompt_lookup is to be checked by the draft, which needs a gamma, and neither tree nor "
+                "exit_threshold; change the plan, or leave 'checked' out"
+            )
         if self.tree is not None and not self.gamma:
             raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
         if self.outlook is not None and len(self.outlook.rounds) <= self.gamma:
@@ -361,7 +369,8 @@ class Plan(_Strict):
     @property
     def longest_draft(self) -> int:
         """The most tokens that a round drafts, whoever drafts them, siblings apart."""
-        return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
+        lookup = self.prompt_lookup
+        return max(self.gamma, lookup.gamma + lookup.checked if lookup else 0)
 
     def __str__(self) -> str:
         """In words: what is looked up, what is skipped, how far is drafted."""
@@ -402,8 +411,7 @@ class Plan(_Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        # Plans that do not use these look as they always did.
-        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}
+        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}  # what is not used need not be read
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod

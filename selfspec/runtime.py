@@ -188,6 +188,16 @@ class Runtime:
         for view in self.views.values():
             self._cache.attach(attention_modules(view))
 
+    def scrub(self) -> None:
+        """After an error: zero the cache, if there is one."""
+        if self._cache is not None:
+            self._cache.scrub()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache takes by now."""
+        return 0 if self._cache is None else self._cache.nbytes
+
     def adopt_cache(self, other: Runtime) -> None:
         """Use another runtime's cache, of the same model: one at a time."""
         self._let_go_of_cache()
@@ -245,13 +255,29 @@ class Runtime:
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor) -> None:
         """Cache each row's first `lengths` (`b`) of `tokens` (`b t`), without the head, in chunks."""
+        self.cache.reset()
+        self.extend(tokens)
+        self.cache.lengths.copy_(lengths)
+
+    def prefill_prompts(self, prompts: Tensor, pads: Tensor) -> None:
+        """Cache all of each prompt (`b P`, padded on the left by `pads`, `b`) but its last token."""
+        b, width = prompts.shape
+        lengths = width - pads  # b
+        longest = int(lengths.max())
+        self.pin_longrope(longest)
+        columns = torch.arange(longest - 1, device=prompts.device)
+        # Row r's tokens start behind its padding; what lies beyond its last one is never seen.
+        compact = prompts.gather(1, (columns + pads[:, None]).clamp(max=width - 1).expand(b, -1))
+        self.prefill(compact, lengths - 1)
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, *, static: bool = False) -> None:
+        """Cache `tokens` (`b t`) behind `lengths`, which move on, without the head, in chunks."""
         cache = self.cache
-        cache.reset()
         for chunk in tokens.split(self.prefill_chunk, dim=1) if tokens.shape[1] else ():  # prompts of one token: none
-            step = cache.begin(chunk.shape[1])
+            step = cache.begin(chunk.shape[1], static=static)
             run_view(self.views["target"], chunk, step.positions, step, head=False)
             cache.lengths += chunk.shape[1]
-        cache.lengths.copy_(lengths)
 
     @torch.inference_mode()
     def run(self, view: ViewName, tokens: Tensor, depths: Tensor | None = None) -> Tensor:

@@ -90,7 +90,8 @@ class Stats:
     graph_bytes: int = 0
     """Device memory that these graphs take."""
     draft_bytes: int = 0
-    """Memory that the draft's own layers take beside the model: quantised copies, a trimmed head."""
+    """Memory that the draft takes beside the model: quantised copies, a trimmed head; a draft model's weights (but what
+    it shares with the model) and its cache."""
     slower_paths: list[str] = field(default_factory=list)
     """Anything that kept this call off the fast path, and why."""
 

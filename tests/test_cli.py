@@ -501,3 +501,49 @@ def test_the_help_waits_for_nothing_heavy() -> None:
     heavy = ["torch", "optuna", "matplotlib", "typer"]
     check = f"import sys, selfspec; sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+# --- A draft model ---
+
+
+@pytest.fixture(scope="module")
+def smaller_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "smaller", num_hidden_layers=7)
+
+
+def test_generate_with_a_draft_model_writes_the_plain_models_text(model_dir: Path, smaller_dir: Path) -> None:
+    options = ("--draft-model", smaller_dir, "--draft-gamma", 2, "--prompt", PROMPT, "--max-new-tokens", 40)
+    result = run("generate", model_dir, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == printable(continuation(model_dir, PROMPT, 40)) + "\n"
+    assert "drafted accepted (100%)" in result.stderr  # it is the same model
+
+
+def test_bench_lines_a_draft_model_up(model_dir: Path, smaller_dir: Path, plan_file: Path, prompt_file: Path) -> None:
+    options = ("--plan", plan_file, "--prompts", prompt_file, "--new-tokens", 9, "--repeats", 1, "--json")
+    result = run("bench", model_dir, *options, "--draft-model", smaller_dir)
+    assert result.exit_code == 0, result.output
+    assert "gamma=4" in result.stdout
+    contenders = {one["name"]: one for one in json.loads(result.stdout.splitlines()[-1])["contenders"]}
+    classic = contenders["draft model"]
+    assert classic["settings"] == {"draft_model": str(smaller_dir), "gamma": 4}
+    assert classic["acceptance_rate"] == 1.0
+    assert classic["differing_tokens"] == 0
+    assert list(contenders)[-1] == "selfspec"
+
+
+def test_misused_draft_models_are_refused_in_one_line(
+    model_dir: Path, smaller_dir: Path, plan_file: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    generate = ("generate", model_dir, "--prompt", PROMPT)
+    both = complaint(*generate, "--plan", plan_file, "--draft-model", smaller_dir)
+    assert "drafts with layers of the model itself" in both
+    assert "there is no model directory at" in complaint(*generate, "--draft-model", tmp_path / "none")
+    gamma = ("--plan", plan_file, "--draft-gamma", 3)
+    assert "--draft-gamma goes with --draft-model" in complaint(*generate, *gamma)
+    assert "--draft-gamma goes with --draft-model" in complaint("bench", model_dir, "--prompts", prompt_file, *gamma)
+    assert run(*generate).exit_code == 2
+    other = save_model(tmp_path / "other")
+    text = (other / "tokenizer.json").read_text().replace('"!"', '"<other>"')
+    (other / "tokenizer.json").write_text(text)
+    assert "has another tokenizer than" in complaint(*generate, "--draft-model", other)

@@ -19,6 +19,7 @@ What of the CUDA-only code each test reaches:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -28,7 +29,7 @@ import pytest
 import quantised_models
 import selfspec_search.confirm
 import torch
-from models import FIRST_DROPPED, damped_model, prompts
+from models import FIRST_DROPPED, damp, damped_model, prompts
 from quantised_models import drafting, few_prompts
 from selfspec_search.memory import Memory
 from selfspec_search.settings import SearchSettings
@@ -40,7 +41,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import selfspec.decoding
-from selfspec import Plan, SelfSpeculator, draft_bytes, wrap
+from selfspec import Plan, SelfSpeculator, SkipSet, draft_bytes, wrap
 from selfspec.attention import TorchFlash
 from selfspec.compiling import compile_obstacle
 from selfspec.decoding import read
@@ -139,6 +140,27 @@ def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert_captured(spec)
+
+
+@BOTH
+@pytest.mark.parametrize("lookup", [None, LOOKUP.prompt_lookup], ids=["alone", "behind lookup"])
+def test_a_draft_model_is_captured(lookup: PromptLookup | None, device: torch.device) -> None:
+    model, plan = model_on(device), Plan(skip_set=SkipSet(), gamma=GAMMA, prompt_lookup=lookup)
+    draft_model = copy.deepcopy(model)
+    damp(draft_model, FIRST_DROPPED, 0.0)
+    spec, given = captured(model, plan, draft_model=draft_model), batch(device, 22, 5, 14)
+    given["input_ids"][:, -3:] = given["input_ids"][:, :3]
+    uncaptured = wrap(model, plan, compile=False, graphs=False, draft_model=draft_model)
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **GREEDY), uncaptured.generate(**given, **GREEDY))
+        assert spec.stats.history == uncaptured.stats.history
+    assert_captured(spec)
+    assert 0.2 < spec.stats.acceptance_rate < 0.9 or lookup
+    itself = captured(model, plan, draft_model=model)
+    for _ in range(3):
+        assert torch.equal(itself.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    drafted, accepted = itself.stats.by_origin["draft model"]
+    assert drafted == accepted > GAMMA
 
 
 QUANTISED = [INT4, INT8, FP8]

@@ -27,6 +27,7 @@ GAMMA = 3
 PLAN = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA)
 LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 CASCADE = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA, prompt_lookup=LOOKUP)
+CHECKED = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA, prompt_lookup=LOOKUP.model_copy(update={"checked": True}))
 NEW_TOKENS = 23
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS}
@@ -80,7 +81,9 @@ def test_replayed_rounds_write_what_the_model_writes(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [CASCADE, Plan.none(prompt_lookup=LOOKUP), Plan.none()], ids=["cascade", "lookup", "plain"]
+    "plan",
+    [CASCADE, CHECKED, Plan.none(prompt_lookup=LOOKUP), Plan.none()],
+    ids=["cascade", "checked", "lookup", "plain"],
 )
 def test_every_drafter_is_captured(plan: Plan, llama: PreTrainedModel) -> None:
     spec, given = taped(llama, plan), batch(22, 5, 14)

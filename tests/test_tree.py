@@ -14,8 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 import selfspec.decoding
 from selfspec import Plan, PlanError, wrap
+from selfspec.attention import BACKENDS, AttentionArgs
 from selfspec.drafting.tree import choose_siblings
 from selfspec.graphs import Graphs
+from selfspec.kv_cache import Pass
 from selfspec.plan import PromptLookup, Tree
 from selfspec.request import Request
 from selfspec.runtime import Runtime
@@ -145,6 +147,43 @@ def test_a_tree_survives_its_plans_file_and_needs_a_draft_to_stand_beside() -> N
         Plan(skip_set=FIRST_DROPPED, gamma=0, tree=TREE)
     with pytest.raises(PlanError, match="siblings"):
         Tree(siblings=0)
+
+
+# --- What they see ---
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("sdpa", "cpu"), ("flex", "cpu"), *(pytest.param(n, "cuda", marks=pytest.mark.gpu) for n in ("sdpa", "flex"))],
+)
+@pytest.mark.parametrize("softcap", [None, 1.7])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sibling_sees_its_own_path_and_no_other(
+    name: str, device: str, window: int | None, softcap: float | None
+) -> None:
+    backend, how, s = BACKENDS[name](), AttentionArgs(scale=0.4, window=window, softcap=softcap), 128
+    lengths, trunk = [5, 0], 4  # the last committed token and three drafted ones
+    depths = torch.tensor([[0, 0, 2], [1, 2, 2]])
+    b, t, heads, groups, dim = 2, trunk + 3, 2, 3, 16
+    drawn = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(b, h, t, dim, generator=drawn) for h in (heads * groups, heads, heads))
+    keys, values = (torch.randn(b, s, heads, dim, generator=drawn) for _ in range(2))
+    here = [tensor.to(device) for tensor in (query, key, value, keys.clone(), values.clone())]
+    cached = torch.tensor(lengths, dtype=torch.int32, device=device)
+    step = Pass(cached, t, s, backend, depths=depths.to(device))
+    attended = backend.attend(*here, step, how).cpu()  # b t h d
+    for row, length in enumerate(lengths):
+        for node in range(t):
+            parent = node - 1 if node < trunk else int(depths[row, node - trunk])
+            path = [*range(parent + 1), node]
+            k = torch.cat([keys[row, :length], key[row, :, path].transpose(0, 1)])
+            v = torch.cat([values[row, :length], value[row, :, path].transpose(0, 1)])
+            k, v = (k, v) if window is None else (k[-window:], v[-window:])
+            scores = query[row, :, node].view(heads, groups, dim) @ k.permute(1, 2, 0) * how.scale
+            scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+            expected = (scores.softmax(dim=-1) @ v.transpose(0, 1)).reshape(heads * groups, dim)
+            torch.testing.assert_close(attended[row, node], expected, rtol=0, atol=2e-5)
 
 
 # --- Which siblings ---

@@ -1,1 +1,1 @@
-"""What `benchmarks/drafters.py` measures, and the workloads it gives to the drafters, one noun per file."""
+"""What `benchmarks/drafters.py` is made of: workloads, the plans held against each other, prices, and tables."""

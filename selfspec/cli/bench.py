@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from selfspec.cli import options
-from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results, tell_draft_bytes
+from selfspec.cli.terminal import (
+    asides,
+    at_least,
+    load_draft_model,
+    load_model,
+    progress_bar,
+    results,
+    tell_draft_bytes,
+)
+from selfspec.errors import InputError
 
 if TYPE_CHECKING:
     from selfspec.benchmark import Measurement, Score
@@ -31,22 +40,28 @@ def bench(
     backend: options.Backend = None,
     policy: options.Policy = "adaptive",
     draft_memory: options.DraftMemory = None,
+    draft_model: options.DraftModel = None,
+    draft_gamma: options.DraftGamma = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Measure a plan against the plain model, model.generate, assistant_early_exit and prompt lookup.
 
-    Greedy, one prompt at a time, everything interleaved in one run.
+    Greedy, one prompt at a time, everything interleaved in one run. With --draft-model, classic speculative decoding
+    with that model takes part, too.
     """
     at_least("--new-tokens", new_tokens, 1)
     at_least("--repeats", repeats, 1)
+    if draft_gamma is not None and draft_model is None:
+        raise InputError("--draft-gamma goes with --draft-model")
 
     from selfspec.plan import Plan
     from selfspec.prompts import encode_prompts, read_prompts
 
     chosen, read = Plan.from_pretrained(plan), read_prompts(prompts)
     loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+    drafting, gamma = load_draft_model(draft_model, loaded, quiet=quiet), draft_gamma or options.DRAFT_GAMMA
 
     from selfspec.benchmark import measure
     from selfspec.contenders import GENERATE, PLAIN, line_up
@@ -64,6 +79,8 @@ def bench(
             compile=compile,
             policy=policy,
             draft_memory=draft_memory,
+            draft_model=drafting,
+            draft_gamma=gamma,
         )
         measured = measure(
             entrants.contenders,
@@ -72,7 +89,8 @@ def bench(
             repeats=repeats,
             on_progress=lambda done, total: report(done, total, "decoding"),
         )
-    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=chosen.longest_draft)
+    longest = max(chosen.longest_draft, gamma if drafting is not None else 0)
+    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=longest)
     out = results()
     print_scores(out, scores)
     for note in notes(loaded, entrants, measured, scores):
@@ -105,6 +123,7 @@ def print_scores(out: Console, scores: list[Score]) -> None:
 
 def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[Score]) -> list[str]:
     """What the figures rest on, one line each."""
+    from selfspec.contenders import DRAFT_MODEL
     from selfspec.loading import describe_device
 
     _, repeats, prompts = measured.seconds.shape
@@ -116,6 +135,7 @@ def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[
         f"attention backend {runtime.backend.backend.name} ({runtime.backend.reason})",
         *(stats.slower_paths if stats is not None else []),
         *(f"{score.name}: {_settings(score)}" for score in scores if score.stats is None and score.settings),
+        *(f"{DRAFT_MODEL}: {_settings(score)}" for score in scores if score.name == DRAFT_MODEL),
         *(f"left out: {reason}" for reason in entrants.absent),
         *(f"{name} did not write the same tokens in every repeat" for name in measured.unsteady),
     ]

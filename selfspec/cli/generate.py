@@ -10,11 +10,12 @@ import typer
 from selfspec.cli import options
 from selfspec.cli.show import Show, tell
 from selfspec.cli.stats_file import check_stats_file, write_stats
-from selfspec.cli.terminal import asides, at_least, load_model, tell_draft_bytes
+from selfspec.cli.terminal import asides, at_least, load_draft_model, load_model, tell_draft_bytes
 from selfspec.cli.writer import Writer
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
+    from selfspec.plan import Plan
     from selfspec.prompts import Prompt
 
 DEFAULT_NEW_TOKENS = 256
@@ -22,7 +23,7 @@ DEFAULT_NEW_TOKENS = 256
 
 def generate(
     model: options.Model,
-    plan: options.PlanFile,
+    plan: options.PlanFileOrNone = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, one after the other: text lines or .jsonl.")
@@ -39,6 +40,8 @@ def generate(
     backend: options.Backend = None,
     policy: options.Policy = "adaptive",
     draft_memory: options.DraftMemory = None,
+    draft_model: options.DraftModel = None,
+    draft_gamma: options.DraftGamma = None,
     show: Annotated[
         bool,
         typer.Option("--show", help="A colour for each token's origin, and in the end how often drafts were right."),
@@ -50,7 +53,8 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Decode by a plan, as it comes: drafted tokens that were accepted in [green]green[/green], the model's own plain.
+    """Decode by a plan, or with a draft model, as it comes: drafted tokens that were accepted in [green]green[/green],
+    the model's own plain.
 
     Greedy unless a sampling option is given. The text goes to stdout, one line of figures to stderr. With
     [bold]--show[/bold] tokens are told apart by who drafted them, or what the model wrote them for.
@@ -62,10 +66,9 @@ def generate(
         at_least("--max-new-tokens", max_new_tokens, 1)
     sampling = sampling_options(temperature, top_p, top_k)
 
-    from selfspec.plan import Plan
-
-    chosen = Plan.from_pretrained(plan)
+    chosen = _plan(plan, draft_model, draft_gamma)
     loaded = load_model(model, device=device, dtype=dtype)
+    drafting = load_draft_model(draft_model, loaded)
 
     import torch
 
@@ -74,7 +77,13 @@ def generate(
 
     tell_draft_bytes(loaded.model, chosen)
     spec = SelfSpeculator(
-        loaded.model, chosen, backend=backend, compile=compile, policy=policy, draft_memory=draft_memory
+        loaded.model,
+        chosen,
+        backend=backend,
+        compile=compile,
+        policy=policy,
+        draft_memory=draft_memory,
+        draft_model=drafting,
     )
     encoded = encode_prompts(prompts, loaded.tokenizer)
     for one, tokens in zip(prompts, encoded, strict=True):
@@ -95,6 +104,20 @@ def generate(
         write_stats(writer.stats, stats)
     if writer.interrupted:
         raise typer.Exit(130)
+
+
+def _plan(file: Path | None, draft_model: str | None, draft_gamma: int | None) -> Plan:
+    """The plan of the file; or, with a draft model alone, one by which that drafts."""
+    from selfspec.plan import Plan
+    from selfspec.skip_set import SkipSet
+
+    if draft_gamma is not None and (file is not None or draft_model is None):
+        raise InputError("--draft-gamma goes with --draft-model where no plan is given; a plan has a gamma of its own")
+    if file is not None:
+        return Plan.from_pretrained(file)
+    if draft_model is None:
+        raise typer.BadParameter("give --plan, or --draft-model")
+    return Plan(skip_set=SkipSet(), gamma=draft_gamma or options.DRAFT_GAMMA)
 
 
 def sampling_options(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

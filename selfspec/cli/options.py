@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 PolicyName = Literal["adaptive", "fixed"]
+DRAFT_GAMMA = 4
 
 Model = Annotated[
     str,
@@ -15,8 +16,17 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA 
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16; auto is the checkpoint's own (for 'demo': float32).")
 ]
-PlanFile = Annotated[
-    Path, typer.Option("--plan", metavar="PLAN", help="A plan file that 'search' wrote, or a directory that holds one.")
+_plan = typer.Option("--plan", metavar="PLAN", help="A plan file that 'search' wrote, or a directory that holds one.")
+PlanFile = Annotated[Path, _plan]
+PlanFileOrNone = Annotated[Path | None, _plan]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model", metavar="MODEL", help="A smaller model of the same tokenizer that drafts, named like MODEL."
+    ),
+]
+DraftGamma = Annotated[
+    int | None, typer.Option(help=f"Tokens that the draft model drafts a round; {DRAFT_GAMMA} by default.", min=1)
 ]
 _prompts = typer.Option(
     "--prompts", metavar="FILE", help="Prompts: text, one a line; or .jsonl with 'prompt' or chat 'messages'."
@@ -38,7 +48,7 @@ DraftMemory = Annotated[
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),
+    typer.Option(help="Attention backend: flash-attn, torch-flash, sdpa or flex; by default the best that serves."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +57,7 @@ def asides() -> Console:
 
 def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Loaded:
     """Load MODEL, with a line that says so while it takes its time."""
-    aside = asides()
-    with aside.status(f"loading {name}") if aside.is_terminal and not quiet else _nothing():
+    with _loading(name, quiet=quiet):
         from selfspec.loading import DEMO, load, quiet_hugging_face
 
         quiet_hugging_face()
@@ -68,6 +67,16 @@ def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Lo
 
         torch.set_num_threads(1)  # it is too small to gain from more, and loses where cores are shared
     return loaded
+
+
+def load_draft_model(name: str | None, beside: Loaded, *, quiet: bool = False) -> PreTrainedModel | None:
+    """Load what `--draft-model` names, if it was given."""
+    if name is None:
+        return None
+    with _loading(name, quiet=quiet):
+        from selfspec.loading import load_draft_model
+
+        return load_draft_model(name, beside).model
 
 
 def tell_draft_bytes(model: PreTrainedModel, plan: Plan) -> None:
@@ -102,8 +111,10 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _loading(name: str, *, quiet: bool) -> Iterator[None]:
+    aside = asides()
+    with aside.status(f"loading {name}") if aside.is_terminal and not quiet else nullcontext():
+        yield
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -1,7 +1,8 @@
-"""Layer skipping: the model without some of its own sub-layers drafts."""
+"""Drafting token by token; and layer skipping: the model without some of its own sub-layers drafts."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -14,8 +15,8 @@ from selfspec.runtime import Runtime
 from selfspec.sampling import Draft, Picked, pick, to_probs
 
 
-class LayerSkipDrafter(Drafter):
-    """Drafts with the runtime's draft view: the model without its skip set.
+class StepwiseDrafter(Drafter):
+    """Drafts with passes over one token of every row.
 
     A row stops drafting where the largest softmax of the draft's raw logits falls below `exit_threshold`; the batch
     stops when every row has. The test looks at the draft's confidence before processors and before a token is drawn:
@@ -27,24 +28,23 @@ class LayerSkipDrafter(Drafter):
         if exit_threshold is not None:
             self.capture_obstacle = "with an exit threshold, drafts end when the device says so"
 
-    @property
-    def key(self) -> Hashable:
-        return "layers"
+    @abstractmethod
+    def _logits(self, request: Request, token: Tensor, step: int) -> Tensor:
+        """Logits `b 1 v` behind the token (`b`) that is the last one by now: committed, or drafted in the step before.
 
-    @property
-    def label(self) -> str:
-        return f"layers {self.gamma}"
+        Leaves the cache's lengths one short of it."""
+
+    def _limits(self, request: Request, n: int) -> Tensor:
+        """The most tokens that each row may draft, `b`."""
+        return request.draft_limits(n)
 
     def steps(self, n: int) -> int:
         return n
 
-    def origin(self, row: int) -> Origin | None:
-        return "layers"
-
     def draft(self, request: Request, n: int, among: Tensor | None = None) -> Draft:
         """As in every drafter; only rows `among` (`b`, all by default) draft."""
         lengths, start = self.runtime.cache.lengths, self.runtime.cache.lengths.clone()
-        limits = request.draft_limits(n)  # b
+        limits = self._limits(request, n)  # b
         if among is not None:
             limits = limits * among
         drafted = torch.zeros_like(limits)
@@ -54,7 +54,7 @@ class LayerSkipDrafter(Drafter):
         if resuming is not None:
             resuming.begin()
         for step in range(n):
-            logits = self.runtime.run("draft", token[:, None])  # b 1 v
+            logits = self._logits(request, token, step)  # b 1 v
             going = self._going(logits, drafted == step) & (step < limits)
             if self.exit_threshold is not None and not going.any():
                 break
@@ -92,3 +92,21 @@ class LayerSkipDrafter(Drafter):
         sampled = [one.probs for one in picked if one.probs is not None]
         tokens = torch.stack([one.token for one in picked], dim=1)
         return Draft(tokens, lengths, torch.stack(sampled, dim=1) if sampled else None)
+
+
+class LayerSkipDrafter(StepwiseDrafter):
+    """Drafts with the runtime's draft view: the model without its skip set."""
+
+    @property
+    def key(self) -> Hashable:
+        return "layers"
+
+    @property
+    def label(self) -> str:
+        return f"layers {self.gamma}"
+
+    def origin(self, row: int) -> Origin | None:
+        return "layers"
+
+    def _logits(self, request: Request, token: Tensor, step: int) -> Tensor:
+        return self.runtime.run("draft", token[:, None])

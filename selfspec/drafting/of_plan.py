@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from selfspec.drafting.cascade import LookupFirstDrafter
+from selfspec.drafting.cascade import CheckedLookupDrafter, LookupFirstDrafter
+from selfspec.drafting.draft_model import DraftModelDrafter
 from selfspec.drafting.drafter import Drafter, NoDrafter
-from selfspec.drafting.layers import LayerSkipDrafter
+from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter
 from selfspec.drafting.tree import TreeDrafter
 from selfspec.plan import Plan
 from selfspec.runtime import Runtime
 
 
-def drafter_of(plan: Plan, runtime: Runtime) -> Drafter:
-    """The drafter that a plan asks for; the runtime skips the plan's skip set already."""
-    layers = layers_of(plan, runtime)
+def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = None) -> Drafter:
+    """The drafter that a plan asks for; the runtime skips the plan's skip set already.
+
+    With a `draft_runtime`, its model drafts where layers would.
+    """
+    stepwise: StepwiseDrafter = layers_of(plan, runtime)
+    if draft_runtime is not None:
+        stepwise = DraftModelDrafter(draft_runtime, plan.gamma, plan.exit_threshold, beside=runtime.model)
     if plan.prompt_lookup is None:
-        return layers if plan.gamma else NoDrafter()
+        return stepwise if plan.gamma else NoDrafter()
     lookup = PromptLookupDrafter(plan.prompt_lookup)
-    return LookupFirstDrafter(lookup, layers) if plan.gamma else lookup
+    if plan.prompt_lookup.checked and plan.gamma:
+        return CheckedLookupDrafter(lookup, layers_of(plan, runtime))
+    return LookupFirstDrafter(lookup, stepwise) if plan.gamma else lookup
 
 
 def layers_of(plan: Plan, runtime: Runtime) -> LayerSkipDrafter:

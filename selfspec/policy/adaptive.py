@@ -59,22 +59,21 @@ class AdaptivePolicy:
         self._incumbents: dict[int, Choice] = {}
         self._rounds = 0
         nothing = Counter({Row(0, 0, len(self.choices.outlook.rounds)): self.choices.outlook.rows})
-        speeds = [self._speed(choice, nothing) for choice in self.choices.by_layers]
-        self._weight = float(ROUNDS) / 2
+        speeds = [self._speed(choice, nothing) / nothing.total() for choice in self.choices.by_layers]
         self._seconds = self.choices.seconds(self.choices.by_layers[0], nothing)  # of an average round
         self._tokens = max(speeds) * self._seconds
         self._idle, self._wait, self._again, self.probing = 0, float(FIRST_PROBE), False, False
 
     @property
     def speed(self) -> float:
-        """Tokens per priced second of late, all rows together."""
+        """Tokens of a row per priced second, of late: how many rows go on does not matter, a pass takes all of them."""
         return self._tokens / self._seconds
 
     def choose(self, rows: Sequence[Row]) -> Choice:
         """For the next round of these unfinished rows."""
         counted = Counter(rows)
         situation = self._situation(rows)
-        best, best_gain = self.choices.best(counted, self.estimates, self.speed)
+        best, best_gain = self.choices.best(counted, self.estimates, self.speed * len(rows))
         chosen = self._incumbents.get(situation, self.first if situation < 0 else best)
         if chosen != best and best_gain > self._gain(chosen, counted) + HYSTERESIS * self._expected(best, counted):
             if situation in self._incumbents:
@@ -102,7 +101,7 @@ class AdaptivePolicy:
                 reached = min(row.found, row.right + 1, row.committed)
                 self.estimates.matches[match_class(row.matched)].observe(reached, min(row.right, reached))
         decay = 1 - 1 / ROUNDS
-        self._tokens = decay * self._tokens + (1 - decay) * sum(row.committed for row in rows)
+        self._tokens = decay * self._tokens + (1 - decay) * sum(row.committed for row in rows) / len(rows)
         self._seconds = decay * self._seconds + (1 - decay) * self.choices.seconds(choice, counted)
         self._rounds += 1
         if self.probing:
@@ -131,7 +130,7 @@ class AdaptivePolicy:
         return max((match_class(row.matched) for row in rows if row.found), default=-1)
 
     def _gain(self, choice: Choice, rows: Counter[Row]) -> float:
-        return self._expected(choice, rows) - self.speed * self.choices.seconds(choice, rows)
+        return self._expected(choice, rows) - self.speed * rows.total() * self.choices.seconds(choice, rows)
 
     def _expected(self, choice: Choice, rows: Counter[Row]) -> float:
         return self.choices.tokens(choice, rows, self.estimates)

@@ -26,12 +26,16 @@ def longest_draft(plan: Plan) -> int:
     return max(plan.longest_draft, *(len(outlook.rounds) - 1 for outlook in outlooks if outlook is not None), 0)
 
 
-def drafter_for(plan: Plan, runtime: Runtime, rows: int, policy: PolicyName) -> tuple[Drafter, str]:
+def drafter_for(
+    plan: Plan, runtime: Runtime, rows: int, policy: PolicyName, draft_runtime: Runtime | None = None
+) -> tuple[Drafter, str]:
     """The drafter that serves a request of so many rows, which adapts where it can and should; and, in words, the
     policy."""
     obstacle = obstacle_to_adapting(plan, runtime, rows)
+    if draft_runtime is not None:
+        obstacle = "a draft model's costs are not in the plan"
     if policy == "fixed" or obstacle is not None:
-        return drafter_of(plan, runtime), "fixed" if policy == "fixed" else f"fixed: {obstacle}"
+        return drafter_of(plan, runtime, draft_runtime), "fixed" if policy == "fixed" else f"fixed: {obstacle}"
     outlook = plan.outlook_for(rows)
     assert outlook is not None
     return adaptive_drafter(plan, runtime, outlook), "adaptive"
@@ -64,6 +68,8 @@ def obstacle_to_adapting(plan: Plan, runtime: Runtime, rows: int) -> str | None:
         return "the plan does not say what drafts of other lengths cost"
     if plan.exit_threshold is not None:
         return "an exit threshold adapts by itself"
+    if plan.prompt_lookup is not None and plan.prompt_lookup.checked:
+        return "what is looked up is checked by the draft first"
     if plan.prompt_lookup is not None and not plan.outlook.matches:
         return "the plan does not say what to expect of prompt lookup"
     if runtime.compile and device.type == "cpu":

@@ -1,0 +1,69 @@
+"""Plans: every fixed way to draft at its best by the search, and the adaptive one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from selfspec_search import SearchSettings, search
+from selfspec_search.objective import Prediction, Prices, predict, simplest, ways_to_draft
+from selfspec_search.profile import Profile
+from selfspec_search.replay import Replay
+from selfspec_search.texts import Text, write_texts
+from selfspec_search.walk import Drafting
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfspec.plan import Plan, Tree
+from selfspec.runtime import Runtime
+
+TREE = Tree(siblings=2)
+"""Where the search leaves siblings out, since they do not pay: what they would have done is measured all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """What takes part: plans to be kept to, by name, and the one that adapts; and the texts that they were found on."""
+
+    fixed: dict[str, Plan]
+    adaptive: Plan
+    texts: Sequence[Text]
+    profile: Profile
+
+
+def find_plans(
+    model: PreTrainedModel, calibration: Sequence[Tensor], held_out: Sequence[Tensor], settings: SearchSettings
+) -> Plans:
+    """Search for a plan that may look up; of its draft and of lookup, find the best settings of every kind."""
+    found = search(model, calibration, held_out, settings)
+    texts = [text for _, text in sorted(write_texts(Runtime(model), calibration, settings.new_tokens))]
+    prices = Prices.of(found.profile, texts).with_lookups(texts)
+    drafting = next(one.prediction for one in found.confirmed if one.prediction.drafting.gamma)
+    table = Replay(model, texts, settings.gamma_max).run(drafting.recipe)
+    assert table is not None
+    ways = [way for way in ways_to_draft(table, prices) if way.threshold is None]
+    layers = simplest(predict(table, prices, drafting.recipe, ways))
+    both = [replace(way, lookup=lookup) for lookup in prices.lookups for way in ways]
+    cascade = simplest(predict(table, prices, drafting.recipe, both))
+    lookup = prices.best_lookup(texts)
+    assert lookup is not None
+    fixed = {
+        "plain": Plan.none(),
+        "lookup": lookup.plan,
+        "layers": layers.plan,
+        "cascade": cascade.plan,
+        "tree": _with_tree(layers, found.plan.tree),
+    }
+    adaptive = found.plan if found.plan.gamma else cascade.plan
+    padding = found.profile.padding
+    return Plans(
+        fixed={name: plan.model_copy(update={"padding": padding}) for name, plan in fixed.items()},
+        adaptive=adaptive.model_copy(update={"padding": padding, "tree": found.plan.tree}),
+        texts=texts,
+        profile=found.profile,
+    )
+
+
+def _with_tree(layers: Prediction, tree: Tree | None) -> Plan:
+    drafting = Drafting(layers.drafting.gamma, tree=tree or TREE)
+    return replace(layers, drafting=drafting).plan

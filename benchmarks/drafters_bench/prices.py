@@ -1,0 +1,39 @@
+"""Prices: what a decoding costs by its counts and measured prices, whatever else the machine was doing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from selfspec.plan import Outlook
+from selfspec.stats import Stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Seconds of what a decoding is made of, for one number of rows. Prefill, the same for all, is left out.
+
+    Attributes:
+        outlook: what a round costs at every length, a look, a step of the draft, and siblings.
+        looks: whether the decoding looks prompts up.
+    """
+
+    outlook: Outlook
+    looks: bool
+
+    def seconds(self, stats: Stats) -> float:
+        """Of all rounds that were counted."""
+        outlook, passes = self.outlook, sum(stats.pass_lengths.values())
+        rounds = sum(outlook.rounds[tokens - 1] * count for tokens, count in stats.pass_lengths.items())
+        siblings = sum(count for choice, count in stats.choices.items() if "sibling" in choice)
+        looking = outlook.looking * passes if self.looks else 0.0
+        return rounds + looking + stats.steps * outlook.draft_step + siblings * outlook.branching
+
+    def speed(self, stats: Stats) -> float:
+        """Tokens per priced second."""
+        return stats.tokens / self.seconds(stats)
+
+
+def best_fixed(speeds: Mapping[str, float], adaptive: str) -> str:
+    """The fastest of all but the adaptive one."""
+    return max((name for name in speeds if name != adaptive), key=lambda name: speeds[name])

@@ -411,7 +411,8 @@ class Plan(_Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}  # what is not used need not be read
+        # What is not used need not be read.
+        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod

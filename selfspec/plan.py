@@ -268,6 +268,9 @@ class Plan(_Strict):
 
     With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
 
+    With `resume`, verification goes on from the draft's own states at the first layer of which anything is skipped or
+    quantised. Worth it only where a pass over many tokens takes much longer than one over one.
+
     `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
     `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
     makes passes longer where that is faster, also those of plain decoding.
@@ -288,6 +291,7 @@ class Plan(_Strict):
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
     tree: Tree | None = None
+    resume: bool = False
     outlook: Outlook | None = None
     other_rows: list[Outlook] = []
     padding: Padding | None = None
@@ -374,7 +378,8 @@ class Plan(_Strict):
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
             siblings = f", {self.tree}" if self.tree is not None else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}")
+            resumed = ", resumed" if self.resume else ""
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}{resumed}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:
@@ -406,7 +411,8 @@ class Plan(_Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        unused = {name for name in ("other_rows",) if not getattr(self, name)}  # what is not used need not be read
+        # What is not used need not be read.
+        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod

@@ -25,7 +25,9 @@ from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
 from selfspec.plan import Padding
 from selfspec.recipe import Recipe
+from selfspec.resuming import Resuming, boundary_of
 from selfspec.row_buffers import RowBuffers
+from selfspec.sampling import Draft
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
     check_supported,
@@ -37,7 +39,7 @@ from selfspec.views import (
     target_view,
 )
 
-ViewName = Literal["target", "draft"]
+ViewName = Literal["target", "draft", "lower", "upper"]
 PassFunction = Callable[[Tensor, Tensor | None], Tensor]
 """Of tokens `b t` and the depths of the siblings among them, if any: logits `b t v`."""
 PREFILL_CHUNK = 512
@@ -59,6 +61,7 @@ class Runtime:
             and `compile_obstacle` says why.
         graphs: capture rounds as CUDA graphs, by default where the device has them; `capture_obstacle` says why not.
         copies: shared with other runtimes of the model; by default this one has its own, and none that it does not use.
+        resume: let verification go on from the draft's own states where it can; `resume_obstacle` says why not.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Runtime:
         compile: bool | None = None,
         graphs: bool | None = None,
         copies: Copies | None = None,
+        resume: bool = False,
     ) -> None:
         check_supported(model)
         self.model = model
@@ -83,6 +87,7 @@ class Runtime:
         """The most bytes that copies of its own may take; None for no limit."""
         self._shared_copies = copies
         self._backend_name = backend
+        self._resume_wanted = resume
         self._build()
 
     def _build(self) -> None:
@@ -102,8 +107,28 @@ class Runtime:
         self.backend = choose_backend(recorded.needs(self.model), self._backend_name)
         self.graphs = None if self._graphs_wanted is False else graphs_for(self.model.device)
         self._fused = FusedLayers()
+        self.resuming: Resuming | None = None
+        self._prepare_to_resume()
         self._pinned_long: bool | None = None  # the side of the longrope switch that is served
         self._fingerprint = _identity(self.model)
+
+    def _prepare_to_resume(self) -> None:
+        """Have the views by which verification resumes, if that was asked for and is possible."""
+        if self.resuming is not None:
+            self.resuming.close()
+            del self.views["lower"], self.views["upper"]
+        self.resuming, self.resume_obstacle = None, None
+        if not self._resume_wanted:
+            return
+        boundary = boundary_of(self.recipe, self.model.config.num_hidden_layers)
+        if self.static:
+            self.resume_obstacle = "passes are compiled or captured"
+        elif not boundary:
+            self.resume_obstacle = "the draft skips or quantises something in the first layer"
+        else:
+            self.resuming = Resuming(self.model, self.views["draft"], boundary)
+            self.views |= {"lower": self.resuming.lower, "upper": self.resuming.upper}
+            self._pinned_long = None  # these views are on no side yet
 
     def refresh(self) -> None:
         """Build the views anew if the user moved, cast or re-adapted the model since."""
@@ -200,11 +225,13 @@ class Runtime:
         change_recipe(self.views["draft"], self.recipe, self.copies)
         if self._shared_copies is None:
             self.copies.keep_only(self.recipe)
-        self._passes = {key: run for key, run in self._passes.items() if key[0] != "draft"}
+        self._passes = {key: run for key, run in self._passes.items() if key[0] == "target"}
         if self.graphs is not None:
             self.graphs.drop()
+        self._prepare_to_resume()
         if self._cache is not None:
-            self._cache.attach(attention_modules(self.views["draft"]))
+            for view in self.views.values():
+                self._cache.attach(attention_modules(view))
 
     def pin_longrope(self, longest: int) -> None:
         """Serve the side of the longrope switch on which prompts of up to `longest` tokens are, if there is one."""
@@ -268,18 +295,38 @@ class Runtime:
         padding = tokens[:, -1:].expand(-1, key[1] - t)
         return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]
 
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, draft: Draft) -> Tensor:
+        """Logits `b n+m+1 v` of the target over the last committed tokens and the draft's nodes (`b n+m+1`).
+
+        They resume from the draft's own states where there are any.
+        """
+        if self.resuming is None or not self.resuming.has_states_of(draft):
+            return self.run("target", tokens, None if draft.siblings is None else draft.siblings.depths)
+        if (column := self.resuming.missing) is not None:
+            self.cache.lengths += column
+            self.run("lower", tokens[:, column : column + 1])
+            self.cache.lengths -= column
+        return self.run("upper", tokens)
+
+    def can_resume(self, draft: Draft) -> bool:
+        """Whether the check of this draft resumes, or did."""
+        return self.resuming is not None and self.resuming.has_states_of(draft)
+
     def _padded(self, view: ViewName, t: int) -> int:
         """How many tokens a pass over `t` is made of: more, where longer passes are faster."""
         if self.padding is None or self.padding.rows != self.cache.rows:
             return t
-        return self.padding.draft if (view, t) == ("draft", 1) else self.padding.of_target(t) if view == "target" else t
+        if view in ("target", "upper"):
+            return self.padding.of_target(t)
+        return self.padding.draft if t == 1 else t
 
     def _make_pass(self, view: ViewName, t: int) -> PassFunction:
         module, cache, static = self.views[view], self.cache, self.static
 
         def forward(tokens: Tensor, depths: Tensor | None) -> Tensor:
             step = cache.begin(t, static=static, depths=depths)
-            return run_view(module, tokens, step.positions, step)
+            return run_view(module, tokens, step.positions, step, head=view != "lower")
 
         def forward_in_fused_layers(tokens: Tensor, depths: Tensor | None) -> Tensor:
             step = cache.begin(t, static=True, depths=depths)

@@ -50,6 +50,9 @@ class StepwiseDrafter(Drafter):
         drafted = torch.zeros_like(limits)
         picked: list[Picked] = []
         token = request.last_tokens()
+        resuming = self.runtime.resuming
+        if resuming is not None:
+            resuming.begin()
         for step in range(n):
             logits = self._logits(request, token, step)  # b 1 v
             going = self._going(logits, drafted == step) & (step < limits)
@@ -60,7 +63,10 @@ class StepwiseDrafter(Drafter):
             token = picked[-1].token
             lengths += 1
         lengths.copy_(start)
-        return self._draft_of(picked, drafted)
+        draft = self._draft_of(picked, drafted)
+        if resuming is not None and among is None:
+            resuming.keep_for(draft)
+        return draft
 
     def _going(self, logits: Tensor, going: Tensor) -> Tensor:
         if self.exit_threshold is None:

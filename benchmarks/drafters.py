@@ -8,6 +8,7 @@ against plain decoding of the same batch. Prints tables; the last line is JSON.
 
     python benchmarks/drafters.py                              # a quarter of an hour, one thread
     python benchmarks/drafters.py --prompts 3 --trials 5 --repeats 1 --rows 1 4      # the same code, in a minute or two
+    python benchmarks/drafters.py --device cuda                                      # captured and compiled
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console(width=140)
     quiet_hugging_face()
     torch.set_num_threads(options.threads)
-    loaded = load("demo", device="cpu", dtype="float32")
+    loaded = load("demo", device=options.device, dtype=options.dtype)
     plans = search_plans(loaded, options)
     entrants = enter(loaded, plans, options.rows)
     for name, words in plan_lines(entrants.specs).items():
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     found = {
         "benchmark": "drafters",
         "commit": code,
-        "device": device_name("cpu"),
+        "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions()},
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
@@ -95,6 +96,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=64, help="prompts that the search compares plans on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", help="write the JSON here too")
     options = parser.parse_args(argv)
     if options.rows[0] != 1 or options.rows != sorted(set(options.rows)):

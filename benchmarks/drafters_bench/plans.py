@@ -52,6 +52,7 @@ def find_plans(
         "lookup": lookup.plan,
         "layers": layers.plan,
         "cascade": cascade.plan,
+        "checked": _checked(cascade.plan),
         "tree": _with_tree(layers, found.plan.tree),
     }
     adaptive = found.plan if found.plan.gamma else cascade.plan
@@ -62,6 +63,12 @@ def find_plans(
         texts=texts,
         profile=found.profile,
     )
+
+
+def _checked(cascade: Plan) -> Plan:
+    """The cascade the other way round: the draft checks what was looked up."""
+    assert cascade.prompt_lookup is not None
+    return cascade.model_copy(update={"prompt_lookup": cascade.prompt_lookup.model_copy(update={"checked": True})})
 
 
 def _with_tree(layers: Prediction, tree: Tree | None) -> Plan:

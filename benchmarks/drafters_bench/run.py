@@ -106,7 +106,7 @@ def many_rows(
 ) -> dict[str, Any]:
     """The same for one batch of so many rows, in which prompts come again where they are too few."""
     prompts = workload.prompts(loaded, new_tokens=new_tokens)
-    given = padded([prompts[row % len(prompts)] for row in range(rows)])
+    given = padded([prompts[row % len(prompts)] for row in range(rows)], loaded.model.device)
     options = {"max_new_tokens": new_tokens, "do_sample": False, **endless(loaded)}
     names = list(entrants.specs)
     seconds, stats = np.zeros((len(names), repeats)), {name: Stats() for name in names}
@@ -146,12 +146,12 @@ def _told(stats: dict[str, Stats], prices: dict[str, Prices], *, base: str) -> d
     return {"drafters": lines, "best_fixed": best, "adaptive_over_best_fixed_priced": over}
 
 
-def padded(prompts: Sequence[Tensor]) -> dict[str, Tensor]:
+def padded(prompts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
     """A batch, padded on the left."""
     width = max(map(len, prompts))
     tokens = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
-    return {"input_ids": tokens, "attention_mask": mask}
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
 
 
 def overhead(loaded: Loaded, spec: SelfSpeculator, prompts: Sequence[Tensor], new_tokens: int) -> float:
@@ -174,7 +174,9 @@ def overhead(loaded: Loaded, spec: SelfSpeculator, prompts: Sequence[Tensor], ne
         for name, method in before.items():
             setattr(AdaptivePolicy, name, clocked(method))
         for prompt in prompts:
-            spec.generate(prompt[None], max_new_tokens=new_tokens, do_sample=False, **endless(loaded))
+            spec.generate(
+                prompt[None].to(spec.model.device), max_new_tokens=new_tokens, do_sample=False, **endless(loaded)
+            )
             total += spec.stats.seconds["total"] - spec.stats.seconds["prefill"]
     finally:
         for name, method in before.items():

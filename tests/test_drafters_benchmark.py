@@ -1,0 +1,69 @@
+"""The benchmark of drafters: prices add up, the suffix automaton is right, and all of it runs at a small size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfspec import Stats
+from selfspec.plan import Outlook
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_a_decoding_is_priced_by_its_counts() -> None:
+    from drafters_bench.prices import Prices
+
+    outlook = Outlook(rows=1, draft_step=0.5, rounds=[1.0, 1.25, 1.5], agreement=[0.5], looking=0.125, branching=0.0625)
+    stats = Stats(tokens=11, steps=3, pass_lengths={1: 2, 3: 4}, choices={"none": 2, "layers 1 + 1 siblings": 4})
+    without = 2 * 1.0 + 4 * 1.5 + 3 * 0.5 + 4 * 0.0625
+    assert Prices(outlook=outlook, looks=False).seconds(stats) == pytest.approx(without)
+    assert Prices(outlook=outlook, looks=True).seconds(stats) == pytest.approx(without + 6 * 0.125)
+    assert Prices(outlook=outlook, looks=False).speed(stats) == pytest.approx(11 / without)
+
+
+@given(text=st.lists(st.integers(0, 2), min_size=1, max_size=19))
+def test_the_suffix_automaton_finds_the_longest_suffix_that_ended_before_and_where_it_did_last(text: list[int]) -> None:
+    from drafters_bench.suffix_automaton import SuffixAutomaton
+
+    grown = SuffixAutomaton()
+    for end, token in enumerate(text, start=1):
+        grown.append(token)
+        earlier = [
+            (length, place)
+            for place in range(1, end)
+            for length in range(1, place + 1)
+            if text[place - length : place] == text[end - length : end]
+        ]
+        assert grown.match == max(earlier, default=(0, 0))
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import drafters
+
+    small = "--prompts 1 --trials 3 --calibration 6 --repeats 1 --batch-repeats 1 --rows 1 2 --new-tokens 24"
+    found = drafters.main([*small.split(), "--out", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text("utf8"))["results"] == found["results"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "drafters"
+    assert [(r["workload"], r["rows"]) for r in found["results"]] == [
+        (name, rows) for rows in (1, 2) for name in ("code", "editing", "prose", "mixed")
+    ]
+    for result in found["results"]:
+        assert set(result["drafters"]) == {"plain", "lookup", "layers", "cascade", "checked", "tree", "adaptive"}
+        assert all(line["differing"] == 0 for line in result["drafters"].values())
+        assert result["drafters"]["plain"]["priced"] == 1
+    assert 0 < found["policy_overhead"] < 0.2

@@ -393,3 +393,23 @@ def test_an_outlook_that_ends_before_gamma_is_refused_by_name() -> None:
 def test_an_outlook_comes_back_from_its_file_as_it_was() -> None:
     one = plan()
     assert Plan.from_json(one.to_json()) == one
+
+
+def test_captured_rounds_draft_as_far_as_was_chosen_beside_the_same_lookup(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, mask = prompts(11)
+    spec = wrap(llama, plan(prompt_lookup=PromptLookup(gamma=4), outlook=outlook(0.9, matches=[[0.4, 0.8]] * 5)))
+    spec.runtime.graphs = Graphs(TapeRecorder())
+    lengths = []
+
+    def alternate(self: AdaptivePolicy, rows: object) -> Choice:
+        lengths.append((2, 3)[len(lengths) % 2])
+        self._now = Choice(lengths[-1], lookup=4, least=8), Counter([Row(0, 0, PLENTY)]), -1
+        return self._now[0]
+
+    monkeypatch.setattr(AdaptivePolicy, "choose", alternate)
+    spec.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=41)
+    drafted = [drafted for ((_, drafted, _),) in spec.stats.history]
+    assert spec.stats.captured
+    assert drafted[:-3] == lengths[:-3], "the last ones are cut by the limit"

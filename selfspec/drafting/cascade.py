@@ -27,7 +27,7 @@ class LookupFirstDrafter(Drafter):
 
     @property
     def key(self) -> Hashable:
-        return "lookup first", self.lookup.key, self.second.key
+        return "lookup first", self.lookup.key, self.second.key, self.second.gamma
 
     @property
     def label(self) -> str:

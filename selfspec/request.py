@@ -78,7 +78,7 @@ class Request:
         self.buffers = buffers
         self.sequences, self.pads, self.ends = buffers.sequences, buffers.pads, buffers.ends
         self.finished, self.found, self.matched = buffers.finished, buffers.found, buffers.matched
-        self.sequences.fill_(self.pad_token)
+        self.sequences.zero_()  # a token of every model's, which the one that pads need not be
         self.sequences[:, :width] = self.prompts
         self.pads.copy_(self._own_pads)
         self.found.zero_()

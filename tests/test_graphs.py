@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import FIRST_DROPPED, PAD, damped_model, prompts
+from models import FIRST_DROPPED, PAD, VOCABULARY, damped_model, prompts
 from tape import HostReadError, NoReads, TapeRecorder, tensors_of
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import selfspec.decoding
-from selfspec import Plan, SelfSpeculator, wrap
+from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.graphs import MOST_GRAPHS, Graphs
 from selfspec.plan import PromptLookup
 from selfspec.runtime import Runtime
@@ -96,6 +96,23 @@ def test_every_drafter_is_captured(plan: Plan, llama: PreTrainedModel) -> None:
     if plan.gamma:
         assert 0 < spec.stats.accepted < spec.stats.drafted
     assert bool(spec.stats.drafted) == plan.speculates
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("lengths", [(1,), (11, 11)], ids=str)
+@pytest.mark.parametrize("pad", [-1, VOCABULARY])
+@pytest.mark.parametrize("drafts", ["cascade", "checked", "draft model"])
+def test_what_pads_need_be_no_token_of_the_model(
+    drafts: str, pad: int, lengths: tuple[int, ...], captured: bool, llama: PreTrainedModel
+) -> None:
+    short = {"prompt_lookup": LOOKUP.model_copy(update={"gamma": 1, "checked": drafts == "checked"})}
+    plan = CASCADE.model_copy(update=short) if drafts != "draft model" else Plan(skip_set=SkipSet(), gamma=GAMMA)
+    spec = wrap(llama, plan, draft_model=llama if drafts == "draft model" else None)
+    if captured:
+        spec.runtime.graphs = Graphs(TapeRecorder())
+    given, options = batch(*lengths), GREEDY | {"pad_token_id": pad}
+    given["input_ids"][0] = given["input_ids"][0, 0]  # something to look up in the first row alone
+    assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
 
 
 WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3}

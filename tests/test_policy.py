@@ -280,6 +280,62 @@ def test_it_does_not_flap() -> None:
     assert len(one.changes) < one._rounds / 10
 
 
+def test_layers_come_back_where_every_round_has_a_match_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, agreement in (("hard", 0.02), ("easy", 0.97)):
+        monkeypatch.setitem(KINDS, name, (agreement, 1.0, (1, 0, 0, 0, 0), (0.02,) * 5, 0.5))
+    one = policy_of(0.7)
+    priced([("hard", 600)], one, one.choices, 1)
+    assert not one.choose([Row(LONGEST, 1, LONGEST)]).layers
+    one.observe([Seen(0, 0, 0, 1, LONGEST, 1, 0)])
+    assert priced([("easy", 2000)], one, one.choices, 1) > 1.4, "tokens in the time of a plain pass"
+
+
+def test_layers_are_not_probed_where_lookup_is_better_than_they_could_be() -> None:
+    one, row = policy_of(0.9, draft_step=0.5), [Row(LONGEST, 8, LONGEST)]
+    for _ in range(60):
+        one.choose(row)
+        one.observe([Seen(0, 0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
+    for _ in range(2 * LAST_PROBE):
+        assert one.choose(row).lookup == LONGEST
+        one.observe([Seen(0, 0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
+
+
+def test_a_least_match_between_the_classes_counts_too() -> None:
+    for matched, looks in ((3, False), (4, True)):
+        choices = Choices(outlook(0.1, matches=[[0.99, 0.99]] * 5), [0, 3], LOOKUPS, leasts=[4])
+        assert bool(AdaptivePolicy(choices, Choice()).choose([Row(LONGEST, matched, LONGEST)]).lookup) == looks
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("agreement", [[0.0], [0.0, 0.0, 0.0], [1.0], [1.0] * 11])
+@pytest.mark.parametrize("matches", [[], [[0.0, 0.0]] * 5, [[1.0, 1.0]] * 5])
+def test_estimates_stay_numbers_in_any_batch_to_its_last_token(
+    static: bool, agreement: list[float], matches: list[list[float]]
+) -> None:
+    draws = random.Random(7)
+    here = Outlook(rows=5, draft_step=0.0, rounds=ROUNDS, agreement=agreement, matches=matches, rescued=1.0)
+    tree, lookups = Tree(siblings=3), LOOKUPS if matches else (0,)
+    one = AdaptivePolicy(Choices(here, range(LONGEST + 1), lookups, tree, static=static), Choice(LONGEST, 3))
+    for left in [LONGEST] * 200 + list(range(LONGEST, -1, -1)) * 13:
+        rows = [
+            Row(draws.randrange(left + 1) * bool(matches), draws.randrange(1, 11), left) for _ in range(5 - left % 3)
+        ]
+        choice = one.choose(rows)
+        assert choice.layers + choice.siblings <= LONGEST or choice == one.first
+        seen = []
+        for row in rows:
+            looks = choice.lookup and row.found and row.matched >= choice.least
+            drafted = min(choice.lookup, row.found) if looks else min(choice.layers, row.left)
+            accepted = draws.randrange(drafted + 1)
+            trunk = (0, 0) if looks else (drafted, accepted)
+            seen.append(Seen(*trunk, 0, accepted + 1, row.found, row.matched, min(row.found, accepted)))
+        one.observe(seen)
+        numbers = [one.speed, one.estimates.rescue.value, *(one.estimates.layers[depth] for depth in range(13))]
+        numbers += [share.value for match in one.estimates.matches for share in (match.first, match.later)]
+        assert all(0 <= number < float("inf") for number in numbers)
+        assert all(number <= 1 for number in numbers[1:])
+
+
 # --- Whom it serves ---
 
 

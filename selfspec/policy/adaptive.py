@@ -43,7 +43,8 @@ class AdaptivePolicy:
     rows in the same situation, until another one promises distinctly more.
 
     Layers teach nothing while they do not draft, so they are probed now and then, the more seldom the more often in
-    vain, and again at once where that succeeds. Prompt lookup is judged in every round, whether it drafts or not.
+    vain, and again at once where that succeeds; but not where they would lose even if all that they drafted were right.
+    Prompt lookup is judged in every round, whether it drafts or not.
 
     Args:
         choices: what there is to choose from.
@@ -65,6 +66,7 @@ class AdaptivePolicy:
         self._seconds = self.choices.seconds(self.choices.by_layers[0], nothing)  # of an average round
         self._tokens = max(speeds) * self._seconds
         self._idle, self._wait, self._again, self.probing = 0, float(FIRST_PROBE), False, False
+        self._at_stake = 0.0  # what a row gains by the choice that a probe stands in for
 
     @property
     def speed(self) -> float:
@@ -82,18 +84,18 @@ class AdaptivePolicy:
                 self._note(situation, chosen, best, counted)
             chosen = best
         self._incumbents[situation] = chosen
-        self.probing = False
-        if not chosen.layers and situation < 0 and self._probe is not None:
-            self.probing = self._again or self._idle >= self._wait
-            chosen = self._probe if self.probing else chosen
-        elif chosen.layers:
+        if chosen.layers:
             self._idle, self._wait, self._again = 0, float(FIRST_PROBE), False
-        self._now = chosen, counted, situation
+        self.probing = not chosen.layers and self._is_time_to_probe(chosen, counted)
+        if self.probing and self._probe is not None:
+            self._at_stake = self._gain(chosen, counted) / len(rows)
+            chosen = self._probe
+        self._now = chosen, counted
         return chosen
 
     def observe(self, rows: Sequence[Seen]) -> None:
         """What came of the round that was chosen last."""
-        choice, counted, situation = self._now
+        choice, counted = self._now
         for row in rows:
             if row.drafted:
                 self.estimates.layers.observe(min(row.drafted, row.accepted + 1, row.committed), row.accepted)
@@ -109,23 +111,35 @@ class AdaptivePolicy:
         if self.probing:
             self._judge(rows)
             self._idle = 0
-        elif situation < 0:
+        else:
             self._idle += 1
 
     @property
     def _probe(self) -> Choice | None:
         return next((choice for choice in self.choices.by_layers if choice.layers), None)
 
+    def _is_time_to_probe(self, chosen: Choice, rows: Counter[Row]) -> bool:
+        """Whether layers have not drafted for long, and could win if they were always right."""
+        if self._probe is None or not (self._again or self._idle >= self._wait):
+            return False
+        left, by_layers = max(row.left for row in rows), self.choices.by_layers
+        most = (
+            rows.total() * (1 + min(choice.layers, left) - self.speed * self.choices.seconds(choice, rows))
+            for choice in by_layers
+            if choice.layers and not choice.siblings
+        )
+        return max(most) > self._gain(chosen, rows)
+
     def _judge(self, probe: Sequence[Seen]) -> None:
         """Set the wait for the next probe: twice as long after one in vain, and shorter on average only where probes
         bring more than they cost; else text on which they are right often, but not often enough, would be probed for
-        ever. One that was right is followed by another at once."""
-        choice, counted, _ = self._now
+        ever. One that was right, and as good as what it stood in for, is followed by another at once."""
+        choice, counted = self._now
         drafted, accepted = sum(row.drafted for row in probe), sum(row.accepted for row in probe)
-        plain = self.choices.seconds(self.choices.by_layers[0], counted)
-        needed = max(1e-6, self.choices.seconds(choice, counted) / plain - 1)  # accepted in each row, to keep up
+        # Accepted in each row, to gain as much as the choice whose turn it was.
+        needed = max(1e-6, self._at_stake + self.speed * self.choices.seconds(choice, counted) - 1)
         self._wait = min(LAST_PROBE, max(0.5, self._wait * 2 ** (1 - accepted / max(1, len(probe)) / needed)))
-        self._again = 2 * accepted >= drafted > 0
+        self._again = 2 * accepted >= drafted > 0 and accepted >= needed * len(probe)
 
     def _situation(self, rows: Sequence[Row]) -> int:
         """The length class of a single row's match, or of the batch's best; -1 without any."""

@@ -117,8 +117,8 @@ class Choices:
         self, few: Sequence[Choice], rows: Counter[Row], estimates: Estimates, speed: float
     ) -> Iterator[tuple[Choice, float]]:
         """Every length and shortest match of lookup, with each of `few` for the rows that have none; and its gain."""
-        classes = {match_class(row.matched) for row in rows if row.found}
-        for least in sorted({max((n for n in self.leasts if n <= MATCHES[at]), default=0) for at in classes} - {0}):
+        matched = {row.matched for row in rows if row.found}
+        for least in sorted({max((n for n in self.leasts if n <= one), default=0) for one in matched} - {0}):
             hits = [(row, count) for row, count in rows.items() if row.found and row.matched >= least]
             others = Counter({row: count for row, count in rows.items() if not row.found or row.matched < least})
             promised = {choice: self.tokens(choice, others, estimates) for choice in few} if others else {few[0]: 0.0}

@@ -113,7 +113,9 @@ def test_a_search_confirms_its_plans_by_decoding(model: PreTrainedModel) -> None
         assert last.done == last.total
 
 
-def test_a_plan_that_drafts_by_layers_alone_says_what_every_length_costs(model: PreTrainedModel) -> None:
+def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_lookup(
+    model: PreTrainedModel,
+) -> None:
     settings = SearchSettings(**SETTINGS | {"lookup": False})
     result = search(model, CALIBRATION, HELD_OUT, settings)
     costs = result.profile.costs[0].model_copy(update={"rounds": (1.0,) * len(result.profile.costs[0].rounds)})
@@ -126,13 +128,14 @@ def test_a_plan_that_drafts_by_layers_alone_says_what_every_length_costs(model: 
         phases=Phases(on_progress=print),
     )
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    outlook = finish._outlook(replace(result.confirmed[0], prediction=without_threshold), texts)
+    outlook = finish._outlook(replace(result.confirmed[0], prediction=without_threshold), texts, {})
     assert outlook is not None
     assert outlook.rounds == [1.0] * (settings.gamma_max + 1)
     assert outlook.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
-    assert outlook.agreement == result.confirmed[0].predicted_on_held_out.agreement
+    assert outlook.agreement == result.confirmed[0].by_layers
+    assert (outlook.matches, outlook.looking) == ([], 0.0), "what takes no part costs nothing"
     thresholded = replace(prediction, drafting=Drafting(2, 0.5))
-    assert finish._outlook(replace(result.confirmed[0], prediction=thresholded), texts) is None
+    assert finish._outlook(replace(result.confirmed[0], prediction=thresholded), texts, {}) is None
 
 
 def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
@@ -144,8 +147,8 @@ def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
     assert read == plan
     read.check_fits(model.config)
     assert plan.provenance is not None
-    by_layers = plan.gamma > 0 and plan.exit_threshold is None and plan.prompt_lookup is None
-    assert (plan.outlook is not None) == by_layers
+    assert (plan.outlook is not None) == (plan.speculates and plan.exit_threshold is None)
+    assert plan.outlook is None or plan.outlook.matches
     assert plan.provenance.conditions.dtype == "float32"
     assert plan.provenance.predicted is not None
     assert plan.provenance.predicted.texts == len(CALIBRATION)

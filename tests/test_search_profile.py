@@ -91,10 +91,10 @@ def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch:
     shapes: set[tuple[int, ...]] = set()
     plain = Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor, depths: torch.Tensor | None = None) -> torch.Tensor:
         assert self.cache.lengths.min() >= 11
         shapes.add((view, *tokens.shape))
-        return plain(self, view, tokens)
+        return plain(self, view, tokens, depths)
 
     monkeypatch.setattr(Runtime, "run", recorded)
     measured = measure(model, gamma_max=2, contexts=[11], rows=3)
@@ -108,10 +108,10 @@ def test_all_variants_run_on_one_cache_and_leave_the_users_model_as_it_was(
     tokens = torch.arange(1, 24)[None]
     before, caches, runtimes, plain = model(tokens).logits, set(), set(), Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor, depths: torch.Tensor | None = None) -> torch.Tensor:
         runtimes.add(id(self))
         caches.add(id(self.cache))
-        return plain(self, view, tokens)
+        return plain(self, view, tokens, depths)
 
     monkeypatch.setattr(Runtime, "run", recorded)
     measure(model, gamma_max=1, contexts=[5])
@@ -265,7 +265,9 @@ def test_costs_are_recovered_from_steps_and_never_negative() -> None:
     assert (fit_costs(counts, counts @ free * [1.0, 0.9, 1.0, 1.0, 1.0]) >= 0).all()
 
 
-def test_compiled_rounds_are_measured_at_few_lengths_from_the_plain_one_to_the_longest() -> None:
-    assert round_lengths(11, sparse=False) == list(range(12))
+def test_rounds_are_measured_at_few_lengths_where_they_are_long_or_compiled_from_plain_to_longest() -> None:
+    assert round_lengths(8, sparse=False) == list(range(9))
+    assert round_lengths(23, sparse=False) == [*range(9), 12, 16, 20, 23]
     assert round_lengths(11, sparse=True) == [0, 1, 2, 4, 8, 11]
+    assert round_lengths(23, sparse=True) == [0, 1, 2, 4, 8, 16, 23]
     assert round_lengths(1, sparse=True) == [0, 1]

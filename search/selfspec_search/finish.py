@@ -213,7 +213,7 @@ class Finish:
             draft_step=costs.draft_step(winner.prediction.recipe),
             rounds=list(costs.rounds),
             agreement=seen(winner.by_layers),
-            looking=costs.lookup,
+            looking=costs.lookup if matches else 0.0,
             matches=matches,
             branching=found.seconds if found else 0.0,
             rescued=found.rescued if found else 0.0,

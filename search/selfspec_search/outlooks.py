@@ -70,7 +70,9 @@ class Scene:
         bench = Bench(prompts, self.sampling)
         lengths = sorted({n for n in LENGTHS if n < longest} | {longest})
         calls = {f"round {n}": bench.round(runtime, n) for n in lengths}
-        calls |= {"step": bench.draft(runtime), "lookup": bench.lookup(runtime, longest)}
+        calls["step"] = bench.draft(runtime)
+        if known.matches:
+            calls["lookup"] = bench.lookup(runtime, longest)
         timed = medians(
             calls, rare=lambda _: False, cycles=CYCLES, device=self.model.device, on_cycle=lambda done, total: None
         )
@@ -79,7 +81,7 @@ class Scene:
             "rows": rows,
             "draft_step": timed["step"] / STEPS,
             "rounds": np.maximum.accumulate(rounds).tolist(),
-            "looking": timed["lookup"] / STEPS,
+            "looking": timed["lookup"] / STEPS if known.matches else 0.0,
             "branching": known.branching * rows / known.rows,
         }
         return known.model_copy(update=changes)

@@ -322,12 +322,12 @@ class Plan(_Strict):
             )
         if self.tree is not None and not self.gamma:
             raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
-        if self.outlook is not None and len(self.outlook.rounds) <= self.gamma:
-            longest = len(self.outlook.rounds) - 1
-            raise PlanError(
-                f"plan's gamma is {self.gamma}, but its outlook has costs of rounds over up to {longest} drafted "
-                "tokens; remove the key 'outlook', or search again"
-            )
+        for key, outlook in [("outlook", self.outlook), *(("other_rows", one) for one in self.other_rows)]:
+            if outlook is not None and len(outlook.rounds) <= self.gamma:
+                raise PlanError(
+                    f"plan's gamma is {self.gamma}, but its {key} has costs of rounds over up to "
+                    f"{len(outlook.rounds) - 1} drafted tokens; remove the key '{key}', or search again"
+                )
 
     @classmethod
     def none(cls, **data: Any) -> Plan:

@@ -38,17 +38,19 @@ def repick(
     Args:
         model: the one that the study is about.
         study: see `load_study`.
-        settings: `rows`, `compile`, `backend`, `lookup`, `max_draft_cost`, `draft_memory` and those of the confirmation
-            count; texts, sampling and the longest draft are the study's.
+        settings: `rows`, `other_rows`, `compile`, `backend`, `lookup`, `max_draft_cost`, `draft_memory` and those of
+            the confirmation count; texts, sampling and the longest drafts are the study's.
 
     Raises:
         InputError: the study is about another model, or holds no finished trial.
     """
     _check(model, study)
-    made_with = study.identity
+    made_with, settings = study.identity, settings or SearchSettings()
+    looked_up = settings.lookup and made_with.get("lookup", False)
     settings = replace(
-        settings or SearchSettings(),
+        settings,
         gamma_max=made_with["gamma_max"],
+        lookup_max=made_with.get("longest_draft") if looked_up else None,
         new_tokens=made_with["new_tokens"],
         sampling=Sampling(**made_with["sampling"]),
     )

@@ -96,6 +96,8 @@ class SearchSettings:
             raise InputError(f"gamma_max is {self.gamma_max}, but a plan's draft length is at most {MOST_DRAFTED}")
         if self.lookup_max is not None and not 1 <= self.lookup_max <= MOST_DRAFTED:
             raise InputError(f"lookup_max is {self.lookup_max}, but it must be between 1 and {MOST_DRAFTED}")
+        if self.lookup_max is not None and not self.lookup:
+            raise InputError(f"lookup_max is {self.lookup_max}, but prompt lookup takes no part; leave one of them out")
         if any(rows < 1 for rows in self.other_rows):
             raise InputError(f"other_rows holds {min(self.other_rows)}, but there is at least 1 row")
         if self.confirm_texts is not None and self.confirm_texts < 1:

@@ -290,7 +290,7 @@ class Runtime:
         if key not in self._passes:
             self._passes[key] = self._make_pass(*key[:2])
         if key[1] == t:
-            return self._passes[key](tokens, depths)
+            return self._passes[key](tokens.contiguous(), depths)  # a compiled one knows one layout
         # What stands behind the tokens, they do not see; nor does what comes later, which writes over it.
         padding = tokens[:, -1:].expand(-1, key[1] - t)
         return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]

@@ -137,6 +137,7 @@ def test_bench_ends_with_one_line_of_json(model_dir: Path, plan_file: Path, prom
     assert (data["prompts"], data["repeats"], data["new_tokens"]) == (5, 2, 7)
     assert (data["backend"], data["plan"]["gamma"]) == ("sdpa", 3)
     assert "bootstrap" in data["intervals"]
+    assert "policy: fixed: the plan does not say what drafts of other lengths cost" in table
     for name in names:
         assert any(line.startswith(name) for line in table)
 

@@ -132,6 +132,7 @@ def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[
         f"{loaded.name}, {describe_device(loaded.model.device)}, {loaded.dtype_name}; {prompts} prompts, "
         f"{int(measured.tokens.max())} new tokens, medians of {repeats} repeats; {INTERVALS}",
         f"plan: {entrants.ours.plan}",
+        *([f"policy: {stats.policy}"] if stats is not None and entrants.ours.plan.speculates else []),
         f"attention backend {runtime.backend.backend.name} ({runtime.backend.reason})",
         *(stats.slower_paths if stats is not None else []),
         *(f"{score.name}: {_settings(score)}" for score in scores if score.stats is None and score.settings),
@@ -163,7 +164,7 @@ def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: lis
         "backend_reason": runtime.backend.reason,
         "compiled": runtime.compile,
         "intervals": INTERVALS,
-        "plan": entrants.ours.plan.model_dump(mode="json", exclude={"outlook", "model", "provenance"}),
+        "plan": entrants.ours.plan.model_dump(mode="json", exclude={"outlook", "other_rows", "model", "provenance"}),
         "draft_bytes": entrants.ours.runtime.copies.nbytes,
         "contenders": [score.to_dict() for score in scores],
         "absent": entrants.absent,

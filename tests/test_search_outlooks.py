@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import FIRST_DROPPED, LAYERS, damped_model, prompts
 from replays import random_prompts
-from selfspec_search import Sampling, SearchResult, SearchSettings, load_study, repick, search
+from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm import Confirmed, _Contender
 from selfspec_search.costs import Costs
 from selfspec_search.lookup import LookupTable
@@ -23,6 +23,7 @@ from selfspec_search.trees import Branches
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, wrap
+from selfspec.cli.found import facts
 from selfspec.loading import processor_name
 from selfspec.plan import Outlook, Tree
 from selfspec.policy.estimates import MATCHES
@@ -186,8 +187,12 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     siblings_that(monkeypatch)
-    plan = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5])).plan
+    told: list[Progress] = []
+    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5]), told.append)
+    plan = result.plan
     assert plan.rows == [1, 5]
+    assert told[-1] == Progress(phase="rows", done=1, total=1)
+    assert dict(facts(result))["rows"] == "the policy adapts for 1 to 5, by what 1, 5 cost"
     assert plan.tree is None
     assert plan.outlook is not None
     assert plan.outlook.agreement[0] > 0
@@ -214,9 +219,24 @@ def test_siblings_that_pay_are_confirmed_and_written_with_what_they_were_found_t
     assert result.winner is not None
     assert result.winner.rounds_equal is None
     assert result.winner.differing_texts == 0
+    words = dict(facts(result))["tokens per round"]
+    assert "siblings by decoding other prompts; 0 texts differ from the plain model's" in words
+    assert "sampled" not in words, "it was greedy"
     assert result.plan.outlook is not None
     assert (result.plan.outlook.rescued, result.plan.outlook.branching) == (found.rescued, found.seconds)
     assert result.plan.other_rows[0].branching == pytest.approx(3 * found.seconds)
+
+
+@pytest.mark.usefixtures("sure")
+def test_siblings_of_sampled_texts_are_said_to_be_sampled(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    siblings_that(monkeypatch, gained=0.5, rescued=0.25)
+    settings = SearchSettings(**SETTINGS, sampling=Sampling(do_sample=True, temperature=0.7))
+    result = search(model, CALIBRATION, HELD_OUT, settings)
+    assert result.plan.tree is not None
+    assert dict(facts(result))["tokens per round"].endswith(", sampled")
+    assert all(row["differing texts"] == "" for row in result.rows() if row["plan"] != "plain decoding")
 
 
 @pytest.mark.usefixtures("sure")

@@ -41,7 +41,8 @@ class Confirmed:
     for trees, of whose siblings replay knows nothing.
     `drafted_replayed` and `drafted_decoded` are tokens drafted per round. `differing_texts` counts decoded texts that
     are not, token for token, the plain model's (0 when sampling). `is_faster`: than the plain model, beyond doubt.
-    `draft_bytes`: what the draft's own layers take. `by_layers`: its agreement by position, were it to draft always.
+    `draft_bytes`: what the draft's own layers take. `samples`: whether texts were sampled, each time others.
+    `by_layers`: its agreement by position, were it to draft always.
     """
 
     prediction: Prediction
@@ -55,6 +56,7 @@ class Confirmed:
     differing_texts: int
     is_faster: bool
     draft_bytes: int = 0
+    samples: bool = False
     by_layers: list[float] = field(default_factory=list)
 
     @property
@@ -66,11 +68,6 @@ class Confirmed:
     def tokens_per_round_decoded(self) -> float:
         """On the same texts."""
         return self.measured.tokens_per_round
-
-    @property
-    def samples(self) -> bool:
-        """Whether texts were sampled, so that no two decodings need be alike."""
-        return self.rounds_equal is None and self.prediction.drafting.tree is None
 
     @property
     def rank(self) -> tuple[float, bool, int]:
@@ -283,6 +280,7 @@ def _compare(
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
         draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.recipe),
+        samples=not greedy,
         by_layers=agreement(table, Drafting(table.depths)) if prediction.drafting.gamma else [],
     )
 

@@ -221,7 +221,8 @@ class Finish:
 
     def _other_rows(self, prediction: Prediction, outlook: Outlook | None, texts: Sequence[Text]) -> list[Outlook]:
         """The same for the other numbers of rows that the plan is to serve."""
-        if outlook is None:
+        others = sorted(set(self.settings.other_rows) - {self.profile.rows})
+        if outlook is None or not others:
             return []
         scene = Scene(
             model=self.model,
@@ -232,8 +233,13 @@ class Finish:
             compile=self.settings.compile,
             padding=padding_of(prediction.recipe, self.profile.padding),
         )
-        others = sorted(set(self.settings.other_rows) - {outlook.rows})
-        return [scene.outlook(outlook, rows) for rows in others]
+        found: list[Outlook] = []
+        with self.phases.phase("rows"):
+            for rows in others:
+                self.phases.tell("rows", len(found), len(others))
+                found.append(scene.outlook(outlook, rows))
+            self.phases.tell("rows", len(found), len(others))
+        return found
 
     def _conditions(self, texts: Sequence[Text]) -> Conditions:
         return Conditions(

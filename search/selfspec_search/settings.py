@@ -12,7 +12,7 @@ from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec_search.sampling import Sampling
 
-Phase = Literal["texts", "profile", "trials", "confirm"]
+Phase = Literal["texts", "profile", "trials", "confirm", "rows"]
 SamplerName = Literal["tpe", "gp", "nsga2", "random"]
 DraftName = Literal["both", "skip", "quantised"]
 

@@ -21,6 +21,7 @@ PHASES = {
     "profile": "timing passes",
     "trials": "trying drafts",
     "confirm": "decoding with the best",
+    "rows": "timing other rows",
 }
 
 
@@ -64,6 +65,10 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
         lines.append(("left out", "; ".join(f"{code.partition('/')[0]}: {why}" for code, why in slower.items())))
     if (winner := result.winner) is None:
         return lines
+    if len(rows := result.plan.rows) > 1:
+        lines.append(
+            ("rows", f"the policy adapts for {rows[0]} to {rows[-1]}, by what {', '.join(map(str, rows))} cost")
+        )
     if winner.draft_bytes:
         lines.append(("draft's own layers", f"{in_words(winner.draft_bytes)} beside the model"))
     calibration, held_out = winner.prediction.figures, winner.predicted_on_held_out
@@ -85,12 +90,15 @@ def _rounds(winner: Confirmed) -> str:
         f"{winner.tokens_per_round_replayed:.3f} by replay, {winner.tokens_per_round_decoded:.3f} by decoding "
         f"{winner.measured.texts} held-out prompts"
     )
-    if winner.rounds_equal is None:
+    if winner.samples:
         return f"{figures}, sampled"
+    differing = f"{winner.differing_texts} texts differ from the plain model's"
+    if winner.rounds_equal is None:
+        return f"{figures}, siblings by decoding other prompts; {differing}"
     equal = f"equal in all {winner.rounds} rounds" if winner.rounds_equal else "NOT equal in every round"
     if not winner.rounds_equal and winner.prediction.recipe.quantised is not None:
         equal += ", as may be where copies round"
-    return f"{figures}: {equal}; {winner.differing_texts} texts differ from the plain model's"
+    return f"{figures}: {equal}; {differing}"
 
 
 def _speed(predicted: Figures, measured: Figures, plain: Figures) -> str:

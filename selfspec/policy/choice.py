@@ -126,8 +126,8 @@ class Choices:
             for n in self._lookups_up_to(longest):
                 tokens = sum(count * estimates.by_lookup(row, n) for row, count in hits)
                 for choice, beside in promised.items():
-                    seconds = self._seconds(choice._replace(lookup=n), min(n, longest), others)
-                    yield choice._replace(lookup=n, least=least), tokens + beside - speed * seconds
+                    both = Choice(choice.layers, choice.siblings, n, least)
+                    yield both, tokens + beside - speed * self._seconds(both, min(n, longest), others)
 
     def _lookups_up_to(self, longest: int) -> list[int]:
         """Lengths that differ where no more was found; at least one."""

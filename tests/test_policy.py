@@ -274,6 +274,19 @@ def test_it_stays_near_the_best_fixed_choice_and_on_mixed_text_no_fixed_choice_i
     assert adaptive > 0.98 * fixed["none"]
 
 
+@pytest.mark.parametrize("draft_step", [0.1, 0.7])
+@pytest.mark.parametrize(
+    ("hit", "lengths"), [(1.0, (0, 0, 0, 0, 1)), (1.0, (1, 0, 0, 0, 0)), (0.3, (1, 1, 1, 1, 1)), (0.0, (1, 1, 1, 1, 1))]
+)
+def test_where_everything_is_always_wrong_it_is_hardly_slower_than_plain(
+    hit: float, lengths: tuple[int, ...], draft_step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, "hopeless", (0.0, hit, lengths, (0.0,) * 5, 0.0))
+    one = policy_of(0.95, draft_step=draft_step)
+    plain = priced([("hopeless", 3000)], Choice(), one.choices, 1)
+    assert priced([("hopeless", 3000)], one, one.choices, 1) > 0.98 * plain
+
+
 def test_it_does_not_flap() -> None:
     one = policy_of(0.7)
     priced([("code", 4000)], one, one.choices, 1)

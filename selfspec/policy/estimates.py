@@ -16,10 +16,11 @@ MATCHES = (1, 2, 3, 5, 8)
 
 
 class Share:
-    """A running share: what was seen of late, beside what is expected."""
+    """A running share: what was seen of late, beside what is expected. The latter `fades` where everything is seen,
+    whatever is drafted; elsewhere it stays, lest one bad stretch be the last that is seen."""
 
-    def __init__(self, expected: float, memory: int = MEMORY, prior: int = PRIOR) -> None:
-        self.expected, self._memory, self._prior = expected, memory, prior
+    def __init__(self, expected: float, memory: int = MEMORY, prior: float = PRIOR, *, fades: bool = False) -> None:
+        self.expected, self._memory, self._prior, self._fades = expected, memory, prior, fades
         self._seen = self._right = 0.0
 
     @property
@@ -31,6 +32,7 @@ class Share:
         for one in range(seen):
             self._seen += 1 - self._seen / self._memory
             self._right += (one < right) - self._right / self._memory
+            self._prior *= 1 - self._fades / self._memory
 
 
 class AgreementEstimate:
@@ -93,7 +95,8 @@ class MatchEstimate:
     and how often the next one is where all before it were."""
 
     def __init__(self, first: float, later: float) -> None:
-        self.first, self.later = Share(first, MATCH_MEMORY, MATCH_PRIOR), Share(later, RUN_MEMORY, MATCH_PRIOR)
+        self.first = Share(first, MATCH_MEMORY, MATCH_PRIOR, fades=True)
+        self.later = Share(later, RUN_MEMORY, MATCH_PRIOR, fades=True)
         self._tokens: dict[int, float] = {}
 
     def observe(self, reached: int, accepted: int) -> None:

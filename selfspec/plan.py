@@ -170,7 +170,9 @@ class Outlook(_Strict):
 
     rows: Annotated[int, Field(ge=1)]
     draft_step: Cost
-    rounds: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2)]
+    rounds: Annotated[
+        list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2, max_length=MOST_DRAFTED + 1)
+    ]
     agreement: Annotated[list[Share], Field(min_length=1)]
     looking: Cost = 0.0
     matches: Annotated[list[Annotated[list[Share], Field(min_length=2, max_length=2)]], Field(max_length=5)] = []

@@ -459,6 +459,12 @@ def test_an_outlook_that_ends_before_gamma_is_refused_by_name() -> None:
         Plan(skip_set=FIRST_DROPPED, gamma=9, outlook=outlook(0.6))
 
 
+def test_an_outlook_of_rounds_longer_than_any_draft_is_refused() -> None:
+    data = outlook(0.6).model_dump() | {"rounds": [1.0] * 66}
+    with pytest.raises(PlanError, match=r"outlook\.rounds.*at most 65"):
+        Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=data)
+
+
 def test_an_outlook_comes_back_from_its_file_as_it_was() -> None:
     one = plan()
     assert Plan.from_json(one.to_json()) == one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,7 @@ from transformers.utils import logging
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # a terminal's width, which pytest-xdist hands to its workers
     logging.set_verbosity_error()
     # The same examples in every run, and no deadline: on a busy machine a fast function may take a second.
     settings.register_profile("selfspec", derandomize=True, deadline=None, max_examples=50, database=None)

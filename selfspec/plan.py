@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import (
@@ -32,6 +33,9 @@ MOST_DRAFTED = 64
 """The longest draft that a plan may ask for."""
 MOST_SIBLINGS = 16
 """The most alternatives to drafted tokens."""
+
+LONGEST_SHOWN = 100
+"""Characters of what was given that a message repeats."""
 
 # Keys of a config that do not change what the model computes.
 _INCIDENTAL = frozenset(
@@ -504,4 +508,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"plan has an unknown key '{where}'; remove it, or search again"
     if problem["type"] == "missing":
         return f"plan lacks the key '{where}'; search again"
-    return f"plan key '{where}': {problem['msg']} (given: {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"plan key '{where}': {message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, wrap
 from selfspec.cli.found import facts
+from selfspec.cli.show import Show
 from selfspec.loading import processor_name
 from selfspec.plan import Outlook, Tree
 from selfspec.policy.estimates import MATCHES
@@ -297,6 +298,12 @@ def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
     assert longest == [5, 5, 3], "5 by lookup, as in the study; 3 by layers alone"
 
 
+def test_the_legend_names_lookup_wherever_the_policy_may_look_up() -> None:
+    for outlook, named in ((KNOWN, True), (KNOWN.model_copy(update={"matches": []}), False), (None, False)):
+        legend = Show(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=outlook)).legend()
+        assert ("by lookup" in legend.plain) == named
+
+
 # --- Files and misuse ---
 
 
@@ -334,6 +341,8 @@ def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, o
         Plan.from_json(json.dumps(written))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "Value error" not in str(caught.value)
+    assert len(str(caught.value)) < 250, "not the whole outlook"
 
 
 @pytest.mark.parametrize(

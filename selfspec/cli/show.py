@@ -60,7 +60,8 @@ class Show:
         """What the colours mean, in one line; empty for a plan under which there is but one."""
         if not self.plan.speculates:
             return Text()
-        said = {"lookup": "by lookup"} if self.plan.prompt_lookup else {}
+        may_look_up = self.plan.prompt_lookup or (self.plan.outlook and self.plan.outlook.matches)
+        said = {"lookup": "by lookup"} if may_look_up else {}
         said |= {"layers": "by layers"} if self.plan.gamma else {}
         said |= {RECOVERED: "recovered (draft wrong)", BONUS: "bonus (draft right)", UNDRAFTED: UNDRAFTED}
         return Text("  ").join(Text(words, style=ORIGINS[origin]) for origin, words in said.items())

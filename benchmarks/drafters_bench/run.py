@@ -25,6 +25,8 @@ from selfspec.policy import AdaptivePolicy
 from selfspec.stats import Stats
 
 ADAPTIVE = "adaptive"
+IN_BATCHES = (PLAIN, "lookup", "cascade", ADAPTIVE)
+"""Who decodes batches: those that are fast with one row, and plain decoding."""
 PEER_DRAFTS = (3, 10, 16)
 """Draft lengths of transformers' prompt lookup; the fastest takes part."""
 
@@ -108,11 +110,11 @@ def many_rows(
     prompts = workload.prompts(loaded, new_tokens=new_tokens)
     given = padded([prompts[row % len(prompts)] for row in range(rows)], loaded.model.device)
     options = {"max_new_tokens": new_tokens, "do_sample": False, **endless(loaded)}
-    names = list(entrants.specs)
+    names = list(IN_BATCHES)
     seconds, stats = np.zeros((len(names), repeats)), {name: Stats() for name in names}
     outputs: dict[str, Tensor] = {}
-    for spec in entrants.specs.values():
-        spec.generate(**given, **options | {"max_new_tokens": 8})  # warm up
+    for name in names:
+        entrants.specs[name].generate(**given, **options | {"max_new_tokens": 8})  # warm up
     for repeat in range(repeats):
         for turn in range(len(names)):
             name = names[(turn + repeat) % len(names)]
@@ -120,12 +122,12 @@ def many_rows(
             outputs[name] = entrants.specs[name].generate(**given, **options)
             seconds[names.index(name), repeat] = perf_counter() - start
             stats[name] = entrants.specs[name].stats
-    result = _told(stats, {name: entrants.prices(name, rows) for name in names}, base="plain")
+    result = _told(stats, {name: entrants.prices(name, rows) for name in names}, base=PLAIN)
     tokens = np.full((2, 1), float(rows * new_tokens))
     for name, line in result["drafters"].items():
-        pair = seconds[[names.index(name), names.index("plain")]][:, :, None]
+        pair = seconds[[names.index(name), names.index(PLAIN)]][:, :, None]
         line["measured"] = speed_ratio(pair, tokens).to_dict()
-        line["differing"] = int((outputs[name] != outputs["plain"]).any(dim=1).sum())
+        line["differing"] = int((outputs[name] != outputs[PLAIN]).any(dim=1).sum())
     return {"workload": workload.name, "rows": rows, "prompts": rows, **result}
 
 
@@ -186,4 +188,4 @@ def overhead(loaded: Loaded, spec: SelfSpeculator, prompts: Sequence[Tensor], ne
 
 def plan_lines(specs: dict[str, SelfSpeculator]) -> dict[str, str]:
     """Every plan in words."""
-    return {name: str(spec.plan if name != "plain" else Plan.none()) for name, spec in specs.items()}
+    return {name: str(spec.plan if name != PLAIN else Plan.none()) for name, spec in specs.items()}

@@ -1,4 +1,4 @@
-"""One base class for everything that a user can cause and mend; and one warning."""
+"""One base class for everything that a user can cause and mend; one warning; and how memory that is missing is told."""
 
 
 class SelfspecError(Exception):
@@ -23,3 +23,9 @@ class InputError(SelfspecError):
 
 class PlanWarning(UserWarning):
     """A plan that was searched in other conditions: right, but perhaps not the fastest here."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory does not suffice, on an accelerator or a CPU."""
+    said = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)

@@ -22,7 +22,7 @@ from selfspec_search.texts import Text
 from selfspec_search.trees import Branches
 from transformers import PreTrainedModel
 
-from selfspec import InputError, Plan, PlanError, wrap
+from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.found import facts
 from selfspec.cli.show import Show
 from selfspec.loading import processor_name
@@ -211,6 +211,22 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
 
 
 @pytest.mark.usefixtures("sure")
+def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
+    model: PreTrainedModel, sure: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outlook = Scene.outlook
+
+    def short_of_memory(scene: Scene, known: Outlook, rows: int) -> Outlook:
+        if rows == 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+        return outlook(scene, known, rows)
+
+    monkeypatch.setattr(Scene, "outlook", short_of_memory)
+    with pytest.warns(PlanWarning, match="memory does not suffice for 5 rows"):
+        result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 3]))
+    assert result.plan.rows == [1, 3]
+
+
 def test_siblings_that_pay_are_confirmed_and_written_with_what_they_were_found_to_do(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

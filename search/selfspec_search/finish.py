@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from time import perf_counter
 import optuna
 from transformers import PreTrainedModel
 
+from selfspec.errors import PlanWarning, is_out_of_memory
 from selfspec.loading import versions
 from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance, Tree
 from selfspec.recipe import Format
@@ -235,10 +237,16 @@ class Finish:
         )
         found: list[Outlook] = []
         with self.phases.phase("rows"):
-            for rows in others:
-                self.phases.tell("rows", len(found), len(others))
-                found.append(scene.outlook(outlook, rows))
-            self.phases.tell("rows", len(found), len(others))
+            for done, rows in enumerate(others):
+                self.phases.tell("rows", done, len(others))
+                try:
+                    found.append(scene.outlook(outlook, rows))
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):  # else what was found so far must not be lost
+                        raise
+                    advice = f"the plan does not serve them; give fewer than {rows} as other rows"
+                    warnings.warn(f"memory does not suffice for {rows} rows: {advice}", PlanWarning, stacklevel=2)
+            self.phases.tell("rows", len(others), len(others))
         return found
 
     def _conditions(self, texts: Sequence[Text]) -> Conditions:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from selfspec.cli import bench, demo, generate, profile, report, search
-from selfspec.errors import PlanWarning, SelfspecError
+from selfspec.errors import PlanWarning, SelfspecError, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -19,11 +19,6 @@ __all__ = ["app", "main"]
 def _complain(text: str) -> NoReturn:
     typer.echo("error: " + " ".join(text.split()), err=True)
     raise typer.Exit(1) from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    said = ("out of memory", "can't allocate memory")  # PyTorch on an accelerator, and on a CPU
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 class _Group(TyperGroup):
@@ -35,7 +30,7 @@ class _Group(TyperGroup):
         except SelfspecError as error:
             _complain(str(error))
         except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             _complain(f"{error}; memory does not suffice: try fewer --rows, a smaller --dtype or a smaller --memory")
 

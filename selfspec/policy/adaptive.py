@@ -55,7 +55,7 @@ class AdaptivePolicy:
     first: Choice
 
     changes: list[str] = field(default_factory=list)
-    """Whenever another choice was made in the same situation: when, which, and why."""
+    """Whenever another choice was made in the same situation: when, which, and what each gains by its estimates."""
 
     def __post_init__(self) -> None:
         self.estimates = Estimates.of(self.choices.outlook)
@@ -158,5 +158,6 @@ class AdaptivePolicy:
         if len(self.changes) == MOST_CHANGES:
             return
         where = "without a match" if situation < 0 else "behind a match"
-        promised = [f"{choice} promises {self._speed(choice, rows):.4g} tokens/s" for choice in (after, before)]
-        self.changes.append(f"round {self._rounds}, {where}: {'; '.join(promised)}")
+        one, other = (f"{choice} ({self._gain(choice, rows):+.2f})" for choice in (after, before))
+        present = f"tokens a round beside {self.speed:.4g} tokens/s in each row"
+        self.changes.append(f"round {self._rounds}, {where}: {one} after {other}, {present}")

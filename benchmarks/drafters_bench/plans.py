@@ -52,7 +52,7 @@ def find_plans(
         "lookup": lookup.plan,
         "layers": layers.plan,
         "cascade": cascade.plan,
-        "checked": _checked(cascade.plan),
+        "checked": _checked(cascade.plan, found.profile.gamma_max),
         "tree": _with_tree(layers, found.plan.tree),
     }
     adaptive = found.plan if found.plan.gamma else cascade.plan
@@ -65,10 +65,12 @@ def find_plans(
     )
 
 
-def _checked(cascade: Plan) -> Plan:
-    """The cascade the other way round: the draft checks what was looked up."""
-    assert cascade.prompt_lookup is not None
-    return cascade.model_copy(update={"prompt_lookup": cascade.prompt_lookup.model_copy(update={"checked": True})})
+def _checked(cascade: Plan, longest: int) -> Plan:
+    """The cascade the other way round: the draft checks what was looked up, and adds a token of its own."""
+    lookup = cascade.prompt_lookup
+    assert lookup is not None
+    changes = {"checked": True, "gamma": min(lookup.gamma, longest - 1)}
+    return cascade.model_copy(update={"prompt_lookup": lookup.model_copy(update=changes)})
 
 
 def _with_tree(layers: Prediction, tree: Tree | None) -> Plan:

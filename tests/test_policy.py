@@ -480,7 +480,7 @@ def test_captured_rounds_draft_as_far_as_was_chosen_beside_the_same_lookup(
 
     def alternate(self: AdaptivePolicy, rows: object) -> Choice:
         lengths.append((2, 3)[len(lengths) % 2])
-        self._now = Choice(lengths[-1], lookup=4, least=8), Counter([Row(0, 0, PLENTY)]), -1
+        self._now = Choice(lengths[-1], lookup=4, least=8), Counter([Row(0, 0, PLENTY)])
         return self._now[0]
 
     monkeypatch.setattr(AdaptivePolicy, "choose", alternate)

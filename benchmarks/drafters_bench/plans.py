@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 
 from selfspec_search import SearchSettings, search
 from selfspec_search.objective import Prediction, Prices, predict, simplest, ways_to_draft
+from selfspec_search.outlooks import match_shares, seen
 from selfspec_search.profile import Profile
 from selfspec_search.replay import Replay
+from selfspec_search.table import Table
 from selfspec_search.texts import Text, write_texts
-from selfspec_search.walk import Drafting
+from selfspec_search.walk import Drafting, agreement
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import Plan, Tree
+from selfspec.plan import Outlook, Plan, Tree
+from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
 
 TREE = Tree(siblings=2)
@@ -55,13 +58,29 @@ def find_plans(
         "checked": _checked(cascade.plan, found.profile.gamma_max),
         "tree": _with_tree(layers, found.plan.tree),
     }
-    adaptive = found.plan if found.plan.gamma else cascade.plan
+    adaptive = found.plan
+    if adaptive.outlook is None or not adaptive.gamma:  # where plain decoding won, or a plan that cannot adapt
+        adaptive = cascade.plan.model_copy(update={"outlook": _outlook(found.profile, drafting.recipe, table, texts)})
     padding = found.profile.padding
     return Plans(
         fixed={name: plan.model_copy(update={"padding": padding}) for name, plan in fixed.items()},
         adaptive=adaptive.model_copy(update={"padding": padding, "tree": found.plan.tree}),
         texts=texts,
         profile=found.profile,
+    )
+
+
+def _outlook(profile: Profile, recipe: Recipe, table: Table, texts: Sequence[Text]) -> Outlook:
+    """What the policy starts from, at the search's prices."""
+    prices = Prices.of(profile, texts)
+    assert prices.lookup is not None
+    return Outlook(
+        rows=profile.rows,
+        draft_step=prices.costs.draft_step(recipe),
+        rounds=list(prices.costs.rounds),
+        agreement=seen(agreement(table, Drafting(table.depths))),
+        looking=prices.costs.lookup,
+        matches=match_shares(texts, prices.lookup, profile.gamma_max),
     )
 
 

@@ -295,7 +295,6 @@ class Runtime:
         padding = tokens[:, -1:].expand(-1, key[1] - t)
         return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]
 
-    @torch.inference_mode()
     def verify(self, tokens: Tensor, draft: Draft) -> Tensor:
         """Logits `b n+m+1 v` of the target over the last committed tokens and the draft's nodes (`b n+m+1`).
 

@@ -212,7 +212,7 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
 
 @pytest.mark.usefixtures("sure")
 def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
-    model: PreTrainedModel, sure: None, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outlook = Scene.outlook
 
@@ -227,6 +227,7 @@ def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
     assert result.plan.rows == [1, 3]
 
 
+@pytest.mark.usefixtures("sure")
 def test_siblings_that_pay_are_confirmed_and_written_with_what_they_were_found_to_do(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,8 @@ class Runtime:
         With `depths` (`b m`), the last `m` tokens are siblings: see `Pass`.
         """
         t = tokens.shape[1]
-        key = (view, t if depths is not None else self._padded(view, t), depths is not None and depths.shape[1])
+        siblings = 0 if depths is None else depths.shape[1]
+        key = (view, self._padded(view, t) if depths is None else t, siblings)
         if key not in self._passes:
             self._passes[key] = self._make_pass(*key[:2])
         if key[1] == t:

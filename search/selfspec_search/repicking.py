@@ -50,7 +50,7 @@ def repick(
     settings = replace(
         settings,
         gamma_max=made_with["gamma_max"],
-        lookup_max=made_with.get("longest_draft") if looked_up else None,
+        lookup_max=made_with.get("lookup_max") if looked_up else None,
         new_tokens=made_with["new_tokens"],
         sampling=Sampling(**made_with["sampling"]),
     )

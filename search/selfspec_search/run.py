@@ -132,7 +132,7 @@ class _Search:
             "prompts": digest_of([prompt.tolist() for prompt in self.prompts]),
             "calibration": self.calibration,
             "gamma_max": settings.gamma_max,
-            "longest_draft": settings.longest_draft,
+            "lookup_max": settings.lookup_max,
             "new_tokens": settings.new_tokens,
             "sampling": settings.sampling.to_dict(),
             "generation config": settings.sampling.resolved(self.model),

@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # For commands and notebooks, too: threads that share a core mostly wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("COLUMNS", None)  # a terminal's width, which pytest-xdist hands to its workers
     logging.set_verbosity_error()
     # The same examples in every run, and no deadline: on a busy machine a fast function may take a second.

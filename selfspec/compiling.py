@@ -65,6 +65,26 @@ def compile_pass(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return compiled
 
 
+def or_eager(
+    compiled: Callable[..., Tensor], eager: Callable[..., Tensor], on_refusal: Callable[[str], None]
+) -> Callable[..., Tensor]:
+    """A compiled pass that, where this model cannot be compiled, becomes eager and tells the reason."""
+    run = compiled
+
+    def attempt(*args: Any) -> Tensor:
+        nonlocal run
+        try:
+            return run(*args)
+        except COMPILE_ERRORS as error:
+            if run is eager:
+                raise
+            on_refusal(first_line(error))
+            run = eager
+            return run(*args)
+
+    return attempt
+
+
 class FusedLayers:
     """Decoder layers that run as compiled code: one compilation for each pass length and kind of layer, shared by all
     layers of that kind in either view (nothing in a layer's forward reads which layer it is)."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -26,18 +24,18 @@ from selfspec.copies import copied_bytes, obstacles
 from selfspec.decoding import decode, is_captured
 from selfspec.drafting import Drafter, NoDrafter
 from selfspec.drafting.draft_model import bytes_beside, check_plan, draft_runtime, refresh
-from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
-from selfspec.options import check_arguments, check_prepared, max_length, with_stop_strings
+from selfspec.errors import InputError, PlanWarning, UnsupportedOptionError
+from selfspec.options import with_stop_strings
 from selfspec.plan import Padding, Plan
-from selfspec.policy import PolicyName, drafter_for, longest_draft
-from selfspec.processors import needs_lockstep
+from selfspec.policy import PolicyName, drafter_for
+from selfspec.preparation import PlainDecoding, Prepared, through_hugging_face
 from selfspec.recipe import Recipe
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime, device_name
 from selfspec.sizes import parse_size
 from selfspec.stats import Stats
 from selfspec.streaming import Streamed
-from selfspec.views import longrope_switch
+from selfspec.turns import Turns
 
 
 @dataclass
@@ -139,8 +137,7 @@ class SelfSpeculator:
         self._told_of_sampling = False
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._turns = Turns()
 
     def generate(
         self,
@@ -163,8 +160,8 @@ class SelfSpeculator:
         def run(*args: Any, **prepared: Any) -> Tensor | SpeculativeOutput:
             return self(*args, **prepared, selfspec_streamer=streamer)  # type: ignore[misc]
 
-        result: Tensor | SpeculativeOutput = self._through_hugging_face(
-            run, inputs, generation_config, logits_processor, criteria, kwargs
+        result: Tensor | SpeculativeOutput = through_hugging_face(
+            self.model, run, inputs, generation_config, logits_processor, criteria, kwargs
         )
         return result
 
@@ -186,7 +183,7 @@ class SelfSpeculator:
             for committed in rounds:
                 for token in committed.tokens:
                     yield token
-                    self._owner = threading.get_ident()  # the stream may have changed hands
+                    self._turns.pass_on()
 
     def stream_rounds(
         self,
@@ -200,20 +197,20 @@ class SelfSpeculator:
     ) -> Generator[Committed, None, None]:
         """Like `stream`, but yields each round whole: its tokens, and how many of them were drafted."""
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
-        request: Request | _PlainDecoding = self._through_hugging_face(
-            self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
+        request: Request | PlainDecoding = through_hugging_face(
+            self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
         )
-        if isinstance(request, _PlainDecoding):
+        if isinstance(request, PlainDecoding):
             raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; use generate with a streamer")
         if request.rows != 1:
             raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
         if request.keep_scores or request.keep_logits:
             raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
-        with self._alone(), closing(self._rounds(request)) as rounds:
+        with self._turns.taken(), closing(self._rounds(request)) as rounds:
             for committed in rounds:
                 for row in committed:
                     yield row
-                    self._owner = threading.get_ident()  # as above
+                    self._turns.pass_on()
 
     def __call__(
         self,
@@ -231,8 +228,8 @@ class SelfSpeculator:
         request = self._prepare(
             model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
         )
-        with self._alone():
-            if isinstance(request, _PlainDecoding):
+        with self._turns.taken():
+            if isinstance(request, PlainDecoding):
                 return self._decode_plainly(request, selfspec_streamer)
             streamed = Streamed(selfspec_streamer, request) if selfspec_streamer is not None else None
             with closing(self._rounds(request)) as rounds:
@@ -254,43 +251,6 @@ class SelfSpeculator:
             advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
             warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
 
-    # --- Preparing a request ---
-
-    def _through_hugging_face(
-        self,
-        run: Callable[..., Any],
-        inputs: Tensor | None,
-        generation_config: GenerationConfig | None,
-        logits_processor: LogitsProcessorList | None,
-        stopping_criteria: StoppingCriteriaList,
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Let Hugging Face validate and prepare the inputs, then call `run` with them."""
-        check_arguments(self.model, inputs, generation_config, kwargs)
-        own = self.model.generation_config
-        if own is not None and own.cache_implementation is not None:
-            kwargs["cache_implementation"] = "dynamic"  # else Hugging Face would allocate a cache that nobody fills
-        prepared = False
-
-        def begin(*args: Any, **arguments: Any) -> Any:
-            nonlocal prepared
-            prepared = True
-            return run(*args, **arguments)
-
-        try:
-            return self.model.generate(  # type: ignore[operator]
-                inputs,
-                generation_config=generation_config,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                custom_generate=begin,
-                **kwargs,
-            )
-        except ValueError as error:
-            if prepared:
-                raise
-            raise InputError(" ".join(str(error).split())) from error
-
     def _prepare(
         self,
         model: PreTrainedModel,
@@ -299,42 +259,20 @@ class SelfSpeculator:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Request | _PlainDecoding:
+    ) -> Request | PlainDecoding:
         """The request for what Hugging Face prepared; or, where no view can serve it, a call of its own decoding."""
-        pads = check_prepared(model, input_ids, generation_config, model_kwargs)
+        prepared = Prepared(
+            model=model,
+            input_ids=input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            model_kwargs=model_kwargs,
+        )
         if not self._told_of_sampling:
             self._told_of_sampling = True
             self._warn_if_stale(do_sample=bool(generation_config.do_sample))
-        limit = max_length(stopping_criteria, input_ids.shape[1])
-        lockstep = needs_lockstep(logits_processor, stopping_criteria, input_ids.shape[0])
-        gamma, siblings = (0, 0) if lockstep else (longest_draft(self.plan), self.plan.siblings)
-        switch = longrope_switch(model)
-        longest = int((input_ids.shape[1] - pads).max())
-        if switch is not None and longest <= switch < longest + limit - input_ids.shape[1]:
-
-            def run(streamer: BaseStreamer | None) -> Any:
-                return model._sample(  # type: ignore[operator]
-                    input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
-                )
-
-            return _PlainDecoding(run, input_ids, "the request crosses the longrope switch: model.generate decodes it")
-        pad = generation_config._pad_token_tensor
-        returns_dict = bool(generation_config.return_dict_in_generate)
-        return Request(
-            prompts=input_ids.to(model.device, torch.long),
-            pads=pads.to(model.device),
-            max_length=limit,
-            room=gamma + siblings + 1,
-            sampling=bool(generation_config.do_sample),
-            processors=logits_processor,
-            criteria=stopping_criteria,
-            pad_token=0 if pad is None else int(pad),
-            lockstep=lockstep,
-            keep_scores=returns_dict and bool(generation_config.output_scores),
-            keep_logits=returns_dict and bool(generation_config.output_logits),
-        )
-
-    # --- Running it ---
+        return prepared.request(self.plan)
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
         self.runtime.refresh()
@@ -391,7 +329,7 @@ class SelfSpeculator:
         elif runtime.graphs is not None and is_captured(runtime, request):
             stats.captured, stats.graph_bytes = True, runtime.graphs.nbytes
 
-    def _decode_plainly(self, plain: _PlainDecoding, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
+    def _decode_plainly(self, plain: PlainDecoding, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
         self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])
         if streamer is not None:
             streamer.put(plain.prompts.cpu())
@@ -409,24 +347,3 @@ class SelfSpeculator:
             logits=request.result_steps(request.logits) if request.keep_logits else None,  # type: ignore[arg-type]
             stats=self.stats,
         )
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One request at a time; a second one from the same thread would wait for itself, so it is refused."""
-        if self._owner == threading.get_ident():
-            raise SelfspecError("a stream of this object is still open in this thread; exhaust or close it first")
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
-
-
-@dataclass(frozen=True)
-class _PlainDecoding:
-    """A request that no view can serve, as a call of Hugging Face's own decoding, and why."""
-
-    run: Callable[[BaseStreamer | None], Any]
-    prompts: Tensor
-    reason: str

@@ -6,23 +6,23 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.attention import choose_backend
 from selfspec.compiling import (
-    COMPILE_ERRORS,
     FusedLayers,
     compile_obstacle,
     compile_pass,
-    first_line,
     fuses_layers,
+    or_eager,
     will_compile,
 )
 from selfspec.copies import Copies, check_memory, check_vocabulary
 from selfspec.draft_view import attention_modules, change_recipe, draft_view
 from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
+from selfspec.model_state import state_of
 from selfspec.plan import Padding
 from selfspec.recipe import Recipe
 from selfspec.resuming import Resuming, boundary_of
@@ -93,7 +93,7 @@ class Runtime:
     def _build(self) -> None:
         check_memory(self.model, self.recipe, self.draft_memory)
         check_vocabulary(self.model, self.recipe)
-        self._fingerprint: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
+        self._state: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
         self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
         self.views: dict[ViewName, PreTrainedModel] = {}
         self._passes: dict[tuple[ViewName, int, int], PassFunction] = {}
@@ -110,7 +110,7 @@ class Runtime:
         self.resuming: Resuming | None = None
         self._prepare_to_resume()
         self._pinned_long: bool | None = None  # the side of the longrope switch that is served
-        self._fingerprint = _identity(self.model)
+        self._state = state_of(self.model)
 
     def _prepare_to_resume(self) -> None:
         """Have the views by which verification resumes, if that was asked for and is possible."""
@@ -132,7 +132,7 @@ class Runtime:
 
     def refresh(self) -> None:
         """Build the views anew if the user moved, cast or re-adapted the model since."""
-        if _identity(self.model) != self._fingerprint:
+        if state_of(self.model) != self._state:
             check_supported(self.model)
             self._shared_copies = None  # they are of what the model was
             self._build()
@@ -337,25 +337,11 @@ class Runtime:
         if not self.compile:
             return forward
         if fuses_layers(self.model.device):
-            return self._or_eager(forward_in_fused_layers, forward)
-        return self._or_eager(compile_pass(forward), forward)
+            return or_eager(forward_in_fused_layers, forward, self._stop_compiling)
+        return or_eager(compile_pass(forward), forward, self._stop_compiling)
 
-    def _or_eager(self, compiled: PassFunction, eager: PassFunction) -> PassFunction:
-        """A compiled pass that, where this model cannot be compiled, becomes eager and leaves the reason."""
-        run = compiled
-
-        def attempt(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            nonlocal run
-            try:
-                return run(tokens, depths)
-            except COMPILE_ERRORS as error:
-                if run is eager:
-                    raise
-                self.compile, self.compile_obstacle = False, first_line(error)
-                run = eager
-                return run(tokens, depths)
-
-        return attempt
+    def _stop_compiling(self, reason: str) -> None:
+        self.compile, self.compile_obstacle = False, reason
 
 
 def device_name(device: torch.device) -> str:
@@ -367,29 +353,3 @@ def wait_for(device: torch.device) -> None:
     """Return when the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # `training` among them: views are always in evaluation mode
-
-
-def _identity(model: PreTrainedModel) -> tuple[object, ...]:
-    """Changes whenever the views would no longer compute what the model does: tensors replaced, moved or cast; a
-    module's own settings changed, as adapters do when they are switched, merged or disabled."""
-    tensors = (*model.parameters(), *model.buffers())
-    return (
-        *((id(t), t.data_ptr(), t.device, t.dtype) for t in tensors),
-        *((id(module), *_settings(module)) for module in model.modules()),
-    )
-
-
-def _settings(module: nn.Module) -> list[tuple[str, str]]:
-    own = vars(module).items()
-    return [(name, repr(value)) for name, value in own if name not in _OF_EVERY_MODULE and _is_plain(value)]
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return _is_plain([*value, *value.values()])
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))

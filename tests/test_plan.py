@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import selfspec
 from selfspec import Plan, PlanError, SkipSet, wrap
-from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint, write_atomically
+from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 EDITABLE = {"selfspec_version": 1, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
 IDENTITY = {"model_type": "llama", "num_layers": 3, "fingerprint": "0"}
@@ -197,39 +197,6 @@ def test_a_plan_replaces_the_one_before(tmp_path: Path) -> None:
     assert Plan.from_pretrained(path).gamma == 2
     assert os.listdir(tmp_path) == ["plan.json"]
     assert path.stat().st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("fails", ["write", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "plan.json"
-    write_atomically(path, "old")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    text: Any = "new" * 100_000
-    if fails == "replace":
-        monkeypatch.setattr(Path, "replace", full)
-    else:
-        monkeypatch.setattr(Path, "chmod", full)
-    with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No space left on device; choose a directory that"):
-        write_atomically(path, text)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["plan.json"]
-
-
-def test_an_interrupt_while_writing_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "plan.json", "new")
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:

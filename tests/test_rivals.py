@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, damped_model
+from profiles import costs_of
 from selfspec_search.replay import Replay, threads_for
 from selfspec_search.texts import Text, write_texts
 from torch import Tensor, nn
@@ -49,19 +50,8 @@ from rivals.knapspec import run_programme as knapspec_programme
 from rivals.methods import METHODS
 from rivals.programme import best_ways
 from rivals.windows import Stack, WindowPass, Windows
-from selfspec_search.costs import Costs
 
-COSTS = Costs(
-    num_layers=LAYERS,
-    fixed=0.001,
-    layer=0.001,
-    attention=0.0055,
-    mlp=0.0015,
-    confidence=0.0,
-    rounds=(0.04,) * 4,
-    prefill=0.01,
-    compiled=False,
-)
+COSTS = costs_of(attention=0.0055, mlp=0.0015)
 """An attention saves 6 ms, an MLP 2: weights of 3 and 1."""
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, FIRST_DROPPED, LAYERS, VOCABULARY, damped_model, tiny_model
+from models import ENDS_SKIPPED, FIRST_DROPPED, VOCABULARY, damped_model, tiny_model
+from profiles import costs_of, measuring, profile_of
 from replays import texts_of
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm import _batches, _Contender
-from selfspec_search.costs import Costs
 from selfspec_search.finish import Finish, Phases
 from selfspec_search.limits import Limits
 from selfspec_search.objective import Prediction, Prices
-from selfspec_search.profile import Profile
 from selfspec_search.space import Space
 from selfspec_search.study import Study
 from selfspec_search.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
@@ -28,51 +26,18 @@ from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, SkipSet
 from selfspec.drafting import LayerSkipDrafter, NoDrafter, drafter_of
-from selfspec.loading import processor_name
 from selfspec.plan import Figures
 from selfspec.request import Request
 from selfspec.runtime import Runtime
 from selfspec.sampling import Draft
 
 SETTINGS = {"trials": 9, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}
-
-
-CHEAP_DRAFTS = Profile(
-    device="cpu",
-    processor=processor_name(),
-    threads=1,
-    dtype="float32",
-    rows=1,
-    compiled=False,
-    backend="sdpa",
-    num_layers=LAYERS,
-    gamma_max=3,
-    versions={},
-    contexts=(16,),
-    costs=(
-        Costs(
-            num_layers=LAYERS,
-            fixed=0.001,
-            layer=0.001,
-            attention=0.003,
-            mlp=0.002,
-            confidence=0.0,
-            rounds=(0.04,) * 4,
-            prefill=0.01,
-            compiled=False,
-        ),
-    ),
-)
-"""What a search would measure on a machine that does not depend on the hour."""
+CHEAP_DRAFTS = profile_of(costs_of(attention=0.003, mlp=0.002))
 
 
 @pytest.fixture(autouse=True)
 def _profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(*args: object, on_cycle: Callable[[int, int], None], **kwargs: object) -> Profile:
-        on_cycle(1, 1)
-        return CHEAP_DRAFTS
-
-    monkeypatch.setattr("selfspec_search.finish.measure", measured)
+    monkeypatch.setattr("selfspec_search.finish.measure", measuring(CHEAP_DRAFTS))
 
 
 @pytest.fixture

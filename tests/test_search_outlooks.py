@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import FIRST_DROPPED, LAYERS, damped_model, prompts
+from models import FIRST_DROPPED, damped_model, prompts
+from profiles import costs_of, measuring, profile_of
 from replays import random_prompts
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm import Confirmed, _Contender
-from selfspec_search.costs import Costs
 from selfspec_search.lookup import LookupTable
 from selfspec_search.outlooks import Branching, Scene, match_shares, seen
 from selfspec_search.profile import Profile
@@ -25,7 +24,6 @@ from transformers import PreTrainedModel
 from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.found import facts
 from selfspec.cli.show import Show
-from selfspec.loading import processor_name
 from selfspec.plan import Outlook, Tree
 from selfspec.policy.estimates import MATCHES
 from selfspec.recipe import Recipe
@@ -132,46 +130,18 @@ def test_an_outlook_for_other_rows_has_their_prices_and_the_same_expectations(
 
 # --- A search ---
 
-PROFILE = Profile(
-    device="cpu",
-    processor=processor_name(),
-    threads=1,
-    dtype="float32",
-    rows=1,
-    compiled=False,
-    backend="sdpa",
-    num_layers=LAYERS,
-    gamma_max=6,
-    versions={},
-    contexts=(16,),
-    costs=(
-        Costs(
-            num_layers=LAYERS,
-            fixed=0.001,
-            layer=0.001,
-            attention=0.001,
-            mlp=0.002,
-            confidence=0.0,
-            rounds=(0.04,) * 7,
-            prefill=0.01,
-            compiled=False,
-            captured=True,  # so that there are no thresholds
-        ),
-    ),
-)
+# Captured, so that there are no thresholds.
+PROFILE = profile_of(costs_of(attention=0.001, mlp=0.002, gamma_max=6, captured=True))
 
 
 @pytest.fixture
 def sure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's hour neither prices nor decides; layers win, with siblings where these were confirmed."""
 
-    def measured(*args: object, on_cycle: Callable[[int, int], None], **kwargs: object) -> Profile:
-        return PROFILE
-
     def rank(self: Confirmed) -> tuple[bool, bool]:
         return self.prediction.drafting.tree is None, not self.prediction.drafting.gamma
 
-    monkeypatch.setattr("selfspec_search.finish.measure", measured)
+    monkeypatch.setattr("selfspec_search.finish.measure", measuring(PROFILE))
     monkeypatch.setattr("selfspec_search.outlooks.CYCLES", 1)
     monkeypatch.setattr(Confirmed, "rank", property(rank))
     monkeypatch.setattr(_Contender, "is_faster_than", lambda self, plain: True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import quantised_models
 import torch
+from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchSettings, load_study, repick, search
 from selfspec_search.copy_costs import UNPADDED, copied_variants, fit_copies, formats_of
@@ -17,7 +17,6 @@ from selfspec_search.limits import Limits
 from selfspec_search.objective import Prices
 from selfspec_search.offering import frequent_tokens, most_copied, space_of
 from selfspec_search.padding import target_padding
-from selfspec_search.profile import Profile
 from selfspec_search.report import make_page, read_source
 from selfspec_search.space import OWN_HEAD
 from selfspec_search.texts import Text
@@ -25,7 +24,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import InputError, QuantisedSet, SkipSet, SubVocabulary, draft_bytes, wrap
-from selfspec.loading import processor_name
 from selfspec.plan import Padding
 from selfspec.recipe import INT4, INT8, Quantised, Recipe
 
@@ -47,19 +45,8 @@ COSTS = Costs(
     vocabulary_saved=0.004,
     formats={INT4.code: SAVINGS, INT8.code: SAVINGS.model_copy(update={"attention": -0.001, "mlp": 0.001})},
 )
-PROFILE = Profile(
-    device="cpu",
-    processor=processor_name(),
-    threads=1,
-    dtype="float32",
-    rows=1,
-    compiled=False,
-    backend="sdpa",
-    num_layers=LAYERS,
-    gamma_max=3,
-    versions={},
-    contexts=(16,),
-    costs=(COSTS,),
+PROFILE = profile_of(
+    COSTS,
     padding=Padding(rows=1, target=[3, 3, 3, 4], draft=2),
     slower_formats={"fp8": "1.30 of the time of full precision"},
 )
@@ -72,11 +59,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(*args: object, on_cycle: Callable[[int, int], None], **kwargs: object) -> Profile:
-        on_cycle(1, 1)
-        return PROFILE
-
-    monkeypatch.setattr("selfspec_search.finish.measure", measured)
+    monkeypatch.setattr("selfspec_search.finish.measure", measuring(PROFILE))
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:

@@ -189,7 +189,7 @@ def _padding(padding: Padding) -> str:
 
 def write(profile: Profile, out: Path) -> None:
     """Write the profile as JSON."""
-    from selfspec.plan import write_atomically
+    from selfspec.files import write_atomically
 
     write_atomically(out, json.dumps(profile.to_dict(), indent=2) + "\n")
     results().print(f"wrote {out}", markup=False, soft_wrap=True)

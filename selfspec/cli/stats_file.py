@@ -28,7 +28,7 @@ def check_stats_file(path: Path) -> None:
 
 def write_stats(stats: Stats, path: Path) -> None:
     """Write JSON, or Prometheus' text where the name ends in .prom; whoever reads it never sees half of it."""
-    from selfspec.plan import write_atomically
+    from selfspec.files import write_atomically
 
     prometheus = path.suffix == PROMETHEUS
     write_atomically(path, stats.to_prometheus() if prometheus else stats.to_json(indent=2) + "\n")

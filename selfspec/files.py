@@ -1,0 +1,31 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from selfspec.errors import PlanError
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """Write to a temporary name beside `path`, then rename: readers see the old file or the new, never half of one."""
+    path, temporary = Path(path), None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+        temporary.chmod(0o644)  # NamedTemporaryFile makes it private; plans and reports are meant to be shared
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise PlanError(
+            f"cannot write {path}: {error.strerror or error}; choose a directory that is writable"
+        ) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path

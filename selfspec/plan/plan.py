@@ -1,0 +1,223 @@
+"""Plan: what the search writes and everything else reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from selfspec.errors import PlanError
+from selfspec.files import write_atomically
+from selfspec.plan.costs import Outlook, Padding
+from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup, Tree
+from selfspec.plan.model_identity import ModelIdentity
+from selfspec.plan.provenance import Provenance
+from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
+from selfspec.recipe import Recipe, SubVocabulary
+from selfspec.skip_set import SkipSet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PLAN_FILE = "selfspec_plan.json"
+PLAN_VERSION = 1
+
+
+class Plan(Strict):
+    """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
+
+    `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
+    `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
+
+    With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
+
+    With `resume`, verification goes on from the draft's own states at the first layer of which anything is skipped or
+    quantised. Worth it only where a pass over many tokens takes much longer than one over one.
+
+    `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
+    `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
+    makes passes longer where that is faster, also those of plain decoding.
+
+    `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
+
+    A plan never changes what comes out, only how fast.
+
+    >>> Plan(skip_set=SkipSet(attn={3}, mlp={4}), gamma=4).speculates
+    True
+    """
+
+    selfspec_version: int = PLAN_VERSION
+    skip_set: SkipSetField
+    quantised: QuantisedField = None
+    draft_vocabulary: str | None = None
+    gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
+    exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prompt_lookup: PromptLookup | None = None
+    tree: Tree | None = None
+    resume: bool = False
+    outlook: Outlook | None = None
+    other_rows: list[Outlook] = Field(default_factory=list)
+    padding: Padding | None = None
+    model: ModelIdentity | None = None
+    provenance: Provenance | None = None
+
+    def __init__(self, **data: Any) -> None:
+        version = data.get("selfspec_version", PLAN_VERSION)
+        if version != PLAN_VERSION:  # first, for another version's other keys are no mistake
+            raise PlanError(
+                f"plan has selfspec_version {version!r}, but this selfspec reads {PLAN_VERSION}; "
+                "search again, or install the selfspec that wrote it"
+            )
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(first_problem(error)) from None
+        recipe = self.recipe
+        if recipe.vocabulary is not None and not recipe.vocabulary.tokens:
+            raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
+        if self.model is not None:
+            recipe.validate(self.model.num_layers)
+        checked = self.prompt_lookup is not None and self.prompt_lookup.checked
+        if checked and (not self.gamma or self.tree is not None or self.exit_threshold is not None):
+            raise PlanError(
+                "prompt_lookup is to be checked by the draft, which needs a gamma, and neither tree nor "
+                "exit_threshold; change the plan, or leave 'checked' out"
+            )
+        if self.tree is not None and not self.gamma:
+            raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
+        for key, outlook in [("outlook", self.outlook), *(("other_rows", one) for one in self.other_rows)]:
+            if outlook is not None and len(outlook.rounds) <= self.gamma:
+                raise PlanError(
+                    f"plan's gamma is {self.gamma}, but its {key} has costs of rounds over up to "
+                    f"{len(outlook.rounds) - 1} drafted tokens; remove the key '{key}', or search again"
+                )
+
+    @classmethod
+    def none(cls, **data: Any) -> Plan:
+        """The plan that decodes plainly."""
+        return cls(skip_set=SkipSet(), gamma=0, **data)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the draft is made of."""
+        vocabulary = None if self.draft_vocabulary is None else SubVocabulary(self.draft_vocabulary)
+        return Recipe(skip_set=self.skip_set, quantised=self.quantised, vocabulary=vocabulary)
+
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of rows whose costs are known, in order."""
+        return sorted(outlook.rows for outlook in self._outlooks)
+
+    @property
+    def _outlooks(self) -> list[Outlook]:
+        return [] if self.outlook is None else sorted([self.outlook, *self.other_rows], key=lambda one: one.rows)
+
+    def outlook_for(self, rows: int) -> Outlook | None:
+        """What to expect of so many rows; None where only fewer or only more are known."""
+        fewer = [outlook for outlook in self._outlooks if outlook.rows <= rows]
+        more = [outlook for outlook in self._outlooks if outlook.rows >= rows]
+        if not fewer or not more:
+            return None
+        return fewer[-1] if fewer[-1].rows == rows else fewer[-1].between(more[0], rows)
+
+    @property
+    def speculates(self) -> bool:
+        return self.longest_draft > 0
+
+    @property
+    def siblings(self) -> int:
+        """How many alternatives a round drafts beside that."""
+        return self.tree.siblings if self.tree is not None else 0
+
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round drafts, whoever drafts them, siblings apart."""
+        lookup = self.prompt_lookup
+        return max(self.gamma, lookup.gamma + lookup.checked if lookup else 0)
+
+    def __str__(self) -> str:
+        """In words: what is looked up, what is skipped, how far is drafted."""
+        parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
+        if self.gamma:
+            threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
+            siblings = f", {self.tree}" if self.tree is not None else ""
+            resumed = ", resumed" if self.resume else ""
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}{resumed}")
+        return "; on a miss ".join(parts) or "do not speculate"
+
+    def check_fits(self, config: PretrainedConfig) -> None:
+        """Raise `PlanError` if this plan was made for another model."""
+        self.recipe.validate(config.num_hidden_layers)
+        if self.model is None:
+            return
+        given = ModelIdentity.of(config)
+        if (self.model.model_type, self.model.num_layers) != (given.model_type, given.num_layers):
+            raise PlanError(
+                f"plan was made for {self.model.model_type} with {self.model.num_layers} layers, but this model is "
+                f"{given.model_type} with {given.num_layers}; run 'selfspec search' on this model"
+            )
+        if self.model.fingerprint != given.fingerprint:
+            raise PlanError(
+                f"plan was made for a {given.model_type} with another config (fingerprint {self.model.fingerprint}, "
+                f"this model's is {given.fingerprint}); run 'selfspec search' on this model"
+            )
+
+    def stale_because(self, **here: Any) -> str | None:
+        """Why this plan's figures (never its output) may not hold here; None if they were found in such conditions.
+
+        `here` are fields of `Conditions`.
+        """
+        if self.provenance is None:
+            return None
+        found = self.provenance.conditions
+        changed = [f"{k} {getattr(found, k)}, here {v}" for k, v in here.items() if getattr(found, k) != v]
+        return "; ".join(changed) or None
+
+    def to_json(self) -> str:
+        # What is not used need not be read.
+        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}
+        return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); write it anew") from None
+        if not isinstance(data, dict) or "selfspec_version" not in data:
+            raise PlanError(
+                f"{source} is not a selfspec plan: it has no selfspec_version; make one with 'selfspec search'"
+            )
+        try:
+            return cls(**data)
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan to a file, whole or not at all."""
+        return write_atomically(path, self.to_json())
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the plan beside a model's `config.json`, as `selfspec_plan.json`."""
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(f"cannot make the directory {directory}: {error.strerror or error}") from None
+        return self.save(Path(directory) / PLAN_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_file: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a file, or from `selfspec_plan.json` in a directory."""
+        path = Path(directory_or_file)
+        if os.path.isdir(path):  # which answers no where `Path.is_dir` raises
+            path = path / PLAN_FILE
+        try:
+            text = path.read_text("utf8")
+        except FileNotFoundError:
+            raise PlanError(f"no plan at {path}; make one with 'selfspec search MODEL --out {path}'") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}") from None
+        return cls.from_json(text, source=f"plan {path}")

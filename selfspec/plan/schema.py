@@ -1,0 +1,65 @@
+"""What the parts of a plan have in common: nothing is taken that was not asked for, and what is wrong is one line."""
+
+from __future__ import annotations
+
+from textwrap import shorten
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from selfspec.errors import PlanError
+from selfspec.recipe import Quantised
+from selfspec.skip_set import SkipSet
+
+LONGEST_SHOWN = 100
+"""Characters of what was given that a message repeats."""
+
+
+class Strict(BaseModel):
+    """Takes no unknown key and no value of another type, and never changes."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, ser_json_inf_nan="constants"
+    )
+
+
+class Setting(Strict):
+    """What users make by hand, too."""
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise PlanError(first_problem(error)) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """In one line: which key, what is wrong with it, what to do."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "plan"
+    if problem["type"] == "extra_forbidden":
+        return f"plan has an unknown key '{where}'; remove it, or search again"
+    if problem["type"] == "missing":
+        return f"plan lacks the key '{where}'; search again"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"plan key '{where}': {message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+
+
+def _to_skip_set(value: Any) -> Any:
+    return value if isinstance(value, SkipSet) else SkipSet.from_dict(value)
+
+
+SkipSetField = Annotated[
+    SkipSet, BeforeValidator(_to_skip_set), PlainSerializer(SkipSet.to_dict, return_type=dict[str, list[int]])
+]
+
+
+def _to_quantised(value: Any) -> Any:
+    return value if isinstance(value, Quantised) or value is None else Quantised.from_dict(value)
+
+
+QuantisedField = Annotated[
+    Quantised | None,
+    BeforeValidator(_to_quantised),
+    PlainSerializer(lambda value: value and value.to_dict(), return_type=dict[str, Any] | None),
+]

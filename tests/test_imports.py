@@ -31,6 +31,7 @@ def test_importing_the_search_alone_waits_for_nothing_heavy() -> None:
     assert set(imported_by("from selfspec_search import search", *heavy)) >= {"torch", "transformers", "optuna"}
 
 
+@pytest.mark.slow
 def test_every_public_name_of_the_search_is_itself_whatever_was_imported_before() -> None:
     code = """
 import pkgutil, importlib, inspect, selfspec_search

@@ -412,7 +412,7 @@ def test_looked_up_drafts_are_of_any_length_or_where_each_is_captured_of_the_pla
     assert lookup_lengths(plan(), 7, few=True) == [0, 7]
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTrainedModel) -> None:
     tokens, mask = prompts(11)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}

@@ -93,7 +93,7 @@ def test_memory_too_small_for_one_position_is_refused_with_what_would_do() -> No
         ("llama", Sampling(), 17),
         pytest.param("llama", Sampling(do_sample=True, top_p=0.95), 17, marks=pytest.mark.slow),
         ("llama", Sampling(), 2000),
-        ("gemma2", Sampling(), 60),
+        pytest.param("gemma2", Sampling(), 60, marks=pytest.mark.slow),
         pytest.param("mixtral", Sampling(), 17, marks=pytest.mark.slow),
     ],
     ids=lambda x: "sampled" if isinstance(x, Sampling) and x.do_sample else "greedy" if isinstance(x, Sampling) else x,

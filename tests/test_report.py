@@ -579,6 +579,7 @@ def searched(file: Path) -> None:
     search(damped_model("llama", ENDS_SKIPPED), prompts, prompts[:1], settings)
 
 
+@pytest.mark.slow
 def test_optuna_itself_lists_the_trials_of_a_search_with_their_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

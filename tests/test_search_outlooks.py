@@ -259,6 +259,7 @@ def test_what_siblings_do_is_found_by_decoding(
         assert one.seconds >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sure")
 def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

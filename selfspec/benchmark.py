@@ -127,23 +127,22 @@ def speed_ratio(seconds: Array, tokens: Array, *, seed: int = 0) -> Ratio:
         tokens: `2 prompts`; or `2 repeats prompts` where repeats differ in what they write, as samples do.
     """
     _, repeats, prompts = seconds.shape
-    random, ratios = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        columns = random.integers(prompts, size=prompts)
-        rows = random.integers(repeats, size=(repeats, prompts))
-        at = (rows, columns) if tokens.ndim == 3 else (columns,)
-        one, other = (_speed(seconds[i, rows, columns], tokens[(i, *at)]) for i in (0, 1))
-        ratios.append(one / other)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    random = np.random.default_rng(seed)
+    columns = random.integers(prompts, size=(RESAMPLES, 1, prompts))
+    rows = random.integers(repeats, size=(RESAMPLES, repeats, prompts))
+    of_tokens = (rows, columns) if tokens.ndim == 3 else (columns[:, 0],)
+    one, other = (_speed(seconds[i][rows, columns], tokens[i][of_tokens]) for i in (0, 1))
+    low, high = np.quantile(one / other, [0.025, 0.975])
     value = _speed(seconds[0], tokens[0]) / _speed(seconds[1], tokens[1])
     return Ratio(value=float(value), low=float(low), high=float(high))
 
 
 def _speed(seconds: Array, tokens: Array) -> Any:
-    """Tokens per second, of the median repeat of each prompt (`repeats prompts` and `prompts`), or of all samples."""
-    if tokens.ndim == 2:
-        return tokens.sum() / seconds.sum()
-    return tokens.sum() / np.median(seconds, axis=0).sum()
+    """Tokens per second, of the median repeat of each prompt (`... repeats prompts` and `... prompts`), or of all
+    samples (both `... repeats prompts`)."""
+    if tokens.ndim == seconds.ndim:
+        return tokens.sum(axis=(-2, -1)) / seconds.sum(axis=(-2, -1))
+    return tokens.sum(axis=-1) / np.median(seconds, axis=-2).sum(axis=-1)
 
 
 def measure(

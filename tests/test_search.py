@@ -38,6 +38,7 @@ CHEAP_DRAFTS = profile_of(costs_of(attention=0.003, mlp=0.002))
 @pytest.fixture(autouse=True)
 def _profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.finish.measure", measuring(CHEAP_DRAFTS))
+    monkeypatch.setattr("selfspec_search.outlooks.CYCLES", 1)
 
 
 @pytest.fixture
@@ -179,7 +180,6 @@ def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
     assert not study._is_hopeless(estimate), "too few have run whole to know the gap"
 
 
-@pytest.mark.slow
 def test_gaps_of_either_sign_count(model: PreTrainedModel, tmp_path: Path) -> None:
     storage, gaps = str(tmp_path / "trials.db"), []
     plain = Study._note
@@ -221,7 +221,6 @@ def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_pat
     assert all(progress.phase not in ("texts", "profile") for progress in seen), "both are kept in the study"
 
 
-@pytest.mark.slow
 def test_a_search_with_other_settings_does_not_mix_with_a_stored_one(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
     search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, storage=storage, study_name="mine"))
@@ -230,7 +229,6 @@ def test_a_search_with_other_settings_does_not_mix_with_a_stored_one(model: PreT
         search(model, CALIBRATION, HELD_OUT, other)
 
 
-@pytest.mark.slow
 def test_a_search_without_time_tries_one_set_all_the_same(model: PreTrainedModel) -> None:
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, timeout=1e-9))
     assert result.trials_complete == 1
@@ -296,7 +294,6 @@ def test_every_sampler_finds_something(model: PreTrainedModel, sampler: str) -> 
     assert result.rounds_equal
 
 
-@pytest.mark.slow
 def test_a_dear_draft_is_neither_tried_nor_chosen(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
     settings = SearchSettings(**SETTINGS | {"trials": 15}, max_draft_cost=0.4, storage=storage)
@@ -313,7 +310,6 @@ def test_a_dear_draft_is_neither_tried_nor_chosen(model: PreTrainedModel, tmp_pa
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, max_draft_cost=0.001))
 
 
-@pytest.mark.slow
 def test_a_search_for_sampling_confirms_what_it_expects(model: PreTrainedModel) -> None:
     sampling = Sampling(do_sample=True, temperature=0.8, top_k=20)
     settings = SearchSettings(**SETTINGS | {"confirm_texts": 3}, sampling=sampling)
@@ -350,7 +346,6 @@ def test_each_held_out_text_is_in_one_batch_but_for_those_that_fill_up_the_last(
     assert _batches(some, SearchSettings(rows=rows, confirm_texts=limit)) == expected
 
 
-@pytest.mark.slow
 def test_known_sets_are_tried_first(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
     settings = SearchSettings(**SETTINGS | {"trials": 3}, start_from=[ENDS_SKIPPED], storage=storage)
@@ -405,7 +400,6 @@ def test_one_changed_weight_tensor_is_another_model(model: PreTrainedModel) -> N
     assert model_fingerprint(model.double()) != before
 
 
-@pytest.mark.slow
 def test_a_change_of_the_generation_config_is_another_study(model: PreTrainedModel, tmp_path: Path) -> None:
     settings = SearchSettings(**SETTINGS | {"trials": 2}, storage=str(tmp_path / "trials.db"), study_name="one")
     search(model, CALIBRATION, HELD_OUT, settings)

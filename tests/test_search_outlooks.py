@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from replays import random_prompts
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm import Confirmed, _Contender
 from selfspec_search.lookup import LookupTable
+from selfspec_search.objective import Prediction
 from selfspec_search.outlooks import Branching, Scene, match_shares, seen
 from selfspec_search.profile import Profile
 from selfspec_search.texts import Text
@@ -149,7 +151,7 @@ def sure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def siblings_that(monkeypatch: pytest.MonkeyPatch, **changes: float) -> Branching:
     found = replace(Branching(gained=0.0, rescued=0.0, seconds=0.0), **changes)
-    monkeypatch.setattr(Branches, "_branching", lambda *args: found)
+    monkeypatch.setattr(Branches, "_branching", lambda self, prediction, trees: dict.fromkeys(trees, found))
     return found
 
 
@@ -245,9 +247,9 @@ def test_what_siblings_do_is_found_by_decoding(
     kept: dict[Tree, Branching] = {}
     plain = Branches._branching
 
-    def recorded(self: Branches, prediction: object, tree: Tree) -> Branching:
-        kept[tree] = plain(self, prediction, tree)  # type: ignore[arg-type]
-        return kept[tree]
+    def recorded(self: Branches, prediction: Prediction, trees: Sequence[Tree]) -> dict[Tree, Branching]:
+        kept.update(plain(self, prediction, trees))
+        return kept
 
     monkeypatch.setattr(Branches, "_branching", recorded)
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
@@ -259,7 +261,6 @@ def test_what_siblings_do_is_found_by_decoding(
         assert one.seconds >= 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("sure")
 def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -60,6 +60,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.finish.measure", measuring(PROFILE))
+    monkeypatch.setattr("selfspec_search.outlooks.CYCLES", 1)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
@@ -194,7 +195,6 @@ def test_what_a_search_takes_for_copies_is_told_before(model: PreTrainedModel) -
 # --- Searching ---
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("profiled")
 def test_a_search_that_quantises_confirms_what_replay_foretold(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")
@@ -232,7 +232,6 @@ def test_drafts_that_quantise_and_skip_are_tried_and_found_again(model: PreTrain
     assert {c.prediction.recipe for c in picked.confirmed} == {c.prediction.recipe for c in again.confirmed}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("profiled")
 def test_no_draft_is_chosen_that_takes_more_memory_than_allowed(model: PreTrainedModel) -> None:
     whole = most_copied(model, [INT4])
@@ -243,7 +242,6 @@ def test_no_draft_is_chosen_that_takes_more_memory_than_allowed(model: PreTraine
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"draft": "quantised", "draft_memory": 1}))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("profiled")
 def test_picking_again_says_why_nothing_can_be_used(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -260,7 +258,6 @@ def test_picking_again_says_why_nothing_can_be_used(
         repick(model, study, SearchSettings())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("profiled")
 def test_a_plan_is_padded_as_the_profile_found_and_its_quantised_drafts_are_not(model: PreTrainedModel) -> None:
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"lookup": False}))
@@ -270,7 +267,6 @@ def test_a_plan_is_padded_as_the_profile_found_and_its_quantised_drafts_are_not(
     assert padding.draft == (1 if result.plan.quantised else 2)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("profiled")
 def test_the_report_shows_what_is_quantised(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")

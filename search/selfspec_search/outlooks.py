@@ -111,19 +111,20 @@ class Branching:
 
 @torch.inference_mode()
 def branching_seconds(
-    runtime: Runtime, prompts: Tensor, gamma: int, tree: Tree, rounds: Sequence[float], sampling: Sampling
-) -> float:
-    """What a whole round with siblings takes longer than one without, beside the longer pass."""
+    runtime: Runtime, prompts: Tensor, gamma: int, trees: Sequence[Tree], rounds: Sequence[float], sampling: Sampling
+) -> dict[Tree, float]:
+    """What a whole round with each tree's siblings takes longer than one without, beside the longer pass."""
     bench = Bench(prompts, sampling)
-    calls = {
-        "trunk": bench.whole(runtime, LayerSkipDrafter(runtime, gamma)),
-        "tree": bench.whole(runtime, TreeDrafter(runtime, gamma, tree)),
-    }
-    timed: Mapping[str, float] = medians(
-        calls, rare=lambda _: False, cycles=CYCLES, device=prompts.device, on_cycle=lambda done, total: None
+    drafters = {None: LayerSkipDrafter(runtime, gamma)} | {tree: TreeDrafter(runtime, gamma, tree) for tree in trees}
+    timed: Mapping[Tree | None, float] = medians(
+        {tree: bench.whole(runtime, drafter) for tree, drafter in drafters.items()},
+        rare=lambda _: False,
+        cycles=CYCLES,
+        device=prompts.device,
+        on_cycle=lambda done, total: None,
     )
-    longer = (timed["tree"] - timed["trunk"]) / STEPS
-    return max(0.0, longer - (rounds[gamma + tree.siblings] - rounds[gamma]))
+    longer = {tree: (timed[tree] - timed[None]) / STEPS for tree in trees}
+    return {tree: max(0.0, longer[tree] - (rounds[gamma + tree.siblings] - rounds[gamma])) for tree in trees}
 
 
 def seen(agreement: Sequence[float]) -> list[float]:

@@ -49,7 +49,7 @@ class Branches:
         if not way.gamma or way.threshold is not None or not context_free:
             return None, None
         trees = [tree for tree in TREES if way.gamma + tree.siblings < len(costs.rounds)]
-        found = {tree: self._branching(prediction, tree) for tree in trees}
+        found = self._branching(prediction, trees) if trees else {}
         best: tuple[Prediction | None, Branching | None] = None, None
         least = prediction.speedup * (1 + INDIFFERENCE)
         for tree, branching in found.items():
@@ -60,28 +60,36 @@ class Branches:
                 least, best = figures.speedup, (replace(prediction, drafting=drafting, figures=figures), branching)
         return best
 
-    def _branching(self, prediction: Prediction, tree: Tree) -> Branching:
-        """What this tree does: by decoding texts, and by the clock."""
-        settings, gamma, total = self.settings, prediction.drafting.gamma, Stats()
+    def _branching(self, prediction: Prediction, trees: Sequence[Tree]) -> dict[Tree, Branching]:
+        """What each tree does: by decoding texts, and by the clock."""
+        settings, gamma = self.settings, prediction.drafting.gamma
         runtime = Runtime(
             self.model, prediction.recipe, backend=settings.backend, compile=settings.compile, copies=Copies(self.model)
         )
         runtime.padding = padding_of(prediction.recipe, self.padding)
-        way = replace(prediction.drafting, tree=tree)
-        drafter = drafter_of(replace(prediction, drafting=way).plan, runtime)
         some = self.texts[:: max(1, len(self.texts) // (TEXTS * settings.rows))][: TEXTS * settings.rows]
-        for first in range(0, len(some), settings.rows):
-            batch = some[first : first + settings.rows]
-            prompts = [text.tokens[: text.prompt] for text in batch]
-            total.add(decode_batch(runtime, drafter, prompts, batch[0].allowed, settings.sampling)[1])
-        shortest = min(map(len, some))
+        totals = {tree: self._decoded(runtime, prediction, tree, some) for tree in trees}
+        shortest, most = min(map(len, some)), max(tree.siblings for tree in trees)
         cached = torch.stack([some[row % len(some)].tokens[:shortest] for row in range(settings.rows)])
-        runtime.reserve(settings.rows, shortest + 3 * (gamma + tree.siblings) + 5)
+        runtime.reserve(settings.rows, shortest + 3 * (gamma + most) + 5)
         seconds = branching_seconds(
-            runtime, cached.to(self.model.device), gamma, tree, self.prices.costs.rounds, settings.sampling
+            runtime, cached.to(self.model.device), gamma, trees, self.prices.costs.rounds, settings.sampling
         )
-        return Branching(
-            gained=total.rescued / max(1, total.rounds),
-            rescued=total.rescued / max(1, total.failed),
-            seconds=seconds,
-        )
+        return {
+            tree: Branching(
+                gained=total.rescued / max(1, total.rounds),
+                rescued=total.rescued / max(1, total.failed),
+                seconds=seconds[tree],
+            )
+            for tree, total in totals.items()
+        }
+
+    def _decoded(self, runtime: Runtime, prediction: Prediction, tree: Tree, texts: Sequence[Text]) -> Stats:
+        """Counts of writing these texts again with siblings."""
+        way, rows, total = replace(prediction.drafting, tree=tree), self.settings.rows, Stats()
+        drafter = drafter_of(replace(prediction, drafting=way).plan, runtime)
+        for first in range(0, len(texts), rows):
+            batch = texts[first : first + rows]
+            prompts = [text.tokens[: text.prompt] for text in batch]
+            total.add(decode_batch(runtime, drafter, prompts, batch[0].allowed, self.settings.sampling)[1])
+        return total

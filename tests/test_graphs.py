@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FIRST_DROPPED, PAD, VOCABULARY, damped_model, prompts
+from models import FIRST_DROPPED, PAD, VOCABULARY, damp, damped_model, prompts, tiny_model
 from tape import HostReadError, NoReads, TapeRecorder, tensors_of
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, RepetitionPenaltyLogitsProcessor
@@ -425,8 +425,10 @@ def addresses(spec: SelfSpeculator) -> list[int]:
 
 
 @pytest.mark.slow
-def test_buffers_keep_their_addresses_over_a_thousand_rounds(llama: PreTrainedModel) -> None:
-    spec, rounds = taped(llama), 0
+def test_buffers_keep_their_addresses_over_a_thousand_rounds() -> None:
+    model, skipped = tiny_model("llama", num_hidden_layers=3), SkipSet(attn={1}, mlp={2})
+    damp(model, skipped, 0.03)
+    spec, rounds = taped(model, Plan(skip_set=skipped, gamma=GAMMA)), 0
     options = GREEDY | {"max_new_tokens": 450}
     spec.generate(**batch(11, 5), **options)
     before = addresses(spec)
@@ -447,12 +449,17 @@ def compiled_whole(model: PreTrainedModel, plan: Plan, backend: str) -> SelfSpec
     # Inference mode holds already, around every round: entered again within, it would be compiled, too.
     runtime.run = MethodType(Runtime.run.__wrapped__, runtime)  # type: ignore[attr-defined, method-assign]
     compiled: dict[Any, Any] = {}
+    first: dict[Any, Any] = {}
 
     def run(key: Any, work: Any) -> Any:
         if key not in compiled:
-            torch._dynamo.reset()
             compiled[key] = torch.compile(work, fullgraph=True, dynamic=False, backend=backend)
-        return compiled[key]()
+        result = compiled[key]()
+        # As a graph's results do, they lie where the first ones lay; else every check would be of another draft.
+        kept = first.setdefault(key, result)
+        for old, new in zip(tensors_of(kept), tensors_of(result), strict=True):
+            old.copy_(new)
+        return kept
 
     runtime.graphs.run = run  # type: ignore[method-assign]
     return spec

@@ -16,8 +16,10 @@ HYSTERESIS = 0.02
 """Another choice must promise so much more, relatively."""
 MOST_CHANGES = 200
 """So many are noted."""
-FIRST_PROBE, LAST_PROBE = 8, 256
-"""Rounds without any draft by layers before a probe whether they pay again: at first, and after many in vain."""
+FIRST_PROBE = 8
+"""Rounds without any draft by layers before a probe whether they pay again; more after probes in vain."""
+PROBING = 0.005
+"""... until these cost no larger share of what is decoded."""
 
 
 class Seen(NamedTuple):
@@ -96,11 +98,13 @@ class AdaptivePolicy:
     def observe(self, rows: Sequence[Seen]) -> None:
         """What came of the round that was chosen last."""
         choice, counted = self._now
+        drafted = [row for row in rows if row.drafted]
+        self.estimates.layers.observe(
+            [(min(row.drafted, row.accepted + 1, row.committed), row.accepted) for row in drafted]
+        )
         for row in rows:
-            if row.drafted:
-                self.estimates.layers.observe(min(row.drafted, row.accepted + 1, row.committed), row.accepted)
-                if choice.siblings and row.accepted < min(row.drafted, row.committed):
-                    self.estimates.rescue.observe(1, row.rescued)
+            if choice.siblings and row.accepted < min(row.drafted, row.committed):
+                self.estimates.rescue.observe(1, row.rescued)
             if row.found and self.estimates.matches:
                 reached = min(row.found, row.right + 1, row.committed)
                 self.estimates.matches[match_class(row.matched)].observe(reached, min(row.right, reached))
@@ -138,7 +142,8 @@ class AdaptivePolicy:
         drafted, accepted = sum(row.drafted for row in probe), sum(row.accepted for row in probe)
         # Accepted in each row, to gain as much as the choice whose turn it was.
         needed = max(1e-6, self._at_stake + self.speed * self.choices.seconds(choice, counted) - 1)
-        self._wait = min(LAST_PROBE, max(0.5, self._wait * 2 ** (1 - accepted / max(1, len(probe)) / needed)))
+        longest = max(FIRST_PROBE, needed / (PROBING * self._tokens))
+        self._wait = min(longest, max(0.5, self._wait * 2 ** (1 - accepted / max(1, len(probe)) / needed)))
         self._again = 2 * accepted >= drafted > 0 and accepted >= needed * len(probe)
 
     def _situation(self, rows: Sequence[Row]) -> int:

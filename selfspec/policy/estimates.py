@@ -9,6 +9,9 @@ MEMORY = 32
 """About so many drafted tokens, at each depth, make up a running estimate."""
 PRIOR = 8
 """So many drafted tokens the plan's own figures count for."""
+SURPRISE_MEMORY, SURPRISE, KEPT = 8, 3.0, 0.1
+"""Where about the last so many rounds are so many standard deviations off, the text has changed: no more than this
+share of what was seen before counts from then on."""
 MATCH_MEMORY, RUN_MEMORY, MATCH_PRIOR = 24, 64, 4
 """The same of looked-up tokens: a match's first one, the later ones, of which a round tells many; and their prior."""
 MATCHES = (1, 2, 3, 5, 8)
@@ -39,7 +42,8 @@ class AgreementEstimate:
     """A running estimate of a draft's agreement by depth.
 
     Depths share one level, the ratio of what was accepted to what the plan expected of it, so that depths which are
-    not drafted now follow those that are.
+    not drafted now follow those that are. A change of the text is told by the odds of what the last rounds brought:
+    what was seen before it is forgotten then.
 
     Args:
         expected: the plan's agreement at depths 0, 1, ...; deeper ones are like the last.
@@ -50,17 +54,40 @@ class AgreementEstimate:
         self._reached = [0.0] * len(expected)
         self._accepted = [0.0] * len(expected)
         self._tokens: list[float] = []
+        self._surplus = self._variance = 0.0  # of what was accepted of late, beside what the estimates promised
 
     def __getitem__(self, depth: int) -> float:
         return self._at(min(depth, len(self._expected) - 1), self._level())
 
-    def observe(self, reached: int, accepted: int) -> None:
-        """A row reached this many depths (that is, all before them were accepted), and accepted at so many."""
-        for depth in range(reached):
-            at = min(depth, len(self._expected) - 1)
-            self._reached[at] += 1 - self._reached[at] / MEMORY
-            self._accepted[at] += (depth < accepted) - self._accepted[at] / MEMORY
+    def observe(self, rows: Sequence[tuple[int, int]]) -> None:
+        """A round, in which each row reached so many depths (that is, all before them were accepted), and accepted at
+        so many."""
+        if not rows:
+            return
+        self._forget_if_surprised_by(rows)
+        for reached, accepted in rows:
+            for depth in range(reached):
+                at = min(depth, len(self._expected) - 1)
+                self._reached[at] += 1 - self._reached[at] / MEMORY
+                self._accepted[at] += (depth < accepted) - self._accepted[at] / MEMORY
         self._tokens = []
+
+    def _forget_if_surprised_by(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Forget most of what was seen before, where the last rounds are too far from what was to be expected."""
+        sums, variances = [0.0], [0.0]  # by how many depths were reached
+        for depth in range(max(reached for reached, _ in rows)):
+            promised = self[depth]
+            sums.append(sums[-1] + promised)
+            variances.append(variances[-1] + promised * (1 - promised))
+        kept = 1 - 1 / SURPRISE_MEMORY
+        surplus = sum(min(accepted, reached) - sums[reached] for reached, accepted in rows)
+        self._surplus = kept * self._surplus + surplus
+        self._variance = kept * self._variance + sum(variances[reached] for reached, _ in rows)
+        # Half a token is no surprise, however sure the estimates are.
+        if self._surplus**2 > SURPRISE**2 * (self._variance + 0.25):
+            self._reached = [KEPT * seen for seen in self._reached]
+            self._accepted = [KEPT * right for right in self._accepted]
+            self._surplus = self._variance = 0.0
 
     def tokens_per_round(self, gamma: int) -> float:
         """Expected of a round that drafts `gamma` tokens: 1 + a0 + a0 a1 + ... (Leviathan et al. 2023, eq. 1)."""
@@ -100,7 +127,8 @@ class MatchEstimate:
         self._tokens: dict[int, float] = {}
 
     def observe(self, reached: int, accepted: int) -> None:
-        """As `AgreementEstimate.observe`."""
+        """A match of which so many tokens are known to be right or wrong, all but the last one right at any rate, was
+        right in so many."""
         self.first.observe(min(1, reached), min(1, accepted))
         self.later.observe(max(0, reached - 1), max(0, accepted - 1))
         self._tokens = {}

@@ -66,7 +66,7 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     committed = request.take([row[: checked.width] for row in told], checked.scores, checked.logits)
     for row in committed:
         row.origin = part.origin(row.row)
-    stats.count_choice(part.label, part.steps(n), draft.width + 1)
+    stats.count_choice(part.label, draft.steps, draft.width + 1)
     stats.resumed += runtime.can_resume(draft)
     stats.count_pass(committed)
     stats.add_laps(laps)

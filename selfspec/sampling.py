@@ -29,12 +29,14 @@ class Draft:
     """Up to `n` drafted tokens per row, and alternatives to some of them, if it is a tree.
 
     `probs` is q at each drafted position, after processors; None where q is one-hot, as it is when decoding is greedy.
+    `steps` is how many passes of a draft it took.
     """
 
     tokens: Tensor  # b n
     lengths: Tensor  # b, each row's own draft length, at most n
     probs: Tensor | None  # b n v
     siblings: Siblings | None = None
+    steps: int = 0
 
     @property
     def width(self) -> int:
@@ -53,10 +55,10 @@ class Draft:
         return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device) -> Draft:
+    def empty(cls, rows: int, device: torch.device, steps: int = 0) -> Draft:
         """Nothing drafted in any row."""
         nothing = torch.zeros(rows, dtype=torch.long, device=device)
-        return cls(tokens=nothing.new_empty(rows, 0), lengths=nothing, probs=None)
+        return cls(tokens=nothing.new_empty(rows, 0), lengths=nothing, probs=None, steps=steps)
 
     def padded(self, n: int) -> Draft:
         """The same draft in `n` columns; no row's own length changes."""
@@ -64,7 +66,8 @@ class Draft:
         if missing == 0:
             return self
         probs = None if self.probs is None else torch.nn.functional.pad(self.probs, (0, 0, 0, missing))
-        return Draft(torch.nn.functional.pad(self.tokens, (0, missing)), self.lengths, probs, self.siblings)
+        tokens = torch.nn.functional.pad(self.tokens, (0, missing))
+        return Draft(tokens, self.lengths, probs, self.siblings, self.steps)
 
 
 @dataclass(frozen=True)

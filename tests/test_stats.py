@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, prompts
+from models import ENDS_SKIPPED, damped_model, prompts
 from pairs import llama, speculator
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
 from selfspec import Plan, Stats, wrap
+from selfspec.plan import PromptLookup, Tree
 from selfspec.request import Request
+from selfspec.runtime import Runtime
 from selfspec.sampling import Draft, accept
 
 EOS = 9
@@ -191,3 +194,28 @@ def test_each_call_has_stats_of_its_own_and_a_broken_off_stream_counts_what_it_d
     assert (spec.stats.rows, spec.stats.passes) == (1, 1)
     assert spec.stats.tokens == spec.stats.accepted + 1
     assert spec.stats.backend == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"exit_threshold": 0.02},
+        {"exit_threshold": 0.02, "prompt_lookup": PromptLookup(gamma=3, min_ngram=1)},
+        {"prompt_lookup": PromptLookup(gamma=3, min_ngram=1, checked=True)},
+        {"tree": Tree(siblings=2)},
+    ],
+    ids=["threshold", "cascade", "checked", "tree"],
+)
+def test_the_steps_counted_are_the_passes_of_the_draft(plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, mask = prompts(11, 5)
+    spec = wrap(damped_model("llama", ENDS_SKIPPED), Plan(skip_set=ENDS_SKIPPED, gamma=5, **plan))
+    views, run = [], Runtime.run
+
+    def counted(self: Runtime, view: Any, *args: Any) -> Tensor:
+        views.append(view)
+        return run(self, view, *args)
+
+    monkeypatch.setattr(Runtime, "run", counted)
+    spec.generate(tokens, attention_mask=mask, max_new_tokens=41, do_sample=False)
+    assert spec.stats.steps == views.count("draft") > 0
+    assert spec.stats.passes == views.count("target")

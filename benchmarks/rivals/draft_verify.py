@@ -65,7 +65,8 @@ class AdaptiveExit(Drafter):
         self.drafted, self.end = len(tokens), end
         if not tokens:
             return Draft.empty(1, request.sequences.device)
-        return Draft(torch.stack(tokens, dim=1), torch.full_like(request.ends, len(tokens)), None)
+        drafted = torch.stack(tokens, dim=1)
+        return Draft(drafted, torch.full_like(request.ends, len(tokens)), None, steps=len(tokens))
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Move the threshold after a round. A good rate lowers it, unless the draft was as long as it may be: then the

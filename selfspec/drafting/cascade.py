@@ -53,9 +53,6 @@ class LookupFirstDrafter(Drafter):
             return self.lookup, max(found, default=0)
         return self, max(*found, longest)
 
-    def steps(self, n: int) -> int:
-        return self.second.steps(min(n, self.second.gamma))
-
     def origin(self, row: int) -> Origin | None:
         return self.lookup.origin(row) or self.second.origin(row)
 
@@ -70,6 +67,7 @@ class LookupFirstDrafter(Drafter):
             torch.where(hit, found.lengths, made.lengths),
             _mixed(hit, found.tokens, made.probs),
             made.siblings,  # none of them valid where nothing was made
+            made.steps,
         )
 
 
@@ -111,9 +109,6 @@ class CheckedLookupDrafter(Drafter):
             return self.layers.choose(request)
         return self, min(found + 1, request.longest_draft(self.gamma))
 
-    def steps(self, n: int) -> int:
-        return 1
-
     def origin(self, row: int) -> Origin | None:
         return "layers"
 
@@ -127,7 +122,7 @@ class CheckedLookupDrafter(Drafter):
         drafted.scatter_(1, checked.accepted[:, None], checked.following[:, None])
         request.sequences.scatter_(1, columns, drafted)
         lengths = torch.minimum(checked.accepted + 1, request.draft_limits(n))
-        return Draft(drafted, lengths, to_probs(scores) if request.sampling else None)
+        return Draft(drafted, lengths, to_probs(scores) if request.sampling else None, steps=1)
 
 
 def _mixed(hit: Tensor, tokens: Tensor, probs: Tensor | None) -> Tensor | None:

@@ -52,10 +52,6 @@ class Drafter(ABC):
         """Who drafts in this round, and the most tokens worth drafting, by what the host knows."""
         return self, request.longest_draft(self.gamma)
 
-    def steps(self, n: int) -> int:
-        """How many passes of the model's layers a draft of `n` tokens takes."""
-        return 0
-
     def origin(self, row: int) -> Origin | None:
         """Who drafts in this row in this round, by what the host knows."""
         return None

@@ -38,9 +38,6 @@ class StepwiseDrafter(Drafter):
         """The most tokens that each row may draft, `b`."""
         return request.draft_limits(n)
 
-    def steps(self, n: int) -> int:
-        return n
-
     def draft(self, request: Request, n: int, among: Tensor | None = None) -> Draft:
         """As in every drafter; only rows `among` (`b`, all by default) draft."""
         lengths, start = self.runtime.cache.lengths, self.runtime.cache.lengths.clone()
@@ -53,8 +50,10 @@ class StepwiseDrafter(Drafter):
         resuming = self.runtime.resuming
         if resuming is not None:
             resuming.begin()
+        steps = 0
         for step in range(n):
             logits = self._logits(request, token, step)  # b 1 v
+            steps += 1
             going = self._going(logits, drafted == step) & (step < limits)
             if self.exit_threshold is not None and not going.any():
                 break
@@ -63,7 +62,7 @@ class StepwiseDrafter(Drafter):
             token = picked[-1].token
             lengths += 1
         lengths.copy_(start)
-        draft = self._draft_of(picked, drafted)
+        draft = self._draft_of(picked, drafted, steps)
         if resuming is not None and among is None:
             resuming.keep_for(draft)
         return draft
@@ -86,12 +85,12 @@ class StepwiseDrafter(Drafter):
     def _pick(self, request: Request, scores: Tensor) -> Picked:
         return pick(scores, sampling=request.sampling)
 
-    def _draft_of(self, picked: Sequence[Picked], lengths: Tensor) -> Draft:
+    def _draft_of(self, picked: Sequence[Picked], lengths: Tensor, steps: int) -> Draft:
         if not picked:
-            return Draft.empty(len(lengths), lengths.device)
+            return Draft.empty(len(lengths), lengths.device, steps)
         sampled = [one.probs for one in picked if one.probs is not None]
         tokens = torch.stack([one.token for one in picked], dim=1)
-        return Draft(tokens, lengths, torch.stack(sampled, dim=1) if sampled else None)
+        return Draft(tokens, lengths, torch.stack(sampled, dim=1) if sampled else None, steps=steps)
 
 
 class LayerSkipDrafter(StepwiseDrafter):

@@ -42,11 +42,12 @@ class TreeDrafter(LayerSkipDrafter):
             return super()._pick(request, scores)
         return pick_several(scores, min(self.tree.width, scores.shape[-1]) - 1, sampling=request.sampling)
 
-    def _draft_of(self, picked: Sequence[Picked], lengths: Tensor) -> Draft:
-        draft = super()._draft_of(picked, lengths)
+    def _draft_of(self, picked: Sequence[Picked], lengths: Tensor, steps: int) -> Draft:
+        draft = super()._draft_of(picked, lengths, steps)
         if not picked or picked[0].alternatives is None:
             return draft
-        return Draft(draft.tokens, draft.lengths, draft.probs, choose_siblings(picked, lengths, self.tree.siblings))
+        siblings = choose_siblings(picked, lengths, self.tree.siblings)
+        return Draft(draft.tokens, draft.lengths, draft.probs, siblings, draft.steps)
 
 
 def choose_siblings(picked: Sequence[Picked], lengths: Tensor, most: int) -> Siblings:

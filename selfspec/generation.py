@@ -27,7 +27,7 @@ from selfspec.drafting.draft_model import bytes_beside, check_plan, draft_runtim
 from selfspec.errors import InputError, PlanWarning, UnsupportedOptionError
 from selfspec.options import with_stop_strings
 from selfspec.plan import Padding, Plan
-from selfspec.policy import PolicyName, drafter_for
+from selfspec.policy import PolicyName, drafter_for, too_many_rows
 from selfspec.preparation import PlainDecoding, Prepared, through_hugging_face
 from selfspec.recipe import Recipe
 from selfspec.request import Committed, Request
@@ -134,7 +134,7 @@ class SelfSpeculator:
         if draft_model is not None:
             self.draft_runtime = draft_runtime(model, draft_model, backend=backend, compile=compile)
         self._warn_if_stale(**self._conditions)
-        self._told_of_sampling = False
+        self._told_of_sampling = self._told_of_rows = False
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
         self._turns = Turns()
@@ -251,6 +251,14 @@ class SelfSpeculator:
             advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
             warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
 
+    def _warn_if_too_many(self, rows: int) -> None:
+        if self.policy == "fixed" or self.draft_runtime is not None or self._told_of_rows:
+            return
+        if (reason := too_many_rows(self.plan, rows)) is not None:
+            self._told_of_rows = True
+            advice = f"search for {rows} rows (--rows, or --other-rows), or keep to the plan with policy 'fixed'"
+            warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=4)
+
     def _prepare(
         self,
         model: PreTrainedModel,
@@ -272,6 +280,7 @@ class SelfSpeculator:
         if not self._told_of_sampling:
             self._told_of_sampling = True
             self._warn_if_stale(do_sample=bool(generation_config.do_sample))
+        self._warn_if_too_many(input_ids.shape[0])
         return prepared.request(self.plan)
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:

@@ -66,7 +66,7 @@ class Stats:
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     """By pass: (row, drafted, accepted) of every unfinished row."""
     policy: str = ""
-    """`adaptive`, or `fixed` and why."""
+    """`adaptive`; or `fixed`, or `none`, and why."""
     choices: dict[str, int] = field(default_factory=dict)
     """By who drafted and how far: in how many passes."""
     changes: list[str] = field(default_factory=list)

@@ -13,7 +13,7 @@ from models import FIRST_DROPPED, damped_model, prompts
 from tape import TapeRecorder
 from transformers import PreTrainedModel
 
-from selfspec import InputError, Plan, PlanError, SkipSet, wrap
+from selfspec import InputError, Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.graphs import Graphs
 from selfspec.plan import Conditions, Outlook, PromptLookup, Provenance, Tree
 from selfspec.policy import (
@@ -406,6 +406,7 @@ def conditions(**changes: object) -> Provenance:
         ({"provenance": conditions()}, None),
         ({"outlook": None}, "does not say what drafts of other lengths cost"),
         ({"gamma": 0, "skip_set": SkipSet(), "outlook": outlook(0.6, matches=[[0.4, 0.8]] * 5)}, None),
+        ({"gamma": 0, "skip_set": SkipSet(), "outlook": None}, "never drafts"),
         ({"exit_threshold": 0.4}, "adapts by itself"),
         ({"prompt_lookup": PromptLookup(gamma=2)}, "does not say what to expect of prompt lookup"),
         ({"prompt_lookup": PromptLookup(gamma=2), "outlook": outlook(0.6, matches=[[0.4, 0.8]] * 5)}, None),
@@ -470,6 +471,33 @@ def test_batches_adapt_together(llama: PreTrainedModel) -> None:
     spec = wrap(llama, plan(outlook=outlook(0.9, rows=3)))
     assert torch.equal(spec.generate(tokens, **options), llama.generate(tokens, **options))
     assert len(spec.stats.choices) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({}, "1 row"),
+        ({"other_rows": [outlook(0.6, rows=2)]}, "1 and 2 rows"),
+        ({"outlook": None, "exit_threshold": 0.01, "provenance": conditions(rows=2)}, "2 rows"),
+    ],
+)
+def test_more_rows_than_have_a_price_are_decoded_plainly_and_told_once(
+    changes: dict[str, object], known: str, llama: PreTrainedModel
+) -> None:
+    tokens, mask = prompts(11, 5, 7)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 13}
+    spec, expected = wrap(llama, plan(**changes)), llama.generate(tokens, **options)
+    with pytest.warns(
+        PlanWarning, match=f"the plan knows what {known} cost, not 3, so they are decoded plainly; search"
+    ):
+        assert torch.equal(spec.generate(tokens, **options), expected)
+    assert (spec.stats.policy, spec.stats.drafted) == (f"none: the plan knows what {known} cost, not 3", 0)
+    spec.generate(tokens, **options)
+    spec.generate(tokens[:1], attention_mask=mask[:1], do_sample=False, max_new_tokens=13)
+    assert spec.stats.drafted > 0
+    kept = wrap(llama, plan(**changes), policy="fixed")
+    assert torch.equal(kept.generate(tokens, **options), expected)
+    assert kept.stats.drafted > 0
 
 
 def test_with_one_seed_sampled_text_is_the_same_every_time(llama: PreTrainedModel) -> None:

@@ -175,11 +175,16 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
     low, high = plan.outlook, plan.other_rows[0]
     assert between.rounds == pytest.approx([low.rounds[n] + (high.rounds[n] - low.rounds[n]) / 4 for n in range(7)])
     spec = wrap(model, plan)
-    for rows, policy in ((1, "adaptive"), (2, "adaptive"), (5, "adaptive"), (6, "knows what 1 and 5 rows cost, not 6")):
+
+    def policy_for(rows: int) -> str:
         tokens, mask = prompts(*range(3, 3 + rows))
         options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 13}
         assert torch.equal(spec.generate(tokens, **options), model.generate(tokens, **options))
-        assert policy in spec.stats.policy
+        return spec.stats.policy
+
+    assert [policy_for(rows) for rows in (1, 2, 5)] == ["adaptive"] * 3
+    with pytest.warns(PlanWarning, match="plan knows what 1 and 5 rows cost, not 6"):
+        assert policy_for(6).startswith("none")
 
 
 @pytest.mark.usefixtures("sure")

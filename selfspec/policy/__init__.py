@@ -9,7 +9,7 @@ from selfspec.policy.adaptive import AdaptivePolicy
 from selfspec.policy.choice import Choice, Choices, Row
 from selfspec.policy.drafter import AdaptiveDrafter
 from selfspec.policy.estimates import AgreementEstimate, MatchEstimate
-from selfspec.policy.serving import PolicyName, drafter_for, longest_draft, obstacle_to_adapting
+from selfspec.policy.serving import PolicyName, drafter_for, longest_draft, obstacle_to_adapting, too_many_rows
 
 __all__ = [
     "AdaptiveDrafter",
@@ -23,4 +23,5 @@ __all__ = [
     "drafter_for",
     "longest_draft",
     "obstacle_to_adapting",
+    "too_many_rows",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from selfspec.drafting import Drafter, PromptLookupDrafter, drafter_of
+from selfspec.drafting import Drafter, NoDrafter, PromptLookupDrafter, drafter_of
 from selfspec.plan import Outlook, Plan, PromptLookup
 from selfspec.policy.adaptive import AdaptivePolicy
 from selfspec.policy.choice import Choice, Choices
@@ -30,7 +30,9 @@ def drafter_for(
     plan: Plan, runtime: Runtime, rows: int, policy: PolicyName, draft_runtime: Runtime | None = None
 ) -> tuple[Drafter, str]:
     """The drafter that serves a request of so many rows, which adapts where it can and should; and, in words, the
-    policy."""
+    policy. More rows than have a price are decoded plainly: what pays for few may lose for many."""
+    if policy == "adaptive" and draft_runtime is None and (reason := too_many_rows(plan, rows)) is not None:
+        return NoDrafter(), f"none: {reason}"
     obstacle = obstacle_to_adapting(plan, runtime, rows)
     if draft_runtime is not None:
         obstacle = "a draft model's costs are not in the plan"
@@ -39,6 +41,15 @@ def drafter_for(
     outlook = plan.outlook_for(rows)
     assert outlook is not None
     return adaptive_drafter(plan, runtime, outlook), "adaptive"
+
+
+def too_many_rows(plan: Plan, rows: int) -> str | None:
+    """Why nobody knows whether drafts pay for so many rows; None where they were searched for as many, or by hand."""
+    searched_for = [plan.provenance.conditions.rows] if plan.provenance is not None else []
+    known = plan.rows or searched_for
+    if not longest_draft(plan) or not known or rows <= max(known):
+        return None
+    return f"the plan knows what {_listed(known)} cost, not {rows}"
 
 
 def adaptive_drafter(plan: Plan, runtime: Runtime, outlook: Outlook) -> AdaptiveDrafter:
@@ -64,6 +75,8 @@ def lookup_of(plan: Plan, outlook: Outlook) -> PromptLookupDrafter | None:
 def obstacle_to_adapting(plan: Plan, runtime: Runtime, rows: int) -> str | None:
     """Why this plan drafts as it says, or None if it may adapt."""
     device = runtime.model.device
+    if not longest_draft(plan):
+        return "the plan never drafts"
     if plan.outlook is None:
         return "the plan does not say what drafts of other lengths cost"
     if plan.exit_threshold is not None:

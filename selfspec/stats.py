@@ -70,7 +70,7 @@ class Stats:
     choices: dict[str, int] = field(default_factory=dict)
     """By who drafted and how far: in how many passes."""
     changes: list[str] = field(default_factory=list)
-    """When the policy came to choose differently, and what each choice promised."""
+    """When the policy made a choice, another one, or a probe, and what each promised."""
     steps: int = 0
     """Passes of the draft."""
     pass_lengths: dict[int, int] = field(default_factory=dict)

@@ -187,6 +187,12 @@ def test_drafting_is_given_up_within_a_few_rounds_when_the_text_becomes_hard() -
         one.observe(gamma, 0, 1)
         rounds += 1
     assert rounds < 15
+    assert "without a match: none (" in one.policy.changes[-1]
+    assert " after layers 1 (" in one.policy.changes[-1]
+    while not one.choose():
+        one.observe(0, 0, 1)
+    assert ": layers 1 (" in one.policy.changes[-1]
+    assert "to see whether layers pay again" in one.policy.changes[-1]
 
 
 def test_what_stands_behind_a_stop_token_is_no_evidence() -> None:
@@ -218,7 +224,7 @@ def test_prompt_lookup_is_judged_also_while_others_draft() -> None:
         one.observe([Seen(choice.layers, accepted, 0, accepted + 1, LONGEST, 8, accepted + 1)])
         rounds += 1
     assert rounds < 20
-    assert any("behind a match: lookup" in change for change in one.changes)
+    assert any("behind a match of 8 or more: lookup" in change for change in one.changes)
 
 
 def test_rows_without_a_match_draft_by_layers_beside_rows_that_look_up() -> None:

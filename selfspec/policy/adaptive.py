@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from selfspec.policy.choice import Choice, Choices, Estimates, Row
-from selfspec.policy.estimates import match_class
+from selfspec.policy.estimates import lengths_of, match_class
 
 ROUNDS = 32
 """About so many rounds make up the present speed."""
@@ -57,7 +57,7 @@ class AdaptivePolicy:
     first: Choice
 
     changes: list[str] = field(default_factory=list)
-    """Whenever another choice was made in the same situation: when, which, and what each gains by its estimates."""
+    """Whenever a situation got a choice, another one, or a probe: when, and what each gains by the estimates."""
 
     def __post_init__(self) -> None:
         self.estimates = Estimates.of(self.choices.outlook)
@@ -80,17 +80,20 @@ class AdaptivePolicy:
         counted = Counter(rows)
         situation = self._situation(rows)
         best, best_gain = self.choices.best(counted, self.estimates, self.speed * len(rows))
-        chosen = self._incumbents.get(situation, self.first if situation < 0 else best)
+        before = self._incumbents.get(situation)
+        chosen = before or (self.first if situation < 0 else best)
         if chosen != best and best_gain > self._gain(chosen, counted) + HYSTERESIS * self._expected(best, counted):
-            if situation in self._incumbents:
-                self._note(situation, chosen, best, counted)
             chosen = best
-        self._incumbents[situation] = chosen
+        if chosen != before:
+            instead = "at first" if before is None else f"after {self._promise(before, counted)}"
+            self._note(situation, chosen, instead, counted)
+            self._incumbents[situation] = chosen
         if chosen.layers:
             self._idle, self._wait, self._again = 0, float(FIRST_PROBE), False
         self.probing = not chosen.layers and self._is_time_to_probe(chosen, counted)
         if self.probing and self._probe is not None:
             self._at_stake = self._gain(chosen, counted) / len(rows)
+            self._note(situation, self._probe, "to see whether layers pay again", counted)
             chosen = self._probe
         self._now = chosen, counted
         return chosen
@@ -159,10 +162,11 @@ class AdaptivePolicy:
     def _speed(self, choice: Choice, rows: Counter[Row]) -> float:
         return self._expected(choice, rows) / self.choices.seconds(choice, rows)
 
-    def _note(self, situation: int, before: Choice, after: Choice, rows: Counter[Row]) -> None:
-        if len(self.changes) == MOST_CHANGES:
-            return
-        where = "without a match" if situation < 0 else "behind a match"
-        one, other = (f"{choice} ({self._gain(choice, rows):+.2f})" for choice in (after, before))
-        present = f"tokens a round beside {self.speed:.4g} tokens/s in each row"
-        self.changes.append(f"round {self._rounds}, {where}: {one} after {other}, {present}")
+    def _promise(self, choice: Choice, rows: Counter[Row]) -> str:
+        return f"{choice} ({self._gain(choice, rows):+.2f})"
+
+    def _note(self, situation: int, chosen: Choice, why: str, rows: Counter[Row]) -> None:
+        if len(self.changes) < MOST_CHANGES:
+            where = f"behind a match of {lengths_of(situation)}" if situation >= 0 else "without a match"
+            present = f"tokens a round beside {self.speed:.4g} tokens/s in each row"
+            self.changes.append(f"round {self._rounds}, {where}: {self._promise(chosen, rows)} {why}, {present}")

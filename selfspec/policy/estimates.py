@@ -144,3 +144,11 @@ class MatchEstimate:
 def match_class(matched: int) -> int:
     """Which of `MATCHES` a match of so many tokens falls under."""
     return bisect_right(MATCHES, matched) - 1
+
+
+def lengths_of(at: int) -> str:
+    """The lengths of the matches that are told apart as one, in words."""
+    if at == len(MATCHES) - 1:
+        return f"{MATCHES[at]} or more"
+    first, last = MATCHES[at], MATCHES[at + 1] - 1
+    return str(first) if first == last else f"{first} to {last}"

@@ -89,7 +89,7 @@ def generate(
     for one, tokens in zip(prompts, encoded, strict=True):
         check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)
     torch.manual_seed(seed)
-    shown = Show(chosen) if show else None
+    shown = Show(chosen, "layers" if drafting is None else "draft model") if show else None
     writer = Writer(spec, loaded.tokenizer, shown)
     for tokens in encoded:
         limit = max_new_tokens or DEFAULT_NEW_TOKENS

@@ -333,8 +333,11 @@ class SelfSpeculator:
         self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])
         if streamer is not None:
             streamer.put(plain.prompts.cpu())
-        with self.stats.timed("total"):
-            output = plain.run(streamer)
+        try:
+            with self.stats.timed("total"):
+                output = plain.run(streamer)
+        finally:
+            self.stats.tokens = plain.criteria.tokens
         return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=self.stats)
 
     def _output(self, request: Request, generation_config: GenerationConfig) -> Tensor | SpeculativeOutput:

@@ -67,6 +67,10 @@ def generate(
     sampling = sampling_options(temperature, top_p, top_k)
 
     chosen = _plan(plan, draft_model, draft_gamma)
+    if draft_model is not None:
+        from selfspec.drafting.draft_model import check_plan
+
+        check_plan(chosen, draft_memory)  # before models are loaded, and before it is told what the draft takes
     loaded = load_model(model, device=device, dtype=dtype)
     drafting = load_draft_model(draft_model, loaded)
 

@@ -113,6 +113,14 @@ def test_wrap_reads_a_plan_from_a_file_or_a_directory(tmp_path: Path) -> None:
     assert wrap(model, path).plan == wrap(model, str(tmp_path)).plan == plan
 
 
+@pytest.mark.parametrize("given", [None, {"skip_set": {}, "gamma": 2}, 4, b"plan.json", SkipSet()], ids=repr)
+def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
+    message = f"a plan is a Plan, a plan file, or a directory that holds one, but {type(given).__name__} was given"
+    with pytest.raises(PlanError, match=message) as caught:
+        wrap(tiny_model("llama"), given)
+    assert "\n" not in str(caught.value)
+
+
 # --- Edited and broken files ---
 
 

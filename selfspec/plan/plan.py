@@ -223,6 +223,11 @@ class Plan(Strict):
     @classmethod
     def from_pretrained(cls, directory_or_file: str | os.PathLike[str]) -> Plan:
         """Read a plan from a file, or from `selfspec_plan.json` in a directory."""
+        if not isinstance(directory_or_file, str | os.PathLike):
+            raise PlanError(
+                f"a plan is a Plan, a plan file, or a directory that holds one, but {type(directory_or_file).__name__} "
+                "was given; make one with Plan(skip_set=..., gamma=...), or with 'selfspec search'"
+            )
         path = Path(directory_or_file)
         if os.path.isdir(path):  # which answers no where `Path.is_dir` raises
             path = path / PLAN_FILE

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from selfspec.generation import SelfSpeculator, SpeculativeOutput, draft_bytes, wrap
     from selfspec.metrics import Metrics
-    from selfspec.plan import Plan
+    from selfspec.plan import Outlook, Padding, Plan, PromptLookup, Tree
     from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
     from selfspec.skip_set import QuantisedSet, SkipSet
     from selfspec.stats import Stats
@@ -29,9 +29,12 @@ __all__ = [
     "Format",
     "InputError",
     "Metrics",
+    "Outlook",
+    "Padding",
     "Plan",
     "PlanError",
     "PlanWarning",
+    "PromptLookup",
     "Quantised",
     "QuantisedSet",
     "Recipe",
@@ -41,6 +44,7 @@ __all__ = [
     "SpeculativeOutput",
     "Stats",
     "SubVocabulary",
+    "Tree",
     "UnsupportedModelError",
     "UnsupportedOptionError",
     "draft_bytes",
@@ -50,7 +54,10 @@ __all__ = [
 _HOMES = {
     "Format": "recipe",
     "Metrics": "metrics",
+    "Outlook": "plan",
+    "Padding": "plan",
     "Plan": "plan",
+    "PromptLookup": "plan",
     "Quantised": "recipe",
     "QuantisedSet": "skip_set",
     "Recipe": "recipe",
@@ -59,6 +66,7 @@ _HOMES = {
     "SpeculativeOutput": "generation",
     "Stats": "stats",
     "SubVocabulary": "recipe",
+    "Tree": "plan",
     "draft_bytes": "generation",
     "wrap": "generation",
 }

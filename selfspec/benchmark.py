@@ -59,7 +59,7 @@ class Score:
     stats: Stats | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        counted = self.stats is not None and self.stats.rounds > 0
+        stats = self.stats if self.stats is not None and self.stats.rounds else None
         return {
             "name": self.name,
             "settings": self.settings,
@@ -68,8 +68,12 @@ class Score:
             "differing_tokens": self.differing.differing_tokens,
             "near_ties": self.differing.near_ties,
             "errors": self.differing.errors,
-            "acceptance_rate": round(self.stats.acceptance_rate, 4) if counted and self.stats else None,
-            "tokens_per_round": round(self.stats.tokens_per_round, 4) if counted and self.stats else None,
+            "acceptance_rate": round(stats.acceptance_rate, 4) if stats else None,
+            "tokens_per_round": round(stats.tokens_per_round, 4) if stats else None,
+            "policy": stats.policy if stats else None,
+            "choices": stats.choices if stats else None,
+            "accepted_at": stats.accepted_at if stats else None,
+            "reached_at": stats.reached_at if stats else None,
         }
 
 

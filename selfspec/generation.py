@@ -65,8 +65,8 @@ def wrap(
         compile: fuse the passes with `torch.compile`: slower to start, faster to run. By default on CUDA only: on a CPU
             it takes tens of seconds for every pass length.
         graphs: capture rounds as CUDA graphs; by default where there is CUDA.
-        policy: `adaptive` lets the draft length follow the text, round by round, where the plan says what that costs,
-            down to plain decoding; `fixed` keeps the plan's.
+        policy: `adaptive` lets the text decide who drafts and how far, round by round, where the plan says what that
+            costs, down to plain decoding; `fixed` keeps to the plan.
         draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
             quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
         draft_model: a smaller model of the same tokenizer, on the same device, that drafts the plan's gamma tokens in
@@ -342,8 +342,11 @@ class SelfSpeculator:
         self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])
         if streamer is not None:
             streamer.put(plain.prompts.cpu())
-        with self.stats.timed("total"):
-            output = plain.run(streamer)
+        try:
+            with self.stats.timed("total"):
+                output = plain.run(streamer)
+        finally:
+            self.stats.tokens = plain.criteria.tokens
         return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=self.stats)
 
     def _output(self, request: Request, generation_config: GenerationConfig) -> Tensor | SpeculativeOutput:

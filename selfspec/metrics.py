@@ -139,8 +139,8 @@ class Metrics:
         from prometheus_client import REGISTRY
 
         registry = REGISTRY if registry is None else registry
-        self._labels = tuple(labels)
-        if taken := sorted({figure.label for figure in FIGURES} & {*labels}):
+        self._labels = _names(labels)
+        if taken := sorted({figure.label for figure in FIGURES} & {*self._labels}):
             raise InputError(f"label '{taken[0]}' is one of the metrics' own; call it something else")
         try:
             self._metrics = [_registered(figure, self._labels, registry) for figure in FIGURES]
@@ -157,6 +157,20 @@ class Metrics:
             for values, number in figure.samples(stats):
                 one = metric.labels(*own, *values) if own or values else metric
                 one.inc(number) if figure.kind == "counter" else one.set(number)  # type: ignore[union-attr]
+
+
+def _names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels, if they are what Prometheus would take for as many different ones."""
+    advice = "give a list of different names, such as labels=['model']"
+    if isinstance(labels, str):
+        raise InputError(f"labels is '{labels}', of which every letter would be one; {advice}")
+    names = tuple(labels)
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"labels holds {name!r}, but names are strings; {advice}")
+        if names.count(name) > 1:
+            raise InputError(f"labels holds '{name}' twice; {advice}")
+    return names
 
 
 def _registered(figure: _Figure, labels: Sequence[str], registry: CollectorRegistry) -> Counter | Gauge:

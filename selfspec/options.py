@@ -7,6 +7,7 @@ method could see it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -70,9 +71,8 @@ def check_arguments(
     own = model.generation_config
     _check_settings(kwargs, own)  # type: ignore[arg-type]
     _check_settings(vars(config) if config is not None else {}, own)  # type: ignore[arg-type]
-    limit = kwargs.get("max_new_tokens")
-    if limit is not None and limit < 1:
-        raise InputError(f"max_new_tokens is {limit}, but at least one token must be asked for")
+    _check_limits(kwargs)
+    _check_limits(vars(config) if config is not None else {})
     if inputs is not None and kwargs.get("input_ids") is not None:
         raise InputError("the prompt was given twice, by position and as input_ids; give it once")
     _check_tokens(model, inputs if inputs is not None else kwargs.get("input_ids"))
@@ -141,6 +141,17 @@ def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
         is_own = name in _CACHE_DEFAULTS and value == getattr(own, name, None)
         if value not in defaults and not is_own:
             raise UnsupportedOptionError(f"{name}={value} is not supported; leave it out, or use model.generate")
+
+
+def _check_limits(settings: Mapping[str, Any]) -> None:
+    for name in ("max_new_tokens", "max_length"):
+        limit = settings.get(name)
+        try:
+            given = None if limit is None else index(limit)
+        except TypeError:
+            raise InputError(f"{name} is {limit!r:.50}, but it must be a whole number of tokens") from None
+        if name == "max_new_tokens" and given is not None and given < 1:
+            raise InputError(f"{name} is {given}, but at least one token must be asked for")
 
 
 def _check_mode(config: GenerationConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,12 +102,37 @@ class Prepared:
         return switch is not None and longest <= switch < longest + limit - width
 
 
+class Counting(StoppingCriteriaList):
+    """The same criteria, which Hugging Face asks once for every token of a row; what follows a row's own end does not
+    count."""
+
+    def __init__(self, criteria: StoppingCriteriaList, prompts: Tensor) -> None:
+        super().__init__(criteria)
+        self._ended = torch.zeros(prompts.shape[0], dtype=torch.bool, device=prompts.device)  # b
+        self._counts = torch.zeros_like(self._ended, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        ended: Tensor = super().__call__(input_ids, scores, **kwargs)  # type: ignore[assignment]
+        self._counts += ~self._ended
+        self._ended |= ended
+        return ended
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return int(self._counts.sum())
+
+
 @dataclass(frozen=True)
 class PlainDecoding:
     """A request that no view can serve, as a call of Hugging Face's own decoding, and why."""
 
     prepared: Prepared
     reason: str
+
+    @cached_property
+    def criteria(self) -> Counting:
+        return Counting(self.prepared.stopping_criteria, self.prompts)
 
     @property
     def prompts(self) -> Tensor:
@@ -118,7 +144,7 @@ class PlainDecoding:
         return call.model._sample(  # type: ignore[operator]
             call.input_ids,
             call.logits_processor,
-            call.stopping_criteria,
+            self.criteria,
             call.generation_config,
             streamer=streamer,
             **call.model_kwargs,

@@ -138,6 +138,13 @@ def test_bench_ends_with_one_line_of_json(model_dir: Path, plan_file: Path, prom
     assert (data["backend"], data["plan"]["gamma"]) == ("sdpa", 3)
     assert "bootstrap" in data["intervals"]
     assert "policy: fixed: the plan does not say what drafts of other lengths cost" in table
+    generate, *_, ours = data["contenders"]
+    assert ours["policy"] == "fixed: the plan does not say what drafts of other lengths cost"
+    assert list(ours["choices"]) == ["layers 3"]
+    assert len(ours["accepted_at"]) == len(ours["reached_at"]) == 3
+    assert all(accepted <= reached for accepted, reached in zip(ours["accepted_at"], ours["reached_at"], strict=True))
+    assert ours["reached_at"][0] > 0
+    assert [generate[name] for name in ("policy", "choices", "accepted_at", "reached_at")] == [None] * 4
     for name in names:
         assert any(line.startswith(name) for line in table)
 
@@ -492,6 +499,8 @@ def test_help_names_every_command_and_the_version_is_the_packages() -> None:
     assert all(command in result.stdout for command in ("demo", "search", "generate", "bench"))
     for command in ("demo", "search", "generate", "bench"):
         assert run(command, "--help").exit_code == 0
+    for command in ("generate", "bench"):
+        assert "who drafts, and how far" in " ".join(run(command, "--help").stdout.replace("│", " ").split())
     assert run("--version").stdout == f"selfspec {__version__}\n"
 
 
@@ -539,6 +548,8 @@ def test_misused_draft_models_are_refused_in_one_line(
     generate = ("generate", model_dir, "--prompt", PROMPT)
     both = complaint(*generate, "--plan", plan_file, "--draft-model", smaller_dir)
     assert "drafts with layers of the model itself" in both
+    # Before models are loaded, and before it is told what the draft takes:
+    assert both == complaint("generate", "no-model", "--prompt", PROMPT, "--plan", plan_file, "--draft-model", "none")
     assert "there is no model directory at" in complaint(*generate, "--draft-model", tmp_path / "none")
     gamma = ("--plan", plan_file, "--draft-gamma", 3)
     assert "--draft-gamma goes with --draft-model" in complaint(*generate, *gamma)

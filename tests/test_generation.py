@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, prompts, tiny_model
+from models import ENDS_SKIPPED, PAD, prompts, tiny_model
 from pairs import assert_same, llama, speculator
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
@@ -332,6 +332,35 @@ def test_the_longrope_fallback_streams_and_returns_stats_like_any_call(phi3: Sel
     assert output.stats.seconds["total"] > 0
     with pytest.raises(UnsupportedOptionError, match="longrope"):
         next(phi3.stream(tokens[:1], max_new_tokens=11))
+
+
+def test_the_longrope_fallback_counts_each_rows_tokens_up_to_its_own_end(phi3: SelfSpeculator) -> None:
+    tokens, mask = prompts(9, 4)
+    given = {"attention_mask": mask, "max_new_tokens": 11}
+    written = phi3.generate(tokens, **given)[:, 9:]
+    assert (phi3.stats.tokens, phi3.stats.passes) == (2 * 11, 0)
+    stop = int(written[1, 4])
+    assert stop not in [*written[1, :4].tolist(), *written[0].tolist()], "choose another place"
+    for pad in (PAD, stop, int(written[0, -1])):  # also one that a row ends with, and one that it writes
+        stats = assert_same(tokens, **given, eos_token_id=stop, pad_token_id=pad, spec=phi3)
+        assert stats.tokens == 11 + 5
+        assert stats.tokens_per_second == 16 / stats.seconds["total"] > 0
+
+
+def test_a_longrope_fallback_that_is_broken_off_has_counted_what_it_wrote(phi3: SelfSpeculator) -> None:
+    class Broken(TextStreamer):
+        def __init__(self) -> None:
+            self.left = 4  # the prompt, and three steps
+
+        def put(self, value: Tensor) -> None:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+
+    tokens, mask = prompts(9, 4)
+    with pytest.raises(KeyboardInterrupt):
+        phi3.generate(tokens, attention_mask=mask, max_new_tokens=11, streamer=Broken())
+    assert phi3.stats.tokens in (2 * 3, 2 * 4)  # Hugging Face may check a step before or behind its being streamed
 
 
 def test_a_plan_searched_in_other_conditions_warns_that_another_may_be_faster() -> None:

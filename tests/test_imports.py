@@ -51,3 +51,12 @@ def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(selfspec, name).__name__ == name for name in selfspec.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'speculate'"):
         selfspec.speculate  # noqa: B018
+
+
+def test_what_plans_are_made_of_by_hand_is_public() -> None:
+    import selfspec
+    from selfspec.plan.schema import Setting
+
+    parts = {part for part in Setting.__subclasses__() if part.__module__.startswith("selfspec.")}
+    assert {part.__name__ for part in parts} >= {"Tree", "PromptLookup"}
+    assert all(getattr(selfspec, part.__name__) is part for part in parts)

@@ -185,6 +185,23 @@ def test_a_label_that_cannot_be_called_so_takes_one_line(label: str, message: st
         Metrics(CollectorRegistry(), labels=[label])
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("model", "labels is 'model', of which every letter would be one; give a list of different names, such as"),
+        (["model", 7], "labels holds 7, but names are strings; give a list"),
+        ([["model"]], r"labels holds \['model'\], but names are strings"),
+        (["model", "site", "model"], "labels holds 'model' twice; give a list of different names"),
+    ],
+)
+def test_labels_that_are_no_list_of_different_names_take_one_line(labels: Any, message: str) -> None:
+    registry = CollectorRegistry()
+    with pytest.raises(InputError, match=message) as caught:
+        Metrics(registry, labels=labels)
+    assert "\n" not in str(caught.value)
+    Metrics(registry, labels=iter(["model"])).observe(first(), model="m")  # nothing was registered before
+
+
 def test_a_registry_takes_one_set_of_metrics() -> None:
     registry = CollectorRegistry()
     Metrics(registry)

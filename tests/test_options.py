@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import CACHE, ENDS_SKIPPED, PAD, VOCABULARY, assert_exercised, damped_model, prompts
@@ -440,6 +441,22 @@ def test_what_is_refused_is_refused_through_custom_generate_too() -> None:
     positions = (MASK.cumsum(dim=-1) - 1).clamp(min=0)  # what Hugging Face itself computes
     ours = llama().generate(**batch(position_ids=positions), custom_generate=spec)
     assert torch.equal(ours, llama().generate(**batch()))
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
+@pytest.mark.parametrize("given", ["5", 17.5, [17]], ids=repr)
+def test_a_length_that_is_no_whole_number_is_refused_in_one_line(name: str, given: Any) -> None:
+    config = GenerationConfig(do_sample=False)
+    setattr(config, name, given)
+    for options in ({name: given}, {"generation_config": config}):
+        with pytest.raises(InputError) as refusal:
+            speculator().generate(TOKENS, attention_mask=MASK, **options)
+        assert str(refusal.value) == f"{name} is {given!r}, but it must be a whole number of tokens"
+
+
+def test_whole_numbers_of_other_kinds_are_lengths_too() -> None:
+    for seven in (np.int64(7), torch.tensor(7)):
+        assert speculator().generate(**batch(max_new_tokens=seven)).shape == (3, WIDTH + 7)
 
 
 def test_custom_generate_of_another_model_is_refused() -> None:

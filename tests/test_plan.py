@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from models import LAYERS, tiny_model
 from transformers import AutoConfig
 
 import selfspec
-from selfspec import Plan, PlanError, SkipSet, wrap
+from selfspec import Outlook, Padding, Plan, PlanError, PromptLookup, SkipSet, Tree, wrap
 from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 EDITABLE = {"selfspec_version": 1, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
@@ -112,6 +113,14 @@ def test_wrap_reads_a_plan_from_a_file_or_a_directory(tmp_path: Path) -> None:
     assert wrap(model, path).plan == wrap(model, str(tmp_path)).plan == plan
 
 
+@pytest.mark.parametrize("given", [None, {"skip_set": {}, "gamma": 2}, 4, b"plan.json", SkipSet()], ids=repr)
+def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
+    message = f"a plan is a Plan, a plan file, or a directory that holds one, but {type(given).__name__} was given"
+    with pytest.raises(PlanError, match=message) as caught:
+        wrap(tiny_model("llama"), given)
+    assert "\n" not in str(caught.value)
+
+
 # --- Edited and broken files ---
 
 
@@ -138,6 +147,13 @@ def test_wrap_reads_a_plan_from_a_file_or_a_directory(tmp_path: Path) -> None:
             r"attn layer 1, but this model has 1",
         ),
         ({"provenance": {"seed": 0, "trials": 3}}, "lacks the key 'provenance.conditions'"),
+        ({"tree": {"siblings": 0}}, "key 'tree.siblings': .*greater than or equal to 1"),
+        ({"tree": {}}, "lacks the key 'tree.siblings'; search again"),
+        ({"tree": {"siblings": 1, "depth": 2}}, "unknown key 'tree.depth'; remove it"),
+        (
+            {"prompt_lookup": {"gamma": 4, "min_ngram": 5, "max_ngram": 3}},
+            "key 'prompt_lookup': min_ngram is 5, but it must be at most max_ngram, 3",
+        ),
         (
             {"selfspec_version": 2, "key of version 2": 0},
             "has selfspec_version 2, but this selfspec reads 1; search ag",
@@ -185,6 +201,23 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(PlanError, match=r"cannot be read: .*utf"):
         Plan.from_pretrained(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Tree(), "Tree lacks 'siblings'; give it"),
+        (lambda: Tree(siblings=0), r"Tree's siblings: .*greater than or equal to 1 \(given: 0\)"),
+        (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
+        (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
+        (lambda: Outlook(rows=1, draft_step=0.1, agreement=[0.5]), "Outlook lacks 'rounds'; give it"),
+        (lambda: Padding(rows=1, target=[1, 1]), "Padding: a pass cannot be padded to fewer tokens than it has"),
+    ],
+)
+def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{message}") as caught:
+        make()
+    assert "\n" not in str(caught.value)
 
 
 # --- Writing whole or not at all ---

@@ -211,6 +211,7 @@ def test_siblings_that_pay_are_confirmed_and_written_with_what_they_were_found_t
     found = siblings_that(monkeypatch, gained=0.5, rescued=0.25, seconds=1e-5)
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[3]))
     assert result.plan.tree == Tree(siblings=1, width=2), "of equals the smallest"
+    assert Plan.from_json(result.plan.to_json()) == result.plan
     assert result.winner is not None
     assert result.winner.rounds_equal is None
     assert result.winner.differing_texts == 0
@@ -311,6 +312,12 @@ def test_a_plan_from_before_siblings_lookup_lengths_and_other_rows_still_reads()
     assert (plan.outlook.looking, plan.outlook.matches, plan.rows) == (0.0, [], [2])
 
 
+def test_a_tree_may_be_as_large_as_the_outlook_knows() -> None:
+    most = len(KNOWN.rounds) - 1 - 3
+    written = Plan(skip_set=FIRST_DROPPED, gamma=3, tree=Tree(siblings=most), outlook=KNOWN).to_json()
+    assert Plan.from_json(written).siblings == most
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -322,15 +329,22 @@ def test_a_plan_from_before_siblings_lookup_lengths_and_other_rows_still_reads()
         ({"outlook": {"agreement": []}}, "outlook.agreement"),
         ({"outlook": {"rescued": 1.5}}, "outlook.rescued"),
         ({"outlook": {"rows": 0}}, "outlook.rows"),
-        ({"other_rows": [KNOWN.model_dump() | {"rounds": [1.0, 2.0]}]}, "gamma is 3, but its other_rows has costs"),
-        ({"tree": {"siblings": 0}}, "siblings"),
+        (
+            {"other_rows": [KNOWN.model_dump() | {"rows": 7, "rounds": [1.0, 2.0]}]},
+            "gamma is 3, but its other_rows has costs",
+        ),
+        ({"outlook": None, "other_rows": [KNOWN.model_dump()]}, "has other_rows, but no outlook to stand beside"),
+        ({"other_rows": [KNOWN.model_dump()]}, f"tell twice what {KNOWN.rows} rows cost; remove one"),
+        ({"other_rows": [KNOWN.model_dump() | {"rows": 7}] * 2}, "tell twice what 7 rows cost; remove one"),
+        ({"tree": {"siblings": 4}}, "gamma is 3 with 4 siblings, but its outlook has costs of rounds over up to 6"),
+        ({"tree": {"siblings": 0}}, "key 'tree.siblings'"),
         ({"tree": {"siblings": 1}, "gamma": 0}, "siblings stand beside drafted tokens; give a gamma"),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
     written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=KNOWN).to_json())
     for key, value in changes.items():
-        written[key] = written[key] | value if key == "outlook" else value  # type: ignore[operator]
+        written[key] = written[key] | value if key == "outlook" and value is not None else value  # type: ignore[operator]
     with pytest.raises(PlanError) as caught:
         Plan.from_json(json.dumps(written))
     assert message in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from commands import run
@@ -20,7 +20,7 @@ from selfspec.cli.detokenizer import Detokenizer
 from selfspec.cli.show import MOST_BARS, Show, bar_of, origin_of, tell
 from selfspec.cli.terminal import ORIGINS, asides
 from selfspec.cli.writer import printable
-from selfspec.plan import PromptLookup
+from selfspec.plan import Outlook, PromptLookup
 from selfspec.request import Committed
 
 BOTH = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, min_ngram=1)})
@@ -242,6 +242,37 @@ def test_where_nothing_is_drafted_one_line_says_so(model_dir: Path, plan_file: P
 def test_a_plan_that_never_drafts_has_no_legend() -> None:
     assert not Show(Plan.none()).legend()
     assert "by lookup" not in Show(PLAN).legend().plain
+
+
+def drafters_named(plan: Plan, drafts: Literal["layers", "draft model"] = "layers") -> list[str]:
+    return [words for words in Show(plan, drafts).legend().plain.split("  ") if words.startswith("by ")]
+
+
+def test_the_legend_names_those_who_may_draft_and_nobody_else() -> None:
+    checked = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, checked=True)})
+    outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0] * 9, agreement=[0.6], matches=[[0.4, 0.8]] * 5)
+    assert drafters_named(BOTH) == ["by lookup", "by layers"]
+    assert drafters_named(checked) == ["by layers"], "what is looked up goes through the draft"
+    assert drafters_named(checked.model_copy(update={"outlook": outlook})) == ["by layers"]
+    assert drafters_named(BOTH, "draft model") == ["by lookup", "by draft model"]
+    # The policy looks up unasked, but not where a draft model drafts.
+    assert drafters_named(PLAN.model_copy(update={"outlook": outlook})) == ["by lookup", "by layers"]
+    assert drafters_named(PLAN.model_copy(update={"outlook": outlook}), "draft model") == ["by draft model"]
+
+
+def test_a_draft_models_tokens_have_the_colour_that_the_legend_gives_it(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    options = ("--draft-model", model_dir, "--prompt", PROMPT, "--max-new-tokens", 30, "--show")
+    result = run("generate", model_dir, *options)
+    assert result.exit_code == 0, result.output
+    named = Text.from_ansi(next(line for line in result.stderr.splitlines() if "bonus (draft right)" in line))
+    assert named.plain == "by draft model  recovered (draft wrong)  bonus (draft right)  undrafted"
+    seen = {colour for line in result.stdout.split("\n") for _, colour in coloured(Text.from_ansi(line))}
+    assert number("draft model") in seen
+    assert seen <= {colour for _, colour in coloured(named)}
 
 
 def test_ctrl_c_ends_with_a_chart_of_what_was_written(

@@ -67,6 +67,10 @@ def generate(
     sampling = sampling_options(temperature, top_p, top_k)
 
     chosen = _plan(plan, draft_model, draft_gamma)
+    if draft_model is not None:
+        from selfspec.drafting.draft_model import check_plan
+
+        check_plan(chosen, draft_memory)  # before models are loaded, and before it is told what the draft takes
     loaded = load_model(model, device=device, dtype=dtype)
     drafting = load_draft_model(draft_model, loaded)
 
@@ -89,7 +93,7 @@ def generate(
     for one, tokens in zip(prompts, encoded, strict=True):
         check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)
     torch.manual_seed(seed)
-    shown = Show(chosen) if show else None
+    shown = Show(chosen, "layers" if drafting is None else "draft model") if show else None
     writer = Writer(spec, loaded.tokenizer, shown)
     for tokens in encoded:
         limit = max_new_tokens or DEFAULT_NEW_TOKENS

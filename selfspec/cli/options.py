@@ -38,7 +38,7 @@ Compile = Annotated[
     typer.Option("--compile/--no-compile", help="Fuse passes: slower to start, faster to run; by default on CUDA."),
 ]
 Policy = Annotated[
-    PolicyName, typer.Option(help="Whether the draft length follows the text, or stays as the plan says.")
+    PolicyName, typer.Option(help="Whether who drafts, and how far, follows the text, or stays as the plan says.")
 ]
 DraftMemory = Annotated[
     str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
 
@@ -38,10 +38,14 @@ def origin_of(committed: Committed, index: int) -> str:
 
 
 class Show:
-    """Gives every token the colour of its origin, and counts them."""
+    """Gives every token the colour of its origin, and counts them.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    Args:
+        drafts: who drafts by the plan's gamma.
+    """
+
+    def __init__(self, plan: Plan, drafts: Literal["layers", "draft model"] = "layers") -> None:
+        self.plan, self.drafts = plan, drafts
         self.written: Counter[str] = Counter()
         """Tokens by origin."""
         self.accepted_at: list[Counter[str]] = []
@@ -60,11 +64,18 @@ class Show:
         """What the colours mean, in one line; empty for a plan under which there is but one."""
         if not self.plan.speculates:
             return Text()
-        may_look_up = self.plan.prompt_lookup or (self.plan.outlook and self.plan.outlook.matches)
-        said = {"lookup": "by lookup"} if may_look_up else {}
-        said |= {"layers": "by layers"} if self.plan.gamma else {}
+        said = {"lookup": "by lookup"} if self._may_look_up else {}
+        said |= {self.drafts: f"by {self.drafts}"} if self.plan.gamma else {}
         said |= {RECOVERED: "recovered (draft wrong)", BONUS: "bonus (draft right)", UNDRAFTED: UNDRAFTED}
         return Text("  ").join(Text(words, style=ORIGINS[origin]) for origin, words in said.items())
+
+    @property
+    def _may_look_up(self) -> bool:
+        """Whether tokens may come from lookup alone."""
+        if self.plan.prompt_lookup is not None:
+            return not self.plan.prompt_lookup.checked  # what comes through the draft's check is the draft's
+        # A policy looks up unasked, but none serves a draft model.
+        return self.drafts == "layers" and self.plan.outlook is not None and bool(self.plan.outlook.matches)
 
     def summary(self, stats: Stats, console: Console) -> list[Text]:
         """How often drafts were right at each of their positions, and how many tokens came from where."""

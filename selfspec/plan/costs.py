@@ -7,13 +7,13 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from selfspec.plan.drafts import MOST_DRAFTED
-from selfspec.plan.schema import Strict
+from selfspec.plan.schema import Setting
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Outlook(Strict):
+class Outlook(Setting):
     """What the search expects of drafts of every kind and length, on its device: what a policy starts from.
 
     Args:
@@ -60,7 +60,7 @@ def _between(one: float, other: float, weight: float) -> float:
     return one + (other - one) * weight
 
 
-class Padding(Strict):
+class Padding(Setting):
     """Lengths of passes that are faster than shorter ones, as measured for so many rows on the search's device.
 
     Args:

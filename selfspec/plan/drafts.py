@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from selfspec.errors import PlanError
 from selfspec.plan.schema import Setting
 
 MOST_DRAFTED = 64
@@ -26,12 +25,11 @@ class PromptLookup(Setting):
     max_ngram: Annotated[int, Field(ge=1, le=64)] = 8
     checked: bool = False
 
-    def __init__(self, **data: Any) -> None:
-        super().__init__(**data)
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
         if self.min_ngram > self.max_ngram:
-            raise PlanError(
-                f"prompt lookup's min_ngram is {self.min_ngram}, but it must be at most max_ngram, {self.max_ngram}"
-            )
+            raise ValueError(f"min_ngram is {self.min_ngram}, but it must be at most max_ngram, {self.max_ngram}")
+        return self
 
     def __str__(self) -> str:
         checked = ", checked by the draft" if self.checked else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,10 +89,21 @@ class Plan(Strict):
             )
         if self.tree is not None and not self.gamma:
             raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
+        self._check_outlooks()
+
+    def _check_outlooks(self) -> None:
+        """Raise `PlanError` unless they tell, of different numbers of rows, what the plan's own rounds cost."""
+        if self.other_rows and self.outlook is None:
+            raise PlanError("plan has other_rows, but no outlook to stand beside; remove the key, or search again")
+        if repeated := [one for one, other in pairwise(self.rows) if one == other]:
+            raise PlanError(
+                f"plan's outlook and other_rows tell twice what {repeated[0]} rows cost; remove one, or search again"
+            )
+        siblings = f" with {self.siblings} sibling{'s' if self.siblings > 1 else ''}" if self.tree is not None else ""
         for key, outlook in [("outlook", self.outlook), *(("other_rows", one) for one in self.other_rows)]:
-            if outlook is not None and len(outlook.rounds) <= self.gamma:
+            if outlook is not None and len(outlook.rounds) <= self.gamma + self.siblings:
                 raise PlanError(
-                    f"plan's gamma is {self.gamma}, but its {key} has costs of rounds over up to "
+                    f"plan's gamma is {self.gamma}{siblings}, but its {key} has costs of rounds over up to "
                     f"{len(outlook.rounds) - 1} drafted tokens; remove the key '{key}', or search again"
                 )
 
@@ -211,6 +223,11 @@ class Plan(Strict):
     @classmethod
     def from_pretrained(cls, directory_or_file: str | os.PathLike[str]) -> Plan:
         """Read a plan from a file, or from `selfspec_plan.json` in a directory."""
+        if not isinstance(directory_or_file, str | os.PathLike):
+            raise PlanError(
+                f"a plan is a Plan, a plan file, or a directory that holds one, but {type(directory_or_file).__name__} "
+                "was given; make one with Plan(skip_set=..., gamma=...), or with 'selfspec search'"
+            )
         path = Path(directory_or_file)
         if os.path.isdir(path):  # which answers no where `Path.is_dir` raises
             path = path / PLAN_FILE

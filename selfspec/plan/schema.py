@@ -30,19 +30,38 @@ class Setting(Strict):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise PlanError(first_problem(error)) from None
+            raise PlanError(_problem_by_hand(type(self).__name__, error)) from None
+
+    # Else pydantic would call it for a part of a plan, too, whose problems the plan tells, with their path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def first_problem(error: ValidationError) -> str:
-    """In one line: which key, what is wrong with it, what to do."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "plan"
-    if problem["type"] == "extra_forbidden":
+    """What is wrong with a plan, in one line: which key, what is wrong with it, what to do."""
+    kind, where, message = _first(error)
+    if kind == "extra_forbidden":
         return f"plan has an unknown key '{where}'; remove it, or search again"
-    if problem["type"] == "missing":
+    if kind == "missing":
         return f"plan lacks the key '{where}'; search again"
+    return f"plan key '{where or 'plan'}': {message}"
+
+
+def _problem_by_hand(name: str, error: ValidationError) -> str:
+    """The same of a part that somebody made by hand."""
+    kind, where, message = _first(error)
+    if kind == "extra_forbidden":
+        return f"{name} takes no '{where}'; leave it out"
+    if kind == "missing":
+        return f"{name} lacks '{where}'; give it"
+    return f"{name}'s {where}: {message}" if where else f"{name}: {message}"
+
+
+def _first(error: ValidationError) -> tuple[str, str, str]:
+    """The first problem's kind, its key's path, and what is wrong with what was given."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
     message = problem["msg"].removeprefix("Value error, ")
-    return f"plan key '{where}': {message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+    return problem["type"], where, f"{message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
 
 
 def _to_skip_set(value: Any) -> Any:

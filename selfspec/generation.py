@@ -66,7 +66,7 @@ def wrap(
             it takes tens of seconds for every pass length.
         graphs: capture rounds as CUDA graphs; by default where there is CUDA.
         policy: `adaptive` lets the text decide who drafts and how far, round by round, where the plan says what that
-            costs, down to plain decoding; more rows than it says that of are decoded plainly. `fixed` keeps to the plan.
+            costs, down to plain decoding; more rows than it knows are decoded plainly. `fixed` keeps to the plan.
         draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
             quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
         draft_model: a smaller model of the same tokenizer, on the same device, that drafts the plan's gamma tokens in

@@ -6,7 +6,7 @@ which starts from the plan that this search writes. What counts is judged twice:
 prices measured once: no noise) and measured (medians, with 95 % intervals by bootstrap). Batches of many rows are
 against plain decoding of the same batch. Prints tables; the last line is JSON.
 
-    python benchmarks/drafters.py                              # a quarter of an hour, one thread
+    python benchmarks/drafters.py                              # half an hour, one thread
     python benchmarks/drafters.py --prompts 3 --trials 5 --repeats 1 --rows 1 4      # the same code, in a minute or two
     python benchmarks/drafters.py --device cuda                                      # captured and compiled
 """

@@ -22,7 +22,9 @@ from selfspec_search.texts import Text
 from selfspec_search.timing import STEPS, Bench, medians
 
 CYCLES = 9
-"""How often everything is measured, in turn."""
+"""How often everything is measured, in turn, at least."""
+SECONDS = 12.0
+"""... and for how long, where four times as many cycles take no longer."""
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 """Drafted tokens of the rounds that are measured, and the longest of all; in between, costs lie in between."""
 NOTHING_SEEN = 0.5
@@ -74,7 +76,12 @@ class Scene:
         if known.matches:
             calls["lookup"] = bench.lookup(runtime, longest)
         timed = medians(
-            calls, rare=lambda _: False, cycles=CYCLES, device=self.model.device, on_cycle=lambda done, total: None
+            calls,
+            rare=lambda _: False,
+            cycles=CYCLES,
+            device=self.model.device,
+            on_cycle=lambda done, total: None,
+            seconds=SECONDS,
         )
         rounds = np.interp(range(longest + 1), lengths, [timed[f"round {n}"] / STEPS for n in lengths])
         changes = {

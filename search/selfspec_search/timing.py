@@ -141,23 +141,27 @@ def medians(
     cycles: int,
     device: torch.device,
     on_cycle: Callable[[int, int], None],
+    seconds: float = 0.0,
 ) -> dict[Any, float]:
     """Median seconds of each call, after one that warms up, timed in turn: a slow moment falls on all alike.
 
     Args:
         rare: whether a call, by name, is timed in few of the cycles.
         on_cycle: called with (cycles done, of how many).
+        seconds: cycles go on for so long, up to four times as many: what is quick is measured better.
     """
     timed: dict[Any, list[float]] = {name: [] for name in calls}
     on_cycle(0, cycles)
     for call in calls.values():
         call()
-    for cycle in range(cycles):
+    cycle, end = 0, perf_counter() + seconds
+    while cycle < cycles or (cycle < 4 * cycles and perf_counter() < end):
         for name, call in calls.items():
             if cycle % RARELY == 0 or not rare(name):
                 timed[name].append(_seconds(call, device))
-        on_cycle(cycle + 1, cycles)
-    return {name: median(seconds) for name, seconds in timed.items()}
+        cycle += 1
+        on_cycle(min(cycle, cycles), cycles)
+    return {name: median(times) for name, times in timed.items()}
 
 
 def _seconds(call: Call, device: torch.device) -> float:

@@ -83,7 +83,7 @@ class AgreementEstimate:
         surplus = sum(min(accepted, reached) - sums[reached] for reached, accepted in rows)
         self._surplus = kept * self._surplus + surplus
         self._variance = kept * self._variance + sum(variances[reached] for reached, _ in rows)
-        # Half a token is no surprise, however sure the estimates are.
+        # However sure the estimates are, a token and a half is no surprise yet.
         if self._surplus**2 > SURPRISE**2 * (self._variance + 0.25):
             self._reached = [KEPT * seen for seen in self._reached]
             self._accepted = [KEPT * right for right in self._accepted]

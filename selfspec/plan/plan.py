@@ -16,6 +16,7 @@ from selfspec.plan.costs import Outlook, Padding
 from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup, Tree
 from selfspec.plan.model_identity import ModelIdentity
 from selfspec.plan.provenance import Provenance
+from selfspec.plan.retired import without_retired_parts
 from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
 from selfspec.recipe import Recipe, SubVocabulary
 from selfspec.skip_set import SkipSet
@@ -204,7 +205,7 @@ class Plan(Strict):
                 f"{source} is not a selfspec plan: it has no selfspec_version; make one with 'selfspec search'"
             )
         try:
-            return cls(**data)
+            return cls(**without_retired_parts(data, source))
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from None
 

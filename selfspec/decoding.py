@@ -67,7 +67,6 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     for row in committed:
         row.origin = part.origin(row.row)
     stats.count_choice(part.label, draft.steps, draft.width + 1)
-    stats.resumed += runtime.can_resume(draft)
     stats.count_pass(committed)
     stats.add_laps(laps)
     drafter.observe(committed)
@@ -114,7 +113,8 @@ class Checked:
 def check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) -> Checked:
     """Verify, accept, commit and rewind; then the drafter looks at what is there now. Never reads the device."""
     n, depths = draft.tokens.shape[1], None if draft.siblings is None else draft.siblings.depths
-    logits = runtime.verify(torch.cat([request.last_tokens()[:, None], draft.nodes], dim=1), draft)  # b n+m+1 v
+    tokens = torch.cat([request.last_tokens()[:, None], draft.nodes], dim=1)  # b n+m+1
+    logits = runtime.run("target", tokens, depths)  # b n+m+1 v
     ends = request.ends[:, None] + torch.arange(n + 1, device=logits.device)
     if depths is not None:
         ends = torch.cat([ends, request.ends[:, None] + depths + 1], dim=1)

@@ -123,7 +123,7 @@ class SelfSpeculator:
         if draft_model is not None:
             check_plan(self.plan, draft_memory)
         self.model = model
-        self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs, resume=self.plan.resume)
+        self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs)
         self.plan.check_fits(model.config)
         recipe = self.plan.recipe if self.plan.gamma else Recipe()  # what never drafts needs no copies
         limit = parse_size(draft_memory, "draft_memory") if isinstance(draft_memory, str) else draft_memory
@@ -331,8 +331,6 @@ class SelfSpeculator:
         stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.recipe)]
         if runtime.compile_obstacle is not None:
             stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")
-        if runtime.resume_obstacle is not None:
-            stats.slower_paths.append(f"verification starts anew: {runtime.resume_obstacle}")
         if runtime.capture_obstacle is not None:
             stats.slower_paths.append(f"rounds are not captured: {runtime.capture_obstacle}")
         elif runtime.graphs is not None and is_captured(runtime, request):

@@ -25,9 +25,7 @@ from selfspec.kv_cache import KVCache
 from selfspec.model_state import state_of
 from selfspec.plan import Padding
 from selfspec.recipe import Recipe
-from selfspec.resuming import Resuming, boundary_of
 from selfspec.row_buffers import RowBuffers
-from selfspec.sampling import Draft
 from selfspec.skip_set import SkipSet
 from selfspec.views import (
     check_supported,
@@ -39,7 +37,7 @@ from selfspec.views import (
     target_view,
 )
 
-ViewName = Literal["target", "draft", "lower", "upper"]
+ViewName = Literal["target", "draft"]
 PassFunction = Callable[[Tensor, Tensor | None], Tensor]
 """Of tokens `b t` and the depths of the siblings among them, if any: logits `b t v`."""
 PREFILL_CHUNK = 512
@@ -61,7 +59,6 @@ class Runtime:
             and `compile_obstacle` says why.
         graphs: capture rounds as CUDA graphs, by default where the device has them; `capture_obstacle` says why not.
         copies: shared with other runtimes of the model; by default this one has its own, and none that it does not use.
-        resume: let verification go on from the draft's own states where it can; `resume_obstacle` says why not.
     """
 
     def __init__(
@@ -73,7 +70,6 @@ class Runtime:
         compile: bool | None = None,
         graphs: bool | None = None,
         copies: Copies | None = None,
-        resume: bool = False,
     ) -> None:
         check_supported(model)
         self.model = model
@@ -87,7 +83,6 @@ class Runtime:
         """The most bytes that copies of its own may take; None for no limit."""
         self._shared_copies = copies
         self._backend_name = backend
-        self._resume_wanted = resume
         self._build()
 
     def _build(self) -> None:
@@ -98,7 +93,7 @@ class Runtime:
         self.views: dict[ViewName, PreTrainedModel] = {}
         self._passes: dict[tuple[ViewName, int, int], PassFunction] = {}
         self.copies = self._shared_copies or Copies(self.model)
-        self.views |= {
+        self.views = {
             "target": target_view(self.model),
             "draft": draft_view(self.model, self.recipe, self.copies),
         }
@@ -107,28 +102,8 @@ class Runtime:
         self.backend = choose_backend(recorded.needs(self.model), self._backend_name)
         self.graphs = None if self._graphs_wanted is False else graphs_for(self.model.device)
         self._fused = FusedLayers()
-        self.resuming: Resuming | None = None
-        self._prepare_to_resume()
         self._pinned_long: bool | None = None  # the side of the longrope switch that is served
         self._state = state_of(self.model)
-
-    def _prepare_to_resume(self) -> None:
-        """Have the views by which verification resumes, if that was asked for and is possible."""
-        if self.resuming is not None:
-            self.resuming.close()
-            del self.views["lower"], self.views["upper"]
-        self.resuming, self.resume_obstacle = None, None
-        if not self._resume_wanted:
-            return
-        boundary = boundary_of(self.recipe, self.model.config.num_hidden_layers)
-        if self.static:
-            self.resume_obstacle = "passes are compiled or captured"
-        elif not boundary:
-            self.resume_obstacle = "the draft skips or quantises something in the first layer"
-        else:
-            self.resuming = Resuming(self.model, self.views["draft"], boundary)
-            self.views |= {"lower": self.resuming.lower, "upper": self.resuming.upper}
-            self._pinned_long = None  # these views are on no side yet
 
     def refresh(self) -> None:
         """Build the views anew if the user moved, cast or re-adapted the model since."""
@@ -228,7 +203,6 @@ class Runtime:
         self._passes = {key: run for key, run in self._passes.items() if key[0] == "target"}
         if self.graphs is not None:
             self.graphs.drop()
-        self._prepare_to_resume()
         if self._cache is not None:
             for view in self.views.values():
                 self._cache.attach(attention_modules(view))
@@ -296,28 +270,11 @@ class Runtime:
         padding = tokens[:, -1:].expand(-1, key[1] - t)
         return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]
 
-    def verify(self, tokens: Tensor, draft: Draft) -> Tensor:
-        """Logits `b n+m+1 v` of the target over the last committed tokens and the draft's nodes (`b n+m+1`).
-
-        They resume from the draft's own states where there are any.
-        """
-        if self.resuming is None or not self.resuming.has_states_of(draft):
-            return self.run("target", tokens, None if draft.siblings is None else draft.siblings.depths)
-        if (column := self.resuming.missing) is not None:
-            self.cache.lengths += column
-            self.run("lower", tokens[:, column : column + 1])
-            self.cache.lengths -= column
-        return self.run("upper", tokens)
-
-    def can_resume(self, draft: Draft) -> bool:
-        """Whether the check of this draft resumes, or did."""
-        return self.resuming is not None and self.resuming.has_states_of(draft)
-
     def _padded(self, view: ViewName, t: int) -> int:
         """How many tokens a pass over `t` is made of: more, where longer passes are faster."""
         if self.padding is None or self.padding.rows != self.cache.rows:
             return t
-        if view in ("target", "upper"):
+        if view == "target":
             return self.padding.of_target(t)
         return self.padding.draft if t == 1 else t
 
@@ -326,7 +283,7 @@ class Runtime:
 
         def forward(tokens: Tensor, depths: Tensor | None) -> Tensor:
             step = cache.begin(t, static=static, depths=depths)
-            return run_view(module, tokens, step.positions, step, head=view != "lower")
+            return run_view(module, tokens, step.positions, step)
 
         def forward_in_fused_layers(tokens: Tensor, depths: Tensor | None) -> Tensor:
             step = cache.begin(t, static=True, depths=depths)

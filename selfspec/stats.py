@@ -75,8 +75,6 @@ class Stats:
     """Passes of the draft."""
     pass_lengths: dict[int, int] = field(default_factory=dict)
     """By how many tokens of each row a verify pass took: how many passes."""
-    resumed: int = 0
-    """Verify passes that went on from the draft's own states."""
     by_origin: dict[str, list[int]] = field(default_factory=dict)
     """By who drafted: tokens drafted, and accepted."""
     seconds: dict[str, float] = field(

@@ -16,7 +16,7 @@ from models import LAYERS, tiny_model
 from transformers import AutoConfig
 
 import selfspec
-from selfspec import Outlook, Padding, Plan, PlanError, PromptLookup, SkipSet, Tree, wrap
+from selfspec import Outlook, Padding, Plan, PlanError, PlanWarning, PromptLookup, SkipSet, Tree, wrap
 from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 EDITABLE = {"selfspec_version": 1, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
@@ -218,6 +218,15 @@ def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], objec
     with pytest.raises(PlanError, match=f"^{message}") as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+# --- Plans of earlier releases ---
+
+
+@pytest.mark.parametrize(("part", "named"), [({"resume": True}, "resume")], ids=lambda value: str(value))
+def test_an_old_plan_is_read_with_a_warning_that_names_what_no_longer_exists(part: dict[str, Any], named: str) -> None:
+    with pytest.warns(PlanWarning, match=f"parts that no longer exist, and they are ignored: {named}$"):
+        assert Plan.from_json(json.dumps(EDITABLE | part)) == Plan(**EDITABLE)
 
 
 # --- Writing whole or not at all ---

@@ -57,8 +57,6 @@ class LookupFirstDrafter(Drafter):
         return self.lookup.origin(row) or self.second.origin(row)
 
     def draft(self, request: Request, n: int) -> Draft:
-        if self.second.runtime.resuming is not None and not any(self.lookup.found_in_unfinished(request)):
-            return self.second.draft(request, min(n, self.second.gamma))  # in every row, so that its states serve
         hit = self.lookup.hits(request) > 0  # b
         made = self.second.draft(request, min(n, self.second.gamma), among=~hit).padded(n)
         found = self.lookup.draft(request, n)

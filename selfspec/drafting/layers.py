@@ -47,9 +47,6 @@ class StepwiseDrafter(Drafter):
         drafted = torch.zeros_like(limits)
         picked: list[Picked] = []
         token = request.last_tokens()
-        resuming = self.runtime.resuming
-        if resuming is not None:
-            resuming.begin()
         steps = 0
         for step in range(n):
             logits = self._logits(request, token, step)  # b 1 v
@@ -62,10 +59,7 @@ class StepwiseDrafter(Drafter):
             token = picked[-1].token
             lengths += 1
         lengths.copy_(start)
-        draft = self._draft_of(picked, drafted, steps)
-        if resuming is not None and among is None:
-            resuming.keep_for(draft)
-        return draft
+        return self._draft_of(picked, drafted, steps)
 
     def _going(self, logits: Tensor, going: Tensor) -> Tensor:
         if self.exit_threshold is None:

@@ -36,9 +36,6 @@ class Plan(Strict):
 
     With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
 
-    With `resume`, verification goes on from the draft's own states at the first layer of which anything is skipped or
-    quantised. Worth it only where a pass over many tokens takes much longer than one over one.
-
     `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
     `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
     makes passes longer where that is faster, also those of plain decoding.
@@ -59,7 +56,6 @@ class Plan(Strict):
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
     tree: Tree | None = None
-    resume: bool = False
     outlook: Outlook | None = None
     other_rows: list[Outlook] = Field(default_factory=list)
     padding: Padding | None = None
@@ -157,8 +153,7 @@ class Plan(Strict):
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
             siblings = f", {self.tree}" if self.tree is not None else ""
-            resumed = ", resumed" if self.resume else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}{resumed}")
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:
@@ -190,8 +185,7 @@ class Plan(Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        # What is not used need not be read.
-        unused = {name for name in ("resume", "other_rows") if not getattr(self, name)}
+        unused = set() if self.other_rows else {"other_rows"}  # what is not used need not be read
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod

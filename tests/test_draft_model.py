@@ -590,7 +590,6 @@ def test_a_benchmark_lines_it_up_beside_a_plan_for_layers() -> None:
             "drafts with layers of the model itself",
         ),
         (of_gamma(3, tree=Tree(siblings=2)), "tree is of drafts by layers"),
-        (of_gamma(3, prompt_lookup=PromptLookup(gamma=4, checked=True)), "checked by layers of the model itself"),
         (Plan.none(), "gamma is 0, so a draft model would never draft"),
     ],
 )

@@ -63,7 +63,7 @@ def test_the_benchmark_runs_at_a_small_size(tmp_path: Path, capsys: pytest.Captu
         (name, rows) for rows in (1, 2) for name in ("code", "editing", "prose", "mixed")
     ]
     for result in found["results"]:
-        one_row = {"layers", "checked", "tree"} if result["rows"] == 1 else set()
+        one_row = {"layers", "tree"} if result["rows"] == 1 else set()
         assert set(result["drafters"]) == {"plain", "lookup", "cascade", "adaptive"} | one_row
         assert all(line["differing"] == 0 for line in result["drafters"].values())
         assert result["drafters"]["plain"]["priced"] == 1

@@ -27,7 +27,6 @@ GAMMA = 3
 PLAN = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA)
 LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 CASCADE = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA, prompt_lookup=LOOKUP)
-CHECKED = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA, prompt_lookup=LOOKUP.model_copy(update={"checked": True}))
 NEW_TOKENS = 23
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS}
@@ -82,8 +81,8 @@ def test_replayed_rounds_write_what_the_model_writes(family: str) -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [CASCADE, CHECKED, Plan.none(prompt_lookup=LOOKUP), Plan.none()],
-    ids=["cascade", "checked", "lookup", "plain"],
+    [CASCADE, Plan.none(prompt_lookup=LOOKUP), Plan.none()],
+    ids=["cascade", "lookup", "plain"],
 )
 def test_every_drafter_is_captured(plan: Plan, llama: PreTrainedModel) -> None:
     spec, given = taped(llama, plan), batch(22, 5, 14)
@@ -101,11 +100,11 @@ def test_every_drafter_is_captured(plan: Plan, llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("lengths", [(1,), (11, 11)], ids=str)
 @pytest.mark.parametrize("pad", [-1, VOCABULARY])
-@pytest.mark.parametrize("drafts", ["cascade", "checked", "draft model"])
+@pytest.mark.parametrize("drafts", ["cascade", "draft model"])
 def test_what_pads_need_be_no_token_of_the_model(
     drafts: str, pad: int, lengths: tuple[int, ...], captured: bool, llama: PreTrainedModel
 ) -> None:
-    short = {"prompt_lookup": LOOKUP.model_copy(update={"gamma": 1, "checked": drafts == "checked"})}
+    short = {"prompt_lookup": LOOKUP.model_copy(update={"gamma": 1})}
     plan = CASCADE.model_copy(update=short) if drafts != "draft model" else Plan(skip_set=SkipSet(), gamma=GAMMA)
     spec = wrap(llama, plan, draft_model=llama if drafts == "draft model" else None)
     if captured:

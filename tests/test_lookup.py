@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ENDS_SKIPPED, PAD, prompts
 from pairs import assert_same, llama
-from test_sampling import assert_follows
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -157,49 +156,6 @@ def test_the_output_is_the_models_own(rows: int, gamma: int, threshold: float | 
     if gamma == 0:
         assert stats.seconds["draft"] > 0
         assert any(drafted == 0 for step in stats.history for _, drafted, _ in step), "lookup never missed"
-
-
-CHECKED = LOOKUP.model_copy(update={"checked": True})
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_what_the_draft_checked_before_the_target_is_the_models_own(rows: int) -> None:
-    tokens, mask = repetitive(rows)
-    options = {"attention_mask": mask, "max_new_tokens": 31, "do_sample": False}
-    spec = wrap(llama(), Plan(skip_set=ENDS_SKIPPED, gamma=3, prompt_lookup=CHECKED))
-    checked = assert_same(tokens, **options, spec=spec)
-    first = assert_same(tokens, **options, spec=speculator(3))
-    assert 0 < checked.accepted < checked.drafted
-    assert checked.acceptance_rate > first.acceptance_rate, "the draft sorts out what was looked up"
-    assert set(checked.choices) == {"layers 3", "lookup 4 checked by layers"}
-    stop = int(llama().generate(tokens, **options)[0, -7])
-    assert_same(tokens, **options, eos_token_id=stop, repetition_penalty=1.2, spec=spec)
-
-
-def test_a_draft_that_checks_draws_its_tokens_from_q_and_the_text_from_p() -> None:
-    tokens, _ = repetitive(1)
-    spec = wrap(llama(), Plan(skip_set=ENDS_SKIPPED, gamma=2, prompt_lookup=CHECKED))
-    options = {"do_sample": True, "top_k": 4, "max_new_tokens": 2}
-    torch.manual_seed(43)
-    out = torch.cat([spec.generate(tokens.repeat(401, 1), **options)[:, -2:] for _ in range(9)])
-    assert 0 < spec.stats.accepted < spec.stats.drafted
-    logits = llama()(tokens).logits[0, -1]
-    top = logits.topk(4).indices
-    counts = torch.tensor([int((out[:, 0] == token).sum()) for token in top.tolist()])
-    assert counts.sum() == len(out)
-    assert_follows(counts[None], torch.softmax(logits[top], dim=-1)[None].detach())
-    commonest = int(out[:, 0].mode().values)
-    after = llama()(torch.cat([tokens, torch.tensor([[commonest]])], dim=1)).logits[0, -1]
-    top = after.topk(4).indices
-    second = out[out[:, 0] == commonest, 1]
-    counts = torch.tensor([int((second == token).sum()) for token in top.tolist()])
-    assert counts.sum() == len(second)
-    assert_follows(counts[None], torch.softmax(after[top], dim=-1)[None].detach())
-
-
-def test_a_check_without_a_draft_is_refused() -> None:
-    with pytest.raises(PlanError, match="checked by the draft, which needs a gamma"):
-        Plan(skip_set=ENDS_SKIPPED, gamma=0, prompt_lookup=CHECKED)
 
 
 def test_a_cascade_drafts_by_layers_where_lookup_misses() -> None:

@@ -223,10 +223,17 @@ def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], objec
 # --- Plans of earlier releases ---
 
 
-@pytest.mark.parametrize(("part", "named"), [({"resume": True}, "resume")], ids=lambda value: str(value))
+@pytest.mark.parametrize(("part", "named"), [({"resume": True}, "resume")], ids=str)
 def test_an_old_plan_is_read_with_a_warning_that_names_what_no_longer_exists(part: dict[str, Any], named: str) -> None:
     with pytest.warns(PlanWarning, match=f"parts that no longer exist, and they are ignored: {named}$"):
         assert Plan.from_json(json.dumps(EDITABLE | part)) == Plan(**EDITABLE)
+
+
+def test_an_old_plan_with_checked_lookup_looks_up_without_the_check() -> None:
+    lookup = PromptLookup(gamma=5)
+    old = EDITABLE | {"prompt_lookup": lookup.model_dump() | {"checked": True}}
+    with pytest.warns(PlanWarning, match=r"ignored: prompt_lookup\.checked$"):
+        assert Plan.from_json(json.dumps(old)) == Plan(**EDITABLE, prompt_lookup=lookup)
 
 
 # --- Writing whole or not at all ---

@@ -249,11 +249,8 @@ def drafters_named(plan: Plan, drafts: Literal["layers", "draft model"] = "layer
 
 
 def test_the_legend_names_those_who_may_draft_and_nobody_else() -> None:
-    checked = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, checked=True)})
     outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0] * 9, agreement=[0.6], matches=[[0.4, 0.8]] * 5)
     assert drafters_named(BOTH) == ["by lookup", "by layers"]
-    assert drafters_named(checked) == ["by layers"], "what is looked up goes through the draft"
-    assert drafters_named(checked.model_copy(update={"outlook": outlook})) == ["by layers"]
     assert drafters_named(BOTH, "draft model") == ["by lookup", "by draft model"]
     # The policy looks up unasked, but not where a draft model drafts.
     assert drafters_named(PLAN.model_copy(update={"outlook": outlook})) == ["by lookup", "by layers"]

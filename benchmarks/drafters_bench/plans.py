@@ -55,7 +55,6 @@ def find_plans(
         "lookup": lookup.plan,
         "layers": layers.plan,
         "cascade": cascade.plan,
-        "checked": _checked(cascade.plan, found.profile.gamma_max),
         "tree": _with_tree(layers, found.plan.tree),
     }
     adaptive = found.plan
@@ -82,14 +81,6 @@ def _outlook(profile: Profile, recipe: Recipe, table: Table, texts: Sequence[Tex
         looking=prices.costs.lookup,
         matches=match_shares(texts, prices.lookup, profile.gamma_max),
     )
-
-
-def _checked(cascade: Plan, longest: int) -> Plan:
-    """The cascade the other way round: the draft checks what was looked up, and adds a token of its own."""
-    lookup = cascade.prompt_lookup
-    assert lookup is not None
-    changes = {"checked": True, "gamma": min(lookup.gamma, longest - 1)}
-    return cascade.model_copy(update={"prompt_lookup": lookup.model_copy(update=changes)})
 
 
 def _with_tree(layers: Prediction, tree: Tree | None) -> Plan:

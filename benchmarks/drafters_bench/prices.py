@@ -24,13 +24,9 @@ class Prices:
         """Of all rounds that were counted."""
         outlook, passes = self.outlook, sum(stats.pass_lengths.values())
         rounds = sum(outlook.rounds[tokens - 1] * count for tokens, count in stats.pass_lengths.items())
-        # A pass of the draft over looked-up tokens is longer than a step: as much as one of the target's would be.
-        checked = sum(count for choice, count in stats.choices.items() if "checked" in choice)
-        longer = rounds / passes / outlook.rounds[0] if passes else 1.0
-        steps = stats.steps + checked * (longer - 1)
         siblings = sum(count for choice, count in stats.choices.items() if "sibling" in choice)
         looking = outlook.looking * passes if self.looks else 0.0
-        return rounds + looking + steps * outlook.draft_step + siblings * outlook.branching
+        return rounds + looking + stats.steps * outlook.draft_step + siblings * outlook.branching
 
     def speed(self, stats: Stats) -> float:
         """Tokens per priced second."""

@@ -73,7 +73,7 @@ class Show:
     def _may_look_up(self) -> bool:
         """Whether tokens may come from lookup alone."""
         if self.plan.prompt_lookup is not None:
-            return not self.plan.prompt_lookup.checked  # what comes through the draft's check is the draft's
+            return True
         # A policy looks up unasked, but none serves a draft model.
         return self.drafts == "layers" and self.plan.outlook is not None and bool(self.plan.outlook.matches)
 

@@ -1,6 +1,6 @@
 """Drafters: who guesses the next tokens."""
 
-from selfspec.drafting.cascade import CheckedLookupDrafter, LookupFirstDrafter
+from selfspec.drafting.cascade import LookupFirstDrafter
 from selfspec.drafting.draft_model import DraftModelDrafter
 from selfspec.drafting.drafter import Drafter, NoDrafter, Origin
 from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
@@ -9,7 +9,6 @@ from selfspec.drafting.of_plan import drafter_of
 from selfspec.drafting.tree import TreeDrafter
 
 __all__ = [
-    "CheckedLookupDrafter",
     "DraftModelDrafter",
     "Drafter",
     "LayerSkipDrafter",

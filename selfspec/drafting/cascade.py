@@ -1,4 +1,4 @@
-"""Cascades: drafters one behind the other."""
+"""Cascade: prompt lookup first, and another drafter where it finds nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from selfspec.drafting.drafter import Drafter
-from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
+from selfspec.drafting.layers import StepwiseDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter
-from selfspec.processors import process
 from selfspec.request import Committed, Origin, Request
-from selfspec.sampling import Draft, accept, one_hot, to_probs
+from selfspec.sampling import Draft, one_hot
 
 
 class LookupFirstDrafter(Drafter):
@@ -67,60 +66,6 @@ class LookupFirstDrafter(Drafter):
             made.siblings,  # none of them valid where nothing was made
             made.steps,
         )
-
-
-class CheckedLookupDrafter(Drafter):
-    """A cascade the other way round: the draft checks what is looked up, in one pass of its own, and what comes
-    through, with the draft's own next token, goes to the target (the vertical cascade of Chen et al. 2023,
-    arXiv:2312.11462).
-
-    Tokens that the draft accepts follow its q, as its own do, so the target's check is exact whatever was looked up.
-    Where nothing was found in any row, layers draft token by token.
-    """
-
-    looks = True
-
-    def __init__(self, lookup: PromptLookupDrafter, layers: LayerSkipDrafter) -> None:
-        self.lookup, self.layers = lookup, layers
-        self.gamma = max(lookup.gamma + 1, layers.gamma)
-
-    @property
-    def key(self) -> Hashable:
-        return "checked lookup", self.lookup.key
-
-    @property
-    def label(self) -> str:
-        return f"{self.lookup.label} checked by layers"
-
-    def begin(self, request: Request) -> None:
-        self.lookup.begin(request)
-
-    def look(self, request: Request) -> Tensor:
-        return self.lookup.look(request)
-
-    def hear(self, told: Sequence[Sequence[int]]) -> None:
-        self.lookup.hear(told)
-
-    def choose(self, request: Request) -> tuple[Drafter, int]:
-        found = max(self.lookup.found_in_unfinished(request), default=0)
-        if not found:
-            return self.layers.choose(request)
-        return self, min(found + 1, request.longest_draft(self.gamma))
-
-    def origin(self, row: int) -> Origin | None:
-        return "layers"
-
-    def draft(self, request: Request, n: int) -> Draft:
-        found = self.lookup.draft(request, n - 1)
-        tokens = torch.cat([request.last_tokens()[:, None], found.tokens], dim=1)  # b n
-        columns = request.ends[:, None] + torch.arange(n, device=tokens.device)
-        scores = process(request.processors, self.layers.runtime.run("draft", tokens), request.sequences, columns)
-        checked = accept(found, scores, sampling=request.sampling)
-        drafted = torch.nn.functional.pad(found.tokens, (0, 1))
-        drafted.scatter_(1, checked.accepted[:, None], checked.following[:, None])
-        request.sequences.scatter_(1, columns, drafted)
-        lengths = torch.minimum(checked.accepted + 1, request.draft_limits(n))
-        return Draft(drafted, lengths, to_probs(scores) if request.sampling else None, steps=1)
 
 
 def _mixed(hit: Tensor, tokens: Tensor, probs: Tensor | None) -> Tensor | None:

@@ -206,11 +206,6 @@ def check_plan(plan: Plan, draft_memory: int | str | None = None) -> None:
         )
     if plan.tree is not None:
         raise InputError(f"the plan's tree is of drafts by layers, so leave it or the draft model out: {advice}")
-    if plan.prompt_lookup is not None and plan.prompt_lookup.checked:
-        raise InputError(
-            "what the plan looks up is to be checked by layers of the model itself, so leave 'checked' or the draft "
-            f"model out: {advice}"
-        )
     if not plan.gamma:
         raise InputError(f"the plan's gamma is 0, so a draft model would never draft; {advice}")
     if draft_memory is not None:

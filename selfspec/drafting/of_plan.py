@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfspec.drafting.cascade import CheckedLookupDrafter, LookupFirstDrafter
+from selfspec.drafting.cascade import LookupFirstDrafter
 from selfspec.drafting.draft_model import DraftModelDrafter
 from selfspec.drafting.drafter import Drafter, NoDrafter
 from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
@@ -23,8 +23,6 @@ def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = Non
     if plan.prompt_lookup is None:
         return stepwise if plan.gamma else NoDrafter()
     lookup = PromptLookupDrafter(plan.prompt_lookup)
-    if plan.prompt_lookup.checked and plan.gamma:
-        return CheckedLookupDrafter(lookup, layers_of(plan, runtime))
     return LookupFirstDrafter(lookup, stepwise) if plan.gamma else lookup
 
 

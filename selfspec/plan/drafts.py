@@ -17,13 +17,12 @@ MOST_SIBLINGS = 16
 class PromptLookup(Setting):
     """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
 
-    The longest match counts, of up to `max_ngram` tokens. `checked`: the draft checks them before the target does.
+    The longest match counts, of up to `max_ngram` tokens.
     """
 
     gamma: Annotated[int, Field(ge=1, le=MOST_DRAFTED)]
     min_ngram: Annotated[int, Field(ge=1, le=64)] = 2
     max_ngram: Annotated[int, Field(ge=1, le=64)] = 8
-    checked: bool = False
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -32,8 +31,7 @@ class PromptLookup(Setting):
         return self
 
     def __str__(self) -> str:
-        checked = ", checked by the draft" if self.checked else ""
-        return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted{checked}"
+        return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted"
 
 
 class Tree(Setting):

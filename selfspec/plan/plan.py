@@ -78,12 +78,6 @@ class Plan(Strict):
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
             recipe.validate(self.model.num_layers)
-        checked = self.prompt_lookup is not None and self.prompt_lookup.checked
-        if checked and (not self.gamma or self.tree is not None or self.exit_threshold is not None):
-            raise PlanError(
-                "prompt_lookup is to be checked by the draft, which needs a gamma, and neither tree nor "
-                "exit_threshold; change the plan, or leave 'checked' out"
-            )
         if self.tree is not None and not self.gamma:
             raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
         self._check_outlooks()
@@ -144,8 +138,7 @@ class Plan(Strict):
     @property
     def longest_draft(self) -> int:
         """The most tokens that a round drafts, whoever drafts them, siblings apart."""
-        lookup = self.prompt_lookup
-        return max(self.gamma, lookup.gamma + lookup.checked if lookup else 0)
+        return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
 
     def __str__(self) -> str:
         """In words: what is looked up, what is skipped, how far is drafted."""

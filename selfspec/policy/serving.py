@@ -81,8 +81,6 @@ def obstacle_to_adapting(plan: Plan, runtime: Runtime, rows: int) -> str | None:
         return "the plan does not say what drafts of other lengths cost"
     if plan.exit_threshold is not None:
         return "an exit threshold adapts by itself"
-    if plan.prompt_lookup is not None and plan.prompt_lookup.checked:
-        return "what is looked up is checked by the draft first"
     if plan.prompt_lookup is not None and not plan.outlook.matches:
         return "the plan does not say what to expect of prompt lookup"
     if runtime.compile and device.type == "cpu":

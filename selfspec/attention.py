@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
 
 from selfspec.errors import InputError
@@ -243,50 +241,6 @@ class Sdpa:
         return attended.reshape(b, h, t, -1).transpose(1, 2)
 
 
-class Flex:
-    """PyTorch's FlexAttention: windows, soft caps and siblings are compiled into the kernel."""
-
-    name = "flex"
-    masks = False
-    trees = True
-
-    @staticmethod
-    def obstacle(needs: AttentionNeeds) -> str | None:
-        return None if needs.device.type == "cuda" else f"FlexAttention needs CUDA, the model is on {needs.device.type}"
-
-    @staticmethod
-    def prepare(step: Pass) -> tuple[Tensor, ...]:
-        return ()
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
-    ) -> Tensor:
-        step.append(keys, key)
-        step.append(values, value)
-        cap = how.softcap
-
-        def capped(score: Tensor, *_: Tensor) -> Tensor:
-            return score if cap is None else torch.tanh(score / cap) * cap
-
-        keys, values = (cached[:, : step.s].transpose(1, 2) for cached in (keys, values))
-        attended: Tensor = _flex(query.device.type)(
-            query,
-            keys,
-            values,
-            score_mod=None if cap is None else capped,
-            block_mask=step.blocks(how.window),
-            scale=how.scale,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-        return attended.transpose(1, 2)
-
-
-@cache
-def _flex(device: str) -> Any:
-    """FlexAttention, as a kernel where there is CUDA; elsewhere as its own reference, for tests."""
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
-
-
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionArgs) -> Tensor:
     """Attention of `b h t d` over `b h s d`, with an additive mask that broadcasts to `b h t s` and the soft cap."""
     if how.softcap is None:
@@ -308,7 +262,7 @@ def fold_mask(mask: Tensor, groups: int) -> Tensor:
     return repeat(mask, "b t s -> b 1 (g t) s", g=groups)
 
 
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (FlashAttn, TorchFlash, Sdpa, Flex)}
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (FlashAttn, TorchFlash, Sdpa)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from selfspec.attention import AttentionArgs, Backend, Sdpa, additive_mask, fold_mask
 
@@ -42,7 +41,6 @@ class Pass:
     sees_all: bool = False  # the only token of the only row, which goes to the last of the `s` slots
     depths: Tensor | None = None  # b m
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
-    _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = torch.arange(self.t, device=self.lengths.device)
@@ -90,28 +88,11 @@ class Pass:
             visible = visible & (slots > positions - window)
         return visible if self.depths is None else visible | (slots == own)
 
-    def blocks(self, window: int | None) -> BlockMask:
-        """The same as FlexAttention wants it."""
-        if window not in self._blocks:
-            positions, reach, own = self.positions, self.reach, self.slots
-
-            def visible(b: Tensor, _: Tensor, t: Tensor, slot: Tensor) -> Tensor:
-                seen = slot <= reach[b, t]
-                if window is not None:
-                    seen = seen & (slot > positions[b, t] - window)
-                return seen | (slot == own[b, t])
-
-            rows, device = self.lengths.shape[0], str(self.lengths.device)
-            self._blocks[window] = create_block_mask(visible, rows, None, self.t, self.s, device=device)
-        return self._blocks[window]
-
     def make_masks(self, windows_and_groups: Iterable[tuple[int | None, int]], dtype: torch.dtype) -> None:
         """Make the masks that the layers will ask for, if the backend has a use for masks."""
-        for window, groups in windows_and_groups:
-            if self.backend.masks:
+        if self.backend.masks:
+            for window, groups in windows_and_groups:
                 self.mask(window, groups, dtype)
-            elif self.backend.trees:
-                self.blocks(window)
 
     def starts(self, length: int) -> Tensor:
         """Cumulative starts of `b` stretches of `length`, as variable-length kernels want them: int32, `b + 1`."""

@@ -346,8 +346,8 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
 
 
-def test_backends_are_tried_in_order_of_speed_behind_them_the_one_that_is_asked_for_by_name() -> None:
-    assert list(BACKENDS) == ["flash-attn", "torch-flash", "sdpa", "flex"]
+def test_backends_are_tried_in_order_of_speed() -> None:
+    assert list(BACKENDS) == ["flash-attn", "torch-flash", "sdpa"]
 
 
 @pytest.mark.usefixtures("flash_attn_installed", "gpu_of")

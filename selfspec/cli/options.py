@@ -48,7 +48,7 @@ DraftMemory = Annotated[
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(help="Attention backend: flash-attn, torch-flash, sdpa or flex; by default the best that serves."),
+    typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]

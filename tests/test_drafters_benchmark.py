@@ -1,4 +1,4 @@
-"""The benchmark of drafters: prices add up, the suffix automaton is right, and all of it runs at a small size."""
+"""The benchmark of drafters: prices add up, and all of it runs at a small size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from selfspec import Stats
 from selfspec.plan import Outlook
@@ -33,22 +31,6 @@ def test_a_decoding_is_priced_by_its_counts() -> None:
     assert Prices(outlook=outlook, looks=False).seconds(stats) == pytest.approx(without)
     assert Prices(outlook=outlook, looks=True).seconds(stats) == pytest.approx(without + 6 * 0.125)
     assert Prices(outlook=outlook, looks=False).speed(stats) == pytest.approx(11 / without)
-
-
-@given(text=st.lists(st.integers(0, 2), min_size=1, max_size=19))
-def test_the_suffix_automaton_finds_the_longest_suffix_that_ended_before_and_where_it_did_last(text: list[int]) -> None:
-    from drafters_bench.suffix_automaton import SuffixAutomaton
-
-    grown = SuffixAutomaton()
-    for end, token in enumerate(text, start=1):
-        grown.append(token)
-        earlier = [
-            (length, place)
-            for place in range(1, end)
-            for length in range(1, place + 1)
-            if text[place - length : place] == text[end - length : end]
-        ]
-        assert grown.match == max(earlier, default=(0, 0))
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ class PromptLookupDrafter(Drafter):
 
     It looks at the end of a round, so that the round's one read tells the host how much there is to draft: with one
     scan of the whole context where reading the device would stall it, else by an index of the tokens committed so far,
-    which takes microseconds (`benchmarks/suffix.py`). Both find the same.
+    which takes microseconds. Both find the same.
 
     Args:
         lookup: what counts as a match, and how much of what follows is drafted.

@@ -28,7 +28,6 @@ FITS = 3
 """So often the steps of 4 bits are fitted to the weights: more changes little."""
 ALIGNED = 16
 """Kernels take sizes that are multiples of this; on others some read what is not theirs."""
-_LARGEST_FP8 = 448.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +35,7 @@ class QuantisedWeight:
     """A weight `n k` as `(values - 8) * scales + zeros` in 4 bits, `values * scales` else.
 
     Attributes:
-        values: `n k`: 0 to 15 in a byte, signed bytes, or e4m3.
+        values: `n k`: 0 to 15 in a byte, or signed bytes.
         scales: `n g` for `g` groups of inputs, float32.
         zeros: the same, in 4 bits alone.
     """
@@ -50,7 +49,7 @@ class QuantisedWeight:
     @torch.inference_mode()
     def of(cls, weight: Tensor, format: Format) -> QuantisedWeight:
         """Round a weight, whatever its dtype, where it lies."""
-        round_to = {"int4": _round_to_int4, "int8": _round_to_int8, "fp8": _round_to_fp8}[format.name]
+        round_to = {"int4": _round_to_int4, "int8": _round_to_int8}[format.name]
         at_once = ROWS_ON_CPU if weight.device.type == "cpu" else ROWS_AT_ONCE
         parts = [round_to(some.float(), format) for some in weight.detach().split(at_once)]
         values, scales, zeros = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
@@ -103,17 +102,6 @@ def _as_kernels_read(scales: Tensor) -> Tensor:
 def _round_to_int8(weight: Tensor, format: Format) -> Rounded:
     scales = _as_kernels_read(weight.abs().amax(dim=-1, keepdim=True) / 127)
     return (weight / scales).round_().clamp_(-127, 127).to(torch.int8), scales, None
-
-
-def _round_to_fp8(weight: Tensor, format: Format) -> Rounded:
-    values, scales = _to_fp8(weight)
-    return values, scales, None
-
-
-def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `r k` as e4m3, and their scales `r 1`, float32."""
-    scales = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / _LARGEST_FP8
-    return (rows / scales).to(torch.float8_e4m3fn), scales
 
 
 class QuantisedLinear(nn.Module):
@@ -193,21 +181,6 @@ class Int8Linear(QuantisedLinear):
         return torch.ops.aten._weight_int8pack_mm(rows, self.values, self.scales)  # type: ignore[no-any-return]
 
 
-class Fp8Linear(QuantisedLinear):
-    """A product of floats of 8 bits: activations are rounded, too, each row by a scale of its own."""
-
-    values: Tensor
-    scales: Tensor  # 1 n
-
-    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
-        self._keep(values=weight.values, scales=weight.scales.T)
-
-    def product(self, rows: Tensor) -> Tensor:
-        values, scales = _to_fp8(rows)
-        return torch._scaled_mm(values, self.values.T, scale_a=scales, scale_b=self.scales, out_dtype=COMPUTE)
-
-
 class DequantisedLinear(QuantisedLinear):
     """The same layer for passes over very many tokens, such as a replay's, for which the kernels of `Int4Linear` and
     `Int8Linear` are not made: its weight becomes floats at every call, then multiplies as any other.
@@ -237,7 +210,7 @@ class DequantisedLinear(QuantisedLinear):
         return nn.functional.linear(rows.to(self._dtype), weight).to(COMPUTE)
 
 
-_KERNELS: dict[str, type[QuantisedLinear]] = {"int4": Int4Linear, "int8": Int8Linear, "fp8": Fp8Linear}
+_KERNELS: dict[str, type[QuantisedLinear]] = {"int4": Int4Linear, "int8": Int8Linear}
 
 
 def quantise(weight: Tensor, bias: Tensor | None, format: Format, *, many_tokens: bool = False) -> QuantisedLinear:
@@ -246,7 +219,7 @@ def quantise(weight: Tensor, bias: Tensor | None, format: Format, *, many_tokens
     The caller has asked `linear_obstacle` and `device_obstacle` before.
     """
     rounded = QuantisedWeight.of(weight, format)
-    if many_tokens and format.name != "fp8":  # whose kernel serves both, and rounds activations
+    if many_tokens:
         return DequantisedLinear(rounded, bias, weight.dtype)
     return _KERNELS[format.name](rounded, bias)
 
@@ -255,7 +228,7 @@ def quantised_bytes(outputs: int, inputs: int, format: Format) -> int:
     """What a copy takes, before it is made."""
     if format.name == "int4":
         return outputs * inputs // 2 + 2 * COMPUTE.itemsize * outputs * (inputs // (format.group_size or inputs))
-    return outputs * inputs + outputs * (COMPUTE.itemsize if format.name == "int8" else torch.float32.itemsize)
+    return outputs * inputs + COMPUTE.itemsize * outputs
 
 
 def linear_obstacle(linear: nn.Module, format: Format) -> str | None:
@@ -275,8 +248,6 @@ def linear_obstacle(linear: nn.Module, format: Format) -> str | None:
 def device_obstacle(format: Format, device: torch.device) -> str | None:
     """Why this device cannot multiply in a format, or None if it can: a small product is tried."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if format.name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        return f"{where} has no products of 8-bit floats"
     size = max(128, format.group_size or 0)
     try:
         quantise(torch.ones(size, size, device=device), None, format)(torch.ones(1, size, device=device))

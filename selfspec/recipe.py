@@ -13,14 +13,14 @@ from typing import Any, Literal, Self, get_args
 from selfspec.errors import PlanError
 from selfspec.skip_set import QuantisedSet, SkipSet
 
-FormatName = Literal["int8", "int4", "fp8"]
+FormatName = Literal["int8", "int4"]
 GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are stored: integers of 8 bits with a scale for every output; of 4 bits with a scale and a zero for
-    every `group_size` inputs of an output; or floats of 8 bits (e4m3) with a scale for every output.
+    """How weights are stored: integers of 8 bits with a scale for every output; or of 4 bits with a scale and a zero
+    for every `group_size` inputs of an output.
 
     >>> str(Format("int4", 64)), str(Format("int8"))
     ('int4 in groups of 64', 'int8')
@@ -52,7 +52,7 @@ class Format:
         return self.name if self.group_size is None else f"{self.name} in groups of {self.group_size}"
 
 
-INT8, INT4, FP8 = Format("int8"), Format("int4", 32), Format("fp8")
+INT8, INT4 = Format("int8"), Format("int4", 32)
 
 
 @dataclass(frozen=True, kw_only=True)

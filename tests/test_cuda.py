@@ -51,7 +51,7 @@ from selfspec.loading import AUTO, _device, describe_device
 from selfspec.lossless import compare
 from selfspec.plan import PromptLookup
 from selfspec.quantised_linear import QuantisedWeight, device_obstacle, quantise
-from selfspec.recipe import FP8, INT4, INT8, Format
+from selfspec.recipe import INT4, INT8, Format
 from selfspec.runtime import PREFILL_CHUNK, device_name
 from selfspec.stats import Laps
 
@@ -163,7 +163,7 @@ def test_a_draft_model_is_captured(lookup: PromptLookup | None, device: torch.de
     assert drafted == accepted > GAMMA
 
 
-QUANTISED = [INT4, INT8, FP8]
+QUANTISED = [INT4, INT8]
 
 
 @BOTH
@@ -177,8 +177,7 @@ def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_f
     weight, inputs = (torch.randn(n, 256, generator=generator).to(device) for n in (176, 7))
     product = quantise(weight, None, format)(inputs)
     expected = inputs @ QuantisedWeight.of(weight, format).dequantised().T
-    rounding = 0.06 if format == FP8 else 0.01  # which rounds activations, too
-    assert (product - expected).norm() < rounding * expected.norm()
+    assert (product - expected).norm() < 0.01 * expected.norm()
     assert torch.equal(quantise(weight, None, format)(inputs), product), "the same every time"
 
 

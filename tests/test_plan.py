@@ -138,6 +138,7 @@ def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
         ({"skip_set": {"attn": [-1]}}, "skip set: attn holds -1, but layers are whole numbers from 0"),
         ({"skip_set": {"heads": [1]}}, "a skip set has the keys 'attn' and 'mlp'"),
         ({"skip_set": None}, "a skip set has the keys 'attn' and 'mlp'"),
+        ({"quantised": {"format": "fp8"}}, "format is 'fp8', but it must be one of int8, int4"),
         (
             {"model": {"model_type": "llama", "num_layers": 3, "fingerprint": "0", "size": 7}},
             "unknown key 'model.size'",

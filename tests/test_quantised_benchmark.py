@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfspec import InputError, Quantised, QuantisedSet, Recipe, SkipSet, SubVocabulary
 from selfspec.copies import copied_bytes
 from selfspec.quantised_linear import QuantisedWeight
-from selfspec.recipe import FP8, INT4, INT8
+from selfspec.recipe import INT4, INT8
 from selfspec.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -141,7 +141,7 @@ def test_the_real_shape_has_as_many_parameters_as_the_model_it_is_named_after_an
 @pytest.mark.parametrize("shape", [TOY_LLAMA, TOY_QWEN3], ids=lambda shape: shape.name)
 def test_every_layer_of_a_toy_can_have_a_copy_in_every_format(shape: Any) -> None:
     subject = Subject(shape, CPU, 0)
-    for format in (INT4, INT8, FP8):
+    for format in (INT4, INT8):
         assert Dial(subject, format, keep=False).names == list(subject.linears())
 
 
@@ -172,7 +172,7 @@ def test_no_prompt_holds_the_padding_token() -> None:
     assert min(int(prompt.min()) for prompt in prompts) > 0
 
 
-@pytest.mark.parametrize("format", [INT4, INT8, FP8], ids=str)
+@pytest.mark.parametrize("format", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_dial_goes_from_the_copies_to_the_weights_as_they_were_drawn(format: Any, keep: bool) -> None:
     subject = Subject(TOY_LLAMA, CPU, 0)
@@ -204,7 +204,7 @@ def test_the_dial_scales_what_a_skip_set_gives_and_leaves_nothing_behind() -> No
 
 def test_rows_are_rounded_alike_whether_few_or_all_at_a_time() -> None:
     weight = torch.randn(523, 64).to(torch.bfloat16)  # more than two parts
-    for format in (INT4, INT8, FP8):
+    for format in (INT4, INT8):
         assert torch.equal(rounded(weight, format), QuantisedWeight.of(weight, format).dequantised(torch.bfloat16))
 
 
@@ -333,15 +333,15 @@ def test_nothing_to_measure_is_refused(part: str, option: str) -> None:
 
 
 def test_the_trained_model_comes_behind_the_first_format_of_the_smaller_shape() -> None:
-    formats = [INT4, FP8]
+    formats = [INT4, INT8]
     assert list(_order([THIRTY_TWO, EIGHT, MIDSIZE], formats)) == [
         (EIGHT, INT4),
         (MIDSIZE, None),
-        (EIGHT, FP8),
+        (EIGHT, INT8),
         (THIRTY_TWO, INT4),
-        (THIRTY_TWO, FP8),
+        (THIRTY_TWO, INT8),
     ]
-    assert list(_order([THIRTY_TWO], formats)) == [(THIRTY_TWO, INT4), (THIRTY_TWO, FP8)]
+    assert list(_order([THIRTY_TWO], formats)) == [(THIRTY_TWO, INT4), (THIRTY_TWO, INT8)]
     assert list(_order([MIDSIZE], formats)) == [(MIDSIZE, None)]
 
 
@@ -351,7 +351,7 @@ def test_a_run_without_time_names_all_that_it_left_out(tmp_path: Path, capsys: p
     assert result["shapes"] == []
     reasons = {stage["name"]: stage["reason"] for stage in result["stages"]}
     assert "python benchmarks/midsize.py" in reasons.pop("mid-size model")
-    assert len(reasons) == 6
+    assert len(reasons) == 4
     assert all("--budget" in reason for reason in reasons.values())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["stages"] == result["stages"]
 
@@ -442,11 +442,11 @@ def test_the_toy_run_of_a_gpu_measures_shapes_formats_and_a_trained_model(
     monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
     training = [sys.executable, str(BENCHMARKS / "midsize.py"), "--toy", "--out", str(tmp_path / "model")]
     subprocess.run(training, check=True, capture_output=True)
-    result, out = run("gpu", "--midsize", tmp_path / "model", "--formats", "fp8")
+    result, out = run("gpu", "--midsize", tmp_path / "model", "--formats", "int8")
     assert set(result) == COMMON | {"shapes", "trained", "stages"}
     assert {stage["status"] for stage in result["stages"]} == {"done"}, out
     assert [(shape["shape"], shape["format"]) for shape in result["shapes"]] == [
-        (shape.name, FP8.code) for shape in (TOY_LLAMA, TOY_QWEN3)
+        (shape.name, INT8.code) for shape in (TOY_LLAMA, TOY_QWEN3)
     ]
     for shape in result["shapes"]:
         check_shape(shape)

@@ -18,7 +18,6 @@ import selfspec.quantised_linear
 from selfspec import Format
 from selfspec.quantised_linear import (
     DequantisedLinear,
-    Fp8Linear,
     Int4Linear,
     Int8Linear,
     QuantisedWeight,
@@ -27,16 +26,14 @@ from selfspec.quantised_linear import (
     quantise,
     quantised_bytes,
 )
-from selfspec.recipe import FP8, GROUP_SIZES, INT4, INT8
+from selfspec.recipe import GROUP_SIZES, INT4, INT8
 
 CPU = torch.device("cpu")
 GROUPED = [Format("int4", size) for size in GROUP_SIZES]
 EPS = torch.finfo(torch.bfloat16).eps
 """Twice the largest relative error of rounding to bfloat16."""
 
-needs_fp8 = pytest.mark.skipif(device_obstacle(FP8, CPU) is not None, reason="this CPU has no products of 8-bit floats")
-ALL = [*GROUPED, INT8, pytest.param(FP8, marks=needs_fp8)]
-INTEGERS = [*GROUPED, INT8]
+ALL = [*GROUPED, INT8]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -48,13 +45,9 @@ def wide_inputs(format: Format) -> int:
     return 3 * (format.group_size or 16)
 
 
-def as_read(rows: Tensor, format: Format) -> Tensor:
-    """What a kernel makes of its inputs: bfloat16, and floats of 8 bits with a scale for each row in fp8."""
-    rows = rows.bfloat16().float()
-    if format != FP8:
-        return rows
-    scales = rows.abs().amax(dim=-1, keepdim=True) / 448
-    return (rows / scales).to(torch.float8_e4m3fn).float() * scales
+def as_read(rows: Tensor) -> Tensor:
+    """What a kernel makes of its inputs: bfloat16."""
+    return rows.bfloat16().float()
 
 
 def bound(read: Tensor, rounded: Tensor) -> Tensor:
@@ -71,7 +64,7 @@ def test_a_kernel_gives_the_product_with_the_dequantised_weight(format: Format, 
     inputs = wide_inputs(format)
     weight, rows = random(80, inputs).to(dtype), random(7, inputs, seed=1).to(dtype)
     ours = quantise(weight, None, format)(rows)
-    read, rounded = as_read(rows.float(), format), QuantisedWeight.of(weight, format).dequantised()
+    read, rounded = as_read(rows.float(), format), QuantisedWeight.of(weight).dequantised()
     expected = read @ rounded.T
     assert (ours.dtype, ours.shape) == (dtype, (7, 80))
     assert ((ours.float() - expected).abs() <= bound(read, rounded)).all()
@@ -110,7 +103,7 @@ def test_rows_keep_their_shape_whatever_it_is(format: Format, many_tokens: bool)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format", INTEGERS, ids=str)
+@pytest.mark.parametrize("format", ALL, ids=str)
 def test_rows_may_lie_in_memory_as_they_like(format: Format, dtype: torch.dtype) -> None:
     layer, rows = quantise(random(48, 256), None, format), random(30, 256, seed=1).to(dtype)
     flat = layer(rows)
@@ -133,21 +126,21 @@ def test_a_bias_is_shared_and_added_in_the_dtype_of_the_model(format: Format, dt
         assert with_bias.nbytes == without.nbytes
 
 
-@pytest.mark.parametrize("format", INTEGERS, ids=str)
+@pytest.mark.parametrize("format", ALL, ids=str)
 def test_the_layer_for_many_tokens_gives_what_the_kernel_gives_in_float32(format: Format) -> None:
     inputs = wide_inputs(format)
     weight, rows = random(80, inputs), random(301, inputs, seed=1)
     kernel, many = quantise(weight, None, format), quantise(weight, None, format, many_tokens=True)
     assert isinstance(many, DequantisedLinear)
     ours, theirs = many(rows), kernel(rows)
-    read, rounded = as_read(rows, format), QuantisedWeight.of(weight, format).dequantised()
+    read, rounded = as_read(rows, format), QuantisedWeight.of(weight).dequantised()
     assert ((ours - theirs).abs() <= bound(read, rounded) + EPS / 2 * theirs.abs()).all()
     expected = (read @ rounded.T).bfloat16().float()  # with no rounding but that of what comes out
     assert (ours != expected).float().mean() < 0.01, "sums in another order may round to the next bfloat16, seldom"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("format", INTEGERS, ids=str)
+@pytest.mark.parametrize("format", ALL, ids=str)
 def test_the_layer_for_many_tokens_rounds_its_weight_to_bfloat16_in_other_dtypes(
     format: Format, dtype: torch.dtype
 ) -> None:
@@ -163,16 +156,7 @@ def test_a_format_has_its_layer() -> None:
     weight = random(16, 32)
     assert type(quantise(weight, None, INT4)) is Int4Linear
     assert type(quantise(weight, None, INT8)) is Int8Linear
-    assert type(quantise(weight, None, FP8)) is Fp8Linear
-    assert type(quantise(weight, None, FP8, many_tokens=True)) is Fp8Linear
     assert type(quantise(weight, None, INT8, many_tokens=True)) is DequantisedLinear
-
-
-@needs_fp8
-def test_8_bit_floats_take_rows_of_very_unequal_size_and_rows_of_zeros() -> None:
-    layer, rows = quantise(random(48, 64), None, FP8), random(5, 64, seed=1)
-    sizes = torch.tensor([2.0**-20, 1.0, 0.0, 2.0**60, 2.0**-10])[:, None]
-    assert torch.equal(layer(rows * sizes), layer(rows) * sizes)
 
 
 # --- Memory ---
@@ -192,7 +176,6 @@ def test_bytes_foretold_are_bytes_taken(format: Format, many_tokens: bool) -> No
 def test_bytes_by_hand() -> None:
     assert quantised_bytes(16, 64, INT4) == 16 * 64 // 2 + 16 * 2 * (2 + 2)
     assert quantised_bytes(16, 64, INT8) == 16 * 64 + 16 * 2
-    assert quantised_bytes(16, 64, FP8) == 16 * 64 + 16 * 4
 
 
 @pytest.mark.parametrize("format", ALL, ids=str)
@@ -253,7 +236,7 @@ def test_rounding_in_parts_is_rounding_at_once(format: Format, monkeypatch: pyte
 
 
 @given(
-    st.sampled_from([*INTEGERS, FP8]),
+    st.sampled_from(ALL),
     st.floats(-1e4, 1e4, width=32) | st.sampled_from([0.0, 1e-30, -1e-8, 1e30, -1e30]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -294,8 +277,6 @@ def test_weights_of_zeros_and_groups_of_equal_ones_give_finite_products(format: 
         (16, 16, INT8, None),
         (16, 24, INT8, "int8 takes inputs in multiples of 16 and outputs of 16, and it has 24 and 16"),
         (17, 16, INT8, "it has 16 and 17"),
-        (16, 16, FP8, None),
-        (16, 8, FP8, "fp8 takes inputs in multiples of 16 and outputs of 16, and it has 8 and 16"),
     ],
 )
 def test_sizes_that_kernels_do_not_take_are_known_before(
@@ -317,7 +298,7 @@ def test_the_least_sizes_that_are_let_through_are_multiplied_rightly(format: For
         linear = nn.Linear(inputs, outputs, bias=False)
         assert linear_obstacle(linear, format) is None
         rows, rounded = random(3, inputs), QuantisedWeight.of(linear.weight, format).dequantised()
-        read = as_read(rows, format)
+        read = as_read(rows)
         ours = quantise(linear.weight, None, format)(rows)
         assert ((ours - read @ rounded.T).abs() <= bound(read, rounded)).all()
 
@@ -336,7 +317,7 @@ class Adapted(nn.Linear):
     ids=["a subclass", "another module", "8 bits"],
 )
 def test_what_is_no_ordinary_linear_layer_has_no_copy(module: nn.Module, reason: str) -> None:
-    for format in (INT4, INT8, FP8):
+    for format in (INT4, INT8):
         assert linear_obstacle(module, format) == reason
 
 
@@ -357,7 +338,7 @@ def test_a_weight_that_is_a_tensor_of_another_kind_has_no_copy() -> None:
 
 
 def test_every_device_says_whether_it_multiplies_in_a_format() -> None:
-    for format in INTEGERS:
+    for format in ALL:
         assert device_obstacle(format, CPU) is None
 
 

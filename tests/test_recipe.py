@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from selfspec import Format, Plan, PlanError, Quantised, QuantisedSet, Recipe, SkipSet, SubVocabulary
 from selfspec.plan import ModelIdentity
-from selfspec.recipe import FP8, GROUP_SIZES, INT4, INT8
+from selfspec.recipe import GROUP_SIZES, INT4, INT8
 
 VOCABULARY = 211
 
 layers = st.frozensets(st.integers(0, 40))
-formats = st.sampled_from([INT8, FP8, *(Format("int4", size) for size in GROUP_SIZES)])
+formats = st.sampled_from([INT8, *(Format("int4", size) for size in GROUP_SIZES)])
 quantised = st.builds(
     Quantised, format=formats, sublayers=st.builds(QuantisedSet, attn=layers, mlp=layers), head=st.booleans()
 )
@@ -35,21 +35,21 @@ def one_line(error: pytest.ExceptionInfo[PlanError]) -> str:
 
 
 def test_formats_are_named_and_4_bits_have_groups() -> None:
-    assert [str(format) for format in (INT8, INT4, FP8)] == ["int8", "int4 in groups of 32", "fp8"]
+    assert [str(format) for format in (INT8, INT4)] == ["int8", "int4 in groups of 32"]
     assert Format("int4", 128) != Format("int4", 64)
 
 
 @pytest.mark.parametrize(
     ("name", "group_size", "message"),
     [
-        ("int3", None, "format is 'int3', but it must be one of int8, int4, fp8"),
-        (None, None, "format is None, but it must be one of int8, int4, fp8"),
+        ("fp8", None, "format is 'fp8', but it must be one of int8, int4$"),
+        (None, None, "format is None, but it must be one of int8, int4$"),
         (["int4"], 32, r"format is \['int4'\], but it must be one of"),
         ("int4", None, "int4 has a group_size of 32, 64, 128, 256, not None"),
         ("int4", 48, "int4 has a group_size of 32, 64, 128, 256, not 48"),
         ("int4", "64", "int4 has a group_size of 32, 64, 128, 256, not '64'"),
         ("int8", 32, "int8 has no groups; leave out group_size, 32 was given"),
-        ("fp8", 0, "fp8 has no groups; leave out group_size, 0 was given"),
+        ("int8", 0, "int8 has no groups; leave out group_size, 0 was given"),
     ],
 )
 def test_what_is_no_format_is_refused(name: Any, group_size: Any, message: str) -> None:
@@ -111,7 +111,7 @@ def test_a_quantised_set_is_no_skip_set_though_it_names_the_same() -> None:
         ({"format": "int8", "head": "yes"}, "quantised: head is true or false, but 'yes' was given"),
         ({"format": "int8", "attn": "34"}, "quantised set: attn must be layer indices, but '34' was given"),
         ({"format": "int8", "mlp": [-1]}, "quantised set: mlp holds -1, but layers are whole numbers from 0"),
-        ({"format": "int5"}, "format is 'int5', but it must be one of int8, int4, fp8"),
+        ({"format": "fp8"}, "format is 'fp8', but it must be one of int8, int4$"),
         ({"format": "int4"}, "int4 has a group_size of 32, 64, 128, 256, not None"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_recipe_in_words() -> None:
     assert str(Recipe()) == "skip nothing skipped"
     only_head = Recipe(quantised=Quantised(format=INT8, head=True))
     assert str(only_head) == "skip nothing skipped; int8: head"
-    assert str(Quantised(format=FP8)) == "fp8: nothing"
+    assert str(Quantised(format=INT8)) == "int8: nothing"
 
 
 def test_a_skip_set_alone_is_a_recipe_and_so_is_nothing() -> None:

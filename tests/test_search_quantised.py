@@ -11,7 +11,7 @@ import torch
 from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchSettings, load_study, repick, search
-from selfspec_search.copy_costs import UNPADDED, copied_variants, fit_copies, formats_of
+from selfspec_search.copy_costs import FORMATS, UNPADDED, copied_variants, fit_copies
 from selfspec_search.costs import Costs, Savings
 from selfspec_search.limits import Limits
 from selfspec_search.objective import Prices
@@ -48,7 +48,7 @@ COSTS = Costs(
 PROFILE = profile_of(
     COSTS,
     padding=Padding(rows=1, target=[3, 3, 3, 4], draft=2),
-    slower_formats={"fp8": "1.30 of the time of full precision"},
+    slower_formats={"int4/64": "1.30 of the time of full precision"},
 )
 
 
@@ -141,7 +141,7 @@ def test_a_device_that_gains_nothing_is_offered_skips_alone(model: PreTrainedMod
     nothing = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": {}}),)})
     space = space_of(model, nothing, TEXTS, "both")
     assert all(choices == ["keep", "skip"] for choices in space.choices.values())
-    with pytest.raises(InputError, match=r"no quantised draft is faster here \(fp8: 1.30 of the time.*--draft skip"):
+    with pytest.raises(InputError, match=r"no quantised draft is faster here \(int4 .* 64: 1.30 of the.*--draft skip"):
         space_of(model, nothing, TEXTS, "quantised")
 
 
@@ -189,7 +189,7 @@ def test_what_a_search_takes_for_copies_is_told_before(model: PreTrainedModel) -
         for format in (INT8, INT4)
         for q in [Quantised.everything(format, LAYERS)]
     )
-    assert most_copied(model, formats_of(model.device)) == both
+    assert most_copied(model, FORMATS) == both
 
 
 # --- Searching ---
@@ -254,7 +254,7 @@ def test_picking_again_says_why_nothing_can_be_used(
         repick(model, study, SearchSettings(draft_memory=1))
     slow = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": {}}),)})
     monkeypatch.setattr("selfspec_search.finish.measure", lambda *args, **kwargs: slow)
-    with pytest.raises(InputError, match=r"their formats are no faster \(fp8: 1.30 .*\); search on this device"):
+    with pytest.raises(InputError, match=r"their formats are no faster \(int4 .* 64: 1.30 .*\); search on this device"):
         repick(model, study, SearchSettings())
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from selfspec_search.space import OWN_HEAD, Head, Space, nested, seeds, sublayers
 
-from selfspec.recipe import FP8, INT4, INT8, Quantised, Recipe, SubVocabulary
+from selfspec.recipe import INT4, INT8, Quantised, Recipe, SubVocabulary
 from selfspec.skip_set import QuantisedSet, SkipSet
 
 LAYERS = 7
@@ -55,7 +55,7 @@ def test_every_choice_of_parameters_is_a_recipe_and_equal_recipes_have_equal_par
 def test_what_the_space_does_not_offer_is_kept_as_it_is_in_the_model() -> None:
     only_quantised = Space(num_layers=LAYERS, skips=False, formats={INT4.code: EVERY})
     assert only_quantised.nearest(SkipSet(attn={1})) == Recipe()
-    eight_bits = Recipe(quantised=Quantised(format=FP8, sublayers=QuantisedSet(mlp={2})))
+    eight_bits = Recipe(quantised=Quantised(format=INT8, sublayers=QuantisedSet(mlp={2})))
     assert SKIPS.nearest(eight_bits) == Recipe()
     assert only_quantised.nearest(eight_bits).format == INT4
 

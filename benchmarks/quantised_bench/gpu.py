@@ -24,9 +24,9 @@ from quantised_bench.trained import TOY as TOY_SIZES
 from selfspec import Format, InputError
 from selfspec.cli.bench import print_scores
 from selfspec.cli.found import report_search
-from selfspec.recipe import FP8, INT4, INT8
+from selfspec.recipe import INT4, INT8
 
-FORMATS = {"int4": INT4, "int8": INT8, "fp8": FP8}
+FORMATS = {"int4": INT4, "int8": INT8}
 """In the order of their importance."""
 BUDGET, TRAINED = 570.0, "mid-size model"
 EIGHT, THIRTY_TWO, MIDSIZE = "8B", "32B", "midsize"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from selfspec.copies import quantisable
 from selfspec.quantised_linear import device_obstacle
-from selfspec.recipe import FP8, INT4, INT8, Format, Quantised, Recipe, SubVocabulary
+from selfspec.recipe import INT4, INT8, Format, Quantised, Recipe, SubVocabulary
 from selfspec.runtime import Runtime
 from selfspec.skip_set import QuantisedSet
 from selfspec_search.costs import Savings
@@ -26,9 +25,8 @@ UNPADDED, TRIMMED_HEAD = "nothing, unpadded", "a quarter of the head"
 """Variants that have nothing to do with a format."""
 
 
-def formats_of(device: torch.device) -> list[Format]:
-    """The formats that a search considers on such a device."""
-    return [INT8, INT4, *([FP8] if device.type == "cuda" else [])]
+FORMATS = (INT8, INT4)
+"""The formats that a search considers."""
 
 
 def copies_that_gain(

@@ -12,7 +12,7 @@ from selfspec.copies import copied_bytes, quantisable
 from selfspec.errors import InputError
 from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
 from selfspec.skip_set import QuantisedSet
-from selfspec_search.copy_costs import formats_of, vocabulary_of
+from selfspec_search.copy_costs import FORMATS, vocabulary_of
 from selfspec_search.costs import Costs
 from selfspec_search.profile import Profile
 from selfspec_search.settings import DraftName
@@ -27,9 +27,9 @@ LEAST_GAIN = 0.02
 """Of a step, that a head must save to be offered."""
 
 
-def formats_for(model: PreTrainedModel, draft: DraftName) -> list[Format]:
+def formats_for(draft: DraftName) -> list[Format]:
     """The formats to measure."""
-    return [] if draft == "skip" else formats_of(model.device)
+    return [] if draft == "skip" else list(FORMATS)
 
 
 def most_copied(model: PreTrainedModel, formats: Sequence[Format]) -> int:

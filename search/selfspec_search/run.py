@@ -150,7 +150,7 @@ class _Search:
         with self.phases.phase("texts"):
             texts = self._write()
         check_memory(self.model, texts, self.calibration, self.settings)
-        formats = formats_for(self.model, self.settings.draft)
+        formats = formats_for(self.settings.draft)
         if (size := most_copied(self.model, formats)) > TOLD_FROM:
             self.on_notice(
                 f"quantised copies ({', '.join(map(str, formats))}) take up to {in_words(size)} beside the model while "

@@ -59,7 +59,7 @@ def profile(
     out, plot = checked_out(out), checked_plot(plot)
     loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
 
-    from selfspec_search.copy_costs import formats_of
+    from selfspec_search.copy_costs import FORMATS
     from selfspec_search.profile import measure
 
     from selfspec.compiling import compile_obstacle, will_compile
@@ -75,7 +75,7 @@ def profile(
             rows=rows,
             backend=backend,
             compile=compile,
-            formats=formats_of(where),
+            formats=FORMATS,
             on_cycle=lambda done, total: report(done, total, "timing passes"),
         )
     report_profile(results(), measured)

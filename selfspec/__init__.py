@@ -5,78 +5,45 @@ slots.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from selfspec.errors import (
-        InputError,
-        PlanError,
-        PlanWarning,
-        SelfspecError,
-        UnsupportedModelError,
-        UnsupportedOptionError,
-    )
-    from selfspec.generation import SelfSpeculator, SpeculativeOutput, draft_bytes, wrap
-    from selfspec.metrics import Metrics
-    from selfspec.plan import Outlook, Padding, Plan, PromptLookup, Tree
-    from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
-    from selfspec.skip_set import QuantisedSet, SkipSet
-    from selfspec.stats import Stats
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Format",
-    "InputError",
-    "Metrics",
-    "Outlook",
-    "Padding",
-    "Plan",
-    "PlanError",
-    "PlanWarning",
-    "PromptLookup",
-    "Quantised",
-    "QuantisedSet",
-    "Recipe",
-    "SelfSpeculator",
-    "SelfspecError",
-    "SkipSet",
-    "SpeculativeOutput",
-    "Stats",
-    "SubVocabulary",
-    "Tree",
-    "UnsupportedModelError",
-    "UnsupportedOptionError",
-    "draft_bytes",
-    "wrap",
-]
-
-_HOMES = {
+_MODULES = {
     "Format": "recipe",
+    "InputError": "errors",
     "Metrics": "metrics",
     "Outlook": "plan",
     "Padding": "plan",
     "Plan": "plan",
+    "PlanError": "errors",
+    "PlanWarning": "errors",
     "PromptLookup": "plan",
     "Quantised": "recipe",
     "QuantisedSet": "skip_set",
     "Recipe": "recipe",
     "SelfSpeculator": "generation",
+    "SelfspecError": "errors",
     "SkipSet": "skip_set",
     "SpeculativeOutput": "generation",
     "Stats": "stats",
     "SubVocabulary": "recipe",
     "Tree": "plan",
+    "UnsupportedModelError": "errors",
+    "UnsupportedOptionError": "errors",
     "draft_bytes": "generation",
     "wrap": "generation",
 }
+"""The module of every public name."""
+
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `selfspec --help` need not wait seconds for torch."""
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

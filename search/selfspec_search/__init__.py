@@ -5,31 +5,10 @@ device turns that into tokens per second; a study looks for the best skip set; d
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from selfspec_search.confirm import Confirmed
-    from selfspec_search.repicking import repick
-    from selfspec_search.result import SearchResult
-    from selfspec_search.run import search
-    from selfspec_search.sampling import Sampling
-    from selfspec_search.settings import OnProgress, Progress, SearchSettings
-    from selfspec_search.store import load_study
-
-__all__ = [
-    "Confirmed",
-    "OnProgress",
-    "Progress",
-    "Sampling",
-    "SearchResult",
-    "SearchSettings",
-    "load_study",
-    "repick",
-    "search",
-]
+from typing import Any
 
 # No module may have the name of something public: once imported, it would stand in its place.
-_HOMES = {
+_MODULES = {
     "Confirmed": "confirm",
     "OnProgress": "settings",
     "Progress": "settings",
@@ -40,13 +19,16 @@ _HOMES = {
     "repick": "repicking",
     "search": "run",
 }
+"""The module of every public name."""
+
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the command line need not wait seconds for torch and Optuna."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

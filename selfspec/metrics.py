@@ -183,7 +183,10 @@ def _registered(figure: _Figure, labels: Sequence[str], registry: CollectorRegis
 
 
 def to_text(stats: Stats) -> str:
-    """One call's figures in Prometheus' text format; nothing is registered anywhere."""
+    """One call's figures in Prometheus' text format; nothing is registered anywhere.
+
+    Raises `SelfspecError` where the package `prometheus-client` is missing.
+    """
     require_client()
     from prometheus_client import generate_latest
 

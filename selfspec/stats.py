@@ -174,15 +174,6 @@ class Stats:
         """`to_dict` as one JSON object."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def to_prometheus(self) -> str:
-        """This call's figures in Prometheus' text format; for sums over requests there is `selfspec.Metrics`.
-
-        Raises `SelfspecError` where the package `prometheus-client` is missing.
-        """
-        from selfspec.metrics import to_text
-
-        return to_text(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON, but the pass-by-pass history."""
         data = asdict(self)

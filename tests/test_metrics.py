@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from saved import PLAN, save_model
 
 from selfspec import InputError, Metrics, SelfspecError, Stats
+from selfspec.metrics import to_text
 from selfspec.request import Committed
 
 PER_POS = "selfspec_spec_decode_num_{}_tokens_per_pos_total"
@@ -95,7 +96,7 @@ FIRST = {
 
 
 def test_the_text_of_one_call_holds_what_was_counted_by_hand() -> None:
-    assert read(first().to_prometheus()) == FIRST
+    assert read(to_text(first())) == FIRST
 
 
 def test_a_metrics_object_tells_of_one_request_what_the_text_tells() -> None:
@@ -146,7 +147,7 @@ def test_a_device_clock_ahead_of_the_hosts_makes_no_counter_fall() -> None:
 def test_where_nothing_was_drafted_the_acceptance_rate_is_no_number_and_json_holds_numbers_alone() -> None:
     stats = Stats(rows=1)
     stats.count_pass([Committed(0, 3, [8], 0, 0, 0, "layers")])
-    samples = read(stats.to_prometheus())
+    samples = read(to_text(stats))
     assert math.isnan(samples["selfspec_spec_decode_draft_acceptance_rate", ""])
     assert samples["selfspec_spec_decode_num_drafts_total", ""] == 0
     assert json.loads(stats.to_json(), parse_constant=pytest.fail)["acceptance_rate"] == 0
@@ -223,7 +224,7 @@ def _no_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_client")
 def test_without_the_package_the_error_says_what_to_install() -> None:
-    for use in (first().to_prometheus, Metrics):
+    for use in (lambda: to_text(first()), Metrics):
         with pytest.raises(SelfspecError, match=r"pip install 'selfspec\[metrics\]'"):
             use()
     assert json.loads(first().to_json())["tokens"] == 7
@@ -258,24 +259,9 @@ def test_generate_writes_the_figures_of_all_prompts_to_a_file(command: tuple[Any
     assert result.stdout == run(*command).stdout
 
 
-def test_generate_writes_prometheus_text_where_the_file_is_called_so(command: tuple[Any, ...], tmp_path: Path) -> None:
-    out = tmp_path / "figures.prom"
-    assert run(*command, "--stats", out).exit_code == 0
-    samples = read(out.read_text())
-    assert samples["selfspec_rows_total", ""] == 2
-    assert samples["selfspec_generation_tokens_total", ""] == 26
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.prom", "plan.json", "prompts.txt"]
-
-
 def test_figures_that_cannot_be_written_are_found_out_before_the_model_is_loaded(tmp_path: Path) -> None:
     command = ("generate", "no-model", "--plan", "no-plan", "--prompt", "x", "--stats")
     assert "there is no directory" in complaint(*command, tmp_path / "none" / "x.json")
     assert "is no ordinary file" in complaint(*command, tmp_path)
     assert "stdout is for the text" in complaint(*command, "-")
     assert "stdout is for the text" in complaint(*command, "/dev/stdout")
-
-
-@pytest.mark.usefixtures("_no_client")
-def test_a_prom_file_without_the_package_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    command = ("generate", "no-model", "--plan", "no-plan", "--prompt", "x", "--stats", tmp_path / "x.prom")
-    assert complaint(*command).endswith("pip install 'selfspec[metrics]'")

@@ -48,7 +48,7 @@ def generate(
     ] = False,
     stats: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the figures of all prompts: JSON, or for Prometheus to a .prom file."),
+        typer.Option(metavar="FILE", help="Write the figures of all prompts as JSON."),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

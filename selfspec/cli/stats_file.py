@@ -11,24 +11,16 @@ from selfspec.errors import InputError
 if TYPE_CHECKING:
     from selfspec.stats import Stats
 
-PROMETHEUS = ".prom"
-"""Files with this suffix are what node_exporter's textfile collector reads."""
-
 
 def check_stats_file(path: Path) -> None:
     """Find out before anything is decoded whether the file can be written."""
     if str(path) == "-" or path.parent == Path("/dev"):
         raise InputError(f"--stats is '{path}', but stdout is for the text, and stderr for asides; name a file")
     check_writable(path)
-    if path.suffix == PROMETHEUS:
-        from selfspec.metrics import require_client
-
-        require_client()
 
 
 def write_stats(stats: Stats, path: Path) -> None:
-    """Write JSON, or Prometheus' text where the name ends in .prom; whoever reads it never sees half of it."""
+    """Write the figures as JSON; whoever reads the file never sees half of it."""
     from selfspec.files import write_atomically
 
-    prometheus = path.suffix == PROMETHEUS
-    write_atomically(path, stats.to_prometheus() if prometheus else stats.to_json(indent=2) + "\n")
+    write_atomically(path, stats.to_json(indent=2) + "\n")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from selfspec.copies import copied_bytes, obstacles
 from selfspec.decoding import decode, is_captured
 from selfspec.drafting import Drafter, NoDrafter
 from selfspec.drafting.draft_model import bytes_beside, check_plan, draft_runtime, refresh
-from selfspec.errors import InputError, PlanWarning, UnsupportedOptionError
+from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.options import with_stop_strings
 from selfspec.plan import Padding, Plan
 from selfspec.policy import PolicyName, drafter_for, too_many_rows
@@ -35,7 +36,6 @@ from selfspec.runtime import Runtime, device_name
 from selfspec.sizes import parse_size
 from selfspec.stats import Stats
 from selfspec.streaming import Streamed
-from selfspec.turns import Turns
 
 
 @dataclass
@@ -357,3 +357,27 @@ class SelfSpeculator:
             logits=request.result_steps(request.logits) if request.keep_logits else None,  # type: ignore[arg-type]
             stats=self.stats,
         )
+
+
+class Turns:
+    """Threads wait for each other; a second request from the same thread would wait for itself, so it is refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """In this context nobody else has a turn."""
+        if self._owner == threading.get_ident():
+            raise SelfspecError("a stream of this object is still open in this thread; exhaust or close it first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def pass_on(self) -> None:
+        """The turn is this thread's from now on: a stream may change hands."""
+        self._owner = threading.get_ident()

@@ -22,7 +22,6 @@ from selfspec.copies import Copies, check_memory, check_vocabulary
 from selfspec.draft_view import attention_modules, change_recipe, draft_view
 from selfspec.graphs import graphs_for
 from selfspec.kv_cache import KVCache
-from selfspec.model_state import state_of
 from selfspec.plan import Padding
 from selfspec.recipe import Recipe
 from selfspec.row_buffers import RowBuffers
@@ -34,6 +33,7 @@ from selfspec.views import (
     pin_longrope,
     probe,
     run_view,
+    state_of,
     target_view,
 )
 

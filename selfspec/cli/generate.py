@@ -9,14 +9,14 @@ import typer
 
 from selfspec.cli import options
 from selfspec.cli.show import Show, tell
-from selfspec.cli.stats_file import check_stats_file, write_stats
-from selfspec.cli.terminal import asides, at_least, load_draft_model, load_model, tell_draft_bytes
+from selfspec.cli.terminal import asides, at_least, check_writable, load_draft_model, load_model, tell_draft_bytes
 from selfspec.cli.writer import Writer
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
     from selfspec.plan import Plan
     from selfspec.prompts import Prompt
+    from selfspec.stats import Stats
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -61,7 +61,7 @@ def generate(
     """
     prompts = _prompts(prompt, prompt_file, chat=chat)
     if stats is not None:
-        check_stats_file(stats)
+        _check_stats_file(stats)
     if max_new_tokens is not None:
         at_least("--max-new-tokens", max_new_tokens, 1)
     sampling = sampling_options(temperature, top_p, top_k)
@@ -105,7 +105,7 @@ def generate(
     if shown is not None:
         tell(shown.summary(writer.stats, asides()))
     if stats is not None:
-        write_stats(writer.stats, stats)
+        _write_stats(writer.stats, stats)
     if writer.interrupted:
         raise typer.Exit(130)
 
@@ -150,3 +150,17 @@ def _prompts(text: str | None, file: Path | None, *, chat: bool) -> list[Prompt]
     else:
         raise InputError("the prompt is empty; give --prompt some text")
     return [prompt.as_chat() for prompt in prompts] if chat else prompts
+
+
+def _check_stats_file(path: Path) -> None:
+    """Find out before anything is decoded whether the file can be written."""
+    if str(path) == "-" or path.parent == Path("/dev"):
+        raise InputError(f"--stats is '{path}', but stdout is for the text, and stderr for asides; name a file")
+    check_writable(path)
+
+
+def _write_stats(stats: Stats, path: Path) -> None:
+    """Write the figures as JSON; whoever reads the file never sees half of it."""
+    from selfspec.files import write_atomically
+
+    write_atomically(path, stats.to_json(indent=2) + "\n")

@@ -2,9 +2,8 @@
 
 from selfspec.plan.costs import Outlook, Padding
 from selfspec.plan.drafts import MOST_DRAFTED, MOST_SIBLINGS, PromptLookup, Tree
-from selfspec.plan.model_identity import ModelIdentity, config_fingerprint
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan
-from selfspec.plan.provenance import Conditions, Figures, Provenance
+from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 __all__ = [
     "MOST_DRAFTED",

@@ -14,8 +14,7 @@ from selfspec.errors import PlanError
 from selfspec.files import write_atomically
 from selfspec.plan.costs import Outlook, Padding
 from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup, Tree
-from selfspec.plan.model_identity import ModelIdentity
-from selfspec.plan.provenance import Provenance
+from selfspec.plan.provenance import ModelIdentity, Provenance
 from selfspec.plan.retired import without_retired_parts
 from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
 from selfspec.recipe import Recipe, SubVocabulary

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from selfspec.generation import SelfSpeculator, SpeculativeOutput, draft_bytes, wrap
     from selfspec.metrics import Metrics
-    from selfspec.plan import Outlook, Padding, Plan, PromptLookup, Tree
+    from selfspec.plan import Outlook, Padding, Plan, PromptLookup
     from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
     from selfspec.skip_set import QuantisedSet, SkipSet
     from selfspec.stats import Stats
@@ -44,7 +44,6 @@ __all__ = [
     "SpeculativeOutput",
     "Stats",
     "SubVocabulary",
-    "Tree",
     "UnsupportedModelError",
     "UnsupportedOptionError",
     "draft_bytes",
@@ -66,7 +65,6 @@ _HOMES = {
     "SpeculativeOutput": "generation",
     "Stats": "stats",
     "SubVocabulary": "recipe",
-    "Tree": "plan",
     "draft_bytes": "generation",
     "wrap": "generation",
 }

@@ -86,8 +86,6 @@ class Backend(Protocol):
     name: str
     masks: bool
     """Whether it asks the pass for masks."""
-    trees: bool
-    """Whether it can tell siblings apart."""
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -107,7 +105,6 @@ class FlashAttn:
 
     name = "flash-attn"
     masks = False
-    trees = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -170,7 +167,6 @@ class TorchFlash:
 
     name = "torch-flash"
     masks = False
-    trees = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -217,7 +213,6 @@ class Sdpa:
 
     name = "sdpa"
     masks = True
-    trees = True
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -244,11 +239,10 @@ class Sdpa:
 
 
 class Flex:
-    """PyTorch's FlexAttention: windows, soft caps and siblings are compiled into the kernel."""
+    """PyTorch's FlexAttention: windows and soft caps are compiled into the kernel."""
 
     name = "flex"
     masks = False
-    trees = True
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:

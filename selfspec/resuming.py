@@ -72,9 +72,8 @@ class Resuming:
         self._lengths, self._width, self._drafting = draft.lengths, draft.width, False
 
     def has_states_of(self, draft: Draft) -> bool:
-        """Whether the layers made this draft, in every row, and nothing but padding was put into it since; siblings
-        have been through no layer."""
-        return self._lengths is draft.lengths and bool(self._states) and draft.siblings is None
+        """Whether the layers made this draft, in every row, and nothing but padding was put into it since."""
+        return self._lengths is draft.lengths and bool(self._states)
 
     @property
     def missing(self) -> int | None:

@@ -40,8 +40,8 @@ from selfspec.views import (
 )
 
 ViewName = Literal["target", "draft", "lower", "upper"]
-PassFunction = Callable[[Tensor, Tensor | None], Tensor]
-"""Of tokens `b t` and the depths of the siblings among them, if any: logits `b t v`."""
+PassFunction = Callable[[Tensor], Tensor]
+"""Of tokens `b t`: logits `b t v`."""
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
 """Of all rows together: enough to keep a GPU busy, few enough that what an MLP makes of them stays below a gigabyte."""
@@ -96,7 +96,7 @@ class Runtime:
         self._state: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
         self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
         self.views: dict[ViewName, PreTrainedModel] = {}
-        self._passes: dict[tuple[ViewName, int, int], PassFunction] = {}
+        self._passes: dict[tuple[ViewName, int], PassFunction] = {}
         self.copies = self._shared_copies or Copies(self.model)
         self.views |= {
             "target": target_view(self.model),
@@ -280,29 +280,26 @@ class Runtime:
             cache.lengths += chunk.shape[1]
 
     @torch.inference_mode()
-    def run(self, view: ViewName, tokens: Tensor, depths: Tensor | None = None) -> Tensor:
-        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are.
-
-        With `depths` (`b m`), the last `m` tokens are siblings: see `Pass`.
-        """
+    def run(self, view: ViewName, tokens: Tensor) -> Tensor:
+        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are."""
         t = tokens.shape[1]
-        siblings = 0 if depths is None else depths.shape[1]
-        key = (view, self._padded(view, t) if depths is None else t, siblings)
+        padded = self._padded(view, t)
+        key = view, padded
         if key not in self._passes:
-            self._passes[key] = self._make_pass(*key[:2])
-        if key[1] == t:
-            return self._passes[key](tokens.contiguous(), depths)  # a compiled one knows one layout
+            self._passes[key] = self._make_pass(view, padded)
+        if padded == t:
+            return self._passes[key](tokens.contiguous())  # a compiled one knows one layout
         # What stands behind the tokens, they do not see; nor does what comes later, which writes over it.
-        padding = tokens[:, -1:].expand(-1, key[1] - t)
-        return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]
+        padding = tokens[:, -1:].expand(-1, padded - t)
+        return self._passes[key](torch.cat([tokens, padding], dim=1))[:, :t]
 
     def verify(self, tokens: Tensor, draft: Draft) -> Tensor:
-        """Logits `b n+m+1 v` of the target over the last committed tokens and the draft's nodes (`b n+m+1`).
+        """Logits `b n+1 v` of the target over the last committed tokens and the drafted ones (`b n+1`).
 
         They resume from the draft's own states where there are any.
         """
         if self.resuming is None or not self.resuming.has_states_of(draft):
-            return self.run("target", tokens, None if draft.siblings is None else draft.siblings.depths)
+            return self.run("target", tokens)
         if (column := self.resuming.missing) is not None:
             self.cache.lengths += column
             self.run("lower", tokens[:, column : column + 1])
@@ -324,12 +321,12 @@ class Runtime:
     def _make_pass(self, view: ViewName, t: int) -> PassFunction:
         module, cache, static = self.views[view], self.cache, self.static
 
-        def forward(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            step = cache.begin(t, static=static, depths=depths)
+        def forward(tokens: Tensor) -> Tensor:
+            step = cache.begin(t, static=static)
             return run_view(module, tokens, step.positions, step, head=view != "lower")
 
-        def forward_in_fused_layers(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            step = cache.begin(t, static=True, depths=depths)
+        def forward_in_fused_layers(tokens: Tensor) -> Tensor:
+            step = cache.begin(t, static=True)
             step.make_masks(self._masks, self.model.dtype)  # before the layers, whose code must not tell the first one
             with self._fused.of_length(decoder_layers(module), t):
                 return run_view(module, tokens, step.positions, step)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, Stats, SubVocabulary, wrap
-from selfspec.plan import Padding, PromptLookup, Tree
+from selfspec.plan import Padding, PromptLookup
 from selfspec.recipe import INT4, Recipe
 from selfspec.resuming import boundary_of
 from selfspec.runtime import Runtime
@@ -230,13 +230,6 @@ def test_only_rounds_in_which_layers_drafted_for_every_row_resume(monkeypatch: p
     assert set(stats.by_origin) == {"lookup", "layers"}
     without = sum(1 for rounds in stats.history for row in rounds if not row[1])
     assert 0 < stats.resumed < stats.passes - without
-
-
-def test_drafts_with_siblings_are_verified_in_full() -> None:
-    spec = wrap(damped(), resuming(tree=Tree(siblings=3, width=2)))
-    assert torch.equal(spec.generate(**batch()), spec.model.generate(**batch()))
-    assert spec.stats.accepted
-    assert spec.stats.resumed == 0
 
 
 def test_padded_passes_resume(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,8 +204,6 @@ def check_plan(plan: Plan, draft_memory: int | str | None = None) -> None:
             f"the plan drafts with layers of the model itself ({plan.recipe}), so a draft model has nothing to do; "
             f"leave one of them out: {advice}"
         )
-    if plan.tree is not None:
-        raise InputError(f"the plan's tree is of drafts by layers, so leave it or the draft model out: {advice}")
     if plan.prompt_lookup is not None and plan.prompt_lookup.checked:
         raise InputError(
             "what the plan looks up is to be checked by layers of the model itself, so leave 'checked' or the draft "

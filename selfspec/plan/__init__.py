@@ -1,14 +1,13 @@
 """Plan: what the search writes and everything else reads, and the parts that it is made of."""
 
 from selfspec.plan.costs import Outlook, Padding
-from selfspec.plan.drafts import MOST_DRAFTED, MOST_SIBLINGS, PromptLookup, Tree
+from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup
 from selfspec.plan.model_identity import ModelIdentity, config_fingerprint
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan
 from selfspec.plan.provenance import Conditions, Figures, Provenance
 
 __all__ = [
     "MOST_DRAFTED",
-    "MOST_SIBLINGS",
     "PLAN_FILE",
     "PLAN_VERSION",
     "Conditions",
@@ -19,6 +18,5 @@ __all__ = [
     "Plan",
     "PromptLookup",
     "Provenance",
-    "Tree",
     "config_fingerprint",
 ]

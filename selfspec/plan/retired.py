@@ -7,7 +7,13 @@ from typing import Any
 
 from selfspec.errors import PlanWarning
 
-RETIRED: tuple[str, ...] = ()
+RETIRED: tuple[str, ...] = (
+    "tree",
+    "outlook.branching",
+    "outlook.rescued",
+    "other_rows.*.branching",
+    "other_rows.*.rescued",
+)
 """Dotted keys of parts that earlier releases wrote into plan files. A `*` stands for every entry of a list."""
 
 

@@ -1,4 +1,4 @@
-"""Who should draft? Prompt lookup, layer skipping, a cascade of both, a tree, or whoever the policy chooses.
+"""Who should draft? Prompt lookup, layer skipping, a cascade of both, or whoever the policy chooses.
 
 Four workloads for the embedded model (`drafters_bench/workloads.py`), each decoded greedily by every drafter in turn,
 in one process: fixed ones at the best settings that a search on other prompts finds for them, and the adaptive one,

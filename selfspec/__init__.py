@@ -28,7 +28,6 @@ _MODULES = {
     "SpeculativeOutput": "generation",
     "Stats": "stats",
     "SubVocabulary": "recipe",
-    "Tree": "plan",
     "UnsupportedModelError": "errors",
     "UnsupportedOptionError": "errors",
     "draft_bytes": "generation",

@@ -84,8 +84,6 @@ class Backend(Protocol):
     name: str
     masks: bool
     """Whether it asks the pass for masks."""
-    trees: bool
-    """Whether it can tell siblings apart."""
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -105,7 +103,6 @@ class FlashAttn:
 
     name = "flash-attn"
     masks = False
-    trees = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -168,7 +165,6 @@ class TorchFlash:
 
     name = "torch-flash"
     masks = False
-    trees = False
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:
@@ -215,7 +211,6 @@ class Sdpa:
 
     name = "sdpa"
     masks = True
-    trees = True
 
     @staticmethod
     def obstacle(needs: AttentionNeeds) -> str | None:

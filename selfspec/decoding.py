@@ -13,7 +13,7 @@ from selfspec.drafting import Drafter
 from selfspec.processors import process
 from selfspec.request import Committed, Request
 from selfspec.runtime import Runtime, wait_for
-from selfspec.sampling import Acceptance, Draft, accept
+from selfspec.sampling import Draft, accept
 from selfspec.stats import Laps, Stats
 
 
@@ -23,8 +23,6 @@ def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -
     with stats.timed("total"), stats.timed("prefill"):
         if (obstacle := settle(runtime, drafter, request)) is not None:
             stats.slower_paths.append(f"rounds are not captured: {obstacle}")
-        if drafter.siblings and not request.is_context_free:
-            stats.slower_paths.append("drafts have no siblings: a logits processor looks at the tokens before")
         prefill(runtime, request)
         drafter.begin(request)
         look_ahead(drafter, request)
@@ -81,7 +79,7 @@ def run_draft(runtime: Runtime, part: Drafter, request: Request, n: int) -> Draf
     width = part.gamma if runtime.static else n
     if is_captured(runtime, request):
         n = width  # a graph for every length would be too many
-    key = ("draft", part.key, width, part.siblings)
+    key = ("draft", part.key, width)
 
     def work() -> Draft:
         made = part.draft(request, n)
@@ -112,30 +110,15 @@ class Checked:
 
 def check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) -> Checked:
     """Verify, accept, commit and rewind; then the drafter looks at what is there now. Never reads the device."""
-    n, depths = draft.tokens.shape[1], None if draft.siblings is None else draft.siblings.depths
-    tokens = torch.cat([request.last_tokens()[:, None], draft.nodes], dim=1)  # b n+m+1
-    logits = runtime.run("target", tokens, depths)  # b n+m+1 v
-    ends = request.ends[:, None] + torch.arange(n + 1, device=logits.device)
-    if depths is not None:
-        ends = torch.cat([ends, request.ends[:, None] + depths + 1], dim=1)
+    tokens = torch.cat([request.last_tokens()[:, None], draft.tokens], dim=1)  # b n+1
+    logits = runtime.run("target", tokens)  # b n+1 v
+    ends = request.ends[:, None] + torch.arange(draft.width + 1, device=logits.device)
     scores = process(request.processors, logits, request.sequences, ends)
-    acceptance = accept(draft, scores, sampling=request.sampling)
-    if acceptance.rescue is not None:
-        scores, logits = follow(runtime, acceptance, n, scores, logits)
-    told = request.commit(draft, acceptance, scores)
+    told = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores)
     # Rewind: every row's cache again holds its committed tokens but the last one.
     runtime.cache.lengths.copy_(request.ends - request.pads - 1)
     looked = drafter.look(request)
     return Checked(told if looked is None else torch.cat([told, looked], dim=1), told.shape[1], scores, logits)
-
-
-def follow(runtime: Runtime, acceptance: Acceptance, n: int, *of_tree: Tensor) -> list[Tensor]:
-    """Of a tree keep the accepted path: in the cache, where a sibling takes the slot of the token that it stands in
-    for, and of each of these tensors (`b n+1+m v`, returned as `b n+1 v`)."""
-    path = acceptance.path(n)
-    last = acceptance.accepted
-    runtime.cache.move(path.gather(1, last[:, None])[:, 0], last)
-    return [tensor.gather(1, path[..., None].expand(-1, -1, tensor.shape[-1])) for tensor in of_tree]
 
 
 def read(told: Tensor) -> list[list[int]]:

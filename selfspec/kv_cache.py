@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from selfspec.attention import AttentionArgs, Backend, Sdpa, additive_mask, fold_mask
+from selfspec.attention import AttentionArgs, Backend, additive_mask, fold_mask
 
 SLOT_BUCKET = 128
 """Capacities are rounded up to a multiple of this, so that nearby requests reuse one cache."""
@@ -26,12 +26,10 @@ class LayerShape:
 
 @dataclass
 class Pass:
-    """One forward pass over `t` new tokens of every row: where they go, where they stand, what they see.
+    """One forward pass over `t` new tokens of every row: where they go, and what they see.
 
-    `lengths` (int32, `b`) are the tokens cached before the pass. The last `m` tokens may be siblings: `depths` (`b m`)
-    says which of the tokens behind the pass's first one each is an alternative to. It shares that one's position, on
-    which windows act, but not its slot; it sees all before it, and itself. `s` is how many slots the pass looks at.
-    Lives for one pass; all that does not depend on the layer is made once.
+    `lengths` (int32, `b`) are the tokens cached before the pass. A token's slot is its position. `s` is how many slots
+    the pass looks at. Lives for one pass; all that does not depend on the layer is made once.
     """
 
     lengths: Tensor  # b
@@ -39,19 +37,11 @@ class Pass:
     s: int
     backend: Backend
     sees_all: bool = False  # the only token of the only row, which goes to the last of the `s` slots
-    depths: Tensor | None = None  # b m
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = torch.arange(self.t, device=self.lengths.device)
-        self.slots = self.lengths.long()[:, None] + steps  # b t
-        self.positions = self.slots  # b t
-        self.reach = self.slots  # b t, the last slot that each sees beside its own
-        if self.depths is not None:
-            trunk = self.slots[:, : self.t - self.depths.shape[1]]
-            parents = self.lengths.long()[:, None] + self.depths  # b m
-            self.positions = torch.cat([trunk, parents + 1], dim=1)
-            self.reach = torch.cat([trunk, parents], dim=1)
+        self.positions = self.lengths.long()[:, None] + steps  # b t
         self.rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)[:, None]  # b 1
         self.prepared = self.backend.prepare(self)
 
@@ -68,7 +58,7 @@ class Pass:
 
     def append(self, cached: Tensor, new: Tensor) -> None:
         """Write `new` (`b h t d`) to this pass's slots of one layer's cache (`b s h d`)."""
-        cached.index_put_((self.rows, self.slots), new.transpose(1, 2))
+        cached.index_put_((self.rows, self.positions), new.transpose(1, 2))
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
         """The additive mask `b 1 (g t) s` of causality, row lengths and the window; None if every slot is seen."""
@@ -81,12 +71,10 @@ class Pass:
 
     def visible(self, window: int | None) -> Tensor:
         """Which slots each token sees, `b t s`."""
-        positions, reach, own = (rearrange(x, "b t -> b t 1") for x in (self.positions, self.reach, self.slots))
-        slots = torch.arange(self.s, device=own.device)
-        visible = slots <= reach
-        if window is not None:
-            visible = visible & (slots > positions - window)
-        return visible if self.depths is None else visible | (slots == own)
+        positions = rearrange(self.positions, "b t -> b t 1")
+        slots = torch.arange(self.s, device=positions.device)
+        visible = slots <= positions
+        return visible if window is None else visible & (slots > positions - window)
 
     def make_masks(self, windows_and_groups: Iterable[tuple[int | None, int]], dtype: torch.dtype) -> None:
         """Make the masks that the layers will ask for, if the backend has a use for masks."""
@@ -118,20 +106,13 @@ class KVCache:
     ) -> None:
         self.rows, self.slots, self.backend = rows, slots, backend
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # b
-        # Tensors of one shape stand in one, so that a row's tokens are moved in all layers at once.
-        self._stacks: list[Tensor] = []  # layers b s h d each
-        halves: list[dict[int, Tensor]] = []
-        for heads_and_dims in (
-            {index: (shape.heads, shape.key_dim) for index, shape in layers.items()},
-            {index: (shape.heads, shape.value_dim) for index, shape in layers.items()},
-        ):
-            halves.append({})
-            for heads, dim in dict.fromkeys(heads_and_dims.values()):
-                alike = [index for index, pair in heads_and_dims.items() if pair == (heads, dim)]
-                stack = torch.zeros(len(alike), rows, slots, heads, dim, device=device, dtype=dtype)
-                self._stacks.append(stack)
-                halves[-1] |= dict(zip(alike, stack.unbind(), strict=True))
-        self._tensors = {index: (halves[0][index], halves[1][index]) for index in layers}
+        self._tensors = {
+            index: (
+                torch.zeros(rows, slots, shape.heads, shape.key_dim, device=device, dtype=dtype),
+                torch.zeros(rows, slots, shape.heads, shape.value_dim, device=device, dtype=dtype),
+            )
+            for index, shape in layers.items()
+        }
 
     @staticmethod
     def bucketed(slots: int) -> int:
@@ -176,20 +157,12 @@ class KVCache:
             keys.zero_()
             values.zero_()
 
-    def begin(self, t: int, *, static: bool = False, depths: Tensor | None = None) -> Pass:
+    def begin(self, t: int, *, static: bool = False) -> Pass:
         """A pass over `t` tokens of every row, appended behind `lengths`. The caller moves `lengths` on.
 
-        A `static` one looks at every slot, in use or not, so that its shapes never change. With `depths` (`b m`) the
-        last `m` tokens are siblings, which not every backend tells apart: SDPA stands in for those that do not.
+        A `static` one looks at every slot, in use or not, so that its shapes never change.
         """
-        backend = self.backend if depths is None or self.backend.trees else Sdpa()
         if static or self.lengths.device.type != "cpu":  # reading `lengths` would stall another device
-            return Pass(self.lengths, t, self.slots, backend, depths=depths)
+            return Pass(self.lengths, t, self.slots, self.backend)
         reach = int(self.lengths.max()) + t
-        return Pass(self.lengths, t, reach, backend, sees_all=t == self.rows == 1, depths=depths)
-
-    def move(self, places: Tensor, to: Tensor) -> None:
-        """Copy one token a row from a slot to another, in every layer; both `b`, counted from `lengths`."""
-        rows, start = torch.arange(self.rows, device=to.device), self.lengths.long()
-        for stack in self._stacks:
-            stack[:, rows, start + to] = stack[:, rows, start + places]
+        return Pass(self.lengths, t, reach, self.backend, sees_all=t == self.rows == 1)

@@ -75,7 +75,6 @@ FIGURES = (
     _counter("spec_decode_num_drafts", "Rounds that drafted.", lambda stats: sum(stats.reached_at[:1])),
     _counter("spec_decode_num_draft_tokens", "Tokens drafted.", lambda stats: stats.drafted),
     _counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", lambda stats: stats.accepted),
-    _counter("spec_decode_num_rescued_tokens", "Of those, siblings of a wrong token.", lambda stats: stats.rescued),
     _counter(
         "spec_decode_num_accepted_tokens_per_pos",
         "Drafted tokens accepted, by position in the draft.",

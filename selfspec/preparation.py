@@ -75,7 +75,7 @@ class Prepared:
         """The request that this is; or, where no view can serve it, a call of Hugging Face's own decoding."""
         limit = max_length(self.stopping_criteria, self.input_ids.shape[1])
         lockstep = needs_lockstep(self.logits_processor, self.stopping_criteria, self.input_ids.shape[0])
-        gamma, siblings = (0, 0) if lockstep else (longest_draft(plan), plan.siblings)
+        gamma = 0 if lockstep else longest_draft(plan)
         if self._crosses_longrope_switch(limit):
             return PlainDecoding(self, "the request crosses the longrope switch: model.generate decodes it")
         config = self.generation_config
@@ -85,7 +85,7 @@ class Prepared:
             prompts=self.input_ids.to(self.model.device, torch.long),
             pads=self.pads.to(self.model.device),
             max_length=limit,
-            room=gamma + siblings + 1,
+            room=gamma + 1,
             sampling=bool(config.do_sample),
             processors=self.logits_processor,
             criteria=self.stopping_criteria,

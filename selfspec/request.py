@@ -12,7 +12,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from selfspec.errors import InputError
 from selfspec.processors import (
-    CONTEXT_FREE,
     capture_obstacle,
     has_stop_token,
     ignoring_padding,
@@ -116,11 +115,6 @@ class Request:
         return (self.sampling, *map(settings_of, self.processors))
 
     @property
-    def is_context_free(self) -> bool:
-        """Whether no processor looks at the tokens before."""
-        return all(type(processor) in CONTEXT_FREE for processor in self.processors)
-
-    @property
     def rows(self) -> int:
         return self.prompts.shape[0]
 
@@ -158,8 +152,7 @@ class Request:
         """
         counts, new = self._counts_and_tokens(draft, acceptance)
         unusable = self._unusable(scores, counts)
-        rescued = self.finished & False if acceptance.rescue is None else acceptance.rescue.rescued
-        columns = (self.ends, counts, draft.lengths, acceptance.accepted, rescued, self.finished, unusable)
+        columns = (self.ends, counts, draft.lengths, acceptance.accepted, self.finished, unusable)
         told = torch.cat([torch.stack([column.long() for column in columns], dim=1), new], dim=1)
         self.sequences.scatter_(1, self.ends[:, None] + torch.arange(new.shape[1], device=new.device), new)
         self.ends += counts
@@ -174,7 +167,7 @@ class Request:
         `told` is what `commit` returned, read; `scores` and the raw `logits`, `b n+1 v`, are for those who keep them.
         """
         committed = []
-        for row, (start, count, drafted, accepted, rescued, done, bad, *tokens) in enumerate(told):
+        for row, (start, count, drafted, accepted, done, bad, *tokens) in enumerate(told):
             if bad and not done:
                 raise InputError(
                     f"the model's logits hold NaN or infinity in row {row} after {start} tokens; "
@@ -186,19 +179,13 @@ class Request:
             if self.keep_logits:
                 self.logits[row].extend(logits[row, :count].float().clone())
             if not done:
-                cut = count < accepted  # a stop token, or the limit
-                committed.append(
-                    Committed(row, start, tokens[:count], drafted, min(accepted, count), 0 if cut else rescued)
-                )
+                committed.append(Committed(row, start, tokens[:count], drafted, min(accepted, count)))
         self._stop(committed)
         return committed
 
     def _counts_and_tokens(self, draft: Draft, acceptance: Acceptance) -> tuple[Tensor, Tensor]:
         """How many tokens each row commits (`b`), and the candidates (`b n+1`)."""
         new = torch.nn.functional.pad(draft.tokens, (0, 1))
-        if (rescue := acceptance.rescue) is not None:
-            last = (acceptance.accepted - 1).clamp(min=0)[:, None]
-            new.scatter_(1, last, torch.where(rescue.rescued[:, None], rescue.tokens[:, None], new.gather(1, last)))
         new.scatter_(1, acceptance.accepted[:, None], acceptance.following[:, None])
         if self.lockstep:
             return torch.ones_like(self.ends), torch.where(self.finished[:, None], self.pad_token, new)
@@ -231,7 +218,6 @@ class Request:
         ended = [(row, end) for row in committed if (end := self.stopped_at[row.row]) is not None]
         for row, end in ended:
             row.tokens = row.tokens[: end - row.start]
-            row.rescued = row.rescued if len(row.tokens) >= row.accepted else 0
             row.accepted = min(row.accepted, len(row.tokens))
         if ended and (self.lockstep or self._other_criteria):  # stop tokens and the limit the device knows itself
             self.finished.copy_(torch.tensor([end is not None for end in self.stopped_at]))
@@ -284,13 +270,11 @@ def _first(counts: Tensor, width: int) -> Tensor:
 
 @dataclass
 class Committed:
-    """What one round committed in one row: `tokens`, of which the first `accepted` were drafted, by `origin`; the last
-    of these as a sibling of another that was wrong, if it is `rescued`."""
+    """What one round committed in one row: `tokens`, of which the first `accepted` were drafted, by `origin`."""
 
     row: int
     start: int
     tokens: list[int]
     drafted: int
     accepted: int
-    rescued: int = 0
     origin: Origin | None = None

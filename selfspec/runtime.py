@@ -38,8 +38,8 @@ from selfspec.views import (
 )
 
 ViewName = Literal["target", "draft"]
-PassFunction = Callable[[Tensor, Tensor | None], Tensor]
-"""Of tokens `b t` and the depths of the siblings among them, if any: logits `b t v`."""
+PassFunction = Callable[[Tensor], Tensor]
+"""Of tokens `b t`: logits `b t v`."""
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
 """Of all rows together: enough to keep a GPU busy, few enough that what an MLP makes of them stays below a gigabyte."""
@@ -91,7 +91,7 @@ class Runtime:
         self._state: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
         self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
         self.views: dict[ViewName, PreTrainedModel] = {}
-        self._passes: dict[tuple[ViewName, int, int], PassFunction] = {}
+        self._passes: dict[tuple[ViewName, int], PassFunction] = {}
         self.copies = self._shared_copies or Copies(self.model)
         self.views = {
             "target": target_view(self.model),
@@ -254,21 +254,18 @@ class Runtime:
             cache.lengths += chunk.shape[1]
 
     @torch.inference_mode()
-    def run(self, view: ViewName, tokens: Tensor, depths: Tensor | None = None) -> Tensor:
-        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are.
-
-        With `depths` (`b m`), the last `m` tokens are siblings: see `Pass`.
-        """
+    def run(self, view: ViewName, tokens: Tensor) -> Tensor:
+        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are."""
         t = tokens.shape[1]
-        siblings = 0 if depths is None else depths.shape[1]
-        key = (view, self._padded(view, t) if depths is None else t, siblings)
+        padded = self._padded(view, t)
+        key = view, padded
         if key not in self._passes:
-            self._passes[key] = self._make_pass(*key[:2])
-        if key[1] == t:
-            return self._passes[key](tokens.contiguous(), depths)  # a compiled one knows one layout
+            self._passes[key] = self._make_pass(view, padded)
+        if padded == t:
+            return self._passes[key](tokens.contiguous())  # a compiled one knows one layout
         # What stands behind the tokens, they do not see; nor does what comes later, which writes over it.
-        padding = tokens[:, -1:].expand(-1, key[1] - t)
-        return self._passes[key](torch.cat([tokens, padding], dim=1), None)[:, :t]
+        padding = tokens[:, -1:].expand(-1, padded - t)
+        return self._passes[key](torch.cat([tokens, padding], dim=1))[:, :t]
 
     def _padded(self, view: ViewName, t: int) -> int:
         """How many tokens a pass over `t` is made of: more, where longer passes are faster."""
@@ -281,12 +278,12 @@ class Runtime:
     def _make_pass(self, view: ViewName, t: int) -> PassFunction:
         module, cache, static = self.views[view], self.cache, self.static
 
-        def forward(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            step = cache.begin(t, static=static, depths=depths)
+        def forward(tokens: Tensor) -> Tensor:
+            step = cache.begin(t, static=static)
             return run_view(module, tokens, step.positions, step)
 
-        def forward_in_fused_layers(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            step = cache.begin(t, static=True, depths=depths)
+        def forward_in_fused_layers(tokens: Tensor) -> Tensor:
+            step = cache.begin(t, static=True)
             step.make_masks(self._masks, self.model.dtype)  # before the layers, whose code must not tell the first one
             with self._fused.of_length(decoder_layers(module), t):
                 return run_view(module, tokens, step.positions, step)

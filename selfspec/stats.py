@@ -54,10 +54,6 @@ class Stats:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
-    failed: int = 0
-    """Rounds in which a drafted token was wrong."""
-    rescued: int = 0
-    """Of those accepted, siblings that stood in for a drafted token that was wrong."""
     reached_at: list[int] = field(default_factory=list)
     """By draft position: how often a token was drafted there, and all before it in its round were accepted and did not
     end the row."""
@@ -126,8 +122,6 @@ class Stats:
             self.tokens += committed
             self.drafted += row.drafted
             self.accepted += row.accepted
-            self.failed += row.accepted - row.rescued < min(row.drafted, committed)
-            self.rescued += row.rescued
             if row.origin is not None and row.drafted:
                 drafted, accepted = self.by_origin.get(row.origin, (0, 0))
                 self.by_origin[row.origin] = [drafted + row.drafted, accepted + row.accepted]

@@ -9,7 +9,6 @@ it would in a graph. What a graph forbids is an error while recording.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -41,11 +40,8 @@ class HostReadError(RuntimeError):
 
 
 def tensors_of(result: Any) -> list[Tensor]:
-    """The tensors of what a stretch of work returns, and of what that holds."""
-    tensors = []
-    for value in vars(result).values():
-        tensors += [value] if isinstance(value, Tensor) else tensors_of(value) if is_dataclass(value) else []
-    return tensors
+    """The tensors of what a stretch of work returns."""
+    return [value for value in vars(result).values() if isinstance(value, Tensor)]
 
 
 class NoReads(TorchDispatchMode):

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import selfspec
 from selfspec import Plan, SkipSet, compiling
-from selfspec.plan import Tree
 from selfspec.views import decoder_layers
 
 PROMPT = torch.tensor([[3, 5, 7, 11, 13, 17, 19]])
@@ -86,23 +85,20 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_stats_say_why(
     assert "passes run eagerly: graph break in the middle" in spec.stats.slower_paths
 
 
-@pytest.mark.parametrize("tree", [None, Tree(siblings=3, width=3)], ids=["trunk", "tree"])
-def test_a_compiled_pass_gets_its_tokens_in_one_layout(
-    tree: Tree | None, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_pass_gets_its_tokens_in_one_layout(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_its_first_call(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         layouts = set()
 
-        def run(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            layouts.add(tuple((x.shape, x.stride()) for x in (tokens, depths) if x is not None))
+        def run(tokens: Tensor) -> Tensor:
+            layouts.add((tokens.shape, tokens.stride()))
             assert len(layouts) == 1, "compiled code takes no other"
-            return forward(tokens, depths)
+            return forward(tokens)
 
         return run
 
     monkeypatch.setattr("selfspec.runtime.compile_pass", of_its_first_call)
     monkeypatch.setattr("selfspec.runtime.compile_obstacle", lambda device: None)
-    spec = selfspec.wrap(model, PLAN.model_copy(update={"tree": tree}), compile=True)
+    spec = selfspec.wrap(model, PLAN, compile=True)
     given, mask = prompts(7, 5)
     options = {"attention_mask": mask, "max_new_tokens": 19, **OPTIONS}
     assert torch.equal(spec.generate(given % 53, **options), model.generate(given % 53, **options))

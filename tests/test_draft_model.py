@@ -45,7 +45,7 @@ from selfspec.contenders import DRAFT_MODEL, OURS, line_up
 from selfspec.drafting import DraftModelDrafter, NoDrafter
 from selfspec.drafting.draft_model import WIDEST
 from selfspec.graphs import Graphs
-from selfspec.plan import PromptLookup, Tree
+from selfspec.plan import PromptLookup
 from selfspec.request import Request
 from selfspec.views import SUPPORTED_MODEL_TYPES
 
@@ -207,7 +207,7 @@ def test_compiled_shapes_stay_in_the_steady_state() -> None:
         runtime._make_pass = _eager_static(runtime)  # type: ignore[method-assign]
     with watched(spec) as seen:
         assert_lossless(spec, batch(13, 7, 1))
-    assert {length for _, length, _ in spec.draft_runtime._passes} == {1, 2}
+    assert {length for _, length in spec.draft_runtime._passes} == {1, 2}
     assert seen.drafts > 5
 
 
@@ -215,8 +215,8 @@ def _eager_static(runtime: Any) -> Any:
     from selfspec.views import run_view
 
     def make(view: Any, t: int) -> Any:
-        def forward(tokens: Tensor, depths: Tensor | None) -> Tensor:
-            step = runtime.cache.begin(t, static=True, depths=depths)
+        def forward(tokens: Tensor) -> Tensor:
+            step = runtime.cache.begin(t, static=True)
             return run_view(runtime.views[view], tokens, step.positions, step)
 
         return forward
@@ -466,11 +466,11 @@ def test_after_an_error_the_next_request_is_right(where: str) -> None:
     assert spec.draft_runtime is not None
     original, passes = runtime.run, iter(range(1000))
 
-    def failing(view: Any, tokens: Tensor, *depths: Any) -> Tensor:
+    def failing(view: Any, tokens: Tensor) -> Tensor:
         if next(passes) == 5:
             spec.draft_runtime.cache.layer(0)[0].fill_(torch.nan)  # type: ignore[union-attr]
             raise RuntimeError("out of order")
-        return original(view, tokens, *depths)
+        return original(view, tokens)
 
     runtime.run = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of order"):
@@ -589,7 +589,6 @@ def test_a_benchmark_lines_it_up_beside_a_plan_for_layers() -> None:
             Plan(skip_set=SkipSet(), gamma=3, quantised=Quantised.everything(Format("int8"), LAYERS)),
             "drafts with layers of the model itself",
         ),
-        (of_gamma(3, tree=Tree(siblings=2)), "tree is of drafts by layers"),
         (Plan.none(), "gamma is 0, so a draft model would never draft"),
     ],
 )

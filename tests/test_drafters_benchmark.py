@@ -25,9 +25,9 @@ def _importable() -> Iterator[None]:
 def test_a_decoding_is_priced_by_its_counts() -> None:
     from drafters_bench.prices import Prices
 
-    outlook = Outlook(rows=1, draft_step=0.5, rounds=[1.0, 1.25, 1.5], agreement=[0.5], looking=0.125, branching=0.0625)
-    stats = Stats(tokens=11, steps=3, pass_lengths={1: 2, 3: 4}, choices={"none": 2, "layers 1 + 1 siblings": 4})
-    without = 2 * 1.0 + 4 * 1.5 + 3 * 0.5 + 4 * 0.0625
+    outlook = Outlook(rows=1, draft_step=0.5, rounds=[1.0, 1.25, 1.5], agreement=[0.5], looking=0.125)
+    stats = Stats(tokens=11, steps=3, pass_lengths={1: 2, 3: 4}, choices={"none": 2, "layers 1": 4})
+    without = 2 * 1.0 + 4 * 1.5 + 3 * 0.5
     assert Prices(outlook=outlook, looks=False).seconds(stats) == pytest.approx(without)
     assert Prices(outlook=outlook, looks=True).seconds(stats) == pytest.approx(without + 6 * 0.125)
     assert Prices(outlook=outlook, looks=False).speed(stats) == pytest.approx(11 / without)
@@ -45,7 +45,7 @@ def test_the_benchmark_runs_at_a_small_size(tmp_path: Path, capsys: pytest.Captu
         (name, rows) for rows in (1, 2) for name in ("code", "editing", "prose", "mixed")
     ]
     for result in found["results"]:
-        one_row = {"layers", "tree"} if result["rows"] == 1 else set()
+        one_row = {"layers"} if result["rows"] == 1 else set()
         assert set(result["drafters"]) == {"plain", "lookup", "cascade", "adaptive"} | one_row
         assert all(line["differing"] == 0 for line in result["drafters"].values())
         assert result["drafters"]["plain"]["priced"] == 1

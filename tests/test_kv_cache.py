@@ -177,7 +177,6 @@ def test_a_pass_stands_behind_each_rows_tokens() -> None:
     cache.lengths = torch.tensor([3, 11], dtype=torch.int32)
     step = cache.begin(4)
     assert step.positions.tolist() == [[3, 4, 5, 6], [11, 12, 13, 14]]
-    assert step.slots.tolist() == step.positions.tolist()
     assert step.starts(5).tolist() == [0, 5, 10]
     assert step.starts(5).dtype == torch.int32
 

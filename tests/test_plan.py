@@ -16,7 +16,7 @@ from models import LAYERS, tiny_model
 from transformers import AutoConfig
 
 import selfspec
-from selfspec import Outlook, Padding, Plan, PlanError, PlanWarning, PromptLookup, SkipSet, Tree, wrap
+from selfspec import Outlook, Padding, Plan, PlanError, PlanWarning, PromptLookup, SkipSet, wrap
 from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 EDITABLE = {"selfspec_version": 1, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
@@ -148,9 +148,9 @@ def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
             r"attn layer 1, but this model has 1",
         ),
         ({"provenance": {"seed": 0, "trials": 3}}, "lacks the key 'provenance.conditions'"),
-        ({"tree": {"siblings": 0}}, "key 'tree.siblings': .*greater than or equal to 1"),
-        ({"tree": {}}, "lacks the key 'tree.siblings'; search again"),
-        ({"tree": {"siblings": 1, "depth": 2}}, "unknown key 'tree.depth'; remove it"),
+        ({"prompt_lookup": {"gamma": 0}}, "key 'prompt_lookup.gamma': .*greater than or equal to 1"),
+        ({"prompt_lookup": {}}, "lacks the key 'prompt_lookup.gamma'; search again"),
+        ({"prompt_lookup": {"gamma": 4, "depth": 2}}, "unknown key 'prompt_lookup.depth'; remove it"),
         (
             {"prompt_lookup": {"gamma": 4, "min_ngram": 5, "max_ngram": 3}},
             "key 'prompt_lookup': min_ngram is 5, but it must be at most max_ngram, 3",
@@ -207,8 +207,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Tree(), "Tree lacks 'siblings'; give it"),
-        (lambda: Tree(siblings=0), r"Tree's siblings: .*greater than or equal to 1 \(given: 0\)"),
+        (lambda: PromptLookup(), "PromptLookup lacks 'gamma'; give it"),
+        (lambda: PromptLookup(gamma=0), r"PromptLookup's gamma: .*greater than or equal to 1 \(given: 0\)"),
         (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
         (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
         (lambda: Outlook(rows=1, draft_step=0.1, agreement=[0.5]), "Outlook lacks 'rounds'; give it"),
@@ -258,6 +258,37 @@ def test_a_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(PlanError, match=r"cannot make the directory .*taken: File exists"):
         Plan.none().save_pretrained(tmp_path / "taken")
+
+
+# --- Files of earlier releases ---
+
+
+def test_a_plan_with_a_tree_of_siblings_is_read_without_it_and_one_warning_names_its_parts() -> None:
+    outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0, 1.1, 1.2], agreement=[0.7])
+    plan = Plan(
+        skip_set=SkipSet(attn={1}), gamma=2, outlook=outlook, other_rows=[outlook.model_copy(update={"rows": 3})]
+    )
+    written = json.loads(plan.to_json())
+    written["tree"] = {"siblings": 2, "width": 3}
+    for one in (written["outlook"], *written["other_rows"]):
+        one |= {"branching": 0.02, "rescued": 0.3}
+    parts = "tree, outlook.branching, outlook.rescued, other_rows.*.branching, other_rows.*.rescued"
+    with pytest.warns(PlanWarning) as caught:
+        assert Plan.from_json(json.dumps(written)) == plan
+    assert [str(one.message) for one in caught] == [
+        f"plan has parts that no longer exist, and they are ignored: {parts}"
+    ]
+
+
+def test_a_plan_that_drafted_without_a_tree_is_read_without_a_warning() -> None:
+    plan = Plan(
+        skip_set=SkipSet(attn={1}),
+        gamma=2,
+        outlook=Outlook(rows=1, draft_step=0.1, rounds=[1.0, 1.1, 1.2], agreement=[0.7]),
+    )
+    written = json.loads(plan.to_json())
+    written["outlook"] |= {"branching": 0.0, "rescued": 0.0}
+    assert Plan.from_json(json.dumps(written)) == plan
 
 
 # --- Which model it fits ---

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.graphs import Graphs
-from selfspec.plan import Conditions, Outlook, PromptLookup, Provenance, Tree
+from selfspec.plan import Conditions, Outlook, PromptLookup, Provenance
 from selfspec.policy import (
     AdaptiveDrafter,
     AdaptivePolicy,
@@ -53,7 +53,7 @@ class Layers:
         return self.policy.choose([Row(0, 0, PLENTY)]).layers
 
     def observe(self, drafted: int, accepted: int, committed: int) -> None:
-        self.policy.observe([Seen(drafted, accepted, 0, committed)])
+        self.policy.observe([Seen(drafted, accepted, committed)])
 
     def promised(self, gamma: int) -> float:
         return self.policy._speed(Choice(gamma), Counter([Row(0, 0, PLENTY)]))
@@ -210,7 +210,7 @@ def test_what_looks_up_is_chosen_behind_matches_that_are_right_and_not_behind_ot
         for long, row in rows.items():
             one.choose(row)
             right = LONGEST if long else 0
-            one.observe([Seen(0, 0, 0, right + 1, LONGEST, row[0].matched, right)])
+            one.observe([Seen(0, 0, right + 1, LONGEST, row[0].matched, right)])
     assert one.choose(rows[True]).lookup >= 4
     assert not one.choose(rows[False]).lookup
 
@@ -221,7 +221,7 @@ def test_prompt_lookup_is_judged_also_while_others_draft() -> None:
     rounds = 0
     while not (choice := one.choose(row)).lookup and rounds < 50:
         accepted = min(choice.layers, 2)
-        one.observe([Seen(choice.layers, accepted, 0, accepted + 1, LONGEST, 8, accepted + 1)])
+        one.observe([Seen(choice.layers, accepted, accepted + 1, LONGEST, 8, accepted + 1)])
         rounds += 1
     assert rounds < 20
     assert any("behind a match of 8 or more: lookup" in change for change in one.changes)
@@ -232,13 +232,6 @@ def test_rows_without_a_match_draft_by_layers_beside_rows_that_look_up() -> None
     chosen = one.choose([Row(LONGEST, 8, LONGEST), Row(LONGEST, 8, LONGEST), Row(0, 0, LONGEST)])
     assert chosen.lookup
     assert chosen.layers
-
-
-def test_siblings_stand_beside_drafts_only_where_they_bring_more_than_they_cost() -> None:
-    for rounds, wanted in (([1.0] * 9, True), ([1.0 + 0.3 * n for n in range(9)], False)):
-        priced = Outlook(rows=1, draft_step=0.1, rounds=rounds, agreement=[0.7], rescued=0.4)
-        one = AdaptivePolicy(Choices(priced, range(5), tree=Tree(siblings=3)), Choice(3))
-        assert bool(one.choose([Row(0, 0, 8)]).siblings) == wanted
 
 
 def policy_of(agreement: float, *, draft_step: float = 0.3, rows: int = 1, **more: object) -> AdaptivePolicy:
@@ -261,8 +254,8 @@ MIXED = [("prose", 150), ("code", 150), ("copy", 150)] * 10
 FIXED = {
     "none": Choice(),
     **{f"layers {n}": Choice(n) for n in (1, 2, 3, 4, 6)},
-    **{f"lookup {n} from {m}": Choice(0, 0, n, m) for n in (3, LONGEST) for m in (1, 2, 3)},
-    **{f"lookup {n} from {m}, layers {g}": Choice(g, 0, n, m) for n in (3, LONGEST) for m in (1, 3) for g in (2, 4)},
+    **{f"lookup {n} from {m}": Choice(0, n, m) for n in (3, LONGEST) for m in (1, 2, 3)},
+    **{f"lookup {n} from {m}, layers {g}": Choice(g, n, m) for n in (3, LONGEST) for m in (1, 3) for g in (2, 4)},
 }
 
 
@@ -291,7 +284,7 @@ def priced(texts: list[tuple[str, int]], chooser: AdaptivePolicy | Choice, choic
                 else:
                     by_layers, accepted = choice.layers, run(choice.layers, agreement, agreement, draws)
                 trunk = accepted if by_layers else 0
-                seen.append(Seen(by_layers, trunk, 0, accepted + 1, row.found, row.matched, min(runs, accepted + 1)))
+                seen.append(Seen(by_layers, trunk, accepted + 1, row.found, row.matched, min(runs, accepted + 1)))
             tokens += sum(row.committed for row in seen)
             seconds += choices.seconds(choice, Counter(now))
             if isinstance(chooser, AdaptivePolicy):
@@ -338,7 +331,7 @@ def test_layers_come_back_where_every_round_has_a_match_that_is_wrong(monkeypatc
     one = policy_of(0.7)
     priced([("hard", 600)], one, one.choices, 1)
     assert not one.choose([Row(LONGEST, 1, LONGEST)]).layers
-    one.observe([Seen(0, 0, 0, 1, LONGEST, 1, 0)])
+    one.observe([Seen(0, 0, 1, LONGEST, 1, 0)])
     assert priced([("easy", 2000)], one, one.choices, 1) > 1.4, "tokens in the time of a plain pass"
 
 
@@ -346,10 +339,10 @@ def test_layers_are_not_probed_where_lookup_is_better_than_they_could_be() -> No
     one, row = policy_of(0.9, draft_step=0.5), [Row(LONGEST, 8, LONGEST)]
     for _ in range(60):
         one.choose(row)
-        one.observe([Seen(0, 0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
+        one.observe([Seen(0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
     for _ in range(500):
         assert one.choose(row).lookup == LONGEST
-        one.observe([Seen(0, 0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
+        one.observe([Seen(0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
 
 
 def test_a_least_match_between_the_classes_counts_too() -> None:
@@ -365,24 +358,24 @@ def test_estimates_stay_numbers_in_any_batch_to_its_last_token(
     static: bool, agreement: list[float], matches: list[list[float]]
 ) -> None:
     draws = random.Random(7)
-    here = Outlook(rows=5, draft_step=0.0, rounds=ROUNDS, agreement=agreement, matches=matches, rescued=1.0)
-    tree, lookups = Tree(siblings=3), LOOKUPS if matches else (0,)
-    one = AdaptivePolicy(Choices(here, range(LONGEST + 1), lookups, tree, static=static), Choice(LONGEST, 3))
+    here = Outlook(rows=5, draft_step=0.0, rounds=ROUNDS, agreement=agreement, matches=matches)
+    lookups = LOOKUPS if matches else (0,)
+    one = AdaptivePolicy(Choices(here, range(LONGEST + 1), lookups, static=static), Choice(LONGEST))
     for left in [LONGEST] * 200 + list(range(LONGEST, -1, -1)) * 13:
         rows = [
             Row(draws.randrange(left + 1) * bool(matches), draws.randrange(1, 11), left) for _ in range(5 - left % 3)
         ]
         choice = one.choose(rows)
-        assert choice.layers + choice.siblings <= LONGEST or choice == one.first
+        assert choice.layers <= LONGEST
         seen = []
         for row in rows:
             looks = choice.lookup and row.found and row.matched >= choice.least
             drafted = min(choice.lookup, row.found) if looks else min(choice.layers, row.left)
             accepted = draws.randrange(drafted + 1)
             trunk = (0, 0) if looks else (drafted, accepted)
-            seen.append(Seen(*trunk, 0, accepted + 1, row.found, row.matched, min(row.found, accepted)))
+            seen.append(Seen(*trunk, accepted + 1, row.found, row.matched, min(row.found, accepted)))
         one.observe(seen)
-        numbers = [one.speed, one.estimates.rescue.value, *(one.estimates.layers[depth] for depth in range(13))]
+        numbers = [one.speed, *(one.estimates.layers[depth] for depth in range(13))]
         numbers += [share.value for match in one.estimates.matches for share in (match.first, match.later)]
         assert all(0 <= number < float("inf") for number in numbers)
         assert all(number <= 1 for number in numbers[1:])
@@ -457,8 +450,8 @@ def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTra
     tokens, mask = prompts(11)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}
     matches = [[0.3, 0.6], [0.4, 0.7], [0.5, 0.75], [0.6, 0.8], [0.8, 0.9]]
-    told = outlook(0.9, 0.8, draft_step=0.15, matches=matches, rescued=0.3)
-    spec = wrap(llama, plan(outlook=told, tree=Tree(siblings=2)))
+    told = outlook(0.9, 0.8, draft_step=0.15, matches=matches)
+    spec = wrap(llama, plan(outlook=told))
     if captured:
         spec.runtime.graphs = Graphs(TapeRecorder())
     expected = llama.generate(tokens, **options)

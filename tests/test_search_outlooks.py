@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +14,15 @@ from replays import random_prompts
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm import Confirmed, _Contender
 from selfspec_search.lookup import LookupTable
-from selfspec_search.objective import Prediction
-from selfspec_search.outlooks import Branching, Scene, match_shares, seen
+from selfspec_search.outlooks import Scene, match_shares, seen
 from selfspec_search.profile import Profile
 from selfspec_search.texts import Text
-from selfspec_search.trees import Branches
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.found import facts
 from selfspec.cli.show import Show
-from selfspec.plan import Outlook, Tree
+from selfspec.plan import Outlook
 from selfspec.policy.estimates import MATCHES
 from selfspec.recipe import Recipe
 
@@ -37,8 +33,6 @@ KNOWN = Outlook(
     agreement=[0.7, 0.5],
     looking=0.01,
     matches=[[0.2, 0.5]] * 5,
-    branching=0.02,
-    rescued=0.3,
 )
 CALIBRATION, HELD_OUT = random_prompts(5, 11, 2, 7), random_prompts(3, 13, 6, seed=2)
 SETTINGS = {"trials": 5, "gamma_max": 3, "new_tokens": 19, "confirm": 1, "repeats": 1, "confirm_texts": 2}
@@ -125,8 +119,7 @@ def test_an_outlook_for_other_rows_has_their_prices_and_the_same_expectations(
         assert found.rounds == sorted(found.rounds)
         assert 0 < found.draft_step < 5
         assert (found.looking > 0) == bool(known.matches), "lookup that takes no part costs nothing"
-        assert found.branching == pytest.approx(known.branching * rows / known.rows)
-        kept = ("agreement", "matches", "rescued")
+        kept = ("agreement", "matches")
         assert [getattr(found, name) for name in kept] == [getattr(known, name) for name in kept]
 
 
@@ -138,10 +131,10 @@ PROFILE = profile_of(costs_of(attention=0.001, mlp=0.002, gamma_max=6, captured=
 
 @pytest.fixture
 def sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's hour neither prices nor decides; layers win, with siblings where these were confirmed."""
+    """The machine's hour neither prices nor decides; layers win."""
 
-    def rank(self: Confirmed) -> tuple[bool, bool]:
-        return self.prediction.drafting.tree is None, not self.prediction.drafting.gamma
+    def rank(self: Confirmed) -> bool:
+        return not self.prediction.drafting.gamma
 
     monkeypatch.setattr("selfspec_search.finish.measure", measuring(PROFILE))
     monkeypatch.setattr("selfspec_search.outlooks.CYCLES", 1)
@@ -149,24 +142,16 @@ def sure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Contender, "is_faster_than", lambda self, plain: True)
 
 
-def siblings_that(monkeypatch: pytest.MonkeyPatch, **changes: float) -> Branching:
-    found = replace(Branching(gained=0.0, rescued=0.0, seconds=0.0), **changes)
-    monkeypatch.setattr(Branches, "_branching", lambda self, prediction, trees: dict.fromkeys(trees, found))
-    return found
-
-
 @pytest.mark.usefixtures("sure")
 def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyond(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel,
 ) -> None:
-    siblings_that(monkeypatch)
     told: list[Progress] = []
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5]), told.append)
     plan = result.plan
     assert plan.rows == [1, 5]
     assert told[-1] == Progress(phase="rows", done=1, total=1)
     assert dict(facts(result))["rows"] == "the policy adapts for 1 to 5, by what 1, 5 cost"
-    assert plan.tree is None
     assert plan.outlook is not None
     assert plan.outlook.agreement[0] > 0
     assert Plan.from_json(plan.to_json()) == plan
@@ -205,73 +190,26 @@ def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
 
 
 @pytest.mark.usefixtures("sure")
-def test_siblings_that_pay_are_confirmed_and_written_with_what_they_were_found_to_do(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = siblings_that(monkeypatch, gained=0.5, rescued=0.25, seconds=1e-5)
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[3]))
-    assert result.plan.tree == Tree(siblings=1, width=2), "of equals the smallest"
-    assert Plan.from_json(result.plan.to_json()) == result.plan
-    assert result.winner is not None
-    assert result.winner.rounds_equal is None
-    assert result.winner.differing_texts == 0
-    words = dict(facts(result))["tokens per round"]
-    assert "siblings by decoding other prompts; 0 texts differ from the plain model's" in words
-    assert "sampled" not in words, "it was greedy"
-    assert result.plan.outlook is not None
-    assert (result.plan.outlook.rescued, result.plan.outlook.branching) == (found.rescued, found.seconds)
-    assert result.plan.other_rows[0].branching == pytest.approx(3 * found.seconds)
-
-
-@pytest.mark.usefixtures("sure")
-def test_siblings_of_sampled_texts_are_said_to_be_sampled(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    siblings_that(monkeypatch, gained=0.5, rescued=0.25)
+def test_sampled_texts_are_said_to_be_sampled(model: PreTrainedModel) -> None:
     settings = SearchSettings(**SETTINGS, sampling=Sampling(do_sample=True, temperature=0.7))
     result = search(model, CALIBRATION, HELD_OUT, settings)
-    assert result.plan.tree is not None
     assert dict(facts(result))["tokens per round"].endswith(", sampled")
     assert all(row["differing texts"] == "" for row in result.rows() if row["plan"] != "plain decoding")
 
 
 @pytest.mark.usefixtures("sure")
-@pytest.mark.parametrize("found", [{}, {"gained": 0.5, "seconds": 1.0}])
-def test_siblings_that_do_not_pay_are_neither_confirmed_nor_written(
-    found: dict[str, float], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    siblings_that(monkeypatch, **found)
+def test_a_greedy_search_for_one_number_of_rows_says_so(model: PreTrainedModel) -> None:
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
-    assert all(one.prediction.drafting.tree is None for one in result.confirmed)
-    assert (result.plan.tree, result.plan.other_rows) == (None, [])
-    assert "other_rows" not in json.loads(result.plan.to_json()), "an older selfspec can read it"
-
-
-def test_what_siblings_do_is_found_by_decoding(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, sure: None
-) -> None:
-    kept: dict[Tree, Branching] = {}
-    plain = Branches._branching
-
-    def recorded(self: Branches, prediction: Prediction, trees: Sequence[Tree]) -> dict[Tree, Branching]:
-        kept.update(plain(self, prediction, trees))
-        return kept
-
-    monkeypatch.setattr(Branches, "_branching", recorded)
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
-    assert kept
+    assert "sampled" not in dict(facts(result))["tokens per round"]
     assert result.differing_texts == 0
-    for one in kept.values():
-        assert 0 <= one.gained <= 1
-        assert 0 <= one.rescued <= 1
-        assert one.seconds >= 0
+    assert result.plan.other_rows == []
+    assert "other_rows" not in json.loads(result.plan.to_json()), "an older selfspec can read it"
 
 
 @pytest.mark.usefixtures("sure")
 def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    siblings_that(monkeypatch)
     storage, longest = str(tmp_path / "trials.db"), list[object]()
 
     def measured(*args: object, gamma_max: int, **kwargs: object) -> Profile:
@@ -302,20 +240,14 @@ def test_the_legend_names_lookup_wherever_the_policy_may_look_up() -> None:
 # --- Files and misuse ---
 
 
-def test_a_plan_from_before_siblings_lookup_lengths_and_other_rows_still_reads() -> None:
+def test_a_plan_from_before_lookup_lengths_and_other_rows_still_reads() -> None:
     written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=KNOWN).to_json())
-    assert not {"tree", "other_rows"} & written.keys()
-    for key in ("looking", "matches", "branching", "rescued"):
+    assert "other_rows" not in written
+    for key in ("looking", "matches"):
         del written["outlook"][key]
     plan = Plan.from_json(json.dumps(written))
     assert plan.outlook is not None
     assert (plan.outlook.looking, plan.outlook.matches, plan.rows) == (0.0, [], [2])
-
-
-def test_a_tree_may_be_as_large_as_the_outlook_knows() -> None:
-    most = len(KNOWN.rounds) - 1 - 3
-    written = Plan(skip_set=FIRST_DROPPED, gamma=3, tree=Tree(siblings=most), outlook=KNOWN).to_json()
-    assert Plan.from_json(written).siblings == most
 
 
 @pytest.mark.parametrize(
@@ -327,7 +259,6 @@ def test_a_tree_may_be_as_large_as_the_outlook_knows() -> None:
         ({"outlook": {"rounds": [1.0, 0.0]}}, "outlook.rounds.1"),
         ({"outlook": {"draft_step": -1.0}}, "outlook.draft_step"),
         ({"outlook": {"agreement": []}}, "outlook.agreement"),
-        ({"outlook": {"rescued": 1.5}}, "outlook.rescued"),
         ({"outlook": {"rows": 0}}, "outlook.rows"),
         (
             {"other_rows": [KNOWN.model_dump() | {"rows": 7, "rounds": [1.0, 2.0]}]},
@@ -336,9 +267,7 @@ def test_a_tree_may_be_as_large_as_the_outlook_knows() -> None:
         ({"outlook": None, "other_rows": [KNOWN.model_dump()]}, "has other_rows, but no outlook to stand beside"),
         ({"other_rows": [KNOWN.model_dump()]}, f"tell twice what {KNOWN.rows} rows cost; remove one"),
         ({"other_rows": [KNOWN.model_dump() | {"rows": 7}] * 2}, "tell twice what 7 rows cost; remove one"),
-        ({"tree": {"siblings": 4}}, "gamma is 3 with 4 siblings, but its outlook has costs of rounds over up to 6"),
-        ({"tree": {"siblings": 0}}, "key 'tree.siblings'"),
-        ({"tree": {"siblings": 1}, "gamma": 0}, "siblings stand beside drafted tokens; give a gamma"),
+        ({"gamma": 7}, "gamma is 7, but its outlook has costs of rounds over up to 6"),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:

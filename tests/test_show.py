@@ -59,14 +59,13 @@ def told(rounds: list[Committed], **options: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("committed", "origins"),
     [
-        (Committed(0, 5, [1, 2, 3], 3, 2, 0, "lookup"), ["lookup", "lookup", "recovered"]),
-        (Committed(0, 5, [1, 2, 3], 2, 2, 0, "layers"), ["layers", "layers", "bonus"]),
-        (Committed(0, 5, [1, 2], 1, 1, 0, "draft model"), ["draft model", "bonus"]),
-        (Committed(0, 5, [7], 3, 0, 0, "layers"), ["recovered"]),
-        (Committed(0, 5, [1, 2, 3], 4, 2, 1, "layers"), ["layers", "layers", "bonus"]),  # a sibling saved the draft
-        (Committed(0, 5, [7], 0, 0, 0, "layers"), ["undrafted"]),
+        (Committed(0, 5, [1, 2, 3], 3, 2, "lookup"), ["lookup", "lookup", "recovered"]),
+        (Committed(0, 5, [1, 2, 3], 2, 2, "layers"), ["layers", "layers", "bonus"]),
+        (Committed(0, 5, [1, 2], 1, 1, "draft model"), ["draft model", "bonus"]),
+        (Committed(0, 5, [7], 3, 0, "layers"), ["recovered"]),
+        (Committed(0, 5, [7], 0, 0, "layers"), ["undrafted"]),
         (Committed(0, 5, [7], 0, 0), ["undrafted"]),
-        (Committed(0, 5, [1, 2], 3, 2, 0, "lookup"), ["lookup", "lookup"]),  # the row ended within its draft
+        (Committed(0, 5, [1, 2], 3, 2, "lookup"), ["lookup", "lookup"]),  # the row ended within its draft
     ],
 )
 def test_the_token_behind_a_draft_is_recovered_where_it_failed_and_a_bonus_where_it_passed(
@@ -130,11 +129,11 @@ def test_a_pipe_gets_the_plain_text_and_neither_colours_nor_a_legend(model_dir: 
 # --- The chart ---
 
 ROUNDS = [
-    Committed(0, 5, [1, 2, 9], 3, 2, 0, "layers"),
-    Committed(0, 8, [1, 9], 1, 1, 0, "lookup"),
-    Committed(0, 10, [9], 3, 0, 0, "layers"),
-    Committed(0, 11, [1, 2, 3, 9], 3, 3, 0, "lookup"),
-    Committed(0, 15, [9], 0, 0, 0, "layers"),
+    Committed(0, 5, [1, 2, 9], 3, 2, "layers"),
+    Committed(0, 8, [1, 9], 1, 1, "lookup"),
+    Committed(0, 10, [9], 3, 0, "layers"),
+    Committed(0, 11, [1, 2, 3, 9], 3, 3, "lookup"),
+    Committed(0, 15, [9], 0, 0, "layers"),
 ]
 
 
@@ -190,15 +189,13 @@ def test_bars_are_true_to_an_eighth_of_a_column() -> None:
 
 
 def test_positions_that_no_draft_reached_have_no_share() -> None:
-    lines = told([Committed(0, 5, [9], 2, 0, 0, "layers")])
+    lines = told([Committed(0, 5, [9], 2, 0, "layers")])
     assert [line.split() for line in lines[1:3]] == [["1", "0%", "0", "of", "1"], ["2", "-", "0", "of", "0"]]
 
 
 def test_far_positions_share_the_last_bar() -> None:
     n = MOST_BARS + 3
-    lines = told(
-        [Committed(0, 5, [1] * n + [9], n, n, 0, "lookup"), Committed(0, 50, [1] * 13 + [9], n, 13, 0, "layers")]
-    )
+    lines = told([Committed(0, 5, [1] * n + [9], n, n, "lookup"), Committed(0, 50, [1] * 13 + [9], n, 13, "layers")])
     assert len(lines) == 1 + MOST_BARS + 1
     assert lines[MOST_BARS - 1].endswith("100%  2 of 2")
     # Positions 12 and 13 twice; 14 twice, accepted once; 15 once.

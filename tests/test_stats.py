@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from transformers.generation import EosTokenCriteria
 
 from selfspec import Plan, Stats, wrap
-from selfspec.plan import PromptLookup, Tree
+from selfspec.plan import PromptLookup
 from selfspec.request import Request
 from selfspec.runtime import Runtime
 from selfspec.sampling import Draft, accept
@@ -201,9 +201,8 @@ def test_each_call_has_stats_of_its_own_and_a_broken_off_stream_counts_what_it_d
     [
         {"exit_threshold": 0.02},
         {"exit_threshold": 0.02, "prompt_lookup": PromptLookup(gamma=3, min_ngram=1)},
-        {"tree": Tree(siblings=2)},
     ],
-    ids=["threshold", "cascade", "tree"],
+    ids=["threshold", "cascade"],
 )
 def test_the_steps_counted_are_the_passes_of_the_draft(plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, mask = prompts(11, 5)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from selfspec_search import SearchSettings, search
-from selfspec_search.objective import Prediction, Prices, predict, simplest, ways_to_draft
+from selfspec_search.objective import Prices, predict, simplest, ways_to_draft
 from selfspec_search.outlooks import match_shares, seen
 from selfspec_search.profile import Profile
 from selfspec_search.replay import Replay
@@ -16,12 +16,9 @@ from selfspec_search.walk import Drafting, agreement
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import Outlook, Plan, Tree
+from selfspec.plan import Outlook, Plan
 from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
-
-TREE = Tree(siblings=2)
-"""Where the search leaves siblings out, since they do not pay: what they would have done is measured all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,6 @@ def find_plans(
         "lookup": lookup.plan,
         "layers": layers.plan,
         "cascade": cascade.plan,
-        "tree": _with_tree(layers, found.plan.tree),
     }
     adaptive = found.plan
     if adaptive.outlook is None or not adaptive.gamma:  # where plain decoding won, or a plan that cannot adapt
@@ -63,7 +59,7 @@ def find_plans(
     padding = found.profile.padding
     return Plans(
         fixed={name: plan.model_copy(update={"padding": padding}) for name, plan in fixed.items()},
-        adaptive=adaptive.model_copy(update={"padding": padding, "tree": found.plan.tree}),
+        adaptive=adaptive.model_copy(update={"padding": padding}),
         texts=texts,
         profile=found.profile,
     )
@@ -81,8 +77,3 @@ def _outlook(profile: Profile, recipe: Recipe, table: Table, texts: Sequence[Tex
         looking=prices.costs.lookup,
         matches=match_shares(texts, prices.lookup, profile.gamma_max),
     )
-
-
-def _with_tree(layers: Prediction, tree: Tree | None) -> Plan:
-    drafting = Drafting(layers.drafting.gamma, tree=tree or TREE)
-    return replace(layers, drafting=drafting).plan

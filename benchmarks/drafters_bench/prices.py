@@ -13,7 +13,7 @@ class Prices:
     """Seconds of what a decoding is made of, for one number of rows. Prefill, the same for all, is left out.
 
     Attributes:
-        outlook: what a round costs at every length, a look, a step of the draft, and siblings.
+        outlook: what a round costs at every length, a look, and a step of the draft.
         looks: whether the decoding looks prompts up.
     """
 
@@ -24,9 +24,8 @@ class Prices:
         """Of all rounds that were counted."""
         outlook, passes = self.outlook, sum(stats.pass_lengths.values())
         rounds = sum(outlook.rounds[tokens - 1] * count for tokens, count in stats.pass_lengths.items())
-        siblings = sum(count for choice, count in stats.choices.items() if "sibling" in choice)
         looking = outlook.looking * passes if self.looks else 0.0
-        return rounds + looking + stats.steps * outlook.draft_step + siblings * outlook.branching
+        return rounds + looking + stats.steps * outlook.draft_step
 
     def speed(self, stats: Stats) -> float:
         """Tokens per priced second."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from time import perf_counter
 
@@ -14,19 +14,18 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import PlanWarning, is_out_of_memory
 from selfspec.loading import versions
-from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance, Tree
+from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance
 from selfspec.recipe import Format
 from selfspec_search.confirm import Confirmed, confirm, padding_of
 from selfspec_search.memory import Memory
 from selfspec_search.objective import Prediction, Prices, plain_figures
-from selfspec_search.outlooks import Branching, Scene, match_shares, seen
+from selfspec_search.outlooks import Scene, match_shares, seen
 from selfspec_search.profile import Profile, measure, position_limit
 from selfspec_search.replay import Replay
 from selfspec_search.result import SearchResult
 from selfspec_search.settings import OnProgress, Phase, Progress, SearchSettings
 from selfspec_search.table import Table
 from selfspec_search.texts import Text
-from selfspec_search.trees import Branches
 
 
 @dataclass(kw_only=True)
@@ -117,10 +116,7 @@ class Finish:
         if trials.lookup is not None and trials.lookup.speedup > 1:
             chosen.append(trials.lookup)
         with self.phases.phase("confirm"):
-            with_tree, branching = self._with_tree(trials, texts)
-            if with_tree is not None:
-                chosen.append(with_tree)
-            plain, confirmed = self._confirm(chosen, held_out, branching)
+            plain, confirmed = self._confirm(chosen, held_out)
         confirmed.sort(key=lambda one: one.rank)
         winner = next((one for one in confirmed if one.is_faster), None)
         identity = ModelIdentity.of(self.model.config)
@@ -129,7 +125,7 @@ class Finish:
         provenance = provenance.model_copy(update={"errors": (winner or confirmed[0]).errors})
         plan = Plan.none(model=identity, provenance=provenance, padding=self.profile.padding)
         if winner is not None:
-            outlook = self._outlook(winner, texts, branching)
+            outlook = self._outlook(winner, texts)
             changes = {
                 "model": identity,
                 "provenance": provenance,
@@ -150,29 +146,13 @@ class Finish:
             seconds=self.phases.seconds,
         )
 
-    def _with_tree(self, trials: Trials, texts: Sequence[Text]) -> tuple[Prediction | None, dict[Tree, Branching]]:
-        """The best draft by layers with siblings, if they are predicted to pay; and what they were found to do."""
-        prices = Prices.of(self.profile, texts, lookup=False)
-        by_layers = next((p for p in trials.ranking if p.drafting.gamma and p.drafting.threshold is None), None)
-        if by_layers is None:
-            return None, {}
-        padding = self.profile.padding
-        trees = Branches(model=self.model, settings=self.settings, texts=texts, prices=prices, padding=padding)
-        prediction, branching = trees.that_pay(by_layers)
-        if prediction is None or branching is None:
-            return None, {}
-        assert prediction.drafting.tree is not None
-        return prediction, {prediction.drafting.tree: branching}
-
-    def _confirm(
-        self, chosen: Sequence[Prediction], held_out: Sequence[Text], branching: Mapping[Tree, Branching]
-    ) -> tuple[Figures, list[Confirmed]]:
+    def _confirm(self, chosen: Sequence[Prediction], held_out: Sequence[Text]) -> tuple[Figures, list[Confirmed]]:
         settings, fastest = self.settings, max(prediction.speedup for prediction in chosen)
         return confirm(
             self.model,
             chosen,
             Replay(self.model, held_out, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
-            replace(Prices.of(self.profile, held_out, lookup=settings.lookup), branching=branching),
+            Prices.of(self.profile, held_out, lookup=settings.lookup),
             settings,
             self.profile.padding,
             lambda done, total: self.phases.tell("confirm", done, total, fastest),
@@ -202,13 +182,12 @@ class Finish:
             profile=self.profile.to_dict(),
         )
 
-    def _outlook(self, winner: Confirmed, texts: Sequence[Text], branching: Mapping[Tree, Branching]) -> Outlook | None:
+    def _outlook(self, winner: Confirmed, texts: Sequence[Text]) -> Outlook | None:
         """What a policy needs to know; None where drafts adapt by themselves."""
-        way = winner.prediction.drafting
-        if way.threshold is not None:
+        if winner.prediction.drafting.threshold is not None:
             return None
         prices = Prices.of(self.profile, texts, lookup=self.settings.lookup)
-        costs, found = prices.costs, None if way.tree is None else branching[way.tree]
+        costs = prices.costs
         matches = [] if prices.lookup is None else match_shares(texts, prices.lookup, self.profile.gamma_max)
         return Outlook(
             rows=self.profile.rows,
@@ -217,8 +196,6 @@ class Finish:
             agreement=seen(winner.by_layers),
             looking=costs.lookup if matches else 0.0,
             matches=matches,
-            branching=found.seconds if found else 0.0,
-            rescued=found.rescued if found else 0.0,
         )
 
     def _other_rows(self, prediction: Prediction, outlook: Outlook | None, texts: Sequence[Text]) -> list[Outlook]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfspec.plan import Figures, Plan, PromptLookup, Tree
+from selfspec.plan import Figures, Plan, PromptLookup
 from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec_search.costs import Costs
 from selfspec_search.lookup import MAX_NGRAM, MIN_NGRAMS, LookupTable
-from selfspec_search.outlooks import Branching
 from selfspec_search.profile import Profile
 from selfspec_search.table import Table
 from selfspec_search.texts import Text
@@ -53,7 +52,6 @@ class Prediction:
             gamma=way.gamma,
             exit_threshold=way.threshold,
             prompt_lookup=way.lookup,
-            tree=way.tree,
         )
 
     @property
@@ -87,14 +85,12 @@ class Prices:
         costs: of steps and rounds of `rows` rows together, at the texts' context.
         lookup: what prompt lookup would have drafted on the same texts; None where it does not take part.
         lookups: the settings of prompt lookup that take part.
-        branching: what siblings were found to do, for each tree that takes part.
     """
 
     costs: Costs
     rows: int = 1
     lookup: LookupTable | None = None
     lookups: Sequence[PromptLookup] = ()
-    branching: Mapping[Tree, Branching] = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: Profile, texts: Sequence[Text], *, lookup: bool = True) -> Prices:
@@ -215,21 +211,8 @@ def predict(table: Table, prices: Prices, recipe: Recipe, ways: Sequence[Draftin
             speedup=plain / seconds,
             texts=table.texts,
         )
-        predictions.append(Prediction(recipe=recipe, drafting=way, figures=with_siblings(figures, way, prices)))
+        predictions.append(Prediction(recipe=recipe, drafting=way, figures=figures))
     return predictions
-
-
-def with_siblings(figures: Figures, way: Drafting, prices: Prices) -> Figures:
-    """The same with what its siblings were found to do: a longer round, of more tokens."""
-    if way.tree is None:
-        return figures
-    found, rounds = prices.branching[way.tree], prices.costs.rounds
-    tokens = figures.tokens_per_round + found.gained
-    seconds = prices.rows * figures.tokens_per_round / figures.tokens_per_second  # of a round
-    longer = seconds + found.seconds + rounds[way.gamma + way.tree.siblings] - rounds[way.gamma]
-    faster = tokens / figures.tokens_per_round * seconds / longer
-    changed = {name: getattr(figures, name) * faster for name in ("tokens_per_second", "speedup")}
-    return figures.model_copy(update=changed | {"tokens_per_round": tokens})
 
 
 def plain_figures(table: Table, prices: Prices) -> Figures:

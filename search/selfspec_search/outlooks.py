@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.drafting import LayerSkipDrafter, TreeDrafter
-from selfspec.plan import Outlook, Padding, Tree
+from selfspec.plan import Outlook, Padding
 from selfspec.policy.estimates import MATCHES, match_class
 from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
@@ -89,7 +88,6 @@ class Scene:
             "draft_step": timed["step"] / STEPS,
             "rounds": np.maximum.accumulate(rounds).tolist(),
             "looking": timed["lookup"] / STEPS if known.matches else 0.0,
-            "branching": known.branching * rows / known.rows,
         }
         return known.model_copy(update=changes)
 
@@ -99,39 +97,6 @@ class Scene:
         joined = torch.cat([text.tokens.cpu() for text in self.texts])
         copies = -(-rows * (context + 1) // len(joined))
         return joined.repeat(copies)[: rows * (context + 1)].view(rows, -1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Branching:
-    """What siblings are found to do.
-
-    Attributes:
-        gained: tokens that they add to a row's average round.
-        rescued: how often one is right where the drafted tokens go wrong.
-        seconds: what they add to a round of all rows, beside their places in its pass.
-    """
-
-    gained: float
-    rescued: float
-    seconds: float
-
-
-@torch.inference_mode()
-def branching_seconds(
-    runtime: Runtime, prompts: Tensor, gamma: int, trees: Sequence[Tree], rounds: Sequence[float], sampling: Sampling
-) -> dict[Tree, float]:
-    """What a whole round with each tree's siblings takes longer than one without, beside the longer pass."""
-    bench = Bench(prompts, sampling)
-    drafters = {None: LayerSkipDrafter(runtime, gamma)} | {tree: TreeDrafter(runtime, gamma, tree) for tree in trees}
-    timed: Mapping[Tree | None, float] = medians(
-        {tree: bench.whole(runtime, drafter) for tree, drafter in drafters.items()},
-        rare=lambda _: False,
-        cycles=CYCLES,
-        device=prompts.device,
-        on_cycle=lambda done, total: None,
-    )
-    longer = {tree: (timed[tree] - timed[None]) / STEPS for tree in trees}
-    return {tree: max(0.0, longer[tree] - (rounds[gamma + tree.siblings] - rounds[gamma])) for tree in trees}
 
 
 def seen(agreement: Sequence[float]) -> list[float]:

@@ -83,7 +83,7 @@ def decode_batch(
     runtime: Runtime, drafter: Drafter, prompts: Sequence[Tensor], new_tokens: int, sampling: Sampling | None = None
 ) -> tuple[list[Tensor], Stats]:
     """Decode a batch with the real loop, greedily by default: each row's prompt and continuation, and the stats."""
-    request = request_for(runtime.model, prompts, new_tokens, drafter.gamma + drafter.siblings, sampling=sampling)
+    request = request_for(runtime.model, prompts, new_tokens, drafter.gamma, sampling=sampling)
     stats = Stats(rows=request.rows)
     runtime.reserve(request.rows, request.max_length + request.room)
     for _ in decode(runtime, drafter, request, stats):

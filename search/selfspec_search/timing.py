@@ -54,10 +54,7 @@ class Bench:
 
     def round(self, runtime: Runtime, n: int) -> Call:
         """STEPS rounds over `n` tokens that cost nothing to draft."""
-        return self.whole(runtime, _Guesses(self.prompts, n))
-
-    def whole(self, runtime: Runtime, drafter: Drafter) -> Call:
-        """STEPS rounds, drafts included."""
+        drafter = _Guesses(self.prompts, n)
         request = self._begin(runtime, drafter)
         stats = Stats(rows=request.rows)
 
@@ -95,7 +92,7 @@ class Bench:
         Its prompts need not be cached: whatever is there takes as long to attend to.
         """
         runtime.pin_longrope(self.prompts.shape[1])
-        gamma = drafter.gamma + drafter.siblings
+        gamma = drafter.gamma
         request = request_for(
             runtime.model, list(self.prompts), 2 * gamma + 2, gamma, sampling=self.sampling, stops=False
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from selfspec.plan import PromptLookup, Tree
+from selfspec.plan import PromptLookup
 from selfspec_search.lookup import LookupTable
 from selfspec_search.table import Table
 
@@ -20,14 +20,12 @@ Ints = NDArray[np.int64]
 class Drafting:
     """How to draft: at most `gamma` tokens with the draft, fewer where its confidence falls below `threshold`.
 
-    Where `lookup` finds a match, it drafts instead; with `gamma` 0 it is the only one to draft. A `tree` has siblings
-    beside what the draft drafts, of which a walk knows nothing.
+    Where `lookup` finds a match, it drafts instead; with `gamma` 0 it is the only one to draft.
     """
 
     gamma: int
     threshold: float | None = None
     lookup: PromptLookup | None = None
-    tree: Tree | None = None
 
     @property
     def longest(self) -> int:

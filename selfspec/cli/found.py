@@ -93,8 +93,6 @@ def _rounds(winner: Confirmed) -> str:
     if winner.samples:
         return f"{figures}, sampled"
     differing = f"{winner.differing_texts} texts differ from the plain model's"
-    if winner.rounds_equal is None:
-        return f"{figures}, siblings by decoding other prompts; {differing}"
     equal = f"equal in all {winner.rounds} rounds" if winner.rounds_equal else "NOT equal in every round"
     if not winner.rounds_equal and winner.prediction.recipe.quantised is not None:
         equal += ", as may be where copies round"

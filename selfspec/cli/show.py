@@ -32,8 +32,6 @@ def origin_of(committed: Committed, index: int) -> str:
         return committed.origin or "layers"
     if not committed.drafted:
         return UNDRAFTED
-    if committed.rescued:  # a sibling stood in for the token that failed
-        return BONUS
     return RECOVERED if committed.accepted < committed.drafted else BONUS
 
 

@@ -6,7 +6,6 @@ from selfspec.drafting.drafter import Drafter, NoDrafter, Origin
 from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter, latest_match
 from selfspec.drafting.of_plan import drafter_of
-from selfspec.drafting.tree import TreeDrafter
 
 __all__ = [
     "DraftModelDrafter",
@@ -17,7 +16,6 @@ __all__ = [
     "Origin",
     "PromptLookupDrafter",
     "StepwiseDrafter",
-    "TreeDrafter",
     "drafter_of",
     "latest_match",
 ]

@@ -21,7 +21,7 @@ class LookupFirstDrafter(Drafter):
 
     def __init__(self, lookup: PromptLookupDrafter, second: StepwiseDrafter) -> None:
         self.lookup, self.second = lookup, second
-        self.gamma, self.siblings = max(lookup.gamma, second.gamma), second.siblings
+        self.gamma = max(lookup.gamma, second.gamma)
         self.capture_obstacle = second.capture_obstacle
 
     @property
@@ -63,7 +63,6 @@ class LookupFirstDrafter(Drafter):
             torch.where(hit[:, None], found.tokens, made.tokens),
             torch.where(hit, found.lengths, made.lengths),
             _mixed(hit, found.tokens, made.probs),
-            made.siblings,  # none of them valid where nothing was made
             made.steps,
         )
 

@@ -204,8 +204,6 @@ def check_plan(plan: Plan, draft_memory: int | str | None = None) -> None:
             f"the plan drafts with layers of the model itself ({plan.recipe}), so a draft model has nothing to do; "
             f"leave one of them out: {advice}"
         )
-    if plan.tree is not None:
-        raise InputError(f"the plan's tree is of drafts by layers, so leave it or the draft model out: {advice}")
     if not plan.gamma:
         raise InputError(f"the plan's gamma is 0, so a draft model would never draft; {advice}")
     if draft_memory is not None:

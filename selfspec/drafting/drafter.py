@@ -19,8 +19,6 @@ class Drafter(ABC):
     """
 
     gamma: int
-    siblings: int = 0
-    """How many tokens it may draft beside those, as alternatives to them."""
     capture_obstacle: str | None = None
     """Why what it does cannot be captured, or None if it can."""
     looks = False

@@ -70,14 +70,11 @@ class StepwiseDrafter(Drafter):
         """Choose a token from logits `b 1 v`, and write it where the next one's context ends."""
         ends = (request.ends + step)[:, None]  # b 1
         scores = process(request.processors, logits, request.sequences, ends)[:, 0]
-        picked = self._pick(request, scores)
+        picked = pick(scores, sampling=request.sampling)
         token = picked.token
         written = token if among is None else torch.where(among, token, request.sequences.gather(1, ends)[:, 0])
         request.sequences.scatter_(1, ends, written[:, None])
         return picked
-
-    def _pick(self, request: Request, scores: Tensor) -> Picked:
-        return pick(scores, sampling=request.sampling)
 
     def _draft_of(self, picked: Sequence[Picked], lengths: Tensor, steps: int) -> Draft:
         if not picked:

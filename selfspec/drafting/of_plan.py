@@ -7,7 +7,6 @@ from selfspec.drafting.draft_model import DraftModelDrafter
 from selfspec.drafting.drafter import Drafter, NoDrafter
 from selfspec.drafting.layers import LayerSkipDrafter, StepwiseDrafter
 from selfspec.drafting.lookup import PromptLookupDrafter
-from selfspec.drafting.tree import TreeDrafter
 from selfspec.plan import Plan
 from selfspec.runtime import Runtime
 
@@ -28,6 +27,4 @@ def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = Non
 
 def layers_of(plan: Plan, runtime: Runtime) -> LayerSkipDrafter:
     """The part of it that skips layers."""
-    if plan.tree is None:
-        return LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)
-    return TreeDrafter(runtime, plan.gamma, plan.tree, plan.exit_threshold)
+    return LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)

@@ -1,13 +1,12 @@
 """Plan: what the search writes and everything else reads, and the parts that it is made of."""
 
 from selfspec.plan.costs import Outlook, Padding
-from selfspec.plan.drafts import MOST_DRAFTED, MOST_SIBLINGS, PromptLookup, Tree
+from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan
 from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 __all__ = [
     "MOST_DRAFTED",
-    "MOST_SIBLINGS",
     "PLAN_FILE",
     "PLAN_VERSION",
     "Conditions",
@@ -18,6 +17,5 @@ __all__ = [
     "Plan",
     "PromptLookup",
     "Provenance",
-    "Tree",
     "config_fingerprint",
 ]

@@ -25,8 +25,6 @@ class Outlook(Setting):
         matches: of prompt lookup, by the length of its match (1, 2, 3 or 4, 5 to 7, 8 or more last tokens): how often
             the first looked-up token is right, and how often a later one is where all before it were; empty where
             prompt lookup takes no part.
-        branching: seconds that siblings add to a round, beside their places in its pass.
-        rescued: how often a sibling is right where the drafted tokens go wrong.
     """
 
     rows: Annotated[int, Field(ge=1)]
@@ -37,8 +35,6 @@ class Outlook(Setting):
     agreement: Annotated[list[Share], Field(min_length=1)]
     looking: Cost = 0.0
     matches: list[Annotated[list[Share], Field(min_length=2, max_length=2)]] = Field(default_factory=list, max_length=5)
-    branching: Cost = 0.0
-    rescued: Share = 0.0
 
     @model_validator(mode="after")
     def _knows_every_match(self) -> Self:
@@ -50,7 +46,7 @@ class Outlook(Setting):
         """What so many rows cost, between the costs of fewer and of more."""
         weight = (rows - self.rows) / (other.rows - self.rows)
         changed: dict[str, Any] = {"rows": rows}
-        for name in ("draft_step", "looking", "branching"):
+        for name in ("draft_step", "looking"):
             changed[name] = _between(getattr(self, name), getattr(other, name), weight)
         pairs = zip(self.rounds, other.rounds, strict=False)
         return self.model_copy(update=changed | {"rounds": [_between(*pair, weight) for pair in pairs]})

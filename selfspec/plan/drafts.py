@@ -1,4 +1,4 @@
-"""PromptLookup and Tree: what a plan drafts beside the layers' own guesses."""
+"""PromptLookup: what a plan drafts beside the layers' own guesses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from selfspec.plan.schema import Setting
 
 MOST_DRAFTED = 64
 """The longest draft that a plan may ask for."""
-MOST_SIBLINGS = 16
-"""The most alternatives to drafted tokens."""
 
 
 class PromptLookup(Setting):
@@ -32,15 +30,3 @@ class PromptLookup(Setting):
 
     def __str__(self) -> str:
         return f"lookup of {self.min_ngram} to {self.max_ngram} tokens, {self.gamma} drafted"
-
-
-class Tree(Setting):
-    """Draft alternatives, too: `siblings` of them in each row, beside the drafted tokens of which the draft is least
-    sure; at one position it tries `width` tokens at most, the drafted one included.
-    """
-
-    siblings: Annotated[int, Field(ge=1, le=MOST_SIBLINGS)]
-    width: Annotated[int, Field(ge=2, le=MOST_SIBLINGS + 1)] = 3
-
-    def __str__(self) -> str:
-        return f"{self.siblings} sibling{'s' if self.siblings > 1 else ''}, up to {self.width} tokens a position"

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from selfspec.errors import PlanError
 from selfspec.files import write_atomically
 from selfspec.plan.costs import Outlook, Padding
-from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup, Tree
+from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup
 from selfspec.plan.provenance import ModelIdentity, Provenance
 from selfspec.plan.retired import without_retired_parts
 from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
@@ -33,7 +33,6 @@ class Plan(Strict):
     `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
     `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
 
-    With a `tree` the draft holds alternatives to the tokens of which it is least sure, checked in the same pass.
 
     `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
     `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
@@ -54,7 +53,6 @@ class Plan(Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
-    tree: Tree | None = None
     outlook: Outlook | None = None
     other_rows: list[Outlook] = Field(default_factory=list)
     padding: Padding | None = None
@@ -77,8 +75,6 @@ class Plan(Strict):
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
             recipe.validate(self.model.num_layers)
-        if self.tree is not None and not self.gamma:
-            raise PlanError("plan has a tree, but gamma 0: siblings stand beside drafted tokens; give a gamma")
         self._check_outlooks()
 
     def _check_outlooks(self) -> None:
@@ -89,11 +85,10 @@ class Plan(Strict):
             raise PlanError(
                 f"plan's outlook and other_rows tell twice what {repeated[0]} rows cost; remove one, or search again"
             )
-        siblings = f" with {self.siblings} sibling{'s' if self.siblings > 1 else ''}" if self.tree is not None else ""
         for key, outlook in [("outlook", self.outlook), *(("other_rows", one) for one in self.other_rows)]:
-            if outlook is not None and len(outlook.rounds) <= self.gamma + self.siblings:
+            if outlook is not None and len(outlook.rounds) <= self.gamma:
                 raise PlanError(
-                    f"plan's gamma is {self.gamma}{siblings}, but its {key} has costs of rounds over up to "
+                    f"plan's gamma is {self.gamma}, but its {key} has costs of rounds over up to "
                     f"{len(outlook.rounds) - 1} drafted tokens; remove the key '{key}', or search again"
                 )
 
@@ -130,13 +125,8 @@ class Plan(Strict):
         return self.longest_draft > 0
 
     @property
-    def siblings(self) -> int:
-        """How many alternatives a round drafts beside that."""
-        return self.tree.siblings if self.tree is not None else 0
-
-    @property
     def longest_draft(self) -> int:
-        """The most tokens that a round drafts, whoever drafts them, siblings apart."""
+        """The most tokens that a round drafts, whoever drafts them."""
         return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
 
     def __str__(self) -> str:
@@ -144,8 +134,7 @@ class Plan(Strict):
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
-            siblings = f", {self.tree}" if self.tree is not None else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}{siblings}")
+            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 from selfspec.errors import PlanWarning
 
-RETIRED: tuple[str, ...] = ("resume", "prompt_lookup.checked")
+RETIRED: tuple[str, ...] = (
+    "resume",
+    "prompt_lookup.checked",
+    "tree",
+    "outlook.branching",
+    "outlook.rescued",
+    "other_rows.*.branching",
+    "other_rows.*.rescued",
+)
 """Dotted keys of parts that earlier releases wrote into plan files. A `*` stands for every entry of a list."""
 
 

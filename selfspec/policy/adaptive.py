@@ -23,13 +23,12 @@ PROBING = 0.005
 
 
 class Seen(NamedTuple):
-    """What a round brought a row: tokens drafted by layers (0 if others drafted), how many of the trunk were accepted,
-    whether a sibling was, and how many were committed; how many looked-up tokens there were, for a match of what
-    length, and how many of them would have been right."""
+    """What a round brought a row: tokens drafted by layers (0 if others drafted), how many of them were accepted, and
+    how many were committed; how many looked-up tokens there were, for a match of what length, and how many of them
+    would have been right."""
 
     drafted: int
     accepted: int
-    rescued: int
     committed: int
     found: int = 0
     matched: int = 0
@@ -106,8 +105,6 @@ class AdaptivePolicy:
             [(min(row.drafted, row.accepted + 1, row.committed), row.accepted) for row in drafted]
         )
         for row in rows:
-            if choice.siblings and row.accepted < min(row.drafted, row.committed):
-                self.estimates.rescue.observe(1, row.rescued)
             if row.found and self.estimates.matches:
                 reached = min(row.found, row.right + 1, row.committed)
                 self.estimates.matches[match_class(row.matched)].observe(reached, min(row.right, reached))
@@ -133,7 +130,7 @@ class AdaptivePolicy:
         most = (
             rows.total() * (1 + min(choice.layers, left) - self.speed * self.choices.seconds(choice, rows))
             for choice in by_layers
-            if choice.layers and not choice.siblings
+            if choice.layers
         )
         return max(most) > self._gain(chosen, rows)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from selfspec.plan import Outlook, Tree
-from selfspec.policy.estimates import MATCHES, AgreementEstimate, MatchEstimate, Share, match_class
+from selfspec.plan import Outlook
+from selfspec.policy.estimates import MATCHES, AgreementEstimate, MatchEstimate, match_class
 
 TRIED = 3
 """So many choices for rows without a match are tried beside lookup."""
@@ -26,15 +26,14 @@ class Row(NamedTuple):
 
 class Choice(NamedTuple):
     """Up to `lookup` looked-up tokens in rows with a match of `least` tokens or more; in the others `layers` tokens
-    by layer skipping, with so many `siblings`."""
+    by layer skipping."""
 
     layers: int = 0
-    siblings: int = 0
     lookup: int = 0
     least: int = 1
 
     def __str__(self) -> str:
-        by_layers = f"layers {self.layers}" + (f" + {self.siblings} siblings" if self.siblings else "")
+        by_layers = f"layers {self.layers}"
         if not self.lookup:
             return by_layers if self.layers else "none"
         shortest = f" from matches of {self.least}" if self.least > 1 else ""
@@ -43,24 +42,19 @@ class Choice(NamedTuple):
 
 @dataclass
 class Estimates:
-    """What is expected of drafts by layers, of siblings beside them, and of looked-up ones by the match's length."""
+    """What is expected of drafts by layers, and of looked-up ones by the match's length."""
 
     layers: AgreementEstimate
-    rescue: Share
     matches: list[MatchEstimate]
 
     @classmethod
     def of(cls, outlook: Outlook) -> Estimates:
         matches = [MatchEstimate(*pair) for pair in outlook.matches]
-        return cls(AgreementEstimate(outlook.agreement), Share(outlook.rescued), matches)
+        return cls(AgreementEstimate(outlook.agreement), matches)
 
     def by_layers(self, choice: Choice, left: int) -> float:
         """Tokens expected of a row that drafts by layers."""
-        gamma = min(choice.layers, left)
-        tokens = self.layers.tokens_per_round(gamma)
-        if not choice.siblings or not gamma:
-            return tokens
-        return tokens + (1 - self.layers.passing(gamma)) * self.rescue.value
+        return self.layers.tokens_per_round(min(choice.layers, left))
 
     def by_lookup(self, row: Row, most: int) -> float:
         """Tokens expected of a row that takes up to `most` looked-up tokens."""
@@ -74,7 +68,6 @@ class Choices:
     Args:
         layers: draft lengths by layers; 0 for none.
         lookups: draft lengths by lookup; 0 for none.
-        tree: the siblings that may stand beside the first.
         static: every draft is padded to the length that was chosen.
         leasts: the shortest matches that may count.
     """
@@ -82,7 +75,6 @@ class Choices:
     outlook: Outlook
     layers: Sequence[int]
     lookups: Sequence[int] = (0,)
-    tree: Tree | None = None
     static: bool = False
     leasts: Sequence[int] = MATCHES
     _known: dict[int, list[float]] = field(default_factory=dict, repr=False)
@@ -91,9 +83,7 @@ class Choices:
     def by_layers(self) -> list[Choice]:
         """All that do not look up, shortest first."""
         longest = len(self.outlook.rounds) - 1
-        siblings = [0, *([self.tree.siblings] if self.tree else [])]
-        every = [Choice(n, m) for n in self.layers for m in siblings if n or not m]
-        return [choice for choice in every if choice.layers + choice.siblings <= longest]
+        return [Choice(n) for n in self.layers if n <= longest]
 
     def best(self, rows: Counter[Row], estimates: Estimates, speed: float) -> tuple[Choice, float]:
         """The choice that gains most for these rows, and what: its tokens, less those that its time brings at `speed`.
@@ -126,7 +116,7 @@ class Choices:
             for n in self._lookups_up_to(longest):
                 tokens = sum(count * estimates.by_lookup(row, n) for row, count in hits)
                 for choice, beside in promised.items():
-                    both = Choice(choice.layers, choice.siblings, n, least)
+                    both = Choice(choice.layers, n, least)
                     yield both, tokens + beside - speed * self._seconds(both, min(n, longest), others)
 
     def _lookups_up_to(self, longest: int) -> list[int]:
@@ -153,9 +143,8 @@ class Choices:
         if choice.layers and others:
             steps = choice.layers if self.static else min(choice.layers, max(row.left for row in others))
         width = max(choice.lookup if self.static else width, steps)
-        siblings = choice.siblings if steps else 0
-        seconds = outlook.rounds[min(width + siblings, len(outlook.rounds) - 1)] + outlook.looking
-        return seconds + steps * outlook.draft_step + (outlook.branching if siblings else 0.0)
+        seconds = outlook.rounds[min(width, len(outlook.rounds) - 1)] + outlook.looking
+        return seconds + steps * outlook.draft_step
 
     def tokens(self, choice: Choice, rows: Counter[Row], estimates: Estimates) -> float:
         """What it promises, all rows together."""

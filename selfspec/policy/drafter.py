@@ -6,8 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from selfspec.drafting import Drafter, LayerSkipDrafter, LookupFirstDrafter, NoDrafter, PromptLookupDrafter, TreeDrafter
-from selfspec.plan import Tree
+from selfspec.drafting import Drafter, LayerSkipDrafter, LookupFirstDrafter, NoDrafter, PromptLookupDrafter
 from selfspec.policy.adaptive import AdaptivePolicy, Seen
 from selfspec.policy.choice import Choice, Row
 from selfspec.request import Committed, Request
@@ -16,24 +15,16 @@ from selfspec.sampling import Draft
 
 
 class AdaptiveDrafter(Drafter):
-    """Layer skipping, with siblings or without, prompt lookup, or none, as the policy says.
+    """Layer skipping, prompt lookup, or none, as the policy says.
 
     Args:
         lookup: looks up in every round, if it may draft at all.
-        tree: how siblings are chosen, if there may be any.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        policy: AdaptivePolicy,
-        lookup: PromptLookupDrafter | None = None,
-        tree: Tree | None = None,
-    ) -> None:
-        self.runtime, self.policy, self.lookup, self.tree = runtime, policy, lookup, tree
+    def __init__(self, runtime: Runtime, policy: AdaptivePolicy, lookup: PromptLookupDrafter | None = None) -> None:
+        self.runtime, self.policy, self.lookup = runtime, policy, lookup
         choices = policy.choices
         self.gamma = max(*choices.layers, *choices.lookups)
-        self.siblings = tree.siblings if tree is not None else 0
         self.looks = lookup is not None
         self.changes = policy.changes
         self._parts: dict[Choice, Drafter] = {}
@@ -77,8 +68,8 @@ class AdaptiveDrafter(Drafter):
 
     def _seen(self, row: Committed) -> Seen:
         by_layers = row.drafted if row.origin == "layers" else 0
-        accepted = row.accepted - row.rescued if by_layers else 0
-        seen = Seen(by_layers, accepted, row.rescued, len(row.tokens))
+        accepted = row.accepted if by_layers else 0
+        seen = Seen(by_layers, accepted, len(row.tokens))
         if self.lookup is None or not (found := self.lookup.heard.found[row.row]):
             return seen
         pairs = zip(row.tokens, self.lookup.heard.tokens[row.row][:found], strict=False)
@@ -86,11 +77,7 @@ class AdaptiveDrafter(Drafter):
         return seen._replace(found=found, matched=self.lookup.heard.matched[row.row], right=right)
 
     def _part(self, choice: Choice) -> Drafter:
-        layers: LayerSkipDrafter | None = None
-        if choice.siblings and self.tree is not None:
-            layers = TreeDrafter(self.runtime, choice.layers, self.tree)
-        elif choice.layers:
-            layers = LayerSkipDrafter(self.runtime, choice.layers)
+        layers = LayerSkipDrafter(self.runtime, choice.layers) if choice.layers else None
         if not choice.lookup or self.lookup is None:
             return layers or NoDrafter()
         lookup = self.lookup.part(choice.lookup, choice.least)

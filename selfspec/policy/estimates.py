@@ -95,10 +95,6 @@ class AgreementEstimate:
             self._tokens = self._sums(max(gamma, 8))
         return self._tokens[gamma]
 
-    def passing(self, gamma: int) -> float:
-        """The chance that all of `gamma` drafted tokens are accepted."""
-        return self.tokens_per_round(gamma) - self.tokens_per_round(gamma - 1) if gamma else 1.0
-
     def _sums(self, longest: int) -> list[float]:
         level, last = self._level(), len(self._expected) - 1
         tokens, all_accepted, sums = 1.0, 1.0, [1.0]

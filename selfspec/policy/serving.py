@@ -59,9 +59,9 @@ def adaptive_drafter(plan: Plan, runtime: Runtime, outlook: Outlook) -> Adaptive
     lookups = lookup_lengths(plan, longest, few=few) if lookup is not None else [0]
     leasts = [plan.prompt_lookup.min_ngram if plan.prompt_lookup else 2] if few else MATCHES
     layers = draft_lengths(plan.gamma, longest, few=few) if plan.gamma else [0]
-    choices = Choices(outlook, layers, lookups, plan.tree, static=few, leasts=leasts)
-    policy = AdaptivePolicy(choices, Choice(plan.gamma, plan.siblings))
-    return AdaptiveDrafter(runtime, policy, lookup, plan.tree)
+    choices = Choices(outlook, layers, lookups, static=few, leasts=leasts)
+    policy = AdaptivePolicy(choices, Choice(plan.gamma))
+    return AdaptiveDrafter(runtime, policy, lookup)
 
 
 def lookup_of(plan: Plan, outlook: Outlook) -> PromptLookupDrafter | None:

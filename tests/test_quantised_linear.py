@@ -64,7 +64,7 @@ def test_a_kernel_gives_the_product_with_the_dequantised_weight(format: Format, 
     inputs = wide_inputs(format)
     weight, rows = random(80, inputs).to(dtype), random(7, inputs, seed=1).to(dtype)
     ours = quantise(weight, None, format)(rows)
-    read, rounded = as_read(rows.float(), format), QuantisedWeight.of(weight).dequantised()
+    read, rounded = as_read(rows.float()), QuantisedWeight.of(weight, format).dequantised()
     expected = read @ rounded.T
     assert (ours.dtype, ours.shape) == (dtype, (7, 80))
     assert ((ours.float() - expected).abs() <= bound(read, rounded)).all()
@@ -133,7 +133,7 @@ def test_the_layer_for_many_tokens_gives_what_the_kernel_gives_in_float32(format
     kernel, many = quantise(weight, None, format), quantise(weight, None, format, many_tokens=True)
     assert isinstance(many, DequantisedLinear)
     ours, theirs = many(rows), kernel(rows)
-    read, rounded = as_read(rows, format), QuantisedWeight.of(weight).dequantised()
+    read, rounded = as_read(rows), QuantisedWeight.of(weight, format).dequantised()
     assert ((ours - theirs).abs() <= bound(read, rounded) + EPS / 2 * theirs.abs()).all()
     expected = (read @ rounded.T).bfloat16().float()  # with no rounding but that of what comes out
     assert (ours != expected).float().mean() < 0.01, "sums in another order may round to the next bfloat16, seldom"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
-from selfspec_search.text_cache import CACHE_VARIABLE
+from selfspec_search.replay.text_cache import CACHE_VARIABLE
 
 
 @contextmanager

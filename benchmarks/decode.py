@@ -28,14 +28,14 @@ from selfspec_search import SearchResult, SearchSettings, search
 from selfspec_search.settings import DraftName
 
 from selfspec import InputError, Plan
-from selfspec.benchmark import Measurement, Score, measure
+from selfspec.benchmark.contenders import GENERATE, PLAIN, LineUp, line_up
+from selfspec.benchmark.measure import Measurement, Score, measure
 from selfspec.cli.bench import print_scores
 from selfspec.cli.found import report_search
-from selfspec.contenders import GENERATE, PLAIN, LineUp, line_up
 from selfspec.demo import calibration_prompts, held_out_prompts
-from selfspec.loading import Loaded, load, processor_name, quiet_hugging_face, versions
+from selfspec.huggingface.loading import Loaded, load, processor_name, quiet_hugging_face, versions
+from selfspec.huggingface.prompts import load_prompts
 from selfspec.policy import PolicyName
-from selfspec.prompts import load_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

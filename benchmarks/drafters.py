@@ -34,10 +34,10 @@ from drafters_bench.run import ADAPTIVE, enter, many_rows, one_row, overhead, pl
 from drafters_bench.workloads import CODE, EDITING, WORKLOADS
 from selfspec_search import SearchSettings
 
-from selfspec.contenders import GENERATE, PROMPT_LOOKUP
+from selfspec.benchmark.contenders import GENERATE, PROMPT_LOOKUP
 from selfspec.demo import calibration_prompts, held_out_prompts
-from selfspec.loading import Loaded, load, quiet_hugging_face, versions
-from selfspec.prompts import load_prompts
+from selfspec.huggingface.loading import Loaded, load, quiet_hugging_face, versions
+from selfspec.huggingface.prompts import load_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

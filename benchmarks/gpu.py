@@ -29,7 +29,7 @@ from midsize import default_folder
 from rich.console import Console
 
 from selfspec import SelfspecError
-from selfspec.loading import quiet_hugging_face, versions
+from selfspec.huggingface.loading import quiet_hugging_face, versions
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

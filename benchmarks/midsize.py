@@ -28,14 +28,14 @@ from devices import device_of
 from midsize_model.size import REAL, TOY, Size
 from midsize_model.sources import Stream, documents, gather, train_tokenizer
 from midsize_model.training import Training, evaluate, new_model
-from selfspec_search.text_cache import CACHE_VARIABLE
+from selfspec_search.replay.text_cache import CACHE_VARIABLE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from selfspec import InputError, SelfspecError
 from selfspec.demo.checkpoint import save_model
 from selfspec.demo.corpus import Corpus
 from selfspec.demo.prompts import write_prompts
-from selfspec.loading import quiet_hugging_face, versions
+from selfspec.huggingface.loading import quiet_hugging_face, versions
 
 REAL_MINUTES, TOY_MINUTES = 6.0, 0.03
 

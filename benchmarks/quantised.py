@@ -29,7 +29,7 @@ from quantised_bench.options import parse
 from rich.console import Console
 
 from selfspec import SelfspecError
-from selfspec.loading import quiet_hugging_face, versions
+from selfspec.huggingface.loading import quiet_hugging_face, versions
 
 PARTS = {"bits": bits.measure, "cpu": cpu.measure, "gpu": gpu.measure}
 DEFAULT_THREADS = {("cpu", False): 2, ("cpu", True): 1, ("gpu", True): 1}

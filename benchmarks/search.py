@@ -33,21 +33,21 @@ from decode import commit, device_name, warn_if_dirty
 from rich.console import Console
 from rich.table import Table
 from selfspec_search import SearchResult, SearchSettings, load_study, search
-from selfspec_search.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
-from selfspec_search.replay import Replay
+from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.rounds import Drafting
+from selfspec_search.replay.table import Table as DepthTable
+from selfspec_search.replay.texts import decode_batch, write_texts
 from selfspec_search.store import StoredTrial
-from selfspec_search.study import prediction_of
-from selfspec_search.table import Table as DepthTable
-from selfspec_search.texts import decode_batch, write_texts
-from selfspec_search.walk import Drafting
+from selfspec_search.study.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
+from selfspec_search.study.study import prediction_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.demo import calibration_prompts, held_out_prompts
-from selfspec.drafting import drafter_of
-from selfspec.loading import load, quiet_hugging_face, versions
-from selfspec.prompts import load_prompts
-from selfspec.runtime import Runtime
+from selfspec.drafters.build import drafter_of
+from selfspec.huggingface.loading import load, quiet_hugging_face, versions
+from selfspec.huggingface.prompts import load_prompts
+from selfspec.runtime.runtime import Runtime
 
 GAMMA_MAX = 8
 REPLAYS = 3

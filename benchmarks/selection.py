@@ -35,7 +35,7 @@ from rivals.methods import METHODS
 from rivals.ours import search_ours
 from rivals.prepared import prepare
 
-from selfspec.loading import quiet_hugging_face, versions
+from selfspec.huggingface.loading import quiet_hugging_face, versions
 
 TITLES = {"demo": "LayerSkip-trained", "plain": "trained plainly"}
 PATHS = {"demo": "demo", "plain": str(Path(__file__).parent / "plain_twin")}

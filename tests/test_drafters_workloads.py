@@ -11,8 +11,8 @@ import pytest
 from selfspec import InputError
 from selfspec.demo.copying import NEW_DOCSTRING
 from selfspec.demo.corpus import Source
-from selfspec.loading import Loaded, load
-from selfspec.prompts import read_prompts
+from selfspec.huggingface.loading import Loaded, load
+from selfspec.huggingface.prompts import read_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfspec import InputError, Quantised, QuantisedSet, Recipe, SkipSet, SubVocabulary
-from selfspec.copies import copied_bytes
-from selfspec.quantised_linear import QuantisedWeight
-from selfspec.recipe import INT4, INT8
-from selfspec.runtime import Runtime
+from selfspec.models.draft_weights import copied_bytes
+from selfspec.models.quantised_linear import QuantisedWeight
+from selfspec.plan.draft_spec import INT4, INT8
+from selfspec.runtime.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

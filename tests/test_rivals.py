@@ -18,17 +18,17 @@ import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, damped_model
 from profiles import costs_of
-from selfspec_search.replay import Replay, threads_for
-from selfspec_search.texts import Text, write_texts
+from selfspec_search.replay.replay import Replay, threads_for
+from selfspec_search.replay.texts import Text, write_texts
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec import InputError
-from selfspec.draft_view import draft_view
-from selfspec.drafting import NoDrafter
+from selfspec.decoding.drafter import NoDrafter
+from selfspec.models.draft_view import draft_view
 from selfspec.plan import Plan
-from selfspec.runtime import Runtime
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
+from selfspec.runtime.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -32,7 +32,7 @@ from selfspec_search.store import Store, StoredTrial, load_study, study_names
 from selfspec_search.watch import Watch
 
 from selfspec import InputError
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 
 if TYPE_CHECKING:
     from postgres import Server

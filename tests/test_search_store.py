@@ -21,7 +21,7 @@ from selfspec_search.space import seeds
 from selfspec_search.store import Store, StoredTrial, load_study, study_names
 
 from selfspec import InputError, SkipSet
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 
 if TYPE_CHECKING:
     from postgres import Server

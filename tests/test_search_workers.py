@@ -19,7 +19,7 @@ from selfspec_search.space import skip_set_of, sublayers
 from selfspec_search.store import Store, load_study
 
 from selfspec import SkipSet
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 
 if TYPE_CHECKING:
     from postgres import Server

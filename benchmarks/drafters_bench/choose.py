@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from drafters_bench.editing import Function
 from drafters_bench.faithfulness import faithful, looped, whole_copies
 from drafters_bench.workloads import NEW_TOKENS, endless
-from selfspec.loading import Loaded
+from selfspec.huggingface.loading import Loaded
 
 ROWS = 16
 """Prompts that are continued at once."""

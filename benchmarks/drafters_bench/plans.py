@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from selfspec_search import SearchSettings, search
-from selfspec_search.objective import Prices, predict, simplest, ways_to_draft
-from selfspec_search.outlooks import match_shares, seen
-from selfspec_search.profile import Profile
-from selfspec_search.replay import Replay
-from selfspec_search.table import Table
-from selfspec_search.texts import Text, write_texts
-from selfspec_search.walk import Drafting, agreement
+from selfspec_search.profile.batch_costs import match_shares, seen
+from selfspec_search.profile.profile import Profile
+from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.rounds import Drafting, agreement
+from selfspec_search.replay.table import Table
+from selfspec_search.replay.texts import Text, write_texts
+from selfspec_search.study.objective import Prices, predict, simplest, ways_to_draft
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.plan import Outlook, Plan
-from selfspec.recipe import Recipe
-from selfspec.runtime import Runtime
+from selfspec.plan.draft_spec import Recipe
+from selfspec.runtime.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)

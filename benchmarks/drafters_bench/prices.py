@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from selfspec.decoding.stats import Stats
 from selfspec.plan import Outlook
-from selfspec.stats import Stats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,20 +9,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from selfspec_search.outlooks import Scene
-from selfspec_search.sampling import Sampling
+from selfspec_search.profile.batch_costs import Scene
+from selfspec_search.replay.sampling_settings import Sampling
 from torch import Tensor
 
 from drafters_bench.plans import Plans
 from drafters_bench.prices import Prices
 from drafters_bench.workloads import Workload, endless
 from selfspec import SelfSpeculator
-from selfspec.benchmark import Measurement, measure, speed_ratio
-from selfspec.contenders import GENERATE, PLAIN, PROMPT_LOOKUP, Contender, HuggingFace, Ours, fastest, prompt_lookups
-from selfspec.loading import Loaded
+from selfspec.benchmark.contenders import (
+    GENERATE,
+    PLAIN,
+    PROMPT_LOOKUP,
+    Contender,
+    HuggingFace,
+    Ours,
+    fastest,
+    prompt_lookups,
+)
+from selfspec.benchmark.measure import Measurement, measure, speed_ratio
+from selfspec.decoding.stats import Stats
+from selfspec.huggingface.loading import Loaded
 from selfspec.plan import Outlook, Plan
 from selfspec.policy import AdaptivePolicy
-from selfspec.stats import Stats
 
 ADAPTIVE = "adaptive"
 IN_BATCHES = (PLAIN, "lookup", "cascade", ADAPTIVE)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from selfspec.errors import InputError
-from selfspec.loading import Loaded
-from selfspec.prompts import load_prompts
+from selfspec.huggingface.loading import Loaded
+from selfspec.huggingface.prompts import load_prompts
 
 FOLDER = Path(__file__).parent / "prompts"
 COUNT = 12

@@ -17,8 +17,8 @@ from drafters_bench.workloads import CODE, COUNT, EDITING, FOLDER, MIXED, PROSE
 from selfspec.demo import held_out_prompts
 from selfspec.demo.copying import NEW_DOCSTRING, ONCE_MORE
 from selfspec.demo.corpus import Source, load_corpus
-from selfspec.loading import Loaded, load
-from selfspec.prompts import read_prompts
+from selfspec.huggingface.loading import Loaded, load
+from selfspec.huggingface.prompts import read_prompts
 
 SEED = 0
 OF_EACH = COUNT // 4

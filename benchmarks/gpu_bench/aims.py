@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selfspec.contenders import EARLY_EXIT, GENERATE
+from selfspec.benchmark.contenders import EARLY_EXIT, GENERATE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from gpu_bench.passes import pass_seconds
 from gpu_bench.subject import Subject
 from gpu_bench.timing import Decode, decode_seconds
 from selfspec import SelfSpeculator, SkipSet
-from selfspec.lossless import Verdict, compare
+from selfspec.benchmark.lossless import Verdict, compare
 
 PROBING = 3
 """Draft length at which the cost of a draft's step is told, before its length is chosen."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_bench.timing import Call, median_seconds
-from selfspec.runtime import Runtime
+from selfspec.runtime.runtime import Runtime
 
 WARM_UP = 3
 """Calls before a capture: compilation and the libraries' own set-up must be over."""

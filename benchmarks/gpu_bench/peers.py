@@ -10,7 +10,7 @@ from gpu_bench.effort import Effort
 from gpu_bench.subject import Subject
 from gpu_bench.timing import decode_seconds
 from selfspec import SkipSet
-from selfspec.contenders import EARLY_EXIT, GENERATE, EarlyExit, HuggingFace, fastest
+from selfspec.benchmark.contenders import EARLY_EXIT, GENERATE, EarlyExit, HuggingFace, fastest
 
 DRAFT_TOKENS = (3, 6)
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from gpu_bench.effort import Effort
 from selfspec import SelfspecError
-from selfspec.benchmark import Score, measure
-from selfspec.contenders import GENERATE, PLAIN, line_up
-from selfspec.loading import load
-from selfspec.prompts import load_prompts
+from selfspec.benchmark.contenders import GENERATE, PLAIN, line_up
+from selfspec.benchmark.measure import Score, measure
+from selfspec.huggingface.loading import load
+from selfspec.huggingface.prompts import load_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

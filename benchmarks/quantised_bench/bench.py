@@ -12,7 +12,7 @@ from quantised_bench.effort import Effort
 from quantised_bench.passes import Passes
 from quantised_bench.subject import Subject
 from selfspec import Format, Plan, Quantised, Recipe, SkipSet
-from selfspec.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
+from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
 from selfspec.plan import Padding
 
 PADDED, DRAFTED = "plain, padded", "drafted"

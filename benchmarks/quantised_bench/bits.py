@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from selfspec_search.copy_costs import vocabulary_of
-from selfspec_search.offering import SHARES as TRIMMED
-from selfspec_search.offering import frequent_tokens
-from selfspec_search.replay import Replay
+from selfspec_search.profile.draft_costs import vocabulary_of
+from selfspec_search.replay.replay import Replay
 from selfspec_search.space import Sublayer
+from selfspec_search.study.build_space import SHARES as TRIMMED
+from selfspec_search.study.build_space import frequent_tokens
 from torch import Tensor
 
 from quantised_bench.effort import at_least
@@ -22,11 +22,11 @@ from quantised_bench.replayed import GAMMA, Rightness, by_sensitivity, most_disp
 from quantised_bench.rounding import BITS, OVERHEAD, RoundedCopies
 from quantised_bench.tables import rightness_table
 from selfspec import Quantised, Recipe, SkipSet, SubVocabulary
-from selfspec.copies import Copies
 from selfspec.demo import calibration_prompts, held_out_prompts
-from selfspec.loading import Loaded, load
-from selfspec.prompts import load_prompts
-from selfspec.recipe import INT4, INT8
+from selfspec.huggingface.loading import Loaded, load
+from selfspec.huggingface.prompts import load_prompts
+from selfspec.models.draft_weights import Copies
+from selfspec.plan.draft_spec import INT4, INT8
 
 SKIP_SHARES = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
 INT4_BITS, INT8_BITS = 4 + OVERHEAD, 8.0

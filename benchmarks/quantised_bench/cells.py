@@ -15,8 +15,8 @@ from quantised_bench.ceilings import Ceiling, ceiling
 from quantised_bench.drafts import share_skipped, with_head
 from quantised_bench.passes import Passes
 from selfspec import SkipSet
-from selfspec.benchmark import Measurement, measure
-from selfspec.contenders import GENERATE, PLAIN
+from selfspec.benchmark.contenders import GENERATE, PLAIN
+from selfspec.benchmark.measure import Measurement, measure
 
 REACH = 16.0
 """The largest scale that is tried: 8 bits err so little that they disagree only with targets far away."""

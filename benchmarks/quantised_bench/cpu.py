@@ -13,7 +13,7 @@ from quantised_bench.effort import CPU, TOY, Effort, as_told
 from quantised_bench.shape_run import Estimates, ShapeRun
 from quantised_bench.shapes import LLAMA_1B, TOY_LLAMA
 from quantised_bench.tables import stages_table, tell
-from selfspec.recipe import INT4, INT8
+from selfspec.plan.draft_spec import INT4, INT8
 
 BUDGET = 1500.0
 REAL_ESTIMATES, TOY_ESTIMATES = Estimates(passes=200, ends=60, cell=240), Estimates(passes=10, ends=2, cell=5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantised_bench.subject import Subject
 from selfspec import Format, SkipSet
-from selfspec.quantised_linear import QuantisedWeight, linear_obstacle
+from selfspec.models.quantised_linear import QuantisedWeight, linear_obstacle
 
 ROWS_AT_ONCE, MANY_ROWS = 256, 4096
 """On a CPU rounding is several times as fast where what it computes stays in the caches; a GPU wants more at once."""

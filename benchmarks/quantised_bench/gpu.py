@@ -24,7 +24,7 @@ from quantised_bench.trained import TOY as TOY_SIZES
 from selfspec import Format, InputError
 from selfspec.cli.bench import print_scores
 from selfspec.cli.found import report_search
-from selfspec.recipe import INT4, INT8
+from selfspec.plan.draft_spec import INT4, INT8
 
 FORMATS = {"int4": INT4, "int8": INT8}
 """In the order of their importance."""

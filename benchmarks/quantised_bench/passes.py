@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from gpu_bench.limits import PassTimes
 from gpu_bench.passes import _captured as captured
-from selfspec_search.padding import DRAFT_LENGTHS, LEAST_GAIN, target_padding
+from selfspec_search.profile.padding import DRAFT_LENGTHS, LEAST_GAIN, target_padding
 
 from quantised_bench.effort import Effort
 from quantised_bench.subject import Subject
 from quantised_bench.times import Times, take_turns
 from selfspec import Recipe
-from selfspec.copies import Copies, copied_bytes
+from selfspec.models.draft_weights import Copies, copied_bytes
 from selfspec.plan import Padding
-from selfspec.runtime import Runtime
+from selfspec.runtime.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from selfspec import Recipe
-from selfspec.copies import branch
+from selfspec.models.draft_weights import branch
 
 FULL_BITS = 16
 

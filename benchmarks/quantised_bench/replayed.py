@@ -7,16 +7,16 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from selfspec_search.replay import Replay
+from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.rounds import Drafting, agreement, walk
+from selfspec_search.replay.texts import Text, write_texts
 from selfspec_search.space import Sublayer, skip_set_of, sublayers
-from selfspec_search.texts import Text, write_texts
-from selfspec_search.walk import Drafting, agreement, walk
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import Recipe, SkipSet
-from selfspec.copies import Copies, branch
-from selfspec.runtime import Runtime
+from selfspec.models.draft_weights import Copies, branch
+from selfspec.runtime.runtime import Runtime
 
 GAMMA = 4
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec import Format, SubVocabulary
-from selfspec.copies import Copies, branch
+from selfspec.models.draft_weights import Copies, branch
 
 BITS = (2, 3, 4, 8)
 GROUP = 32

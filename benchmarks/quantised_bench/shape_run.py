@@ -23,7 +23,7 @@ from quantised_bench.passes import measure_passes
 from quantised_bench.subject import Subject
 from quantised_bench.tables import ceilings_table, cell_table, drafts_table, target_table
 from selfspec import Format
-from selfspec.quantised_linear import device_obstacle
+from selfspec.models.quantised_linear import device_obstacle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from gpu_bench.budget import Stage
 from rich.console import Console
 from rich.table import Table
 
-from selfspec.sizes import in_words
+from selfspec.utils.sizes import in_words
 
 
 def target_table(result: dict[str, Any]) -> Table:

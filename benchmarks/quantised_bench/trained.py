@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import selfspec
-from selfspec.benchmark import Score, measure
-from selfspec.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
-from selfspec.loading import Loaded, load
+from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
+from selfspec.benchmark.measure import Score, measure
+from selfspec.huggingface.loading import Loaded, load
+from selfspec.huggingface.prompts import load_prompts
 from selfspec.plan import Plan
-from selfspec.prompts import load_prompts
 
 SKIPPING, ANY = "selfspec, skips alone", "selfspec, all choices"
 

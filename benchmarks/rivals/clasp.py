@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from rivals.context import Candidate, Context, Selection, Stopwatch
 from rivals.programme import Way, best_ways, mean_cosine
 from rivals.windows import Stack, Windows
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
 
 BOTH = ("attn", "mlp")
 

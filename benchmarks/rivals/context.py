@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 
-from selfspec_search.costs import Costs
-from selfspec_search.texts import Text
+from selfspec_search.profile.costs import Costs
+from selfspec_search.replay.texts import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
 
 RATIOS = (0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Skip ratios for the methods that take one. SWIFT reports 0.45 and 0.5 and looks at ratios around them; the sets that

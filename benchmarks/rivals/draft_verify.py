@@ -24,13 +24,13 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from rivals.context import JUDGED, Candidate, Context, Selection, Stopwatch
 from rivals.fixed import evenly
 from rivals.gaussian_process import Floats, GaussianProcess
-from selfspec.decoding import decode
-from selfspec.drafting import Drafter
-from selfspec.request import Request
-from selfspec.runtime import Runtime
-from selfspec.sampling import Draft
-from selfspec.skip_set import SkipSet
-from selfspec.stats import Stats
+from selfspec.decoding.drafter import Drafter
+from selfspec.decoding.request import Request
+from selfspec.decoding.round import decode
+from selfspec.decoding.sampling import Draft
+from selfspec.decoding.stats import Stats
+from selfspec.plan.sublayers import SkipSet
+from selfspec.runtime.runtime import Runtime
 
 PROMPTS, NEW_TOKENS = 8, 32
 LONGEST_DRAFT = 8

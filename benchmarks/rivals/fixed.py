@@ -8,7 +8,7 @@ from typing import TypeVar
 from selfspec_search.space import skip_set_of, sublayers
 
 from rivals.context import RATIOS, Candidate, Context, Selection
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
 
 Item = TypeVar("Item")
 

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from selfspec_search.objective import Prediction, Prices, best, predict
-from selfspec_search.replay import Replay
-from selfspec_search.table import Table
-from selfspec_search.walk import Drafting
+from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.rounds import Drafting
+from selfspec_search.replay.table import Table
+from selfspec_search.study.objective import Prediction, Prices, best, predict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rivals.context import JUDGED, Context, Select
-from selfspec.benchmark import Measurement, Ratio, measure
-from selfspec.contenders import PLAIN, Ours
-from selfspec.generation import SelfSpeculator
+from selfspec.benchmark.contenders import PLAIN, Ours
+from selfspec.benchmark.measure import Measurement, Ratio, measure
 from selfspec.plan import Plan
-from selfspec.recipe import Recipe
-from selfspec.skip_set import SkipSet
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
+from selfspec.speculator import SelfSpeculator
 
 OURS = "ours"
 

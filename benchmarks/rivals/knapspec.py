@@ -24,7 +24,7 @@ from rivals.clasp import growing
 from rivals.context import Candidate, Context, Selection, Stopwatch
 from rivals.programme import best_ways, mean_cosine
 from rivals.windows import Stack, Windows
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
 
 HEAVIEST = 5
 """The largest weight of a sub-layer, as multiple of the lighter kind's. This and the floor are its authors' own."""

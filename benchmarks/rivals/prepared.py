@@ -10,23 +10,23 @@ from time import perf_counter
 from typing import TypeVar
 
 from selfspec_search import SearchSettings
-from selfspec_search.finish import Phases, measure_for
-from selfspec_search.objective import Prices
-from selfspec_search.replay import Replay
-from selfspec_search.study import SENSITIVITY_TEXTS
-from selfspec_search.texts import Text, decode_batch, write_texts
+from selfspec_search.confirm.plan_writer import Phases, measure_for
+from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.texts import Text, decode_batch, write_texts
+from selfspec_search.study.objective import Prices
+from selfspec_search.study.study import SENSITIVITY_TEXTS
 from torch import Tensor
 
 from rivals.bill import Bill
 from rivals.context import Context
 from rivals.judging import price
 from selfspec import InputError
+from selfspec.decoding.drafter import NoDrafter
 from selfspec.demo import calibration_prompts, held_out_prompts
-from selfspec.drafting import NoDrafter
-from selfspec.loading import Loaded, load
-from selfspec.prompts import load_prompts
-from selfspec.runtime import Runtime
-from selfspec.skip_set import SkipSet
+from selfspec.huggingface.loading import Loaded, load
+from selfspec.huggingface.prompts import load_prompts
+from selfspec.plan.sublayers import SkipSet
+from selfspec.runtime.runtime import Runtime
 
 Result = TypeVar("Result")
 

@@ -19,8 +19,8 @@ from rivals.context import RATIOS, Candidate, Context, Selection, Stopwatch
 from rivals.fixed import evenly
 from rivals.gaussian_process import Floats, GaussianProcess
 from rivals.windows import Windows
-from selfspec.draft_view import draft_view
-from selfspec.skip_set import SkipSet
+from selfspec.models.draft_view import draft_view
+from selfspec.plan.sublayers import SkipSet
 
 BAYES_EVERY = 25
 MOST_SETS = 1000

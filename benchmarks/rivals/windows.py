@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from selfspec_search.texts import Text
+from selfspec_search.replay.texts import Text
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from selfspec.attention import AttentionArgs, additive_mask, masked_attention
-from selfspec.draft_view import change_recipe, draft_view
-from selfspec.skip_set import SkipSet
-from selfspec.views import ProbePass, run_view, target_view
+from selfspec.models.draft_view import change_recipe, draft_view
+from selfspec.models.views import ProbePass, run_view, target_view
+from selfspec.plan.sublayers import SkipSet
+from selfspec.runtime.attention import AttentionArgs, additive_mask, masked_attention
 
 WIDTH = 32
 """Tokens in a window, as in SWIFT."""

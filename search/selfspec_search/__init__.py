@@ -9,15 +9,15 @@ from typing import Any
 
 # No module may have the name of something public: once imported, it would stand in its place.
 _MODULES = {
-    "Confirmed": "confirm",
+    "Confirmed": "confirm.confirm",
     "OnProgress": "settings",
     "Progress": "settings",
-    "Sampling": "sampling",
-    "SearchResult": "result",
+    "Sampling": "replay.sampling_settings",
+    "SearchResult": "confirm.result",
     "SearchSettings": "settings",
     "load_study": "store",
-    "repick": "repicking",
-    "search": "run",
+    "repick": "confirm.repick",
+    "search": "pipeline",
 }
 """The module of every public name."""
 

@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 from selfspec_search.running import OWNER, Running, owner, trial_with_token
 from selfspec_search.storage import Storage
 from selfspec_search.watch import Watch

@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 from selfspec_search.interrupts import hold_back
 from selfspec_search.storage import STALL_SECONDS, STORAGE_ERRORS, Storage, reason_of
 

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 from selfspec.errors import InputError
 from selfspec.plan import MOST_DRAFTED
-from selfspec.recipe import Recipe
-from selfspec.skip_set import SkipSet
-from selfspec_search.sampling import Sampling
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
+from selfspec_search.replay.sampling_settings import Sampling
 
 Phase = Literal["texts", "profile", "trials", "confirm", "rows"]
 SamplerName = Literal["tpe", "gp", "nsga2", "random"]

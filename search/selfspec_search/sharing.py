@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from selfspec.errors import InputError
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 from selfspec_search import blobs
 from selfspec_search.ledger import Ledger
 from selfspec_search.running import Running

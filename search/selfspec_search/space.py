@@ -12,8 +12,8 @@ from typing import Any
 import optuna
 from optuna.distributions import CategoricalDistribution
 
-from selfspec.recipe import Format, Quantised, Recipe, SubVocabulary
-from selfspec.skip_set import QuantisedSet, SkipSet
+from selfspec.plan.draft_spec import Format, Quantised, Recipe, SubVocabulary
+from selfspec.plan.sublayers import QuantisedSet, SkipSet
 
 Sublayer = tuple[str, int]
 Change = tuple[str, str, str]

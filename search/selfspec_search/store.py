@@ -16,7 +16,7 @@ from typing import Any, Self
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
-from selfspec.recipe import Recipe
+from selfspec.plan.draft_spec import Recipe
 from selfspec_search.ledger import Ledger
 from selfspec_search.running import GRACE_SECONDS, HEARTBEAT_SECONDS, Running
 from selfspec_search.sharing import SHARE_SECONDS, Sharing

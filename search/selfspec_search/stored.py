@@ -10,8 +10,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
-from selfspec.recipe import Recipe
-from selfspec.skip_set import SkipSet
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
 from selfspec_search import blobs
 from selfspec_search.running import RECORD
 from selfspec_search.space import Space

@@ -22,9 +22,9 @@ from selfspec.cli.terminal import (
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
-    from selfspec.benchmark import Measurement, Score
-    from selfspec.contenders import LineUp
-    from selfspec.loading import Loaded
+    from selfspec.benchmark.contenders import LineUp
+    from selfspec.benchmark.measure import Measurement, Score
+    from selfspec.huggingface.loading import Loaded
 
 INTERVALS = "95 % intervals: bootstrap over prompts, and over the paired repeats of each"
 
@@ -56,15 +56,15 @@ def bench(
     if draft_gamma is not None and draft_model is None:
         raise InputError("--draft-gamma goes with --draft-model")
 
+    from selfspec.huggingface.prompts import encode_prompts, read_prompts
     from selfspec.plan import Plan
-    from selfspec.prompts import encode_prompts, read_prompts
 
     chosen, read = Plan.from_pretrained(plan), read_prompts(prompts)
     loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
     drafting, gamma = load_draft_model(draft_model, loaded, quiet=quiet), draft_gamma or options.DRAFT_GAMMA
 
-    from selfspec.benchmark import measure
-    from selfspec.contenders import GENERATE, PLAIN, line_up
+    from selfspec.benchmark.contenders import GENERATE, PLAIN, line_up
+    from selfspec.benchmark.measure import measure
 
     tell_draft_bytes(loaded.model, chosen)
     encoded = encode_prompts(read, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens)
@@ -123,8 +123,8 @@ def print_scores(out: Console, scores: list[Score]) -> None:
 
 def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[Score]) -> list[str]:
     """What the figures rest on, one line each."""
-    from selfspec.contenders import DRAFT_MODEL
-    from selfspec.loading import describe_device
+    from selfspec.benchmark.contenders import DRAFT_MODEL
+    from selfspec.huggingface.loading import describe_device
 
     _, repeats, prompts = measured.seconds.shape
     runtime, stats = entrants.ours.runtime, scores[-1].stats
@@ -149,7 +149,7 @@ def _settings(score: Score) -> str:
 
 def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[Score]) -> dict[str, Any]:
     """The JSON line."""
-    from selfspec.loading import describe_device, versions
+    from selfspec.huggingface.loading import describe_device, versions
 
     _, repeats, prompts = measured.seconds.shape
     runtime = entrants.ours.runtime

@@ -44,12 +44,12 @@ def demo(
 
     import selfspec_search
 
-    from selfspec.benchmark import measure
+    from selfspec.benchmark.contenders import GENERATE, PLAIN, Ours, line_up
+    from selfspec.benchmark.measure import measure
     from selfspec.cli.bench import notes, print_scores
     from selfspec.cli.race import race
-    from selfspec.contenders import GENERATE, PLAIN, Ours, line_up
     from selfspec.demo import calibration_prompts, held_out_prompts
-    from selfspec.prompts import load_prompts
+    from selfspec.huggingface.prompts import load_prompts
 
     console = results()
     calibration, held_out = (

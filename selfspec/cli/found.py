@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from selfspec.sizes import in_words
+from selfspec.utils.sizes import in_words
 
 if TYPE_CHECKING:
     from rich.console import Console

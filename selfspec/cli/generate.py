@@ -14,9 +14,9 @@ from selfspec.cli.writer import Writer
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
+    from selfspec.decoding.stats import Stats
+    from selfspec.huggingface.prompts import Prompt
     from selfspec.plan import Plan
-    from selfspec.prompts import Prompt
-    from selfspec.stats import Stats
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -68,7 +68,7 @@ def generate(
 
     chosen = _plan(plan, draft_model, draft_gamma)
     if draft_model is not None:
-        from selfspec.drafting.draft_model import check_plan
+        from selfspec.drafters.draft_model import check_plan
 
         check_plan(chosen, draft_memory)  # before models are loaded, and before it is told what the draft takes
     loaded = load_model(model, device=device, dtype=dtype)
@@ -76,8 +76,8 @@ def generate(
 
     import torch
 
-    from selfspec.generation import SelfSpeculator
-    from selfspec.prompts import check_length, encode_prompts
+    from selfspec.huggingface.prompts import check_length, encode_prompts
+    from selfspec.speculator import SelfSpeculator
 
     tell_draft_bytes(loaded.model, chosen)
     spec = SelfSpeculator(
@@ -113,7 +113,7 @@ def generate(
 def _plan(file: Path | None, draft_model: str | None, draft_gamma: int | None) -> Plan:
     """The plan of the file; or, with a draft model alone, one by which that drafts."""
     from selfspec.plan import Plan
-    from selfspec.skip_set import SkipSet
+    from selfspec.plan.sublayers import SkipSet
 
     if draft_gamma is not None and (file is not None or draft_model is None):
         raise InputError("--draft-gamma goes with --draft-model where no plan is given; a plan has a gamma of its own")
@@ -139,7 +139,7 @@ def sampling_options(temperature: float | None, top_p: float | None, top_k: int 
 
 
 def _prompts(text: str | None, file: Path | None, *, chat: bool) -> list[Prompt]:
-    from selfspec.prompts import Prompt, read_prompts
+    from selfspec.huggingface.prompts import Prompt, read_prompts
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give either --prompt or --prompt-file")
@@ -161,6 +161,6 @@ def _check_stats_file(path: Path) -> None:
 
 def _write_stats(stats: Stats, path: Path) -> None:
     """Write the figures as JSON; whoever reads the file never sees half of it."""
-    from selfspec.files import write_atomically
+    from selfspec.utils.files import write_atomically
 
     write_atomically(path, stats.to_json(indent=2) + "\n")

@@ -19,7 +19,7 @@ from selfspec.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from selfspec_search.profile import Profile
+    from selfspec_search.profile.profile import Profile
 
     from selfspec.plan import Padding
 
@@ -59,10 +59,10 @@ def profile(
     out, plot = checked_out(out), checked_plot(plot)
     loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
 
-    from selfspec_search.copy_costs import FORMATS
-    from selfspec_search.profile import measure
+    from selfspec_search.profile.draft_costs import FORMATS
+    from selfspec_search.profile.profile import measure
 
-    from selfspec.compiling import compile_obstacle, will_compile
+    from selfspec.runtime.compiling import compile_obstacle, will_compile
 
     where = loaded.model.device
     if will_compile(compile, where) and (obstacle := compile_obstacle(where)):
@@ -189,7 +189,7 @@ def _padding(padding: Padding) -> str:
 
 def write(profile: Profile, out: Path) -> None:
     """Write the profile as JSON."""
-    from selfspec.files import write_atomically
+    from selfspec.utils.files import write_atomically
 
     write_atomically(out, json.dumps(profile.to_dict(), indent=2) + "\n")
     results().print(f"wrote {out}", markup=False, soft_wrap=True)
@@ -197,7 +197,7 @@ def write(profile: Profile, out: Path) -> None:
 
 def draw(profile: Profile, model: str, out: Path) -> None:
     """Draw the profile into a file."""
-    from selfspec_search.profile_plot import plot
+    from selfspec_search.report.profile_plot import plot
 
     try:
         plot(profile, model).savefig(out)

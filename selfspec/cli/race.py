@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from selfspec.generation import SelfSpeculator
+    from selfspec.speculator import SelfSpeculator
 
 FRAMES_PER_SECOND = 20
 

@@ -19,9 +19,9 @@ from selfspec.errors import InputError
 if TYPE_CHECKING:
     from selfspec_search import SearchResult, SearchSettings
 
-    from selfspec.loading import Loaded
+    from selfspec.huggingface.loading import Loaded
+    from selfspec.huggingface.prompts import Prompt
     from selfspec.plan import Plan
-    from selfspec.prompts import Prompt
 
 DraftName = Literal["both", "skip", "quantised"]
 LEAST_TOKENS = 2
@@ -203,7 +203,7 @@ def _settings(
     from selfspec_search import Sampling, SearchSettings
 
     from selfspec.cli.generate import sampling_options
-    from selfspec.sizes import parse_size
+    from selfspec.utils.sizes import parse_size
 
     try:
         size = None if memory is None else parse_size(memory)
@@ -219,8 +219,8 @@ def _search(
 ) -> SearchResult:
     import selfspec_search
 
-    from selfspec.compiling import compile_obstacle, will_compile
-    from selfspec.prompts import encode_prompts
+    from selfspec.huggingface.prompts import encode_prompts
+    from selfspec.runtime.compiling import compile_obstacle, will_compile
 
     first, second = (
         encode_prompts(
@@ -256,7 +256,7 @@ def _plan(path: Path) -> Plan:
 
 def _prompts(prompts: Path | None, held_out: Path | None, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Calibration and held-out prompts."""
-    from selfspec.prompts import read_prompts
+    from selfspec.huggingface.prompts import read_prompts
 
     if prompts is None:
         raise typer.BadParameter("give --prompts FILE (or --repick, which needs none)")

@@ -14,9 +14,9 @@ from selfspec.cli.terminal import ORIGINS, asides
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from selfspec.decoding.request import Committed
+    from selfspec.decoding.stats import Stats
     from selfspec.plan import Plan
-    from selfspec.request import Committed
-    from selfspec.stats import Stats
 
 RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "undrafted"
 BLOCKS = "▏▎▍▌▋▊▉█"

@@ -24,7 +24,7 @@ from selfspec.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from selfspec.loading import Loaded
+    from selfspec.huggingface.loading import Loaded
     from selfspec.plan import Plan
 
 Report = Callable[[int, int, str], None]
@@ -58,7 +58,7 @@ def asides() -> Console:
 def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Loaded:
     """Load MODEL, with a line that says so while it takes its time."""
     with _loading(name, quiet=quiet):
-        from selfspec.loading import DEMO, load, quiet_hugging_face
+        from selfspec.huggingface.loading import DEMO, load, quiet_hugging_face
 
         quiet_hugging_face()
         loaded = load(name, device=device, dtype=dtype)
@@ -74,15 +74,15 @@ def load_draft_model(name: str | None, beside: Loaded, *, quiet: bool = False) -
     if name is None:
         return None
     with _loading(name, quiet=quiet):
-        from selfspec.loading import load_draft_model
+        from selfspec.huggingface.loading import load_draft_model
 
         return load_draft_model(name, beside).model
 
 
 def tell_draft_bytes(model: PreTrainedModel, plan: Plan) -> None:
     """Say what memory the draft takes beside the model, before it is taken."""
-    from selfspec.generation import draft_bytes
-    from selfspec.sizes import in_words
+    from selfspec.speculator import draft_bytes
+    from selfspec.utils.sizes import in_words
 
     if size := draft_bytes(model, plan):
         asides().print(f"the draft's own layers take {in_words(size)} beside the model", style="dim", markup=False)

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from selfspec.cli.show import Show
-    from selfspec.generation import SelfSpeculator
-    from selfspec.request import Committed
+    from selfspec.decoding.request import Committed
+    from selfspec.speculator import SelfSpeculator
 
 
 class Writer:
     """Writes continuations as their rounds come in; ctrl-C ends one early. Adds up the figures of all."""
 
     def __init__(self, spec: SelfSpeculator, tokenizer: PreTrainedTokenizerBase, show: Show | None) -> None:
-        from selfspec.stats import Stats
+        from selfspec.decoding.stats import Stats
 
         self._spec, self._tokenizer = spec, tokenizer
         self._style = show.style if show is not None else _drafted

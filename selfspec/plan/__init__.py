@@ -1,9 +1,9 @@
 """Plan: what the search writes and everything else reads, and the parts that it is made of."""
 
-from selfspec.plan.costs import Outlook, Padding
-from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup
+from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan
 from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
+from selfspec.plan.round_costs import Outlook, Padding
 
 __all__ = [
     "MOST_DRAFTED",

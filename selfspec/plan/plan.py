@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError
 
 from selfspec.errors import PlanError
-from selfspec.files import write_atomically
-from selfspec.plan.costs import Outlook, Padding
-from selfspec.plan.drafts import MOST_DRAFTED, PromptLookup
+from selfspec.plan.draft_spec import Recipe, SubVocabulary
+from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.provenance import ModelIdentity, Provenance
 from selfspec.plan.retired import without_retired_parts
+from selfspec.plan.round_costs import Outlook, Padding
 from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
-from selfspec.recipe import Recipe, SubVocabulary
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
+from selfspec.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from selfspec.errors import PlanError
-from selfspec.recipe import Quantised
-from selfspec.skip_set import SkipSet
+from selfspec.plan.draft_spec import Quantised
+from selfspec.plan.sublayers import SkipSet
 
 LONGEST_SHOWN = 100
 """Characters of what was given that a message repeats."""

@@ -6,12 +6,15 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from selfspec.drafting import Drafter, LayerSkipDrafter, LookupFirstDrafter, NoDrafter, PromptLookupDrafter
+from selfspec.decoding.drafter import Drafter, NoDrafter
+from selfspec.decoding.request import Committed, Request
+from selfspec.decoding.sampling import Draft
+from selfspec.drafters.cascade import LookupFirstDrafter
+from selfspec.drafters.layer_skip import LayerSkipDrafter
+from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 from selfspec.policy.adaptive import AdaptivePolicy, Seen
 from selfspec.policy.choice import Choice, Row
-from selfspec.request import Committed, Request
-from selfspec.runtime import Runtime
-from selfspec.sampling import Draft
+from selfspec.runtime.runtime import Runtime
 
 
 class AdaptiveDrafter(Drafter):

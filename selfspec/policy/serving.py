@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from selfspec.drafting import Drafter, NoDrafter, PromptLookupDrafter, drafter_of
+from selfspec.decoding.drafter import Drafter, NoDrafter
+from selfspec.drafters.build import drafter_of
+from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 from selfspec.plan import Outlook, Plan, PromptLookup
 from selfspec.policy.adaptive import AdaptivePolicy
 from selfspec.policy.choice import Choice, Choices
 from selfspec.policy.drafter import AdaptiveDrafter
 from selfspec.policy.estimates import MATCHES
-from selfspec.runtime import Runtime, device_name
+from selfspec.runtime.runtime import Runtime, device_name
 
 PolicyName = Literal["adaptive", "fixed"]
 

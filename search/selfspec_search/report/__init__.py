@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfspec.errors import InputError
-from selfspec.files import write_atomically
+from selfspec.utils.files import write_atomically
 from selfspec_search.report.data import ReportData, StudyData, Trial
 from selfspec_search.report.page import Page, make_page
 from selfspec_search.report.sources import read_source

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from selfspec.errors import InputError, PlanError
 from selfspec.plan import Plan, PromptLookup
-from selfspec.recipe import Recipe
-from selfspec.skip_set import SkipSet
-from selfspec_search.pareto import pareto_front
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
+from selfspec_search.report.pareto import pareto_front
 from selfspec_search.report.words import in_words, lookup_in_words
 
 Sublayer = tuple[str, int]

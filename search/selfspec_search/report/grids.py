@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from selfspec.recipe import Recipe
-from selfspec.skip_set import SkipSet
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.canvas import INK, KEPT, PAPER, QUANTISED, SKIPPED, WIDTH, legend_above, new_figure
 from selfspec_search.report.data import Sublayer
 

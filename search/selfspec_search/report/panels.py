@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from selfspec.plan import Figures, Plan
-from selfspec.skip_set import SkipSet
+from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report import figures, grids
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial
 from selfspec_search.report.words import copies_of, counted, interval

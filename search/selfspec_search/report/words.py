@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfspec.plan import PromptLookup
-from selfspec.recipe import Recipe
-from selfspec.skip_set import SkipSet
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
 
 MISSING = "—"
 

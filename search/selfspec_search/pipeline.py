@@ -1,0 +1,234 @@
+"""search: texts, profile, trials, confirmation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfspec.errors import InputError
+from selfspec.models.quantised_linear import device_obstacle
+from selfspec.models.views import check_supported
+from selfspec.plan.draft_spec import Format
+from selfspec.runtime.compiling import will_compile
+from selfspec.runtime.runtime import Runtime
+from selfspec.utils.sizes import in_words
+from selfspec_search.confirm.plan_writer import Finish, Phases, Trials, check_memory, measure_for
+from selfspec_search.confirm.repick import repick
+from selfspec_search.confirm.result import SearchResult
+from selfspec_search.profile.profile import Profile
+from selfspec_search.replay import text_cache
+from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.text_cache import TEXTS, TextCache, digest_of, model_fingerprint
+from selfspec_search.replay.texts import Text, check_prompts, write_texts
+from selfspec_search.settings import OnProgress, SearchSettings
+from selfspec_search.space import Space
+from selfspec_search.store import Store, load_study
+from selfspec_search.stored import SPACE
+from selfspec_search.study.build_space import formats_for, most_copied, space_of
+from selfspec_search.study.constraints import limits_of
+from selfspec_search.study.objective import Prices
+from selfspec_search.study.study import Study
+
+TOLD_FROM = 2**26
+"""Less memory for copies goes without saying."""
+PROFILE = "profile"
+"""What the workers of a study share besides the texts, by key."""
+
+
+def search(
+    model: PreTrainedModel,
+    calibration: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    settings: SearchSettings | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> SearchResult:
+    """Find the plan that decodes fastest on this device, and confirm it by decoding.
+
+    Ctrl-C ends the trials; the best plans found until then are still confirmed. A second one, or one in another phase,
+    ends the search.
+
+    Args:
+        model: a supported causal language model, in the dtype and on the device that it will serve from.
+        calibration: token ids of prompts, 1-D each, on which plans are compared; 32 or more, or the best one overfits.
+        held_out: other such prompts, on which the best few plans are confirmed.
+        settings: see `SearchSettings`.
+        on_progress: called as the search goes on, with what a progress bar needs.
+        on_notice: told in one line of what the user should know, such as a lost connection.
+
+    Raises:
+        InputError: prompts, settings or a storage that cannot be used.
+        UnsupportedModelError: the model's family is not supported.
+    """
+    return _Search(model, calibration, held_out, settings, on_progress, on_notice).run()
+
+
+class _Search:
+    """One search, phase by phase."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Sequence[Tensor],
+        held_out: Sequence[Tensor],
+        settings: SearchSettings | None,
+        on_progress: OnProgress | None,
+        on_notice: Callable[[str], None] | None,
+    ) -> None:
+        check_supported(model)
+        check_prompts(model, calibration, "calibration")
+        check_prompts(model, held_out, "held-out")
+        self.model, self.settings = model, settings or SearchSettings()
+        for recipe in self.settings.start_from:
+            recipe.validate(model.config.num_hidden_layers)
+        self.prompts, self.calibration = [*calibration, *held_out], len(calibration)
+        self.phases = Phases(on_progress=on_progress or (lambda progress: None))
+        self.on_notice = on_notice or (lambda line: None)
+
+    def run(self) -> SearchResult:
+        identity = self._identity()
+        num_layers = self.model.config.num_hidden_layers
+        with Store.open(
+            self.settings.storage,
+            self.settings.study_name,
+            identity,
+            num_layers=num_layers,
+            on_notice=self.on_notice,
+        ) as store:
+            shared = store.share(self._make_shared)
+            texts = text_cache.from_bytes(shared[TEXTS])
+            check_memory(self.model, texts, self.calibration, self.settings)
+            profile = Profile.from_dict(json.loads(shared[PROFILE]))
+            store.space = Space.from_bytes(shared[SPACE])
+            self._check_formats(store.space)
+            with self.phases.phase("trials"):
+                trials = self._trials(store, profile, texts[: self.calibration])
+        return self._result(trials, profile, texts)
+
+    def _result(self, trials: Trials, profile: Profile, texts: Sequence[Text]) -> SearchResult:
+        settings = self.settings
+        if settings.storage is not None and not profile.is_of(self.model.device):
+            # The study is priced for its maker's device: this one picks from the same trials at its own prices.
+            study = load_study(settings.storage, trials.study)
+            picked = repick(self.model, study, settings, self.phases.on_progress)
+            return replace(picked, interrupted=trials.interrupted)
+        finish = Finish(model=self.model, settings=settings, profile=profile, phases=self.phases)
+        return finish.run(trials, texts[: self.calibration], texts[self.calibration :])
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the workers of a study must agree on for their trials to be compared."""
+        settings = self.settings
+        return {
+            "model": self.model.config.model_type,
+            "weights": model_fingerprint(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "prompts": digest_of([prompt.tolist() for prompt in self.prompts]),
+            "calibration": self.calibration,
+            "gamma_max": settings.gamma_max,
+            "lookup_max": settings.lookup_max,
+            "new_tokens": settings.new_tokens,
+            "sampling": settings.sampling.to_dict(),
+            "generation config": settings.sampling.resolved(self.model),
+            "release": version("selfspec"),
+            "rows": settings.rows,
+            "lookup": settings.lookup,
+            "compiled": will_compile(settings.compile, self.model.device),
+            "draft": settings.draft,
+            "max_draft_cost": settings.max_draft_cost,
+            "draft_memory": settings.draft_memory,
+        }
+
+    def _make_shared(self) -> Mapping[str, bytes]:
+        """The target's texts and the profile, which price every worker's trials."""
+        with self.phases.phase("texts"):
+            texts = self._write()
+        check_memory(self.model, texts, self.calibration, self.settings)
+        formats = formats_for(self.settings.draft)
+        if (size := most_copied(self.model, formats)) > TOLD_FROM:
+            self.on_notice(
+                f"quantised copies ({', '.join(map(str, formats))}) take up to {in_words(size)} beside the model while "
+                "the search runs; --draft skip does without"
+            )
+        with self.phases.phase("profile"):
+            profile = measure_for(self.model, texts, self.settings, self.phases, formats)
+        space = space_of(self.model, profile, texts[: self.calibration], self.settings.draft)
+        return {
+            TEXTS: text_cache.to_bytes(texts),
+            PROFILE: json.dumps(profile.to_dict()).encode(),
+            SPACE: space.to_bytes(),
+        }
+
+    def _check_formats(self, space: Space) -> None:
+        """Raise `InputError` where this device cannot replay what others of the study may draft with."""
+        for code in space.formats:
+            if (obstacle := device_obstacle(Format.parse(code), self.model.device)) is not None:
+                raise InputError(
+                    f"the study tries drafts in {Format.parse(code)}, which this worker cannot replay: {obstacle}; "
+                    "give another --study, or --repick its trials here"
+                )
+
+    def _write(self) -> list[Text]:
+        settings, cache = self.settings, TextCache()
+        sampling = settings.sampling.resolved(self.model)
+        made_with = {"new_tokens": settings.new_tokens, "sampling": sampling, "backend": settings.backend}
+        if settings.sampling.do_sample:
+            made_with["seed"] = settings.seed
+        key = cache.key(self.model, self.prompts, **made_with)
+        if (kept := cache.read(key)) is not None:
+            return kept
+        runtime, texts = Runtime(self.model, backend=settings.backend), dict[int, Text]()
+        self.phases.tell("texts", 0, len(self.prompts))
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            for index, text in write_texts(runtime, self.prompts, settings.new_tokens, settings.sampling):
+                texts[index] = text
+                self.phases.tell("texts", len(texts), len(self.prompts))
+        written = [texts[index] for index in range(len(self.prompts))]
+        cache.write(key, written)
+        return written
+
+    def _trials(self, store: Store, profile: Profile, texts: Sequence[Text]) -> Trials:
+        """Run the trials. Their replay, and its memory, end with them: what confirms the plans has its own."""
+        settings, total = self.settings, self.settings.trials
+        self.phases.tell("trials", 0, total)
+        study = Study(
+            Replay(self.model, texts, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
+            Prices.of(profile, texts, lookup=settings.lookup).with_lookups(texts),
+            settings,
+            store,
+            limits_of(self.model, settings),
+            on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
+        )
+        study.run()
+        if not (ranking := study.ranking()):
+            raise InputError(_nothing_found(study))
+        return Trials(
+            study=store.name,
+            ranking=ranking,
+            lookup=study.prices.best_lookup(texts),
+            complete=study.complete,
+            pruned=study.pruned,
+            interrupted=study.interrupted,
+        )
+
+
+def _nothing_found(study: Study) -> str:
+    settings = study.settings
+    asked = {
+        "max_draft_cost": f"costs at most {settings.max_draft_cost} of a step of the whole model",
+        "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} beside the model",
+    }
+    asked = {name: words for name, words in asked.items() if getattr(settings, name) is not None}
+    if study.trials and asked:
+        return (
+            f"no draft that was tried {' and '.join(asked.values())}; raise {' or '.join(asked)}, or give the search "
+            "more time"
+        )
+    return "the search ended before it had tried one skip set; give it more time"

@@ -1,0 +1,306 @@
+"""Profile: what steps and rounds cost on this device at several context lengths, measured with the real runtime."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfspec.errors import InputError
+from selfspec.huggingface.loading import processor_name, versions
+from selfspec.models.draft_weights import Copies
+from selfspec.plan import Padding
+from selfspec.plan.draft_spec import Format, Recipe
+from selfspec.plan.sublayers import SkipSet
+from selfspec.runtime.runtime import Runtime, device_name
+from selfspec_search.profile.costs import Costs, Record, at_another_context, fit_step, variants
+from selfspec_search.profile.draft_costs import copied_variants, copies_that_gain, fit_copies
+from selfspec_search.profile.padding import draft_padding, target_padding
+from selfspec_search.profile.timing import STEPS, Bench, Call, medians, share_cache
+from selfspec_search.replay.sampling_settings import Sampling
+
+CYCLES = 15
+"""How often everything is measured, in turn."""
+CONTEXTS = (128, 512, 2048)
+"""Measured where neither contexts nor prompts are given, as far as the model's positions reach."""
+ALMOST_ZERO = 1e-30
+"""An exit threshold that is computed and never ends a draft."""
+
+FULL, HALF = "nothing", "one layer in two"
+"""Variants by name: the one that skips nothing, and the one that is timed with an exit threshold, too."""
+
+Name = tuple[int, str | int]
+"""Of what is timed: a context; a variant, 'confidence', 'lookup', 'prefill', or the drafted tokens of a round."""
+
+
+class Profile(Record):
+    """Costs at each of `contexts`, the tokens in the cache when a pass begins, and where they were measured."""
+
+    device: str
+    processor: str = ""  # the CPU's name
+    threads: int  # of the CPU, which does part of the work on any device
+    dtype: str
+    rows: Annotated[int, Field(ge=1)]
+    compiled: bool
+    backend: str
+    sampling: dict[str, Any] = Field(
+        default_factory=dict
+    )  # how tokens were chosen, as arguments of `generate`; greedily if empty
+    num_layers: int
+    gamma_max: int
+    versions: dict[str, str]
+    contexts: Annotated[tuple[int, ...], Field(min_length=1)]
+    costs: tuple[Costs, ...]
+    padding: Padding | None = None  # which `costs` are of; None where passes are what they are
+    slower_formats: dict[str, str] = Field(default_factory=dict)  # by code, why `costs` say nothing of them
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Self:
+        if len(self.costs) != len(self.contexts) or list(self.contexts) != sorted(set(self.contexts)):
+            raise ValueError("contexts must rise, and each must have its costs")
+        expected = (self.num_layers, self.compiled, self.gamma_max + 1)
+        if any((costs.num_layers, costs.compiled, len(costs.rounds)) != expected for costs in self.costs):
+            raise ValueError("costs must be of this profile's layers and draft lengths, compiled or not like itself")
+        return self
+
+    def at(self, context: float) -> Costs:
+        """Costs at a context: linear in between, as the work of attention is, and constant beyond the ends.
+
+        Beyond them, what is measured is all that is said: a slope between two timings is mostly their noise.
+        Measure at contexts that span what will be decoded.
+        """
+        last = len(self.contexts) - 1
+        upper = bisect_right(self.contexts, context)
+        if upper == 0 or upper > last:
+            return self.costs[min(upper, last)]
+        low, high = self.contexts[upper - 1 : upper + 1]
+        if context == low:
+            return self.costs[upper - 1]
+        return self.costs[upper - 1].mixed(self.costs[upper], (context - low) / (high - low))
+
+    def is_of(self, device: torch.device) -> bool:
+        """Whether it was measured on such a device as this process has."""
+        here = (device_name(device), processor_name(), torch.get_num_threads())
+        return here == (self.device, self.processor, self.threads)
+
+    @property
+    def conditions(self) -> str:
+        """Where it was measured, in words."""
+        threads = f", threads {self.threads}" if self.device == "cpu" else ""
+        passes = ("compiled" if self.compiled else "eager") + (", captured" if self.costs[0].captured else "")
+        chosen = ", sampling" if self.sampling.get("do_sample") else ""
+        return f"{self.device}{threads}, {self.dtype}, rows {self.rows}, {passes}, {self.backend}{chosen}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; seconds."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
+        """The inverse of `to_dict`. Raises `InputError` for what it did not write."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "profile"
+            raise InputError(f"not a profile of this release: {where}: {problem['msg']}; measure it anew") from None
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model's positions reach, None where its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def default_contexts(limit: int | None, gamma_max: int) -> list[int]:
+    """`CONTEXTS`, as far as a round still fits behind them."""
+    longest = max(1, limit - gamma_max - 1) if limit is not None else CONTEXTS[-1]
+    return sorted({min(context, longest) for context in CONTEXTS})
+
+
+def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:
+    """How many drafted tokens rounds are measured with: all up to 8, or few where each must be compiled (seconds each);
+    beyond, where lookup alone goes, every fourth or eighth."""
+    few = (0, 1, 2, 4) if sparse else range(9)
+    return [n for n in range(gamma_max + 1) if n in few or n == gamma_max or n % (8 if sparse else 4) == 0]
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor] | None = None,
+    *,
+    gamma_max: int,
+    contexts: Sequence[int] | None = None,
+    rows: int = 1,
+    slots: int = 0,
+    sampling: Sampling | None = None,
+    backend: str | None = None,
+    compile: bool | None = None,
+    formats: Sequence[Format] = (),
+    on_cycle: Callable[[int, int], None] = lambda done, total: None,
+) -> Profile:
+    """Measure a profile: medians of interleaved cycles.
+
+    All that is skipped is measured at one context, the middle one; at the others the full model's step, and rounds over
+    few lengths, since nothing else depends on the context.
+
+    Args:
+        prompts: what stands in the cache, joined; random tokens where they are too few. Costs hardly depend on it.
+        gamma_max: the longest draft whose round is measured.
+        contexts: tokens in the cache when a pass begins; by default those of the median prompt, or `CONTEXTS`.
+        rows: how many are decoded together; each has the whole context.
+        slots: the least capacity of the cache; the cost of a pass depends on it where attention has static shapes.
+        sampling: how tokens are chosen, greedily by default; with a large vocabulary it counts.
+        formats: of quantised copies to measure; those that are no faster here are only named.
+        on_cycle: called with (cycles done, of how many).
+
+    Raises:
+        InputError: a context of no tokens or beyond the model's positions, or no row.
+    """
+    contexts = _checked(model, contexts or _contexts_of(model, prompts, gamma_max), rows)
+    slots = max(slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)  # one cache for all: growing would replace it
+    base, copies = contexts[len(contexts) // 2], Copies(model)
+
+    def runtime_of(recipe: Recipe | SkipSet) -> Runtime:
+        return Runtime(model, recipe, backend=backend, compile=compile, copies=copies)
+
+    runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
+    share_cache(runtimes.values(), rows, slots)
+    full = runtimes[FULL]
+    benches = {context: Bench(_cached(model, prompts or (), rows, context + 1), sampling) for context in contexts}
+    draft_length = draft_padding(full, benches[base])
+    full.padding = Padding(rows=rows, target=[], draft=draft_length)  # a format must be faster than what it replaces
+    gaining, slower = copies_that_gain(full, benches[base], formats, runtime_of)
+    copied = copied_variants(model, gaining)
+    runtimes |= {name: runtime_of(recipe) for name, recipe in copied.items()}
+    share_cache(runtimes.values(), rows, slots)
+    for name in variants(model.config.num_hidden_layers):
+        runtimes[name].padding = Padding(rows=rows, target=[], draft=draft_length)
+    calls: dict[Name, Call] = {}
+    for context, bench in benches.items():
+        lengths = round_lengths(gamma_max, sparse=full.compile or context != base)
+        some = runtimes if context == base else {FULL: full}
+        calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
+    timed = medians(calls, rare=_is_prefill, cycles=CYCLES, device=model.device, on_cycle=on_cycle)
+    padding = Padding(rows=rows, target=target_padding(_rounds(base, timed), gamma_max), draft=draft_length)
+    found = costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, padding=padding)
+    with_copies = fit_copies(model, gaining, {name: timed[base, name] / STEPS for name in (FULL, *copied)})
+    return Profile(
+        device=device_name(model.device),
+        processor=processor_name(),
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        rows=rows,
+        compiled=full.compile,
+        backend=full.backend.backend.name,
+        sampling=sampling.to_dict() if sampling else {},
+        num_layers=model.config.num_hidden_layers,
+        gamma_max=gamma_max,
+        versions=versions(),
+        contexts=tuple(contexts),
+        costs=tuple(
+            costs.model_copy(update={"captured": benches[base].captures(full), **with_copies}) for costs in found
+        ),
+        padding=padding if padding.most else None,
+        slower_formats=slower,
+    )
+
+
+def _is_prefill(name: Name) -> bool:
+    return name[1] == "prefill"
+
+
+def _checked(model: PreTrainedModel, contexts: Sequence[int], rows: int) -> list[int]:
+    """The contexts in order, if the model can have them."""
+    if rows < 1:
+        raise InputError(f"rows is {rows}, but it must be at least 1")
+    if (least := min(contexts)) < 1:
+        raise InputError(f"a context of {least} tokens was given, but it must be at least 1")
+    limit = position_limit(model)
+    if limit is not None and (most := max(contexts)) >= limit:
+        raise InputError(
+            f"a context of {most} tokens was given, but this model's positions end at {limit}; "
+            f"give at most {limit - 1}, for a pass adds one"
+        )
+    return sorted(set(contexts))
+
+
+def _contexts_of(model: PreTrainedModel, prompts: Sequence[Tensor] | None, gamma_max: int) -> list[int]:
+    """The median prompt's, or the default."""
+    if prompts:
+        return [max(1, sorted(map(len, prompts))[len(prompts) // 2] - 1)]
+    return default_contexts(position_limit(model), gamma_max)
+
+
+def _cached(model: PreTrainedModel, prompts: Sequence[Tensor], rows: int, length: int) -> Tensor:
+    """Tokens `b length` to fill the cache with: the prompts, one behind the other, then random ones."""
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    random = torch.randint(vocabulary, (rows * length,), generator=torch.Generator().manual_seed(0))
+    joined = torch.cat([*(prompt.cpu() for prompt in prompts), random])
+    return joined[: rows * length].view(rows, length)
+
+
+def _calls(bench: Bench, runtimes: Mapping[str, Runtime], lengths: Sequence[int]) -> dict[str | int, Call]:
+    """What is timed at one context: steps of each runtime's draft, rounds over `lengths` tokens, and the rest."""
+    full = runtimes[FULL]
+    calls: dict[str | int, Call] = {name: bench.draft(runtime) for name, runtime in runtimes.items()}
+    if HALF in runtimes:
+        calls["confidence"] = bench.draft(runtimes[HALF], ALMOST_ZERO)
+    calls |= {n: bench.round(full, n) for n in lengths}
+    return calls | {"lookup": bench.lookup(full, max(1, lengths[-1])), "prefill": bench.prefill(full)}
+
+
+def costs_at(
+    contexts: Sequence[int],
+    base: int,
+    timed: Mapping[Name, float],
+    num_layers: int,
+    *,
+    compiled: bool,
+    padding: Padding | None = None,
+) -> tuple[Costs, ...]:
+    """Costs at every context, from all that was timed at `base` and what was timed at the others."""
+    steps = {name: timed[base, name] / STEPS for name in variants(num_layers)}
+    fitted = fit_step(num_layers, steps)
+    confidence = max(0.0, timed[base, "confidence"] / STEPS - steps[HALF])
+    rounds = _rounds(base, timed)
+    base_rounds = np.interp(range(max(rounds) + 1), list(rounds), list(rounds.values()))
+    found = []
+    for context in contexts:
+        step, here = timed[context, FULL] / STEPS, _rounds(context, timed)
+        ratios = [seconds / base_rounds[n] for n, seconds in here.items()]
+        bare = (base_rounds * np.interp(range(len(base_rounds)), list(here), ratios)).tolist()
+        fixed, layer, attention, mlp = at_another_context(fitted, step, num_layers).tolist()
+        found.append(
+            Costs(
+                num_layers=num_layers,
+                fixed=fixed,
+                layer=layer,
+                attention=attention,
+                mlp=mlp,
+                confidence=confidence,
+                rounds=_padded(bare, padding),
+                prefill=timed[context, "prefill"],
+                lookup=timed[context, "lookup"] / STEPS,
+                compiled=compiled,
+                measured=steps if context == base else {FULL: step},
+            )
+        )
+    return tuple(found)
+
+
+def _padded(rounds: list[float], padding: Padding | None) -> tuple[float, ...]:
+    """What rounds cost where their passes are padded: each what that of its pass's length does."""
+    lengths = [t if padding is None else padding.of_target(t) for t in range(1, len(rounds) + 1)]
+    return tuple(rounds[t - 1] for t in lengths)
+
+
+def _rounds(context: int, timed: Mapping[Name, float]) -> dict[int, float]:
+    """Seconds of the rounds that were timed at a context, by how many tokens they had drafted."""
+    return {n: seconds / STEPS for (at, n), seconds in timed.items() if at == context and isinstance(n, int)}

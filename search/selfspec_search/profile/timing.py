@@ -1,0 +1,171 @@
+"""Timing: stretches of the real runtime and its loop that do the same work at every call, and how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfspec.decoding.drafter import Drafter, NoDrafter
+from selfspec.decoding.request import Request
+from selfspec.decoding.round import is_captured, prefill, run_draft, settle, step
+from selfspec.decoding.sampling import Draft
+from selfspec.decoding.stats import Stats
+from selfspec.drafters.layer_skip import LayerSkipDrafter
+from selfspec.drafters.prompt_lookup import PromptLookupDrafter
+from selfspec.plan import PromptLookup
+from selfspec.runtime.runtime import Runtime, wait_for
+from selfspec_search.replay.sampling_settings import Sampling
+from selfspec_search.replay.texts import request_for
+
+STEPS = 4
+"""Draft length at which a step of the draft is timed. Rounds are timed by as many, too: on a busy machine the median of
+long stretches and that of short ones are not to be compared."""
+RARELY = 5
+"""Prefills, which take long and count once a text, are timed in one cycle of so many."""
+
+Call = Callable[[], Any]
+
+
+class Bench:
+    """What is timed at one context: the tokens in the cache when a call begins.
+
+    Args:
+        prompts: `b t`; all but the last token of each row are the context. The runtimes' cache must have room for
+            them, and for three times what a call drafts.
+        sampling: how tokens are chosen, greedily by default: processors and drawing are part of a step and a round.
+    """
+
+    def __init__(self, prompts: Tensor, sampling: Sampling | None = None) -> None:
+        self.prompts, self.sampling = prompts, sampling
+
+    def draft(self, runtime: Runtime, threshold: float | None = None) -> Call:
+        """STEPS tokens drafted in every row."""
+        drafter = LayerSkipDrafter(runtime, STEPS, threshold)
+        request = self._begin(runtime, drafter)
+
+        def call() -> None:
+            again(runtime, request)
+            run_draft(runtime, drafter, request, STEPS)
+
+        return call
+
+    def round(self, runtime: Runtime, n: int) -> Call:
+        """STEPS rounds over `n` tokens that cost nothing to draft."""
+        drafter = _Guesses(self.prompts, n)
+        request = self._begin(runtime, drafter)
+        stats = Stats(rows=request.rows)
+
+        def call() -> None:
+            for _ in range(STEPS):
+                again(runtime, request)
+                step(runtime, drafter, request, stats)
+
+        return call
+
+    def lookup(self, runtime: Runtime, gamma: int) -> Call:
+        """STEPS times prompt lookup."""
+        drafter = PromptLookupDrafter(PromptLookup(gamma=gamma))
+        request = self._begin(runtime, drafter)
+
+        def call() -> None:
+            again(runtime, request)
+            for _ in range(STEPS):
+                drafter.look(request)
+
+        return call
+
+    def prefill(self, runtime: Runtime) -> Call:
+        """One prefill."""
+        request = self._begin(runtime, NoDrafter())
+        return lambda: prefill(runtime, request)
+
+    def captures(self, runtime: Runtime) -> bool:
+        """Whether rounds of requests like these run as graphs."""
+        return is_captured(runtime, self._begin(runtime, NoDrafter()))
+
+    def _begin(self, runtime: Runtime, drafter: Drafter) -> Request:
+        """A request with room for one round: every call is that same round again.
+
+        Its prompts need not be cached: whatever is there takes as long to attend to.
+        """
+        runtime.pin_longrope(self.prompts.shape[1])
+        gamma = drafter.gamma
+        request = request_for(
+            runtime.model, list(self.prompts), 2 * gamma + 2, gamma, sampling=self.sampling, stops=False
+        )
+        settle(runtime, drafter, request)
+        return request
+
+
+def again(runtime: Runtime, request: Request) -> None:
+    """Back to where the request began: other things run in between, on the same cache and buffers."""
+    request.rewind()
+    runtime.cache.lengths.copy_(request.ends - 1)
+
+
+class _Guesses(Drafter):
+    """A drafter that costs nothing: the same tokens over and over. What is left of a round is all but drafting."""
+
+    def __init__(self, prompts: Tensor, gamma: int) -> None:
+        self.gamma = gamma
+        b, t = prompts.shape
+        self._tokens = prompts.repeat(1, -(-gamma // t))[:, :gamma]
+        self._lengths = torch.full((b,), gamma, device=prompts.device)
+
+    @property
+    def key(self) -> Hashable:
+        return "guesses", id(self)
+
+    def draft(self, request: Request, n: int) -> Draft:
+        return Draft(self._tokens.clone(), self._lengths, None)  # a graph must have something to do
+
+
+def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:
+    """Let runtimes of one model use one cache: seven of them could take more memory than the model."""
+    first, *others = runtimes
+    first.reserve(rows, slots)
+    for other in others:
+        other.adopt_cache(first)
+
+
+def medians(
+    calls: Mapping[Any, Call],
+    *,
+    rare: Callable[[Any], bool],
+    cycles: int,
+    device: torch.device,
+    on_cycle: Callable[[int, int], None],
+    seconds: float = 0.0,
+) -> dict[Any, float]:
+    """Median seconds of each call, after one that warms up, timed in turn: a slow moment falls on all alike.
+
+    Args:
+        rare: whether a call, by name, is timed in few of the cycles.
+        on_cycle: called with (cycles done, of how many).
+        seconds: cycles go on for so long, up to four times as many: what is quick is measured better.
+    """
+    timed: dict[Any, list[float]] = {name: [] for name in calls}
+    on_cycle(0, cycles)
+    for call in calls.values():
+        call()
+    cycle, end = 0, perf_counter() + seconds
+    while cycle < cycles or (cycle < 4 * cycles and perf_counter() < end):
+        for name, call in calls.items():
+            if cycle % RARELY == 0 or not rare(name):
+                timed[name].append(_seconds(call, device))
+        cycle += 1
+        on_cycle(min(cycle, cycles), cycles)
+    return {name: median(times) for name, times in timed.items()}
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    wait_for(device)
+    start = perf_counter()
+    call()
+    wait_for(device)
+    return perf_counter() - start

@@ -1,0 +1,88 @@
+"""The profile as a figure: what passes cost by their length, and what a step of the full draft is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from selfspec_search.profile.costs import Costs
+from selfspec_search.profile.profile import Profile
+from selfspec_search.report.canvas import PAPER, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LINES = ("#8fb4d9", "#4a7fb0", "#1d4f7c", "#0b2a47")
+"""Light to dark with the context, so that lines are told apart without colour."""
+MARKERS = ("o", "s", "^", "D")
+PARTS = (
+    ("MLP", "#1d4f7c", ""),
+    ("attention", "#7fa3cc", "////"),
+    ("layers' own", "#cfdae5", ""),
+    ("fixed", "#8a949e", ""),
+)
+"""What a step is made of, from the bottom up, with its colour and hatching."""
+
+
+def plot(profile: Profile, model: str) -> Figure:
+    """Two panels, side by side; `model` is its name in the title. Save it with `Figure.savefig`."""
+    with style(), matplotlib.rc_context({"axes.titlelocation": "left", "axes.titlepad": 10.0}):
+        figure = Figure(figsize=(9.6, 4.2), dpi=160, layout="constrained")
+        passes, steps = figure.subplots(1, 2, width_ratios=(3, 2))
+        _plot_passes(passes, profile)
+        _plot_steps(steps, profile)
+        figure.suptitle(f"{model} on {profile.conditions}", x=0.01, ha="left", size=11)
+    return figure
+
+
+def _plot_passes(axes: Axes, profile: Profile) -> None:
+    tokens = np.arange(1, profile.gamma_max + 2)
+    for index, (context, costs) in enumerate(zip(profile.contexts, profile.costs, strict=True)):
+        shade = index * (len(LINES) - 1) // max(1, len(profile.contexts) - 1)
+        axes.plot(
+            tokens,
+            np.array(costs.rounds) * 1e3,
+            color=LINES[shade] if len(profile.contexts) > 1 else LINES[-2],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.6,
+            label=f"{context:,}",
+        )
+    axes.set(title="A pass of the full model", xlabel="tokens in the pass, per row", ylabel="milliseconds")
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    axes.grid(axis="y")
+    axes.legend(title="tokens in the cache", title_fontsize=8.5, loc="lower right", reverse=True)
+
+
+def _plot_steps(axes: Axes, profile: Profile) -> None:
+    places = np.arange(len(profile.contexts))
+    bottom = np.zeros(len(places))
+    for name, colour, hatch in PARTS:
+        heights = np.array([_parts(costs)[name] for costs in profile.costs]) * 1e3
+        axes.bar(places, heights, 0.62, bottom, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0.8, label=name)
+        bottom += heights
+    for place, total in zip(places, bottom, strict=True):
+        axes.annotate(f"{total:.3g}", (place, total), (0, 3), textcoords="offset points", ha="center")
+    axes.set(title="A step of the draft that skips nothing", xlabel="tokens in the cache", ylabel="milliseconds")
+    axes.set_xticks(places, [f"{context:,}" for context in profile.contexts])
+    margin = 1.0 if len(places) == 1 else 0.6
+    axes.set_xlim(-margin, places[-1] + margin)
+    axes.set_ylim(0, bottom.max() * 1.1)
+    axes.grid(axis="y")
+    axes.legend(reverse=True, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _parts(costs: Costs) -> dict[str, float]:
+    """Seconds of a full step by what they are spent on."""
+    n = costs.num_layers
+    return {
+        "MLP": n * costs.mlp,
+        "attention": n * costs.attention,
+        "layers' own": n * costs.layer,
+        "fixed": costs.fixed,
+    }

@@ -1,0 +1,196 @@
+"""Measuring decoders against each other on the same prompts: interleaved, in one run, greedy.
+
+Each repeat decodes every prompt with every contender, one right after the other and in rotating order, so that what
+drifts (clocks, heat, neighbours) drifts for all. A contender's speed is that of its median repeat on each prompt; a
+ratio's 95 % interval comes from a bootstrap over the prompts, and over the repeats of each, always drawn for both
+sides of the ratio alike (paired).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfspec.benchmark.contenders import PLAIN, Contender, timed
+from selfspec.benchmark.lossless import Verdict, compare
+from selfspec.decoding.stats import Stats
+from selfspec.errors import InputError
+from selfspec.runtime.runtime import Runtime
+
+RESAMPLES = 2000
+
+Array = np.ndarray[Any, Any]
+
+Progress = Callable[[int, int], None]
+"""Called with decodings done and decodings in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times as fast, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+    def to_dict(self) -> dict[str, float]:
+        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one contender did."""
+
+    name: str
+    settings: dict[str, Any]
+    tokens_per_second: float
+    ratios: dict[str, Ratio]
+    """By the name of the contender it is held against."""
+    differing: Verdict
+    """Against the reference: the plain model in our runtime where it takes part, else the first contender."""
+    stats: Stats | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        stats = self.stats if self.stats is not None and self.stats.rounds else None
+        return {
+            "name": self.name,
+            "settings": self.settings,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "ratios": {name: ratio.to_dict() for name, ratio in self.ratios.items()},
+            "differing_tokens": self.differing.differing_tokens,
+            "near_ties": self.differing.near_ties,
+            "errors": self.differing.errors,
+            "acceptance_rate": round(stats.acceptance_rate, 4) if stats else None,
+            "tokens_per_round": round(stats.tokens_per_round, 4) if stats else None,
+            "policy": stats.policy if stats else None,
+            "choices": stats.choices if stats else None,
+            "accepted_at": stats.accepted_at if stats else None,
+            "reached_at": stats.reached_at if stats else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Seconds and tokens of every decoding, by contender, repeat and prompt."""
+
+    contenders: list[Contender]
+    prompts: list[Tensor]
+    seconds: Array  # contenders repeats prompts
+    outputs: list[list[Tensor]]  # by contender and prompt; every repeat of a greedy decoding is the same
+    unsteady: list[str]
+    """Contenders that did not write the same tokens in every repeat, which greedy decoding must."""
+
+    @property
+    def tokens(self) -> Array:
+        """How many tokens each contender wrote for each prompt, `contenders prompts`."""
+        return np.array([[len(output) for output in outputs] for outputs in self.outputs], dtype=float)
+
+    def index(self, name: str) -> int:
+        return [contender.name for contender in self.contenders].index(name)
+
+    def tokens_per_second(self, name: str) -> float:
+        """Of the median repeat of each prompt, over all prompts together."""
+        at = self.index(name)
+        return float(_speed(self.seconds[at], self.tokens[at]))
+
+    def ratio(self, name: str, base: str, *, seed: int = 0) -> Ratio:
+        """The speed of `name` over that of `base`, with a 95 % interval (see the module's docstring)."""
+        both = [self.index(name), self.index(base)]
+        return speed_ratio(self.seconds[both], self.tokens[both], seed=seed)
+
+    def scores(self, runtime: Runtime, *, against: Sequence[str], gamma: int) -> list[Score]:
+        """Every contender's score, with its ratios to the contenders named in `against`."""
+        names = [contender.name for contender in self.contenders]
+        reference = self.outputs[names.index(PLAIN) if PLAIN in names else 0]
+        return [
+            Score(
+                name=contender.name,
+                settings=contender.settings,
+                tokens_per_second=self.tokens_per_second(contender.name),
+                ratios={base: self.ratio(contender.name, base) for base in against if base in names},
+                differing=compare(runtime, zip(self.prompts, reference, outputs, strict=True), gamma=gamma),
+                stats=contender.stats,
+            )
+            for contender, outputs in zip(self.contenders, self.outputs, strict=True)
+        ]
+
+
+def speed_ratio(seconds: Array, tokens: Array, *, seed: int = 0) -> Ratio:
+    """The speed of the first over that of the second, from decodings in turn.
+
+    Args:
+        seconds: `2 repeats prompts`.
+        tokens: `2 prompts`; or `2 repeats prompts` where repeats differ in what they write, as samples do.
+    """
+    _, repeats, prompts = seconds.shape
+    random = np.random.default_rng(seed)
+    columns = random.integers(prompts, size=(RESAMPLES, 1, prompts))
+    rows = random.integers(repeats, size=(RESAMPLES, repeats, prompts))
+    of_tokens = (rows, columns) if tokens.ndim == 3 else (columns[:, 0],)
+    one, other = (_speed(seconds[i][rows, columns], tokens[i][of_tokens]) for i in (0, 1))
+    low, high = np.quantile(one / other, [0.025, 0.975])
+    value = _speed(seconds[0], tokens[0]) / _speed(seconds[1], tokens[1])
+    return Ratio(value=float(value), low=float(low), high=float(high))
+
+
+def _speed(seconds: Array, tokens: Array) -> Any:
+    """Tokens per second, of the median repeat of each prompt (`... repeats prompts` and `... prompts`), or of all
+    samples (both `... repeats prompts`)."""
+    if tokens.ndim == seconds.ndim:
+        return tokens.sum(axis=(-2, -1)) / seconds.sum(axis=(-2, -1))
+    return tokens.sum(axis=-1) / np.median(seconds, axis=-2).sum(axis=-1)
+
+
+def measure(
+    contenders: Sequence[Contender],
+    prompts: Sequence[Tensor],
+    *,
+    new_tokens: int,
+    repeats: int,
+    on_progress: Progress | None = None,
+) -> Measurement:
+    """Decode every prompt with every contender `repeats` times, interleaved, after one untimed decoding each.
+
+    Raises:
+        InputError: nothing to measure.
+    """
+    if not prompts or new_tokens < 1 or repeats < 1:
+        raise InputError("a benchmark needs at least one prompt, one new token and one repeat")
+    for contender in contenders:
+        # The longest prompt, so that caches have their size, and passes that compile are compiled, before any timing.
+        contender.decode(max(prompts, key=len), new_tokens)
+        if contender.stats is not None:
+            contender.stats = Stats()
+    seconds = np.zeros((len(contenders), repeats, len(prompts)))
+    outputs: list[list[Tensor]] = [[torch.empty(0)] * len(prompts) for _ in contenders]
+    unsteady: set[str] = set()
+    done = 0
+    for repeat in range(repeats):
+        for column, prompt in enumerate(prompts):
+            for index in _rotated(len(contenders), repeat + column):
+                new, seconds[index, repeat, column] = timed(contenders[index], prompt, new_tokens)
+                if repeat and not torch.equal(new, outputs[index][column]):
+                    unsteady.add(contenders[index].name)
+                outputs[index][column] = new
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, seconds.size)
+    return Measurement(
+        contenders=list(contenders),
+        prompts=list(prompts),
+        seconds=seconds,
+        outputs=outputs,
+        unsteady=sorted(unsteady),
+    )
+
+
+def _rotated(n: int, start: int) -> list[int]:
+    return [(start + index) % n for index in range(n)]

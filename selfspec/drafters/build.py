@@ -1,0 +1,30 @@
+"""The drafter that a plan asks for."""
+
+from __future__ import annotations
+
+from selfspec.decoding.drafter import Drafter, NoDrafter
+from selfspec.drafters.cascade import LookupFirstDrafter
+from selfspec.drafters.draft_model import DraftModelDrafter
+from selfspec.drafters.layer_skip import LayerSkipDrafter, StepwiseDrafter
+from selfspec.drafters.prompt_lookup import PromptLookupDrafter
+from selfspec.plan import Plan
+from selfspec.runtime.runtime import Runtime
+
+
+def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = None) -> Drafter:
+    """The drafter that a plan asks for; the runtime skips the plan's skip set already.
+
+    With a `draft_runtime`, its model drafts where layers would.
+    """
+    stepwise: StepwiseDrafter = layers_of(plan, runtime)
+    if draft_runtime is not None:
+        stepwise = DraftModelDrafter(draft_runtime, plan.gamma, plan.exit_threshold, beside=runtime.model)
+    if plan.prompt_lookup is None:
+        return stepwise if plan.gamma else NoDrafter()
+    lookup = PromptLookupDrafter(plan.prompt_lookup)
+    return LookupFirstDrafter(lookup, stepwise) if plan.gamma else lookup
+
+
+def layers_of(plan: Plan, runtime: Runtime) -> LayerSkipDrafter:
+    """The part of it that skips layers."""
+    return LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)

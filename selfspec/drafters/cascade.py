@@ -1,0 +1,74 @@
+"""Cascade: prompt lookup first, and another drafter where it finds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from selfspec.decoding.drafter import Drafter
+from selfspec.decoding.request import Committed, Origin, Request
+from selfspec.decoding.sampling import Draft, one_hot
+from selfspec.drafters.layer_skip import StepwiseDrafter
+from selfspec.drafters.prompt_lookup import PromptLookupDrafter
+
+
+class LookupFirstDrafter(Drafter):
+    """A cascade: prompt lookup, and layer skipping or a draft model in the rows where it found nothing."""
+
+    looks = True
+
+    def __init__(self, lookup: PromptLookupDrafter, second: StepwiseDrafter) -> None:
+        self.lookup, self.second = lookup, second
+        self.gamma = max(lookup.gamma, second.gamma)
+        self.capture_obstacle = second.capture_obstacle
+
+    @property
+    def key(self) -> Hashable:
+        return "lookup first", self.lookup.key, self.second.key, self.second.gamma
+
+    @property
+    def label(self) -> str:
+        return f"{self.lookup.label}, else {self.second.label}"
+
+    def begin(self, request: Request) -> None:
+        self.lookup.begin(request)
+        self.second.begin(request)
+
+    def observe(self, committed: Sequence[Committed]) -> None:
+        self.second.observe(committed)
+
+    def look(self, request: Request) -> Tensor:
+        return self.lookup.look(request)
+
+    def hear(self, told: Sequence[Sequence[int]]) -> None:
+        self.lookup.hear(told)
+
+    def choose(self, request: Request) -> tuple[Drafter, int]:
+        found = self.lookup.found_in_unfinished(request)
+        second, longest = self.second.choose(request)
+        if all(found) or second is not self.second:
+            return self.lookup, max(found, default=0)
+        return self, max(*found, longest)
+
+    def origin(self, row: int) -> Origin | None:
+        return self.lookup.origin(row) or self.second.origin(row)
+
+    def draft(self, request: Request, n: int) -> Draft:
+        hit = self.lookup.hits(request) > 0  # b
+        made = self.second.draft(request, min(n, self.second.gamma), among=~hit).padded(n)
+        found = self.lookup.draft(request, n)
+        return Draft(
+            torch.where(hit[:, None], found.tokens, made.tokens),
+            torch.where(hit, found.lengths, made.lengths),
+            _mixed(hit, found.tokens, made.probs),
+            made.steps,
+        )
+
+
+def _mixed(hit: Tensor, tokens: Tensor, probs: Tensor | None) -> Tensor | None:
+    """q of a draft whose `hit` rows were looked up: all on the drafted token there."""
+    if probs is None:
+        return None
+    return torch.where(hit[:, None, None], one_hot(tokens, probs), probs)

@@ -1,0 +1,151 @@
+"""Preparation: Hugging Face validates and prepares a call, and what it prepared becomes a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from selfspec.decoding.logits_processors import needs_lockstep
+from selfspec.decoding.request import Request
+from selfspec.errors import InputError
+from selfspec.huggingface.options import check_arguments, check_prepared, max_length
+from selfspec.models.views import longrope_switch
+from selfspec.plan import Plan
+from selfspec.policy import longest_draft
+
+
+def through_hugging_face(
+    model: PreTrainedModel,
+    run: Callable[..., Any],
+    inputs: Tensor | None,
+    generation_config: GenerationConfig | None,
+    logits_processor: LogitsProcessorList | None,
+    stopping_criteria: StoppingCriteriaList,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Let Hugging Face validate and prepare the inputs, then call `run` with them."""
+    check_arguments(model, inputs, generation_config, kwargs)
+    own = model.generation_config
+    if own is not None and own.cache_implementation is not None:
+        kwargs["cache_implementation"] = "dynamic"  # else Hugging Face would allocate a cache that nobody fills
+    prepared = False
+
+    def begin(*args: Any, **arguments: Any) -> Any:
+        nonlocal prepared
+        prepared = True
+        return run(*args, **arguments)
+
+    try:
+        return model.generate(  # type: ignore[operator]
+            inputs,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            custom_generate=begin,
+            **kwargs,
+        )
+    except ValueError as error:
+        if prepared:
+            raise
+        raise InputError(" ".join(str(error).split())) from error
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What Hugging Face hands to a `custom_generate`; what it let pass and cannot be served is refused."""
+
+    model: PreTrainedModel
+    input_ids: Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: GenerationConfig
+    model_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.pads = check_prepared(self.model, self.input_ids, self.generation_config, self.model_kwargs)  # b
+
+    def request(self, plan: Plan) -> Request | PlainDecoding:
+        """The request that this is; or, where no view can serve it, a call of Hugging Face's own decoding."""
+        limit = max_length(self.stopping_criteria, self.input_ids.shape[1])
+        lockstep = needs_lockstep(self.logits_processor, self.stopping_criteria, self.input_ids.shape[0])
+        gamma = 0 if lockstep else longest_draft(plan)
+        if self._crosses_longrope_switch(limit):
+            return PlainDecoding(self, "the request crosses the longrope switch: model.generate decodes it")
+        config = self.generation_config
+        pad = config._pad_token_tensor
+        returns_dict = bool(config.return_dict_in_generate)
+        return Request(
+            prompts=self.input_ids.to(self.model.device, torch.long),
+            pads=self.pads.to(self.model.device),
+            max_length=limit,
+            room=gamma + 1,
+            sampling=bool(config.do_sample),
+            processors=self.logits_processor,
+            criteria=self.stopping_criteria,
+            pad_token=0 if pad is None else int(pad),
+            lockstep=lockstep,
+            keep_scores=returns_dict and bool(config.output_scores),
+            keep_logits=returns_dict and bool(config.output_logits),
+        )
+
+    def _crosses_longrope_switch(self, limit: int) -> bool:
+        """Whether a prompt on one side of it may grow beyond it, up to `limit`: a view serves one side."""
+        switch, width = longrope_switch(self.model), self.input_ids.shape[1]
+        longest = int((width - self.pads).max())
+        return switch is not None and longest <= switch < longest + limit - width
+
+
+class Counting(StoppingCriteriaList):
+    """The same criteria, which Hugging Face asks once for every token of a row; what follows a row's own end does not
+    count."""
+
+    def __init__(self, criteria: StoppingCriteriaList, prompts: Tensor) -> None:
+        super().__init__(criteria)
+        self._ended = torch.zeros(prompts.shape[0], dtype=torch.bool, device=prompts.device)  # b
+        self._counts = torch.zeros_like(self._ended, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        ended: Tensor = super().__call__(input_ids, scores, **kwargs)  # type: ignore[assignment]
+        self._counts += ~self._ended
+        self._ended |= ended
+        return ended
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return int(self._counts.sum())
+
+
+@dataclass(frozen=True)
+class PlainDecoding:
+    """A request that no view can serve, as a call of Hugging Face's own decoding, and why."""
+
+    prepared: Prepared
+    reason: str
+
+    @cached_property
+    def criteria(self) -> Counting:
+        return Counting(self.prepared.stopping_criteria, self.prompts)
+
+    @property
+    def prompts(self) -> Tensor:
+        return self.prepared.input_ids
+
+    def run(self, streamer: BaseStreamer | None) -> Any:
+        """What `model.generate` returns."""
+        call = self.prepared
+        return call.model._sample(  # type: ignore[operator]
+            call.input_ids,
+            call.logits_processor,
+            self.criteria,
+            call.generation_config,
+            streamer=streamer,
+            **call.model_kwargs,
+        )

@@ -1,0 +1,33 @@
+"""Feeding a Hugging Face streamer from rounds of unequal length."""
+
+from __future__ import annotations
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from selfspec.decoding.request import Committed, Request
+
+
+class Streamed:
+    """Feeds a Hugging Face streamer: the prompt, then one `b` of tokens a step, as soon as every row has that step."""
+
+    def __init__(self, streamer: BaseStreamer, request: Request) -> None:
+        self.streamer, self.request = streamer, request
+        self.rows: list[list[int]] = [[] for _ in range(request.rows)]
+        self.sent = 0
+        streamer.put(request.prompts.cpu())
+
+    def put(self, committed: list[Committed]) -> None:
+        for row in committed:
+            self.rows[row.row].extend(row.tokens)
+        ready = [len(row) for index, row in enumerate(self.rows) if not self.request.has_ended(index)]
+        self._send(min(ready) if ready else max(map(len, self.rows)))
+
+    def end(self) -> None:
+        self.streamer.end()
+
+    def _send(self, until: int) -> None:
+        pad = self.request.pad_token
+        for step in range(self.sent, until):
+            self.streamer.put(torch.tensor([row[step] if step < len(row) else pad for row in self.rows]))
+        self.sent = max(self.sent, until)

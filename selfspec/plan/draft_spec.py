@@ -1,0 +1,198 @@
+"""Recipe: what the draft is made of: sub-layers kept, quantised or skipped, and its head."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Self, get_args
+
+from selfspec.errors import PlanError
+from selfspec.plan.sublayers import QuantisedSet, SkipSet
+
+FormatName = Literal["int8", "int4"]
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are stored: integers of 8 bits with a scale for every output; or of 4 bits with a scale and a zero
+    for every `group_size` inputs of an output.
+
+    >>> str(Format("int4", 64)), str(Format("int8"))
+    ('int4 in groups of 64', 'int8')
+    """
+
+    name: FormatName
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(FormatName):
+            raise PlanError(f"format is {self.name!r}, but it must be one of {', '.join(get_args(FormatName))}")
+        if self.name == "int4" and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
+            raise PlanError(f"int4 has a group_size of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
+        if self.name != "int4" and self.group_size is not None:
+            raise PlanError(f"{self.name} has no groups; leave out group_size, {self.group_size!r} was given")
+
+    @classmethod
+    def parse(cls, code: str) -> Self:
+        """The inverse of `code`."""
+        name, _, group_size = code.partition("/")
+        return cls(name, int(group_size) if group_size else None)  # type: ignore[arg-type]
+
+    @property
+    def code(self) -> str:
+        """In one word, as studies and profiles name it: `int8`, `int4/32`."""
+        return self.name if self.group_size is None else f"{self.name}/{self.group_size}"
+
+    def __str__(self) -> str:
+        return self.name if self.group_size is None else f"{self.name} in groups of {self.group_size}"
+
+
+INT8, INT4 = Format("int8"), Format("int4", 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """What the draft runs in weight-only quantised copies: sub-layers, by their linear layers, and perhaps the head."""
+
+    format: Format
+    sublayers: QuantisedSet = field(default_factory=QuantisedSet)
+    head: bool = False
+
+    @classmethod
+    def everything(cls, format: Format, num_layers: int, *, skip_set: SkipSet | None = None) -> Quantised:
+        """All sub-layers but those of a skip set, and the head."""
+        skip_set, layers = skip_set or SkipSet(), set(range(num_layers))
+        kept = QuantisedSet(attn=layers - skip_set.attn, mlp=layers - skip_set.mlp)
+        return cls(format=format, sublayers=kept, head=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        known = {"format", "group_size", "attn", "mlp", "head"}
+        if not isinstance(data, Mapping) or "format" not in data or not set(data) <= known:
+            raise PlanError(
+                f"quantised has the keys {', '.join(sorted(known))}, of which format is needed, but {data!r} was given"
+            )
+        if not isinstance(head := data.get("head", False), bool):
+            raise PlanError(f"quantised: head is true or false, but {head!r} was given")
+        sublayers = QuantisedSet.from_dict({kind: data[kind] for kind in ("attn", "mlp") if kind in data})
+        return cls(format=Format(data["format"], data.get("group_size")), sublayers=sublayers, head=head)
+
+    def to_dict(self) -> dict[str, Any]:
+        group = {} if self.format.group_size is None else {"group_size": self.format.group_size}
+        return {"format": self.format.name, **group, **self.sublayers.to_dict(), "head": self.head}
+
+    def __str__(self) -> str:
+        parts = [str(self.sublayers)] if self.sublayers else []
+        return f"{self.format}: {' | '.join([*parts, *(['head'] if self.head else [])]) or 'nothing'}"
+
+
+@dataclass(frozen=True)
+class SubVocabulary:
+    """Some of a vocabulary's tokens, the only ones that a trimmed head proposes.
+
+    `code` is what files hold: a bit for each token of the vocabulary, compressed, in base64.
+
+    >>> SubVocabulary.of([5, 3, 8], 11).tokens
+    (3, 5, 8)
+    """
+
+    code: str
+
+    @classmethod
+    def of(cls, tokens: Iterable[int], vocabulary: int) -> SubVocabulary:
+        """These tokens, of a vocabulary of so many; `PlanError` for one that is not in it."""
+        bits = bytearray(-(-vocabulary // 8))
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise PlanError(
+                    f"draft_vocabulary: token {token} was given, but the vocabulary has 0..{vocabulary - 1}"
+                )
+            bits[token // 8] |= 1 << token % 8
+        return cls(base64.b64encode(zlib.compress(bytes(bits), 9)).decode())
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """In order; `PlanError` if `code` is not what `of` makes."""
+        try:
+            bits = zlib.decompress(base64.b64decode(self.code, validate=True))
+        except (binascii.Error, zlib.error, ValueError):
+            raise PlanError("draft_vocabulary cannot be read: it was cut or changed; search again") from None
+        return tuple(place * 8 + bit for place, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the draft is made of. With nothing but a skip set it takes no memory beside the model.
+
+    >>> str(Recipe(skip_set=SkipSet(attn={1}), quantised=Quantised(format=INT8, sublayers=QuantisedSet(mlp={0, 1}))))
+    'skip attn 1; int8: mlp 0-1'
+    """
+
+    skip_set: SkipSet = field(default_factory=SkipSet)
+    quantised: Quantised | None = None
+    vocabulary: SubVocabulary | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantised is None:
+            return
+        for kind in ("attn", "mlp"):
+            both = getattr(self.skip_set, kind) & getattr(self.quantised.sublayers, kind)
+            if both:
+                raise PlanError(f"{kind} layer {min(both)} is both skipped and quantised; choose one")
+
+    @classmethod
+    def of(cls, recipe: Recipe | SkipSet | None) -> Recipe:
+        """A skip set alone is a recipe, and so is nothing."""
+        return recipe if isinstance(recipe, Recipe) else cls(skip_set=recipe or SkipSet())
+
+    def validate(self, num_layers: int) -> None:
+        """Raise `PlanError` if it names a layer that a model of `num_layers` layers does not have."""
+        self.skip_set.validate(num_layers)
+        if self.quantised is not None:
+            self.quantised.sublayers.validate(num_layers)
+
+    @property
+    def format(self) -> Format | None:
+        """Of the quantised copies."""
+        return self.quantised.format if self.quantised else None
+
+    @property
+    def head_is_own(self) -> bool:
+        """Whether the draft has a head of its own."""
+        return self.vocabulary is not None or (self.quantised is not None and self.quantised.head)
+
+    def choice(self, kind: str, layer: int) -> Literal["keep", "quantise", "skip"]:
+        """What becomes of a sub-layer."""
+        if layer in getattr(self.skip_set, kind):
+            return "skip"
+        if self.quantised is not None and layer in getattr(self.quantised.sublayers, kind):
+            return "quantise"
+        return "keep"
+
+    def strip(self, num_layers: int) -> str:
+        """Two rows of blocks for the terminal, one column per layer: full = runs, half = quantised, light = skipped.
+
+        >>> print(Recipe(skip_set=SkipSet(attn={0, 2}, mlp={3})).strip(5))
+        attn ░█░██
+        mlp  ███░█
+        """
+        blocks = {"keep": "█", "quantise": "▒", "skip": "░"}
+        rows = {kind: (blocks[self.choice(kind, layer)] for layer in range(num_layers)) for kind in ("attn", "mlp")}
+        return "\n".join(f"{kind:4} {''.join(row)}" for kind, row in rows.items())
+
+    def __str__(self) -> str:
+        parts = [f"skip {self.skip_set}"]
+        if self.quantised is not None:
+            parts.append(str(self.quantised))
+        if self.vocabulary is not None:
+            parts.append(f"{len(self.vocabulary)} tokens")
+        return "; ".join(parts)

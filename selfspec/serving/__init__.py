@@ -1,0 +1,1 @@
+"""Serving: the figures of many requests, for monitoring. May be imported by the command line."""

@@ -1,0 +1,383 @@
+"""wrap and SelfSpeculator: Hugging Face's conventions at the edge."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from selfspec.decoding.drafter import Drafter, NoDrafter
+from selfspec.decoding.request import Committed, Request
+from selfspec.decoding.round import decode, is_captured
+from selfspec.decoding.stats import Stats
+from selfspec.drafters.draft_model import bytes_beside, check_plan, draft_runtime, refresh
+from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
+from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_hugging_face
+from selfspec.huggingface.options import with_stop_strings
+from selfspec.huggingface.streamer import Streamed
+from selfspec.models.draft_weights import copied_bytes, obstacles
+from selfspec.plan import Padding, Plan
+from selfspec.plan.draft_spec import Recipe
+from selfspec.policy import PolicyName, drafter_for, too_many_rows
+from selfspec.runtime.runtime import Runtime, device_name
+from selfspec.utils.sizes import parse_size
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """Hugging Face's output without a cache, and `stats`. Scores and logits behind a row's own end are zeros."""
+
+    stats: Stats | None = None
+
+
+def wrap(
+    model: PreTrainedModel,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    compile: bool | None = None,
+    graphs: bool | None = None,
+    policy: PolicyName = "adaptive",
+    draft_memory: int | str | None = None,
+    draft_model: PreTrainedModel | None = None,
+) -> SelfSpeculator:
+    """Make `model` decode speculatively by `plan`: the same output, sooner.
+
+    Args:
+        model: a supported causal language model. It stays untouched and usable.
+        plan: a `Plan`, a plan file, or a directory that holds one.
+        backend: an attention backend by name (`flash-attn`, `torch-flash`, `sdpa`); by default the best that serves.
+        compile: fuse the passes with `torch.compile`: slower to start, faster to run. By default on CUDA only: on a CPU
+            it takes tens of seconds for every pass length.
+        graphs: capture rounds as CUDA graphs; by default where there is CUDA.
+        policy: `adaptive` lets the text decide who drafts and how far, round by round, where the plan says what that
+            costs, down to plain decoding; more rows than it knows are decoded plainly. `fixed` keeps to the plan.
+        draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
+            quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
+        draft_model: a smaller model of the same tokenizer, on the same device, that drafts the plan's gamma tokens in
+            the place of the model's own layers; the plan must not name any (`Plan(skip_set=SkipSet(), gamma=4)`). It
+            takes its weights and a cache of its own (`stats.draft_bytes`).
+
+    Raises:
+        InputError: the draft takes more than `draft_memory`, and nothing was taken yet; or the draft model does not go
+            with the model or the plan.
+        UnsupportedModelError: the family is not among those tested, or the probe found a difference.
+        PlanError: the plan is malformed, or made for another model.
+    """
+    return SelfSpeculator(
+        model,
+        plan,
+        backend=backend,
+        compile=compile,
+        graphs=graphs,
+        policy=policy,
+        draft_memory=draft_memory,
+        draft_model=draft_model,
+    )
+
+
+def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
+    """What the draft's own layers take beside the model, before they are made; 0 for a plan that only skips."""
+    plan.check_fits(model.config)
+    return copied_bytes(model, plan.recipe) if plan.gamma else 0
+
+
+class SelfSpeculator:
+    """A model with a plan. `generate` takes what `model.generate` takes and returns what it returns.
+
+    One request runs at a time; calls from other threads wait. Also usable as `model.generate(custom_generate=self)`
+    with the model it wraps, but Hugging Face then drops `streamer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan | str | os.PathLike[str],
+        *,
+        backend: str | None = None,
+        compile: bool | None = None,
+        graphs: bool | None = None,
+        policy: PolicyName = "adaptive",
+        draft_memory: int | str | None = None,
+        draft_model: PreTrainedModel | None = None,
+    ) -> None:
+        if policy not in get_args(PolicyName):
+            raise InputError(f"policy '{policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
+        self.policy = policy
+        self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
+        if draft_model is not None:
+            check_plan(self.plan, draft_memory)
+        self.model = model
+        self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs)
+        self.plan.check_fits(model.config)
+        recipe = self.plan.recipe if self.plan.gamma else Recipe()  # what never drafts needs no copies
+        limit = parse_size(draft_memory, "draft_memory") if isinstance(draft_memory, str) else draft_memory
+        self.runtime.draft_memory = limit
+        self.runtime.draft_with(recipe)
+        self.draft_runtime: Runtime | None = None
+        """Where a draft model runs, if there is one."""
+        if draft_model is not None:
+            self.draft_runtime = draft_runtime(model, draft_model, backend=backend, compile=compile)
+        self._warn_if_stale(**self._conditions)
+        self._told_of_sampling = self._told_of_rows = False
+        self.stats = Stats()
+        """Of the latest call that began to decode, also if it was then broken off."""
+        self._turns = Turns()
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """What `model.generate` returns: `b length` tokens, or an output object if `return_dict_in_generate`.
+
+        Greedy output is `model.generate`'s, token for token; sampled output has the same distribution, not the same
+        draws. What cannot be served is refused by `UnsupportedOptionError`.
+        """
+        criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
+
+        def run(*args: Any, **prepared: Any) -> Tensor | SpeculativeOutput:
+            return self(*args, **prepared, selfspec_streamer=streamer)  # type: ignore[misc]
+
+        result: Tensor | SpeculativeOutput = through_hugging_face(
+            self.model, run, inputs, generation_config, logits_processor, criteria, kwargs
+        )
+        return result
+
+    def stream(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Generator[int, None, None]:
+        """Yield the tokens of one row as rounds commit them; closing the generator ends the request."""
+        rounds = self.stream_rounds(
+            inputs, generation_config, logits_processor, stopping_criteria, tokenizer=tokenizer, **kwargs
+        )
+        with closing(rounds):
+            for committed in rounds:
+                for token in committed.tokens:
+                    yield token
+                    self._turns.pass_on()
+
+    def stream_rounds(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Generator[Committed, None, None]:
+        """Like `stream`, but yields each round whole: its tokens, and how many of them were drafted."""
+        criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
+        request: Request | PlainDecoding = through_hugging_face(
+            self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
+        )
+        if isinstance(request, PlainDecoding):
+            raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; use generate with a streamer")
+        if request.rows != 1:
+            raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
+        if request.keep_scores or request.keep_logits:
+            raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
+        with self._turns.taken(), closing(self._rounds(request)) as rounds:
+            for committed in rounds:
+                for row in committed:
+                    yield row
+                    self._turns.pass_on()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        selfspec_streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """Hugging Face's `custom_generate` protocol."""
+        if model is not self.model:
+            raise InputError("custom_generate was given to another model than the one that selfspec.wrap was given")
+        request = self._prepare(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+        )
+        with self._turns.taken():
+            if isinstance(request, PlainDecoding):
+                return self._decode_plainly(request, selfspec_streamer)
+            streamed = Streamed(selfspec_streamer, request) if selfspec_streamer is not None else None
+            with closing(self._rounds(request)) as rounds:
+                for committed in rounds:
+                    if streamed is not None:
+                        streamed.put(committed)
+            if streamed is not None:
+                streamed.end()
+            return self._output(request, generation_config)
+
+    @property
+    def _conditions(self) -> dict[str, Any]:
+        """What the cost of a pass depends on, as `Plan.stale_because` takes it."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"device": device_name(self.model.device), "dtype": dtype, "compiled": self.runtime.compile}
+
+    def _warn_if_stale(self, **here: Any) -> None:
+        if (reason := self.plan.stale_because(**here)) is not None:
+            advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
+            warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
+
+    def _warn_if_too_many(self, rows: int) -> None:
+        if self.policy == "fixed" or self.draft_runtime is not None or self._told_of_rows:
+            return
+        if (reason := too_many_rows(self.plan, rows)) is not None:
+            self._told_of_rows = True
+            advice = f"search for {rows} rows (--rows, or --other-rows), or keep to the plan with policy 'fixed'"
+            warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=4)
+
+    def _prepare(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Request | PlainDecoding:
+        """The request for what Hugging Face prepared; or, where no view can serve it, a call of its own decoding."""
+        prepared = Prepared(
+            model=model,
+            input_ids=input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            model_kwargs=model_kwargs,
+        )
+        if not self._told_of_sampling:
+            self._told_of_sampling = True
+            self._warn_if_stale(do_sample=bool(generation_config.do_sample))
+        self._warn_if_too_many(input_ids.shape[0])
+        return prepared.request(self.plan)
+
+    def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
+        self.runtime.refresh()
+        if self.draft_runtime is not None:
+            refresh(self.draft_runtime, self.runtime)
+        choice = self.runtime.backend
+        self.stats = Stats(
+            rows=request.rows,
+            backend=choice.backend.name,
+            backend_reason=choice.reason,
+            slower_paths=[f"plain lock-step decoding: {reason}" for reason in request.lockstep],
+        )
+        drafter: Drafter = NoDrafter()
+        if not request.lockstep:
+            drafter, self.stats.policy = drafter_for(
+                self.plan, self.runtime, request.rows, self.policy, self.draft_runtime
+            )
+        self.runtime.padding = self.padding_for(request.rows)
+        self.runtime.reserve(request.rows, request.max_length + request.room)
+        whole = False
+        try:
+            yield from decode(self.runtime, drafter, request, self.stats)
+            whole = True
+        finally:
+            self._tell_paths(request)
+            self.stats.changes = list(drafter.changes)
+            if not whole:  # an error may have left a NaN behind, even in a slot that is masked
+                self.runtime.scrub()
+                if self.draft_runtime is not None:
+                    self.draft_runtime.scrub()
+
+    def padding_for(self, rows: int) -> Padding | None:
+        """How passes over so many rows are padded: as the plan says, where they take as long as in its search."""
+        padding, here = self.plan.padding, self._conditions
+        if padding is None or padding.rows != rows or self.plan.stale_because(**here) is not None:
+            return None
+        return padding
+
+    def _tell_paths(self, request: Request) -> None:
+        """Write to the stats what was compiled and captured, and why the rest was not."""
+        runtime, stats = self.runtime, self.stats
+        stats.compiled, stats.draft_bytes = runtime.compile, runtime.copies.nbytes
+        if self.draft_runtime is not None:
+            stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
+            if self.draft_runtime.compile_obstacle not in (None, runtime.compile_obstacle):
+                stats.slower_paths.append(f"the draft model runs eagerly: {self.draft_runtime.compile_obstacle}")
+        stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.recipe)]
+        if runtime.compile_obstacle is not None:
+            stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")
+        if runtime.capture_obstacle is not None:
+            stats.slower_paths.append(f"rounds are not captured: {runtime.capture_obstacle}")
+        elif runtime.graphs is not None and is_captured(runtime, request):
+            stats.captured, stats.graph_bytes = True, runtime.graphs.nbytes
+
+    def _decode_plainly(self, plain: PlainDecoding, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
+        self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])
+        if streamer is not None:
+            streamer.put(plain.prompts.cpu())
+        try:
+            with self.stats.timed("total"):
+                output = plain.run(streamer)
+        finally:
+            self.stats.tokens = plain.criteria.tokens
+        return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=self.stats)
+
+    def _output(self, request: Request, generation_config: GenerationConfig) -> Tensor | SpeculativeOutput:
+        sequences = request.result()
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return SpeculativeOutput(
+            sequences=sequences,  # type: ignore[arg-type]
+            scores=request.result_steps(request.scores) if request.keep_scores else None,  # type: ignore[arg-type]
+            logits=request.result_steps(request.logits) if request.keep_logits else None,  # type: ignore[arg-type]
+            stats=self.stats,
+        )
+
+
+class Turns:
+    """Threads wait for each other; a second request from the same thread would wait for itself, so it is refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """In this context nobody else has a turn."""
+        if self._owner == threading.get_ident():
+            raise SelfspecError("a stream of this object is still open in this thread; exhaust or close it first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def pass_on(self) -> None:
+        """The turn is this thread's from now on: a stream may change hands."""
+        self._owner = threading.get_ident()

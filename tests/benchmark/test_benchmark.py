@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import FIRST_DROPPED, damped_model, prompts
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfspec import InputError, Plan, Stats
+from selfspec.benchmark.contenders import (
+    EARLY_EXIT,
+    GENERATE,
+    OURS,
+    PLAIN,
+    PROMPT_LOOKUP,
+    EarlyExit,
+    PeerError,
+    early_exits,
+    fastest,
+    line_up,
+)
+from selfspec.benchmark.measure import Measurement, measure
+
+PROMPTS = [row[mask.bool()] for row, mask in zip(*prompts(11, 5, 7), strict=True)]
+PLAN = Plan(skip_set=FIRST_DROPPED, gamma=3)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return damped_model("llama", FIRST_DROPPED)
+
+
+@dataclass
+class Scripted:
+    """Writes prepared tokens, and notes when it was called."""
+
+    name: str
+    log: list[tuple[str, int]]
+    new: list[Tensor] = field(default_factory=lambda: [torch.tensor([1, 2, 3])])
+    stats: Stats | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
+        self.log.append((self.name, len(prompt)))
+        return self.new[len(self.log) % len(self.new)]
+
+
+def measurement(seconds: list[list[list[float]]], tokens: list[list[int]] | None = None) -> Measurement:
+    array = np.array(seconds)
+    tokens = tokens or [[10] * array.shape[2]] * array.shape[0]
+    return Measurement(
+        contenders=[Scripted(name, []) for name in "abc"[: len(array)]],
+        prompts=PROMPTS[: array.shape[2]],
+        seconds=array,
+        outputs=[[torch.zeros(n, dtype=torch.long) for n in row] for row in tokens],
+        unsteady=[],
+    )
+
+
+def test_every_repeat_decodes_every_prompt_with_every_contender_in_rotating_order() -> None:
+    log: list[tuple[str, int]] = []
+    seen: list[tuple[int, int]] = []
+    measure(
+        [Scripted(name, log) for name in "abc"],
+        PROMPTS,
+        new_tokens=3,
+        repeats=2,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert log[:3] == [("a", 11), ("b", 11), ("c", 11)]  # the longest prompt, untimed
+    orders = ["".join(name for name, _ in log[start : start + 3]) for start in range(3, len(log), 3)]
+    assert orders == ["abc", "bca", "cab", "bca", "cab", "abc"]
+    assert [length for _, length in log[3::3]] == [11, 5, 7, 11, 5, 7]
+    assert seen == [(done, 18) for done in range(1, 19)]
+
+
+def test_a_contender_that_changes_its_mind_is_reported() -> None:
+    log: list[tuple[str, int]] = []
+    fickle = Scripted("fickle", log, [torch.tensor([1]), torch.tensor([2])])
+    assert measure([fickle], PROMPTS[:1], new_tokens=1, repeats=2).unsteady == ["fickle"]
+
+
+def test_nothing_to_measure_is_an_error() -> None:
+    for options in ({"new_tokens": 0, "repeats": 1}, {"new_tokens": 1, "repeats": 0}):
+        with pytest.raises(InputError, match="at least one prompt"):
+            measure([], PROMPTS, **options)
+    with pytest.raises(InputError, match="at least one prompt"):
+        measure([], [], new_tokens=1, repeats=1)
+
+
+def test_speed_is_that_of_the_median_repeat_of_each_prompt() -> None:
+    #                     repeats of prompts 1 and 2: medians 2 and 3
+    measured = measurement([[[1.0, 3.0], [2.0, 9.0], [9.0, 1.0]]], [[30, 20]])
+    assert measured.tokens_per_second("a") == pytest.approx(50 / 5)
+
+
+def test_a_ratio_is_of_speeds_and_its_interval_is_paired() -> None:
+    # Prompts and repeats differ wildly, yet b takes half of a's time in each: pairing leaves no doubt about that.
+    a = np.random.default_rng(0).uniform(1, 9, size=(5, 3))
+    measured = measurement([a.tolist(), (a / 2).tolist()])
+    ratio = measured.ratio("b", "a")
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
+    assert str(ratio) == "2.00x (2.00-2.00)"
+
+
+def test_an_interval_covers_prompts_on_which_a_contender_gains_nothing() -> None:
+    measured = measurement([[[4.0, 4.0, 4.0]] * 3, [[4.0, 4.0, 1.0]] * 3])
+    ratio = measured.ratio("b", "a")
+    assert ratio.value == pytest.approx(12 / 9)
+    assert ratio.low == pytest.approx(1)
+    assert ratio.high == pytest.approx(4)
+    assert measured.ratio("b", "a", seed=0) == ratio
+
+
+def test_all_contenders_write_the_same_tokens_in_float32(llama: PreTrainedModel) -> None:
+    lined_up = line_up(llama, PLAN, PROMPTS, 17)
+    measured = measure(lined_up.contenders, PROMPTS, new_tokens=17, repeats=1)
+    scores = {score.name: score for score in measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=3)}
+    assert list(scores) == [GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, OURS]
+    assert lined_up.absent == []
+    assert all(score.differing.differing_tokens == 0 for score in scores.values())
+    ours, plain = scores[OURS].stats, scores[PLAIN].stats
+    assert ours is not None
+    assert plain is not None
+    assert ours.tokens == plain.tokens == 3 * 17  # the warm-up does not count
+    assert 1 < ours.tokens_per_round < 4
+    assert (plain.tokens_per_round, plain.drafted) == (1, 0)
+    assert set(scores[OURS].to_dict()["ratios"]) == {PLAIN, GENERATE}
+
+
+def test_early_exit_leaves_the_model_as_it_was_even_after_an_exception(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = llama.generation_config.to_dict()
+    read = {}
+
+    def truncate_and_fail(*_: Any, **options: Any) -> Tensor:
+        read.update(options, drafts=llama.generation_config.num_assistant_tokens)
+        llama.config.num_hidden_layers = 2
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(llama, "generate", truncate_and_fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        EarlyExit(llama, exit_layer=2, draft_tokens=5).decode(PROMPTS[0], 3)
+    assert (read["assistant_early_exit"], read["drafts"]) == (2, 5)
+    assert llama.config.num_hidden_layers == 7
+    assert llama.generation_config.to_dict() == before
+    with pytest.raises(PeerError, match="assistant_early_exit cannot decode with this model: broken"):
+        fastest(early_exits(llama), PROMPTS, 3)
+
+
+def test_early_exits_are_spread_over_the_depth_and_never_the_whole_model(llama: PreTrainedModel) -> None:
+    assert sorted({entrant.exit_layer for entrant in early_exits(llama)}) == [1, 2, 3, 5]

@@ -1,0 +1,506 @@
+"""Quantised drafts change how fast text comes, and nothing about it.
+
+Greedy output is `model.generate`'s, token for token; sampled text has the model's own distribution. Statistical tests
+fix their seed. Were the seed drawn anew, each would raise a false alarm with probability 1e-6.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import LAYERS, assert_exercised, damp
+from quantised_models import PROPOSED, TOKENS, damped_model, drafting, few_prompts, quantisable_model
+from tape import NoReads
+from test_compiling import compilations  # noqa: F401  # a fixture
+from test_graphs import compiled_whole, fixed_widths, no_warnings_of_the_compiler, tape_of, taped  # noqa: F401
+from test_sampling import assert_follows
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+import selfspec.decoding.round
+from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, SubVocabulary, wrap
+from selfspec.benchmark.lossless import compare
+from selfspec.models.quantised_linear import device_obstacle
+from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.plan import Outlook, PromptLookup
+from selfspec.plan.draft_spec import INT4, INT8
+
+NEW_TOKENS = 24
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "top_k": 0}
+LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
+
+FEW = {"gemma3_text", "llama", "phi", "qwen3_moe"}
+FAMILIES = [
+    pytest.param(family, marks=[] if family in FEW else pytest.mark.slow) for family in sorted(SUPPORTED_MODEL_TYPES)
+]
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return damped_model("llama")
+
+
+def assert_lossless(model: PreTrainedModel, plan: Plan, given: dict[str, Tensor], **options: Any) -> SelfSpeculator:
+    """Greedy, with drafts that were right and wrong."""
+    spec = wrap(model, plan)
+    ours = spec.generate(**given, **GREEDY | options)
+    assert torch.equal(ours, model.generate(**given, **GREEDY | options))
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+    assert spec.stats.draft_bytes > 0
+    return spec
+
+
+# --- Greedy ---
+
+
+@pytest.mark.parametrize("format", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_of_unequal_prompts_is_model_generates(family: str, format: Format) -> None:
+    model = damped_model(family)
+    for lengths in ((13, 7, 10), (11,)):
+        given = few_prompts(*lengths)
+        spec = wrap(model, drafting(format))
+        ours = spec.generate(**given, **GREEDY)
+        assert torch.equal(ours, model.generate(**given, **GREEDY))
+        assert_exercised(spec.stats, ours, given["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("format", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("head", [False, True])
+def test_greedy_output_with_a_trimmed_head_is_model_generates(
+    head: bool, format: Format, llama: PreTrainedModel
+) -> None:
+    if (reason := device_obstacle(format, llama.device)) is not None:
+        pytest.skip(reason)
+    given = few_prompts(13, 7, 10)
+    spec = assert_lossless(llama, drafting(format, head=head, trimmed=True), given)
+    written = spec.generate(**given, **GREEDY)[:, 13:]
+    assert 0.3 < spec.stats.acceptance_rate < 0.9
+    outside = set(range(TOKENS)) - set(PROPOSED.tokens)
+    assert outside & set(written.flatten().tolist()), "the model writes what the draft never proposes"
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.slow
+def test_greedy_output_with_larger_groups_is_model_generates(size: int) -> None:
+    model = damped_model("llama", hidden_size=256, head_dim=64, num_attention_heads=4, intermediate_size=256)
+    assert_lossless(model, drafting(Format("int4", size)), few_prompts(11, 5))
+
+
+def test_greedy_output_with_everything_quantised_and_nothing_skipped_is_model_generates() -> None:
+    model = quantisable_model("llama")
+    plan = Plan(skip_set=SkipSet(), quantised=Quantised.everything(INT8, LAYERS), gamma=3)
+    spec = assert_lossless(model, plan, few_prompts(13, 7, 10))
+    assert spec.stats.acceptance_rate > 0.5
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_rows_end_at_their_own_stop_tokens(trimmed: bool, llama: PreTrainedModel) -> None:
+    given = few_prompts(13, 7, 10)
+    free = llama.generate(**given, **GREEDY)[:, 13:]
+    outside = [token for token in free.flatten().tolist() if token not in PROPOSED.tokens]
+    stops = [int(free[0, 4]), int(free[1, 9]), outside[-1]]
+    assert_lossless(llama, drafting(trimmed=trimmed), given, eos_token_id=stops)
+
+
+def test_a_stream_yields_the_same_tokens(llama: PreTrainedModel, tmp_path: Path) -> None:
+    given = few_prompts(11)
+    spec = wrap(llama, drafting(trimmed=True).save(tmp_path / "plan.json"))
+    expected = llama.generate(**given, **GREEDY)[0, 11:].tolist()
+    assert list(spec.stream(**given, **GREEDY)) == expected
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(PROPOSED.tokens)},
+        {"bad_words_ids": [[token] for token in PROPOSED.tokens[::2]]},
+        {"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 5},  # which the draft cannot propose
+        {"forced_eos_token_id": 5},
+        {"remove_invalid_values": True},
+        {"min_new_tokens": 9, "eos_token_id": list(PROPOSED.tokens[:40])},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_see_a_trimmed_heads_scores_and_do_no_harm(options: dict[str, Any], llama: PreTrainedModel) -> None:
+    assert 5 not in PROPOSED.tokens
+    given = few_prompts(13, 7, 10)
+    spec = wrap(llama, drafting(trimmed=True))
+    assert torch.equal(spec.generate(**given, **GREEDY | options), llama.generate(**given, **GREEDY | options))
+    assert spec.stats.drafted > 0
+    assert not spec.stats.slower_paths
+
+
+# --- Beside thresholds, lookups and policies ---
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_an_exit_threshold_reads_the_quantised_drafts_confidence(trimmed: bool, llama: PreTrainedModel) -> None:
+    given = few_prompts(13, 7, 10)
+    for threshold in (0.05, 0.07):
+        spec = assert_lossless(llama, drafting(trimmed=trimmed, exit_threshold=threshold), given)
+        lengths = {drafted for rounds in spec.stats.history for _, drafted, _ in rounds}
+        assert len(lengths) > 2, "rows stop at lengths of their own"
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_prompt_lookup_goes_before_a_quantised_draft(trimmed: bool, llama: PreTrainedModel) -> None:
+    given = few_prompts(22, 5, 14)
+    given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
+    spec = assert_lossless(llama, drafting(trimmed=trimmed, prompt_lookup=LOOKUP), given)
+    assert {drafted for drafted, _ in ((d, a) for rounds in spec.stats.history for _, d, a in rounds)} >= {3, 4}
+
+
+def test_a_policy_chooses_the_length_of_a_quantised_draft(llama: PreTrainedModel) -> None:
+    outlook = Outlook(rows=1, draft_step=0.2, rounds=[1.0, 1.0, 1.05, 1.1, 1.15, 1.2], agreement=[0.9, 0.8])
+    spec = assert_lossless(llama, drafting(outlook=outlook), few_prompts(11), max_new_tokens=60)
+    assert spec.stats.policy == "adaptive"
+    assert len(spec.stats.choices) > 2
+
+
+# --- Sampling: every text that a tiny model could have written ---
+
+ROWS = 499
+CALLS = 2
+LENGTH = 3
+PADDED = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the second repeats a token
+MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+V = 5
+SOME = SubVocabulary.of([0, 1, 3], V)
+WIDE = 32
+HALF = SubVocabulary.of(range(0, WIDE, 2), WIDE)
+HALF_QUANTISED = {
+    "skip_set": SkipSet(attn={0}),
+    "quantised": Quantised(format=INT4, sublayers=QuantisedSet(attn={1, 2}, mlp={0, 1, 2})),
+    "gamma": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> PreTrainedModel:
+    return quantisable_model("llama", vocab_size=V, num_hidden_layers=3, seed=4)
+
+
+@pytest.fixture(scope="module")
+def wider() -> PreTrainedModel:
+    """Of so many tokens that its head can be quantised, also where half of it is trimmed off."""
+    return quantisable_model("llama", vocab_size=WIDE, num_hidden_layers=3, seed=4)
+
+
+def chain_of(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> LogitsProcessorList:
+    """The processors that Hugging Face makes of these options."""
+    held: list[LogitsProcessorList] = []
+
+    def hold(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **_: Any) -> Tensor:
+        held.append(logits_processor)
+        return input_ids
+
+    model.generate(prompt, custom_generate=hold, do_sample=True, max_new_tokens=LENGTH, pad_token_id=0, **options)
+    return held[0]
+
+
+@torch.no_grad()
+def law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tensor:
+    """The probability of each of the `v ** LENGTH` texts behind a prompt, by the plain model, token by token."""
+    v, chain, eos = model.config.vocab_size, chain_of(model, prompt, options), options.get("eos_token_id", -1)
+    tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # of texts that may come, and where they are counted
+    probability, stopped = torch.ones(1, dtype=torch.double), torch.zeros(1, dtype=torch.bool)
+    padding = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # is all that stands behind a stop token
+    for _ in range(LENGTH):
+        p = torch.softmax(chain(tokens, model(input_ids=tokens).logits[:, -1].float()), dim=-1).double()
+        probability, place = (
+            probability[:, None] * torch.where(stopped[:, None], padding, p),
+            place[:, None] * v + torch.arange(v),
+        )
+        before, token = probability.nonzero(as_tuple=True)
+        probability, place = probability[before, token], place[before, token]
+        tokens = torch.cat([tokens[before], token[:, None]], dim=1)
+        stopped = stopped[before] | (token == eos)
+    return torch.zeros(v**LENGTH, dtype=torch.double).index_put_((place,), probability)
+
+
+def assert_texts_follow_the_model(
+    model: PreTrainedModel, plan: Plan, options: dict[str, Any], accepts: set[int] | None = None
+) -> None:
+    torch.manual_seed(23)
+    spec, v = wrap(model, plan), model.config.vocab_size
+    counts, powers = torch.zeros(2, v**LENGTH, dtype=torch.long), torch.tensor([v**i for i in reversed(range(LENGTH))])
+    seen: set[int] = set()
+    for _ in range(CALLS):
+        texts = spec.generate(
+            PADDED,
+            attention_mask=MASK,
+            do_sample=True,
+            max_new_tokens=LENGTH,
+            num_return_sequences=ROWS,
+            pad_token_id=0,
+            **options,
+        )[:, PADDED.shape[1] :]
+        texts = torch.nn.functional.pad(texts, (0, LENGTH - texts.shape[1]))
+        for index, rows in enumerate(texts.split(ROWS)):
+            counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=v**LENGTH)
+        seen |= {accepted for _, _, accepted in spec.stats.history[0]}
+    assert seen == (set(range(LENGTH)) if accepts is None else accepts), "rows were to accept different numbers"
+    expected = torch.stack([law(model, PADDED[:1, 1:], options), law(model, PADDED[1:], options)])
+    torch.testing.assert_close(expected.sum(dim=1), torch.ones(2, dtype=torch.double))
+    assert_follows(counts, expected)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"top_k": 0},
+    "temperature": {"top_k": 0, "temperature": 0.6},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_k": 0, "top_p": 0.8},
+    "repetition_penalty": {"top_k": 0, "repetition_penalty": 1.4},
+    "all together": {"top_k": 4, "temperature": 0.8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.2},
+    "typical_p": {"top_k": 0, "typical_p": 0.8},
+    "epsilon and eta": {"top_k": 0, "epsilon_cutoff": 0.02, "eta_cutoff": 0.02},
+    "stop token": {"top_k": 0, "eos_token_id": 3},
+    "stop token that is not proposed": {"top_k": 0, "eos_token_id": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "trimmed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["every token", "some tokens"]
+)
+@pytest.mark.parametrize("setting", OPTIONS)
+def test_sampled_texts_of_a_quantised_draft_follow_the_models_own_distribution(
+    setting: str, trimmed: bool, small: PreTrainedModel
+) -> None:
+    plan = Plan(**HALF_QUANTISED, draft_vocabulary=SOME.code if trimmed else None)
+    assert_texts_follow_the_model(small, plan, OPTIONS[setting])
+
+
+@pytest.mark.parametrize("trimmed", [False, True], ids=["every token", "some tokens"])
+@pytest.mark.parametrize("format", [INT4, INT8], ids=str)
+@pytest.mark.slow
+def test_sampled_texts_of_a_quantised_head_follow_the_models_own_distribution(
+    format: Format, trimmed: bool, wider: PreTrainedModel
+) -> None:
+    quantised = Quantised(format=format, sublayers=QuantisedSet(attn={1, 2}, mlp={0, 1, 2}), head=True)
+    plan = Plan(**HALF_QUANTISED | {"quantised": quantised}, draft_vocabulary=HALF.code if trimmed else None)
+    assert_texts_follow_the_model(wider, plan, {"top_k": 4, "temperature": 0.7})
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"exit_threshold": 0.5}, {"prompt_lookup": PromptLookup(gamma=3, min_ngram=1, max_ngram=2)}],
+    ids=lambda way: next(iter(way)),
+)
+@pytest.mark.slow
+def test_sampled_texts_of_ragged_quantised_drafts_follow_the_models_own_distribution(
+    way: dict[str, Any], small: PreTrainedModel
+) -> None:
+    assert_texts_follow_the_model(small, Plan(**HALF_QUANTISED, draft_vocabulary=SOME.code, **way), {"top_k": 0})
+
+
+def test_where_processors_leave_nothing_of_what_is_proposed_texts_follow_the_model_all_the_same(
+    small: PreTrainedModel,
+) -> None:
+    plan = Plan(**HALF_QUANTISED, draft_vocabulary=SubVocabulary.of([0, 1], V).code)
+    assert_texts_follow_the_model(small, plan, {"top_k": 0, "suppress_tokens": [0, 1]}, accepts={0})
+
+
+# --- Captured ---
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3_text", "phi", "qwen3_moe"))],
+)
+def test_replayed_rounds_are_those_of_uncaptured_decoding(family: str, trimmed: bool) -> None:
+    model, plan = damped_model(family), drafting(INT4 if trimmed else INT8, trimmed=trimmed)
+    if family == "qwen3_moe":
+        plan = drafting(plan.quantised.format, trimmed=trimmed, quantised=attention_alone(plan))  # type: ignore[union-attr]
+    given = few_prompts(13, 7, 10)
+    # Passes of other widths sum in another order, and kernels round what they multiply: a draft may differ, seldom.
+    spec, uncaptured = taped(model, plan), fixed_widths(model, plan)
+    expected = model.generate(**given, **GREEDY)
+    uncaptured.generate(**given, **GREEDY)
+    for _ in range(2):  # the second time, from the first round on
+        assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        assert spec.stats.history == uncaptured.stats.history, "a wrong draft shows in nothing else"
+    assert spec.stats.captured
+    assert not spec.stats.slower_paths
+    assert tape_of(spec).recorded == 2
+    assert tape_of(spec).played > spec.stats.passes
+    assert 0.2 < spec.stats.acceptance_rate < 0.9
+
+
+def attention_alone(plan: Plan) -> Quantised:
+    assert plan.quantised is not None
+    sublayers = QuantisedSet(attn=plan.quantised.sublayers.attn, mlp={1})
+    return Quantised(format=plan.quantised.format, sublayers=sublayers, head=True)
+
+
+WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize("lookup", [None, LOOKUP], ids=["layers", "cascade"])
+@pytest.mark.slow
+def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
+    lookup: PromptLookup | None, llama: PreTrainedModel
+) -> None:
+    plan, given, written = drafting(trimmed=True, prompt_lookup=lookup), few_prompts(11, 5, 7), []
+    for spec in (fixed_widths(llama, plan), taped(llama, plan)):
+        for seed in (3, 5):
+            torch.manual_seed(seed)
+            written.append(spec.generate(**given, **SAMPLING | WARPERS))
+    assert torch.equal(written[0], written[2])
+    assert torch.equal(written[1], written[3])
+    assert spec.stats.captured
+    assert not spec.stats.slower_paths
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING | WARPERS], ids=["greedy", "sampling"]
+)
+@pytest.mark.slow
+def test_the_host_reads_once_a_round_and_nothing_else_reads(
+    options: dict[str, Any], llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, seen = taped(llama, drafting(trimmed=True)), list[str]()
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
+        method = getattr(Tensor, name)
+
+        def reading(self: Tensor, *args: Any, _name: str = name, _method: Any = method, **kwargs: Any) -> Any:
+            seen.append(_name)
+            return _method(self, *args, **kwargs)
+
+        monkeypatch.setattr(Tensor, name, reading)
+    step, rounds = selfspec.decoding.round.step, list[list[str]]()
+
+    def counted(*args: Any) -> Any:
+        before = len(seen)
+        with NoReads():
+            committed = step(*args)
+        rounds.append(seen[before:])
+        return committed
+
+    monkeypatch.setattr(selfspec.decoding.round, "step", counted)
+    for _ in range(2):
+        spec.generate(**few_prompts(11, 5, 7), **options)
+    assert len(rounds) > NEW_TOKENS // 4
+    assert all(reads == ["tolist"] for reads in rounds)
+
+
+@pytest.mark.slow
+def test_another_recipe_drops_the_graphs(llama: PreTrainedModel) -> None:
+    spec, given, histories = taped(llama, drafting(INT4)), few_prompts(11), []
+    options = GREEDY | {"max_new_tokens": 13}
+    expected = llama.generate(**given, **options)
+    for plan in (drafting(INT8), drafting(INT4, trimmed=True), drafting(INT8)):
+        spec.runtime.draft_with(plan.recipe)
+        assert len(spec.runtime.graphs or ()) == 0
+        fresh = fixed_widths(llama, plan)
+        fresh.generate(**given, **options)
+        for _ in range(2):
+            assert torch.equal(spec.generate(**given, **options), expected)
+            assert spec.stats.history == fresh.stats.history
+        histories.append(spec.stats.history)
+    assert histories[0] == histories[2] != histories[1]
+
+
+# --- Compiled ---
+
+
+SHALLOW = {
+    "skip_set": SkipSet(attn={1}),
+    "quantised": Quantised(format=INT4, sublayers=QuantisedSet(attn={0}, mlp={1, 2}), head=True),
+    "draft_vocabulary": PROPOSED.code,
+    "gamma": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def shallow() -> PreTrainedModel:
+    """Of few layers, for compiling takes long."""
+    model = quantisable_model("llama", num_hidden_layers=3)
+    damp(model, SHALLOW["skip_set"], 0.1)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("format", [INT4, INT8], ids=str)
+def test_compiled_passes_of_a_quantised_draft_give_the_tokens_of_the_model(
+    format: Format, shallow: PreTrainedModel
+) -> None:
+    quantised = Quantised(format=format, sublayers=SHALLOW["quantised"].sublayers, head=True)
+    spec, given = wrap(shallow, Plan(**SHALLOW | {"quantised": quantised}), compile=True), few_prompts(11, 5)
+    assert torch.equal(spec.generate(**given, **GREEDY), shallow.generate(**given, **GREEDY))
+    assert spec.stats.compiled, spec.stats.slower_paths
+    assert 0.2 < spec.stats.acceptance_rate < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_warnings_of_the_compiler")
+def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow: PreTrainedModel) -> None:
+    spec, given = compiled_whole(shallow, Plan(**SHALLOW), "eager"), few_prompts(11, 5)
+    assert torch.equal(spec.generate(**given, **GREEDY), shallow.generate(**given, **GREEDY))
+    assert 0.2 < spec.stats.acceptance_rate < 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
+    family: str,
+    compilations: list[int],  # noqa: F811
+) -> None:
+    model, plan = damped_model(family), drafting(INT4, trimmed=True)
+    spec = wrap(model, plan, compile=True)
+    given = few_prompts(11, 5, 7)
+    expected = model.generate(**given, **GREEDY)
+    counts = []
+    for _ in range(2):
+        assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        assert spec.stats.compiled, spec.stats.slower_paths
+        counts.append(len(compilations))
+    assert counts[0] == counts[1] == kinds(model, Plan(skip_set=SkipSet(), gamma=3)) + kinds(model, plan)
+    assert not spec.stats.slower_paths
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+
+
+def kinds(model: PreTrainedModel, plan: Plan) -> int:
+    """How many layers differ in more than their weights, in a draft by this plan."""
+    windows = getattr(model.config, "layer_types", None) or [None] * LAYERS
+    choices = [(plan.recipe.choice("attn", layer), plan.recipe.choice("mlp", layer)) for layer in range(LAYERS)]
+    return len(
+        {
+            (attn != "skip" and window, attn, mlp)
+            for window, (attn, mlp) in zip(windows, choices, strict=True)
+            if (attn, mlp) != ("skip", "skip")
+        }
+    )
+
+
+# --- bfloat16 ---
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("family", ["gemma2", "llama", "phi"])
+@pytest.mark.slow
+def test_in_bfloat16_output_differs_from_plain_decoding_by_near_ties_alone(family: str, trimmed: bool) -> None:
+    model = damped_model(family, dtype=torch.bfloat16)
+    spec, rows = wrap(model, drafting(trimmed=trimmed)), []
+    plain = wrap(model, Plan.none())
+    for seed in range(3):
+        given = few_prompts(11, seed=seed)
+        ours, theirs = (one.generate(**given, **GREEDY)[0] for one in (spec, plain))
+        assert 0 < spec.stats.accepted < spec.stats.drafted
+        rows.append((theirs[:11], theirs[11:], ours[11:]))
+    verdict = compare(spec.runtime, rows, gamma=3)
+    assert verdict.tokens == 3 * NEW_TOKENS
+    assert verdict.errors == 0, str(verdict)
+    assert verdict.differing_tokens < verdict.tokens / 2

@@ -1,0 +1,641 @@
+"""Copies: the draft computes what it says, the user's model stays as it was, and memory is what was foretold."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import LAYERS, zero_skipped_branches
+from quantised_models import PROPOSED, SKIPPED, TOKENS, damped_model, drafting, few_prompts, quantisable_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import selfspec.models.draft_weights
+from selfspec import (
+    Format,
+    InputError,
+    Plan,
+    PlanError,
+    Quantised,
+    QuantisedSet,
+    Recipe,
+    SelfSpeculator,
+    SkipSet,
+    SubVocabulary,
+    draft_bytes,
+    wrap,
+)
+from selfspec.errors import UnsupportedModelError
+from selfspec.models.draft_view import change_recipe, draft_view
+from selfspec.models.draft_weights import (
+    Copies,
+    TrimmedHead,
+    check_memory,
+    check_vocabulary,
+    copied_bytes,
+    obstacles,
+    quantisable,
+)
+from selfspec.models.quantised_linear import QuantisedLinear, QuantisedWeight, device_obstacle
+from selfspec.models.views import SUPPORTED_MODEL_TYPES, decoder_layers, reachable_tensors
+from selfspec.plan.draft_spec import INT4, INT8
+from selfspec.runtime.runtime import Runtime
+
+GREEDY = {"do_sample": False, "max_new_tokens": 19}
+FORMATS = [INT4, INT8]
+EVERYTHING = Recipe(quantised=Quantised.everything(INT4, LAYERS))
+RECIPES = {
+    "sub-layers": drafting(head=False).recipe,
+    "sub-layers and head": drafting(INT8).recipe,
+    "sub-layers and trimmed head": drafting(trimmed=True).recipe,
+    "sub-layers, and a head that is only trimmed": drafting(INT8, head=False, trimmed=True).recipe,
+    "head": Recipe(quantised=Quantised(format=INT4, head=True)),
+    "trimmed head": Recipe(vocabulary=PROPOSED),
+    "a trimmed head that no kernel takes": Recipe(
+        quantised=Quantised(format=INT8, head=True), vocabulary=SubVocabulary.of(range(0, TOKENS, 7), TOKENS)
+    ),
+    "everything": EVERYTHING,
+    "nothing": Recipe(quantised=Quantised(format=INT4)),
+}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return damped_model("llama")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Every quantised layer, as it is made."""
+    seen: list[nn.Module] = []
+    quantise = selfspec.models.draft_weights.quantise
+
+    def counted(*args: Any, **kwargs: Any) -> QuantisedLinear:
+        seen.append(quantise(*args, **kwargs))
+        return seen[-1]  # type: ignore[return-value]
+
+    monkeypatch.setattr(selfspec.models.draft_weights, "quantise", counted)
+    return seen
+
+
+def refuse_to_quantise(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing was to be made")
+
+
+def linears_of(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, (nn.Linear, QuantisedLinear))]
+
+
+@torch.inference_mode()
+def draft_logits(runtime: Runtime, tokens: Tensor) -> Tensor:
+    runtime.reserve(tokens.shape[0], 32)
+    return runtime.run("draft", tokens)
+
+
+# --- What the draft computes ---
+
+
+class Rounded(nn.Module):
+    """A linear layer by the weight that a quantised one stands for, multiplied by nobody's kernel."""
+
+    def __init__(self, linear: nn.Linear, format: Format) -> None:
+        super().__init__()
+        self.weight = QuantisedWeight.of(linear.weight, format).dequantised()
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = (inputs.bfloat16().float() @ self.weight.T).bfloat16().to(inputs.dtype)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def with_rounded_weights(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """The user's model, its linear layers replaced one by one and its skipped branches zeroed."""
+    model = copy.deepcopy(model)
+    assert recipe.quantised is not None
+    for kind, index in recipe.quantised.sublayers:
+        branch = model.get_decoder().layers[index].get_submodule("self_attn" if kind == "attn" else "mlp")
+        for name, part in list(branch.named_modules()):
+            if type(part) is nn.Linear:
+                branch.set_submodule(name, Rounded(part, recipe.quantised.format))
+    if recipe.quantised.head:
+        model.lm_head = Rounded(model.lm_head, recipe.quantised.format)
+    zero_skipped_branches(model, recipe.skip_set)
+    return model
+
+
+@torch.inference_mode()
+def assert_draft_is_exact(model: PreTrainedModel, recipe: Recipe) -> None:
+    tokens = few_prompts(19, 19)["input_ids"]
+    expected = with_rounded_weights(model, recipe)(tokens).logits
+    skipped = Recipe(skip_set=recipe.skip_set)
+    runtime = Runtime(model, skipped)
+    without = draft_logits(runtime, tokens)
+    changed = (expected - without).abs().mean()
+    assert changed > 0.001 * without.abs().mean(), "quantising changes nothing, so proves nothing"
+    runtime.draft_with(recipe)
+    ours = draft_logits(runtime, tokens)
+    if recipe.vocabulary is not None:
+        proposed = torch.tensor(recipe.vocabulary.tokens)
+        ours, expected = ours[..., proposed], expected[..., proposed]
+    # A sum in another order may round to the next bfloat16, which later layers see.
+    assert (ours - expected).abs().mean() < 0.1 * changed
+    runtime.draft_with(skipped)
+    assert torch.equal(draft_logits(runtime, tokens), without), "bit for bit as before"
+
+
+SPECIAL = {"cohere", "gemma2", "granite", "phi", "qwen2", "qwen3_moe", "starcoder2"}
+"""Of soft caps, scaled logits, biases, and mixtures of experts."""
+FAMILIES = [
+    pytest.param(family, marks=[] if family in SPECIAL else pytest.mark.slow)
+    for family in sorted(SUPPORTED_MODEL_TYPES)
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draft_computes_the_model_with_its_weights_rounded(family: str) -> None:
+    model = quantisable_model(family)
+    assert_draft_is_exact(model, drafting(INT4).recipe)
+    assert_draft_is_exact(model, drafting(INT8, trimmed=True).recipe)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_everything_may_be_quantised_in_any_format(format: Format) -> None:
+    model = quantisable_model("phi")
+    recipe = Recipe(quantised=Quantised.everything(format, LAYERS))
+    if (reason := device_obstacle(format, model.device)) is not None:
+        pytest.skip(reason)
+    runtime = Runtime(model, recipe)
+    view = runtime.views["draft"]
+    assert all(isinstance(part, QuantisedLinear) for part in linears_of(view))
+    assert_draft_is_exact(model, recipe)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_are_looked_up_as_they_are_though_the_head_is_quantised(tied: bool) -> None:
+    model = quantisable_model("llama", tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert_draft_is_exact(model, drafting(INT4).recipe)
+    view = Runtime(model, EVERYTHING).views["draft"]
+    assert view.get_input_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_trimmed_head_gives_the_heads_logits_of_its_tokens_and_none_of_others(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = quantisable_model(family, dtype=dtype)
+    tokens = few_prompts(19)["input_ids"]
+    runtime = Runtime(model)
+    whole = draft_logits(runtime, tokens)
+    runtime.draft_with(Recipe(vocabulary=PROPOSED))
+    trimmed = draft_logits(runtime, tokens)
+    assert trimmed.dtype == dtype
+    proposed = torch.zeros(TOKENS, dtype=torch.bool)
+    proposed[list(PROPOSED.tokens)] = True
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(trimmed[..., proposed], whole[..., proposed], rtol=4 * eps, atol=64 * eps)
+    assert trimmed[..., ~proposed].eq(-torch.inf).all()
+    assert 0 < (~proposed).sum() < TOKENS
+
+
+def test_a_head_trimmed_to_everything_is_the_head() -> None:
+    model = quantisable_model("phi")
+    tokens = few_prompts(19)["input_ids"]
+    runtime = Runtime(model)
+    whole = draft_logits(runtime, tokens)
+    runtime.draft_with(Recipe(vocabulary=SubVocabulary.of(range(TOKENS), TOKENS)))
+    torch.testing.assert_close(draft_logits(runtime, tokens), whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_copies_for_many_tokens_draft_nearly_the_same() -> None:
+    model = quantisable_model("llama")
+    tokens = few_prompts(19)["input_ids"]
+    few, many = (
+        draft_logits(Runtime(model, EVERYTHING, copies=Copies(model, many_tokens=many_tokens)), tokens)
+        for many_tokens in (False, True)
+    )
+    plain = model(tokens).logits
+    assert (few - many).abs().max() < 0.01 * plain.abs().max()
+    assert (few - plain).abs().max() > 0.05 * plain.abs().max()
+
+
+def test_changing_recipes_back_and_forth_equals_fresh_drafts(model: PreTrainedModel) -> None:
+    tokens = few_prompts(19)["input_ids"]
+    changed = Runtime(model)
+    for name in ("everything", "sub-layers and trimmed head", "head", "trimmed head", "sub-layers", "everything"):
+        changed.draft_with(RECIPES[name])
+        fresh = Runtime(model, RECIPES[name])
+        assert torch.equal(draft_logits(changed, tokens), draft_logits(fresh, tokens)), name
+
+
+def test_with_nothing_skipped_quantised_or_trimmed_the_draft_is_the_model_bit_for_bit(model: PreTrainedModel) -> None:
+    tokens = few_prompts(19)["input_ids"]
+    runtime = Runtime(model)
+    plain = draft_logits(runtime, tokens)
+    for recipe in RECIPES.values():
+        runtime.draft_with(recipe)
+        runtime.draft_with(Recipe())
+        assert torch.equal(draft_logits(runtime, tokens), plain)
+        runtime.cache.reset()
+        assert torch.equal(runtime.run("target", tokens), plain)
+
+
+# --- The user's model ---
+
+
+def test_the_users_model_is_untouched_and_usable_beside_a_quantised_draft(model: PreTrainedModel) -> None:
+    given = few_prompts(13, 7, 10)
+    weights = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    modules = dict(model.named_modules())
+    attributes = {name: set(vars(module)) for name, module in modules.items()}
+    config = copy.deepcopy(model.config.to_dict())
+    before = model.generate(**given, **GREEDY)
+
+    spec = wrap(model, drafting(trimmed=True))
+    assert torch.equal(model.generate(**given, **GREEDY), before)
+    spec.generate(**given, **GREEDY)
+    spec.runtime.draft_with(EVERYTHING)
+    spec.runtime.draft_with(Recipe())
+
+    assert torch.equal(model.generate(**given, **GREEDY), before)
+    assert model.config.to_dict() == config
+    assert {name: id(module) for name, module in model.named_modules()} == {n: id(m) for n, m in modules.items()}
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own, held = weights[name]
+        assert tensor is own
+        assert torch.equal(tensor, held)
+
+
+def test_the_target_is_never_quantised(model: PreTrainedModel) -> None:
+    target = wrap(model, Plan(skip_set=SkipSet(), quantised=EVERYTHING.quantised, gamma=2)).runtime.views["target"]
+    assert all(type(part) is nn.Linear for part in linears_of(target))
+    assert target.lm_head.weight is model.lm_head.weight
+
+
+# --- Made once, shared, let go of ---
+
+
+def test_copies_are_made_once_whatever_recipes_come_and_go(model: PreTrainedModel, made: list[nn.Module]) -> None:
+    copies = Copies(model)
+    runtime = Runtime(model, drafting().recipe, copies=copies)
+    linears = 3 * 4 + 3 * 3
+    assert len(made) == linears + 1
+    for recipe in (Recipe(), drafting(head=False).recipe, Recipe(skip_set=SKIPPED), drafting().recipe):
+        runtime.draft_with(recipe)
+    assert len(made) == linears + 1
+    runtime.draft_with(drafting(trimmed=True).recipe)
+    assert len(made) == linears + 2
+
+
+def test_runtimes_share_the_copies_that_they_are_given(model: PreTrainedModel, made: list[nn.Module]) -> None:
+    copies = Copies(model)
+    one, other = Runtime(model, drafting().recipe, copies=copies), Runtime(model, drafting().recipe, copies=copies)
+    assert one.copies is other.copies is copies
+    quantised = [{id(m) for m in runtime.views["draft"].modules() if m in made} for runtime in (one, other)]
+    assert quantised[0] == quantised[1] == {id(module) for module in made}
+    one.draft_with(Recipe())
+    assert copies.nbytes == copied_bytes(model, drafting().recipe), "the other one has a use for them"
+    assert sum(isinstance(m, QuantisedLinear) for m in other.views["draft"].modules()) == len(made)
+
+
+def test_a_runtime_of_its_own_lets_go_of_what_its_recipe_has_no_use_for(
+    model: PreTrainedModel, made: list[nn.Module]
+) -> None:
+    runtime = Runtime(model, drafting(INT4).recipe)
+    layers = [weakref.ref(module) for module in made]
+    buffers = [weakref.ref(buffer) for module in made for buffer in module.buffers()]
+    made.clear()
+    gc.collect()
+    assert all(ref() is not None for ref in layers)
+    runtime.draft_with(drafting(INT4, head=False).recipe)
+    gc.collect()
+    assert sum(ref() is None for ref in layers) == 1, "the head alone"
+    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT4, head=False).recipe)
+    runtime.draft_with(drafting(INT8).recipe)
+    made.clear()
+    gc.collect()
+    assert [ref() for ref in layers + buffers] == [None] * len(layers + buffers)
+    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT8).recipe)
+    runtime.draft_with(SKIPPED)
+    assert runtime.copies.nbytes == 0
+
+
+def test_copies_of_one_format_can_be_dropped(model: PreTrainedModel) -> None:
+    copies = Copies(model)
+    for plan in (drafting(INT4), drafting(INT8), drafting(INT8, trimmed=True)):
+        Runtime(model, plan.recipe, copies=copies)
+    copies.drop(INT8)
+    assert copies.nbytes == copied_bytes(model, drafting(INT4).recipe)
+
+
+def test_a_plan_that_only_skips_takes_no_memory(model: PreTrainedModel, made: list[nn.Module]) -> None:
+    plan = Plan(skip_set=SKIPPED, gamma=3)
+    spec = wrap(model, plan, draft_memory=0)
+    spec.generate(**few_prompts(11), **GREEDY)
+    assert (spec.stats.draft_bytes, draft_bytes(model, plan), made) == (0, 0, [])
+
+
+def test_a_plan_that_never_drafts_makes_no_copies(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfspec.models.draft_weights, "quantise", refuse_to_quantise)
+    plan = drafting(gamma=0)
+    spec = wrap(model, plan, draft_memory=0)
+    given = few_prompts(11)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert draft_bytes(model, plan) == 0
+
+
+# --- Memory ---
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "starcoder2", "qwen3_moe"])
+@pytest.mark.slow
+def test_bytes_foretold_are_bytes_taken(family: str, name: str) -> None:
+    model, recipe = quantisable_model(family), RECIPES[name]
+    for many_tokens in (False, True):
+        copies = Copies(model, many_tokens=many_tokens)
+        view = draft_view(model, recipe, copies)
+        ours = {id(tensor): tensor for tensor in reachable_tensors(view)}
+        shared = {tensor.untyped_storage().data_ptr() for tensor in reachable_tensors(model)}
+        own = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in ours.values()
+            if tensor.untyped_storage().data_ptr() not in shared
+        }
+        assert sum(own.values()) == copies.nbytes == copied_bytes(model, recipe)
+    assert (copied_bytes(model, recipe) > 0) == (name != "nothing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bytes_foretold_are_bytes_taken_in_every_format_and_dtype(format: Format, dtype: torch.dtype) -> None:
+    model = quantisable_model("phi", dtype=dtype)
+    for head, trimmed in ((True, False), (False, False), (True, True), (False, True)):
+        plan = drafting(format, head=head, trimmed=trimmed)
+        spec = wrap(model, plan)
+        assert spec.runtime.copies.nbytes == draft_bytes(model, plan) == copied_bytes(model, plan.recipe) > 0
+        spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=2)
+        assert spec.stats.draft_bytes == draft_bytes(model, plan)
+
+
+def test_wrapping_adds_the_copies_and_the_cache_and_nothing_else(model: PreTrainedModel) -> None:
+    plan = drafting(trimmed=True)
+    spec = wrap(model, plan)
+    spec.generate(**few_prompts(11), **GREEDY)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in reachable_tensors(model)}
+    tensors = [tensor for view in spec.runtime.views.values() for tensor in reachable_tensors(view)]
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    beside = sum(size for place, size in own.items() if place not in shared)
+    assert beside == draft_bytes(model, plan) + spec.runtime.cache.nbytes
+
+
+@pytest.mark.parametrize(("limit", "allows"), [(1024, "1 KiB"), ("1K", "1 KiB"), ("0.5KiB", "512 B"), (0, "0 B")])
+def test_a_draft_beyond_the_limit_is_refused_before_anything_is_made(
+    limit: int | str, allows: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfspec.models.draft_weights, "quantise", refuse_to_quantise)
+    monkeypatch.setattr(selfspec.models.draft_weights, "TrimmedHead", refuse_to_quantise)
+    for plan in (drafting(), drafting(head=False, trimmed=True)):
+        needs = f"{-(-draft_bytes(model, plan) * 10 // 1024) / 10:g} KiB"
+        message = (
+            f"^the draft's own layers take {needs} beside the model, but draft_memory allows {allows}; "
+            "allow more, or search for a smaller draft with that limit$"
+        )
+        with pytest.raises(InputError, match=message):
+            wrap(model, plan, draft_memory=limit)
+
+
+def test_a_limit_that_is_just_enough_is_kept(model: PreTrainedModel) -> None:
+    plan = drafting()
+    needed = draft_bytes(model, plan)
+    assert wrap(model, plan, draft_memory=needed).runtime.copies.nbytes == needed
+    assert wrap(model, plan, draft_memory="1G").runtime.copies.nbytes == needed
+    with pytest.raises(InputError, match="draft_memory allows"):
+        wrap(model, plan, draft_memory=needed - 1)
+    check_memory(model, plan.recipe, None)
+
+
+@pytest.mark.parametrize("limit", ["much", "", "-1K", "0"])
+def test_a_limit_that_is_no_size_is_refused(limit: str, model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match=f"^draft_memory is '{limit}', but a size such as 512M or 4G is expected$"):
+        wrap(model, drafting(), draft_memory=limit)
+
+
+# --- What cannot be quantised ---
+
+
+def test_experts_stay_as_they_are_and_stats_say_so() -> None:
+    model = damped_model("qwen3_moe")
+    assert quantisable(model, INT4) == QuantisedSet(attn=range(LAYERS), mlp={1})
+    plan = Plan(skip_set=SkipSet(), quantised=Quantised.everything(INT4, LAYERS), gamma=2)
+    spec = wrap(model, plan)
+    given = few_prompts(11, 5)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert spec.stats.slower_paths == ["of the draft, mlp 0 and 5 more not in int4: it has no linear layers"]
+    mlp = decoder_layers(spec.runtime.views["draft"])[0].get_submodule("mlp")
+    assert type(mlp) is type(decoder_layers(model)[0].get_submodule("mlp"))
+    assert spec.stats.draft_bytes == draft_bytes(model, plan) == copied_bytes(model, plan.recipe)
+
+
+def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so() -> None:
+    model = damped_model("llama", intermediate_size=80, vocab_size=211)
+    plan = drafting(INT4)
+    assert quantisable(model, INT4) == QuantisedSet(attn=range(LAYERS), mlp=range(LAYERS)), "gate and up fit"
+    assert obstacles(model, plan.recipe) == [
+        "mlp 1's down_proj and 2 more not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of "
+        "16, and it has 80 and 96",
+        "the head not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, and it has 96 "
+        "and 211",
+    ]
+    assert len(obstacles(model, drafting(INT8).recipe)) == 1
+    assert obstacles(model, drafting(INT4, head=False).recipe) == obstacles(model, plan.recipe)[:1]
+    assert obstacles(model, Recipe(skip_set=SKIPPED)) == []
+    spec = wrap(model, plan)
+    given = few_prompts(13, 7, 10)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert spec.stats.slower_paths == [f"of the draft, {line}" for line in obstacles(model, plan.recipe)]
+    assert spec.runtime.copies.nbytes == draft_bytes(model, plan)
+    assert type(spec.runtime.views["draft"].lm_head) is nn.Linear
+
+
+def test_no_kernel_is_called_for_a_size_that_it_does_not_take(made: list[nn.Module]) -> None:
+    # Some read what is not theirs there: a crash, not an error.
+    model = quantisable_model("llama", intermediate_size=40, vocab_size=211, hidden_size=72, head_dim=20)
+    assert quantisable(model, INT4) == quantisable(model, INT8) == QuantisedSet()
+    for format in FORMATS:
+        recipe = Recipe(quantised=Quantised.everything(format, LAYERS))
+        assert len(obstacles(model, recipe)) >= 1
+        assert copied_bytes(model, recipe) == 0
+        spec = wrap(model, Plan(skip_set=SkipSet(), quantised=recipe.quantised, gamma=2))
+        spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=5)
+    assert made == []
+
+
+def test_a_head_trimmed_to_a_size_that_no_kernel_takes_is_trimmed_alone(made: list[nn.Module]) -> None:
+    model = quantisable_model("llama")
+    recipe = RECIPES["a trimmed head that no kernel takes"]
+    head = Runtime(model, recipe).views["draft"].lm_head
+    assert isinstance(head, TrimmedHead)
+    assert made == []
+
+
+def test_a_trimmed_head_that_stays_in_full_precision_is_told_of() -> None:
+    model = quantisable_model("llama")
+    assert obstacles(model, RECIPES["a trimmed head that no kernel takes"]) != []
+
+
+# --- What the user does to the model after wrapping ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.slow
+def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed: bool, dtype: torch.dtype) -> None:
+    model = damped_model(family)
+    plan = drafting(INT8, trimmed=trimmed)
+    spec = wrap(model, plan)
+    given = few_prompts(13, 7, 10)
+    first = spec.generate(**given, **GREEDY)
+    old = weakref.ref(spec.runtime.copies)
+    model.to(dtype)
+    ours = spec.generate(**given, **GREEDY)
+    gc.collect()
+    assert old() is None
+    assert spec.runtime.copies.nbytes == draft_bytes(model, plan)
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+    if dtype == torch.float64:
+        assert torch.equal(ours, model.generate(**given, **GREEDY))
+        assert torch.equal(ours, first)
+    fresh = Runtime(model, plan.recipe)
+    tokens = given["input_ids"]
+    assert torch.equal(draft_logits(spec.runtime, tokens), draft_logits(fresh, tokens))
+    assert draft_logits(fresh, tokens).dtype == dtype
+
+
+def test_copies_are_kept_while_nothing_changes(model: PreTrainedModel, made: list[nn.Module]) -> None:
+    spec = wrap(model, drafting())
+    count, copies = len(made), spec.runtime.copies
+    for seed in range(3):
+        spec.generate(**few_prompts(11, 5, seed=seed), **GREEDY)
+    assert spec.runtime.copies is copies
+    assert len(made) == count
+
+
+def test_weights_that_change_in_place_leave_the_output_right(model: PreTrainedModel) -> None:
+    spec = wrap(model, drafting())
+    given = few_prompts(13, 7, 10)
+    before = spec.generate(**given, **GREEDY)
+    with torch.no_grad():
+        decoder_layers(model)[1].get_submodule("mlp.down_proj").weight.mul_(-2)
+    ours = spec.generate(**given, **GREEDY)
+    assert not torch.equal(ours, before)
+    assert torch.equal(ours, model.generate(**given, **GREEDY))
+
+
+# --- Plans that do not fit ---
+
+
+@pytest.mark.parametrize(
+    ("tokens", "has"), [([3, TOKENS], "token 208"), (range(TOKENS + 80), f"token {TOKENS + 79}"), ([], "no token")]
+)
+def test_a_vocabulary_beyond_the_models_is_refused(tokens: Any, has: str, model: PreTrainedModel) -> None:
+    recipe = Recipe(vocabulary=SubVocabulary.of(tokens, 1000))
+    message = rf"^draft_vocabulary has {has}, but this model has 0\.\.207; run 'selfspec search' on this model$"
+    attempts: list[Callable[[], Any]] = [
+        lambda: check_vocabulary(model, recipe),
+        lambda: Runtime(model, recipe),
+        lambda: Runtime(model).draft_with(recipe),
+    ]
+    if tokens:
+        attempts.append(lambda: wrap(model, Plan(skip_set=SkipSet(), gamma=2, draft_vocabulary=recipe.vocabulary.code)))
+    for attempt in attempts:
+        with pytest.raises(PlanError, match=message):
+            attempt()
+    check_vocabulary(model, Recipe(vocabulary=SubVocabulary.of([TOKENS - 1], 1000)))
+    check_vocabulary(model, Recipe())
+
+
+def test_a_quantised_layer_beyond_the_models_is_refused(model: PreTrainedModel) -> None:
+    plan = Plan(skip_set=SkipSet(), quantised=Quantised(format=INT8, sublayers=QuantisedSet(mlp={3, 7})), gamma=2)
+    with pytest.raises(PlanError, match=r"^quantised set names mlp layer 7, but this model has 7 \(0\.\.6\)$"):
+        wrap(model, plan)
+    with pytest.raises(PlanError, match="mlp layer 7"):
+        draft_bytes(model, plan)
+
+
+def test_a_recipe_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
+    copies = Copies(model)
+    view = draft_view(model, drafting().recipe, copies)
+    modules = [id(module) for module in view.modules()]
+    with pytest.raises(PlanError, match=r"quantised set names attn layer 9, but this model has 7"):
+        change_recipe(view, Recipe(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={9}))), copies)
+    assert [id(module) for module in view.modules()] == modules
+
+
+def test_a_recipe_that_is_refused_leaves_the_draft_as_it_was(model: PreTrainedModel) -> None:
+    plan = drafting(INT8)
+    spec: SelfSpeculator = wrap(model, plan)
+    given = few_prompts(13, 7, 10)
+    spec.generate(**given, **GREEDY)
+    history, memory = spec.stats.history, spec.runtime.copies.nbytes
+    for bad in (
+        Recipe(vocabulary=SubVocabulary.of([TOKENS], 1000)),
+        Recipe(quantised=Quantised(format=INT4, sublayers=QuantisedSet(attn={9}))),
+        SkipSet(mlp={7}),
+    ):
+        with pytest.raises(PlanError):
+            spec.runtime.draft_with(bad)
+        assert spec.runtime.recipe == plan.recipe
+    spec.generate(**given, **GREEDY)
+    assert spec.stats.history == history
+    assert spec.runtime.copies.nbytes == memory
+    model.to(torch.float64)  # the views are built anew, by the recipe that was there
+    spec.generate(**given, **GREEDY)
+    assert spec.runtime.copies.nbytes == memory
+
+
+class Adapted(torch.nn.Module):
+    """A layer with a low-rank adapter, which reads its own weights as peft's does."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base_layer = base
+        sizes = (base.in_features, rank), (rank, base.out_features)
+        self.lora_A, self.lora_B = (torch.nn.ModuleDict({"default": torch.nn.Linear(*size)}) for size in sizes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        down, up = self.lora_A["default"], self.lora_B["default"]
+        return self.base_layer(inputs) + up(down(inputs.to(down.weight.dtype)))
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+def test_layers_that_carry_adapters_stay_as_they_are(rank: int) -> None:
+    model = quantisable_model("llama")
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj, rank)
+    spec, given = wrap(model, drafting(INT4)), few_prompts(13, 7, 10)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    copied = {key[2] for key in spec.runtime.copies._made if key[0] == "attn"}
+    assert copied == {"k_proj", "v_proj", "o_proj"}
+
+
+def test_a_rebuild_that_is_refused_is_made_up_for_when_the_model_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantisable_model("llama")
+    spec, given = wrap(model, drafting(INT8)), few_prompts(13, 7, 10)
+    expected = spec.generate(**given, **GREEDY)
+    norm = model.model.norm
+    kept, norm.weight = norm.weight, torch.nn.Parameter(torch.full_like(norm.weight, torch.nan))
+    with pytest.raises(UnsupportedModelError, match="NaN or infinity"):
+        spec.generate(**given, **GREEDY)
+    norm.weight = kept
+    assert torch.equal(spec.generate(**given, **GREEDY), expected)

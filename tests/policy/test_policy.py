@@ -1,0 +1,550 @@
+"""The policy: who drafts and how far promises most, when not to draft at all, and that none of it changes the text."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import accumulate, pairwise
+from operator import mul
+
+import pytest
+import torch
+from models import FIRST_DROPPED, damped_model, prompts
+from tape import TapeRecorder
+from transformers import PreTrainedModel
+
+from selfspec import InputError, Plan, PlanError, PlanWarning, SkipSet, wrap
+from selfspec.plan import Conditions, Outlook, PromptLookup, Provenance
+from selfspec.policy import (
+    AdaptiveDrafter,
+    AdaptivePolicy,
+    AgreementEstimate,
+    Choice,
+    Choices,
+    MatchEstimate,
+    Row,
+    drafter_for,
+    obstacle_to_adapting,
+)
+from selfspec.policy.adaptive import FIRST_PROBE, PROBING, Seen
+from selfspec.policy.estimates import MATCHES, PRIOR, match_class
+from selfspec.policy.serving import draft_lengths, lookup_lengths
+from selfspec.runtime.cuda_graphs import Graphs
+from selfspec.runtime.runtime import Runtime
+
+LONGEST = 7
+ROUNDS = [1.0 + 0.11 * n for n in range(LONGEST + 1)]
+PLENTY = LONGEST
+"""More tokens than a round drafts."""
+
+
+def outlook(*agreement: float, draft_step: float = 0.3, rows: int = 1, **more: object) -> Outlook:
+    return Outlook(rows=rows, draft_step=draft_step, rounds=ROUNDS, agreement=list(agreement), **more)
+
+
+class Layers:
+    """A policy that chooses among drafts by layers alone, for one row."""
+
+    def __init__(self, *agreement: float, gamma: int = 3, draft_step: float = 0.3) -> None:
+        choices = Choices(outlook(*agreement, draft_step=draft_step), range(LONGEST + 1))
+        self.policy = AdaptivePolicy(choices, Choice(gamma))
+
+    def choose(self) -> int:
+        return self.policy.choose([Row(0, 0, PLENTY)]).layers
+
+    def observe(self, drafted: int, accepted: int, committed: int) -> None:
+        self.policy.observe([Seen(drafted, accepted, committed)])
+
+    def promised(self, gamma: int) -> float:
+        return self.policy._speed(Choice(gamma), Counter([Row(0, 0, PLENTY)]))
+
+
+# --- The estimate ---
+
+
+def test_without_evidence_the_estimate_is_the_plans_and_deeper_depths_are_like_its_last() -> None:
+    estimate = AgreementEstimate([0.9, 0.7])
+    assert [estimate[depth] for depth in range(4)] == pytest.approx([0.9, 0.7, 0.7, 0.7])
+    assert estimate.tokens_per_round(3) == pytest.approx(1 + 0.9 + 0.9 * 0.7 + 0.9 * 0.7 * 0.7)
+
+
+def test_one_round_counted_by_hand() -> None:
+    estimate = AgreementEstimate([0.8, 0.5])
+    estimate.observe([(2, 1)])  # the first was right, the second wrong
+    level = (PRIOR + 1) / (PRIOR + 0.8 + 0.5)
+    assert estimate[0] == pytest.approx((PRIOR * level * 0.8 + 1) / (PRIOR + 1))
+    assert estimate[1] == pytest.approx((PRIOR * level * 0.5 + 0) / (PRIOR + 1))
+
+
+@pytest.mark.parametrize("true", [0.2, 0.6, 0.97])
+def test_the_estimate_follows_the_text_within_fifty_rounds(true: float) -> None:
+    estimate, draws = AgreementEstimate([0.8, 0.8, 0.8]), random.Random(3)
+    for _ in range(50):
+        accepted = run(3, true, true, draws)
+        estimate.observe([(min(3, accepted + 1), accepted)])
+    assert estimate[0] == pytest.approx(true, abs=0.15)
+
+
+def test_depths_that_are_not_drafted_follow_those_that_are() -> None:
+    estimate = AgreementEstimate([0.8, 0.7, 0.6])
+    for _ in range(40):
+        estimate.observe([(1, 0)])
+    assert estimate[2] < 0.2
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_change_of_the_text_is_told_from_luck(rows: int) -> None:
+    estimate, draws, forgot = AgreementEstimate([0.8] * 4), random.Random(5), 0
+
+    def observe(true: float) -> bool:
+        before, accepted = sum(estimate._reached), [run(4, true, true, draws) for _ in range(rows)]
+        estimate.observe([(min(4, one + 1), one) for one in accepted])
+        return sum(estimate._reached) < before / 2
+
+    for _ in range(500):
+        forgot += observe(0.9)
+    assert forgot < 10, "steady text is remembered"
+    assert next(n for n in range(50) if observe(0.1)) < 8
+    for _ in range(8):
+        observe(0.1)
+    assert estimate[0] < 0.4
+
+
+def test_a_run_of_looked_up_tokens_counted_by_hand() -> None:
+    estimate = MatchEstimate(0.5, 0.8)
+    assert estimate.tokens_per_round(3) == pytest.approx(1 + 0.5 * (1 + 0.8 + 0.64))
+    for _ in range(200):
+        estimate.observe(reached=4, accepted=3)
+    assert estimate.tokens_per_round(1) == pytest.approx(2, abs=0.1)
+    assert estimate.later.value == pytest.approx(2 / 3, abs=0.08)
+
+
+def test_matches_are_told_apart_by_length() -> None:
+    assert [match_class(n) for n in (1, 2, 3, 4, 5, 7, 8, 50)] == [0, 1, 2, 2, 3, 3, 4, 4]
+
+
+# --- The choice ---
+
+
+@pytest.mark.parametrize("agreement", [0.05, 0.35, 0.6, 0.8, 0.93, 0.99])
+def test_the_length_that_promises_most_is_chosen(agreement: float) -> None:
+    chosen = Layers(agreement, gamma=0).choose()
+    promised = [
+        sum(accumulate([1.0] + [agreement] * n, mul)) / (0.3 * n + ROUNDS[n]) for n in range(LONGEST + 1)
+    ]  # tokens by seconds
+    assert promised[chosen] >= 0.98 * max(promised)
+
+
+def test_a_length_that_promises_hardly_more_is_not_worth_a_change() -> None:
+    promised = [Layers(0.8).promised(n) for n in range(LONGEST + 1)]
+    best = promised.index(max(promised))
+    near = next(n for n in range(1, LONGEST) if n != best and promised[n] > promised[best] * 0.985)
+    assert Layers(0.8, gamma=near).choose() == near
+    far = next(n for n in range(LONGEST + 1) if promised[n] < promised[best] * 0.95)
+    assert Layers(0.8, gamma=far).choose() == best
+
+
+@pytest.mark.parametrize("draft_step", [0.1, 0.3, 0.6])
+def test_where_drafts_never_pay_probes_become_so_rare_that_they_cost_next_to_nothing(draft_step: float) -> None:
+    plain = Layers(0.01, draft_step=draft_step)
+    probes = []
+    for number in range(3000):
+        gamma = plain.choose()
+        plain.observe(gamma, 0, 1)
+        if gamma:
+            assert gamma == 1, "the shortest draft is the cheapest to try"
+            probes.append(number)
+    waits = [later - earlier - 1 for earlier, later in pairwise(probes)]
+    assert probes[0] == FIRST_PROBE
+    assert waits[:2] == [2 * FIRST_PROBE, 4 * FIRST_PROBE]
+    lost = draft_step + ROUNDS[1] - ROUNDS[0]  # by each of them, in tokens
+    assert max(waits) == pytest.approx(lost / PROBING, rel=0.05)
+
+
+def test_drafting_is_taken_up_again_when_the_text_becomes_easy() -> None:
+    one = Layers(0.9)
+    for _ in range(200):
+        gamma = one.choose()
+        one.observe(gamma, 0, 1)
+    assert one.choose() == 0
+    one.observe(0, 0, 1)
+    rounds, gamma = 0, 0
+    while gamma < 3 and rounds < 500:
+        gamma = one.choose()
+        one.observe(gamma, gamma, gamma + 1)
+        rounds += 1
+    assert rounds < 1.5 * 0.4 / PROBING
+
+
+def test_drafting_is_given_up_within_a_few_rounds_when_the_text_becomes_hard() -> None:
+    one, draws = Layers(0.9), random.Random(11)
+    for _ in range(300):
+        gamma = one.choose()
+        accepted = run(gamma, 0.95, 0.95, draws)
+        one.observe(gamma, accepted, accepted + 1)
+    rounds = 0
+    while gamma := one.choose():
+        one.observe(gamma, 0, 1)
+        rounds += 1
+    assert rounds < 15
+    assert "without a match: none (" in one.policy.changes[-1]
+    assert " after layers 1 (" in one.policy.changes[-1]
+    while not one.choose():
+        one.observe(0, 0, 1)
+    assert ": layers 1 (" in one.policy.changes[-1]
+    assert "to see whether layers pay again" in one.policy.changes[-1]
+
+
+def test_what_stands_behind_a_stop_token_is_no_evidence() -> None:
+    for agreement, reached in (((0.8,), [1.0]), ((0.8, 0.8, 0.8), [1.0, 0.0, 0.0])):
+        one = Layers(*agreement)
+        one.choose()
+        one.observe(3, 1, 1)  # the first accepted token ended the row
+        assert one.policy.estimates.layers._reached == reached
+
+
+def test_what_looks_up_is_chosen_behind_matches_that_are_right_and_not_behind_others() -> None:
+    one = policy_of(0.3)
+    rows = {True: [Row(LONGEST, 8, LONGEST)], False: [Row(LONGEST, 1, LONGEST)]}
+    for _ in range(60):
+        for long, row in rows.items():
+            one.choose(row)
+            right = LONGEST if long else 0
+            one.observe([Seen(0, 0, right + 1, LONGEST, row[0].matched, right)])
+    assert one.choose(rows[True]).lookup >= 4
+    assert not one.choose(rows[False]).lookup
+
+
+def test_prompt_lookup_is_judged_also_while_others_draft() -> None:
+    one, row = policy_of(0.9, matches=[[0.01, 0.01]] * 5), [Row(LONGEST, 8, LONGEST)]
+    assert not one.choose(row).lookup
+    rounds = 0
+    while not (choice := one.choose(row)).lookup and rounds < 50:
+        accepted = min(choice.layers, 2)
+        one.observe([Seen(choice.layers, accepted, accepted + 1, LONGEST, 8, accepted + 1)])
+        rounds += 1
+    assert rounds < 20
+    assert any("behind a match of 8 or more: lookup" in change for change in one.changes)
+
+
+def test_rows_without_a_match_draft_by_layers_beside_rows_that_look_up() -> None:
+    one = policy_of(0.7, rows=3, draft_step=0.05, matches=[[0.99, 0.99]] * 5)
+    chosen = one.choose([Row(LONGEST, 8, LONGEST), Row(LONGEST, 8, LONGEST), Row(0, 0, LONGEST)])
+    assert chosen.lookup
+    assert chosen.layers
+
+
+def policy_of(agreement: float, *, draft_step: float = 0.3, rows: int = 1, **more: object) -> AdaptivePolicy:
+    """One that may look up."""
+    matches = {"matches": [[0.3, 0.6], [0.4, 0.7], [0.5, 0.75], [0.6, 0.8], [0.8, 0.9]], "looking": 0.01}
+    priced = outlook(agreement, draft_step=draft_step, rows=rows, **(matches | more))
+    return AdaptivePolicy(Choices(priced, range(LONGEST + 1), LOOKUPS), Choice(3))
+
+
+# --- Priced, on made-up text ---
+
+LOOKUPS = (0, 1, 2, 3, 4, 6, LONGEST)
+KINDS = {
+    # agreement; how often there is a match, of what lengths, how often its first token is right and the later ones are
+    "prose": (0.3, 0.3, (4, 3, 2, 1, 1), (0.1, 0.15, 0.2, 0.3, 0.4), 0.5),
+    "code": (0.8, 0.5, (4, 3, 2, 1, 1), (0.2, 0.3, 0.4, 0.5, 0.6), 0.7),
+    "copy": (0.8, 0.97, (1, 1, 2, 2, 4), (0.5, 0.7, 0.8, 0.95, 0.98), 0.97),
+}
+MIXED = [("prose", 150), ("code", 150), ("copy", 150)] * 10
+FIXED = {
+    "none": Choice(),
+    **{f"layers {n}": Choice(n) for n in (1, 2, 3, 4, 6)},
+    **{f"lookup {n} from {m}": Choice(0, n, m) for n in (3, LONGEST) for m in (1, 2, 3)},
+    **{f"lookup {n} from {m}, layers {g}": Choice(g, n, m) for n in (3, LONGEST) for m in (1, 3) for g in (2, 4)},
+}
+
+
+def run(most: int, first: float, later: float, draws: random.Random) -> int:
+    accepted = 0
+    while accepted < most and draws.random() < (later if accepted else first):
+        accepted += 1
+    return accepted
+
+
+def priced(texts: list[tuple[str, int]], chooser: AdaptivePolicy | Choice, choices: Choices, rows: int) -> float:
+    """Tokens per priced second over stretches of text of so many tokens a row, each of one kind."""
+    draws, tokens, seconds = random.Random(5), 0, 0.0
+    for kind, length in texts:
+        agreement, hit, lengths, firsts, later = KINDS[kind]
+        until = tokens + length * rows
+        while tokens < until:
+            classes = [draws.choices(range(5), lengths)[0] if draws.random() < hit else -1 for _ in range(rows)]
+            right = [run(LONGEST, firsts[at], later, draws) if at >= 0 else 0 for at in classes]
+            now = [Row(LONGEST, MATCHES[at], LONGEST) if at >= 0 else Row(0, 0, LONGEST) for at in classes]
+            choice = chooser if isinstance(chooser, Choice) else chooser.choose(now)
+            seen = []
+            for row, runs in zip(now, right, strict=True):
+                if choice.lookup and row.found and row.matched >= choice.least:
+                    by_layers, accepted = 0, min(runs, choice.lookup)
+                else:
+                    by_layers, accepted = choice.layers, run(choice.layers, agreement, agreement, draws)
+                trunk = accepted if by_layers else 0
+                seen.append(Seen(by_layers, trunk, accepted + 1, row.found, row.matched, min(runs, accepted + 1)))
+            tokens += sum(row.committed for row in seen)
+            seconds += choices.seconds(choice, Counter(now))
+            if isinstance(chooser, AdaptivePolicy):
+                chooser.observe(seen)
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("draft_step", [0.3, 0.7])
+@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+def test_it_stays_near_the_best_fixed_choice_and_on_mixed_text_no_fixed_choice_is_as_good(
+    kind: str, draft_step: float, rows: int
+) -> None:
+    texts = MIXED if kind == "mixed" else [(kind, 4000)]
+    one = policy_of(0.7, draft_step=draft_step, rows=rows)
+    fixed = {name: priced(texts, choice, one.choices, rows) for name, choice in FIXED.items()}
+    adaptive = priced(texts, one, one.choices, rows)
+    assert adaptive > (0.99 if kind == "mixed" else 0.96) * max(fixed.values()), fixed
+    assert adaptive > 0.98 * fixed["none"]
+
+
+@pytest.mark.parametrize("draft_step", [0.1, 0.7])
+@pytest.mark.parametrize(
+    ("hit", "lengths"), [(1.0, (0, 0, 0, 0, 1)), (1.0, (1, 0, 0, 0, 0)), (0.3, (1, 1, 1, 1, 1)), (0.0, (1, 1, 1, 1, 1))]
+)
+def test_where_everything_is_always_wrong_it_is_hardly_slower_than_plain(
+    hit: float, lengths: tuple[int, ...], draft_step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS, "hopeless", (0.0, hit, lengths, (0.0,) * 5, 0.0))
+    one = policy_of(0.95, draft_step=draft_step)
+    plain = priced([("hopeless", 3000)], Choice(), one.choices, 1)
+    assert priced([("hopeless", 3000)], one, one.choices, 1) > 0.98 * plain
+
+
+def test_it_does_not_flap() -> None:
+    one = policy_of(0.7)
+    priced([("code", 4000)], one, one.choices, 1)
+    assert len(one.changes) < one._rounds / 10
+
+
+def test_layers_come_back_where_every_round_has_a_match_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, agreement in (("hard", 0.02), ("easy", 0.97)):
+        monkeypatch.setitem(KINDS, name, (agreement, 1.0, (1, 0, 0, 0, 0), (0.02,) * 5, 0.5))
+    one = policy_of(0.7)
+    priced([("hard", 600)], one, one.choices, 1)
+    assert not one.choose([Row(LONGEST, 1, LONGEST)]).layers
+    one.observe([Seen(0, 0, 1, LONGEST, 1, 0)])
+    assert priced([("easy", 2000)], one, one.choices, 1) > 1.4, "tokens in the time of a plain pass"
+
+
+def test_layers_are_not_probed_where_lookup_is_better_than_they_could_be() -> None:
+    one, row = policy_of(0.9, draft_step=0.5), [Row(LONGEST, 8, LONGEST)]
+    for _ in range(60):
+        one.choose(row)
+        one.observe([Seen(0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
+    for _ in range(500):
+        assert one.choose(row).lookup == LONGEST
+        one.observe([Seen(0, 0, LONGEST + 1, LONGEST, 8, LONGEST)])
+
+
+def test_a_least_match_between_the_classes_counts_too() -> None:
+    for matched, looks in ((3, False), (4, True)):
+        choices = Choices(outlook(0.1, matches=[[0.99, 0.99]] * 5), [0, 3], LOOKUPS, leasts=[4])
+        assert bool(AdaptivePolicy(choices, Choice()).choose([Row(LONGEST, matched, LONGEST)]).lookup) == looks
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("agreement", [[0.0], [0.0, 0.0, 0.0], [1.0], [1.0] * 11])
+@pytest.mark.parametrize("matches", [[], [[0.0, 0.0]] * 5, [[1.0, 1.0]] * 5])
+def test_estimates_stay_numbers_in_any_batch_to_its_last_token(
+    static: bool, agreement: list[float], matches: list[list[float]]
+) -> None:
+    draws = random.Random(7)
+    here = Outlook(rows=5, draft_step=0.0, rounds=ROUNDS, agreement=agreement, matches=matches)
+    lookups = LOOKUPS if matches else (0,)
+    one = AdaptivePolicy(Choices(here, range(LONGEST + 1), lookups, static=static), Choice(LONGEST))
+    for left in [LONGEST] * 200 + list(range(LONGEST, -1, -1)) * 13:
+        rows = [
+            Row(draws.randrange(left + 1) * bool(matches), draws.randrange(1, 11), left) for _ in range(5 - left % 3)
+        ]
+        choice = one.choose(rows)
+        assert choice.layers <= LONGEST
+        seen = []
+        for row in rows:
+            looks = choice.lookup and row.found and row.matched >= choice.least
+            drafted = min(choice.lookup, row.found) if looks else min(choice.layers, row.left)
+            accepted = draws.randrange(drafted + 1)
+            trunk = (0, 0) if looks else (drafted, accepted)
+            seen.append(Seen(*trunk, accepted + 1, row.found, row.matched, min(row.found, accepted)))
+        one.observe(seen)
+        numbers = [one.speed, *(one.estimates.layers[depth] for depth in range(13))]
+        numbers += [share.value for match in one.estimates.matches for share in (match.first, match.later)]
+        assert all(0 <= number < float("inf") for number in numbers)
+        assert all(number <= 1 for number in numbers[1:])
+
+
+# --- Whom it serves ---
+
+
+def plan(**changes: object) -> Plan:
+    return Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=outlook(0.6)).model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return damped_model("llama", FIRST_DROPPED)
+
+
+def conditions(**changes: object) -> Provenance:
+    found = Conditions(device="cpu", dtype="float32").model_copy(update=changes)
+    return Provenance(conditions=found, seed=0, trials=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"provenance": conditions()}, None),
+        ({"outlook": None}, "does not say what drafts of other lengths cost"),
+        ({"gamma": 0, "skip_set": SkipSet(), "outlook": outlook(0.6, matches=[[0.4, 0.8]] * 5)}, None),
+        ({"gamma": 0, "skip_set": SkipSet(), "outlook": None}, "never drafts"),
+        ({"exit_threshold": 0.4}, "adapts by itself"),
+        ({"prompt_lookup": PromptLookup(gamma=2)}, "does not say what to expect of prompt lookup"),
+        ({"prompt_lookup": PromptLookup(gamma=2), "outlook": outlook(0.6, matches=[[0.4, 0.8]] * 5)}, None),
+        ({"outlook": outlook(0.6, rows=4)}, "knows what 4 rows cost, not 1"),
+        ({"outlook": outlook(0.6, rows=4), "other_rows": [outlook(0.6)]}, None),
+        ({"provenance": conditions(dtype="bfloat16")}, "dtype bfloat16, here float32"),
+        ({"provenance": conditions(device="NVIDIA H200")}, "device NVIDIA H200, here cpu"),
+    ],
+)
+def test_it_adapts_only_where_the_plans_costs_hold(
+    changes: dict[str, object], reason: str | None, llama: PreTrainedModel
+) -> None:
+    runtime = Runtime(llama, FIRST_DROPPED)
+    obstacle = obstacle_to_adapting(plan(**changes), runtime, rows=1)
+    assert (obstacle is None) == (reason is None)
+    assert reason is None or reason in str(obstacle)
+    drafter, words = drafter_for(plan(**changes), runtime, 1, "adaptive")
+    assert isinstance(drafter, AdaptiveDrafter) == (reason is None)
+    assert words == ("adaptive" if reason is None else f"fixed: {obstacle}")
+    drafter, words = drafter_for(plan(**changes), runtime, 1, "fixed")
+    assert not isinstance(drafter, AdaptiveDrafter)
+    assert words == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("gamma", "longest", "lengths"), [(3, 7, [0, 2, 3, 6]), (1, 1, [0, 1]), (5, 7, [0, 3, 5, 7]), (7, 7, [0, 4, 7])]
+)
+def test_few_lengths_are_the_plans_half_and_double(gamma: int, longest: int, lengths: list[int]) -> None:
+    assert draft_lengths(gamma, longest, few=True) == lengths
+    assert draft_lengths(gamma, longest, few=False) == list(range(longest + 1))
+
+
+def test_looked_up_drafts_are_of_any_length_or_where_each_is_captured_of_the_plans() -> None:
+    own = plan(prompt_lookup=PromptLookup(gamma=5))
+    assert lookup_lengths(own, 7, few=False) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert lookup_lengths(own, 7, few=True) == [0, 5]
+    assert lookup_lengths(plan(), 7, few=True) == [0, 7]
+
+
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTrainedModel) -> None:
+    tokens, mask = prompts(11)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}
+    matches = [[0.3, 0.6], [0.4, 0.7], [0.5, 0.75], [0.6, 0.8], [0.8, 0.9]]
+    told = outlook(0.9, 0.8, draft_step=0.15, matches=matches)
+    spec = wrap(llama, plan(outlook=told))
+    if captured:
+        spec.runtime.graphs = Graphs(TapeRecorder())
+    expected = llama.generate(tokens, **options)
+    assert torch.equal(spec.generate(tokens, **options), expected)
+    lengths = dict(spec.stats.choices)
+    assert len(lengths) > 1, f"only drafts of {lengths} were tried"
+    assert sum(lengths.values()) == spec.stats.passes
+    assert spec.stats.policy == "adaptive"
+    assert torch.equal(spec.generate(tokens, **options), expected)
+    assert spec.stats.choices == lengths, "the same request is decoded the same way"
+
+
+def test_batches_adapt_together(llama: PreTrainedModel) -> None:
+    tokens, mask = prompts(11, 5, 7)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 61}
+    spec = wrap(llama, plan(outlook=outlook(0.9, rows=3)))
+    assert torch.equal(spec.generate(tokens, **options), llama.generate(tokens, **options))
+    assert len(spec.stats.choices) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({}, "1 row"),
+        ({"other_rows": [outlook(0.6, rows=2)]}, "1 and 2 rows"),
+        ({"outlook": None, "exit_threshold": 0.01, "provenance": conditions(rows=2)}, "2 rows"),
+    ],
+)
+def test_more_rows_than_have_a_price_are_decoded_plainly_and_told_once(
+    changes: dict[str, object], known: str, llama: PreTrainedModel
+) -> None:
+    tokens, mask = prompts(11, 5, 7)
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 13}
+    spec, expected = wrap(llama, plan(**changes)), llama.generate(tokens, **options)
+    with pytest.warns(
+        PlanWarning, match=f"the plan knows what {known} cost, not 3, so they are decoded plainly; search"
+    ):
+        assert torch.equal(spec.generate(tokens, **options), expected)
+    assert (spec.stats.policy, spec.stats.drafted) == (f"none: the plan knows what {known} cost, not 3", 0)
+    spec.generate(tokens, **options)
+    spec.generate(tokens[:1], attention_mask=mask[:1], do_sample=False, max_new_tokens=13)
+    assert spec.stats.drafted > 0
+    kept = wrap(llama, plan(**changes), policy="fixed")
+    assert torch.equal(kept.generate(tokens, **options), expected)
+    assert kept.stats.drafted > 0
+
+
+def test_with_one_seed_sampled_text_is_the_same_every_time(llama: PreTrainedModel) -> None:
+    tokens, mask = prompts(11)
+    spec = wrap(llama, plan(outlook=outlook(0.9)))
+    written = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        written.append(spec.generate(tokens, attention_mask=mask, do_sample=True, max_new_tokens=61))
+    assert torch.equal(*written)
+
+
+def test_an_unknown_policy_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="policy 'eager' is unknown; choose one of adaptive, fixed"):
+        wrap(llama, plan(), policy="eager")  # type: ignore[arg-type]
+
+
+def test_an_outlook_that_ends_before_gamma_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="gamma is 9, but its outlook has costs of rounds over up to 7 drafted tokens"):
+        Plan(skip_set=FIRST_DROPPED, gamma=9, outlook=outlook(0.6))
+
+
+def test_an_outlook_of_rounds_longer_than_any_draft_is_refused() -> None:
+    data = outlook(0.6).model_dump() | {"rounds": [1.0] * 66}
+    with pytest.raises(PlanError, match=r"outlook\.rounds.*at most 65"):
+        Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=data)
+
+
+def test_an_outlook_comes_back_from_its_file_as_it_was() -> None:
+    one = plan()
+    assert Plan.from_json(one.to_json()) == one
+
+
+def test_captured_rounds_draft_as_far_as_was_chosen_beside_the_same_lookup(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, mask = prompts(11)
+    spec = wrap(llama, plan(prompt_lookup=PromptLookup(gamma=4), outlook=outlook(0.9, matches=[[0.4, 0.8]] * 5)))
+    spec.runtime.graphs = Graphs(TapeRecorder())
+    lengths = []
+
+    def alternate(self: AdaptivePolicy, rows: object) -> Choice:
+        lengths.append((2, 3)[len(lengths) % 2])
+        self._now = Choice(lengths[-1], lookup=4, least=8), Counter([Row(0, 0, PLENTY)])
+        return self._now[0]
+
+    monkeypatch.setattr(AdaptivePolicy, "choose", alternate)
+    spec.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=41)
+    drafted = [drafted for ((_, drafted, _),) in spec.stats.history]
+    assert spec.stats.captured
+    assert drafted[:-3] == lengths[:-3], "the last ones are cut by the limit"

@@ -1,0 +1,573 @@
+"""The CUDA path on a GPU; and, where a CPU has something that stands in for it (a tape for graphs), on a CPU too.
+
+What of the CUDA-only code each test reaches:
+
+- `CudaRecorder.warm_up`, `.record`, `.nbytes`, `graphs_for`, pinned `decoding.read`, events in `Laps`, passes of
+  `KVCache.begin` over all slots: `test_captured_rounds_write_what_the_model_writes`, and those of `read` and `Laps`.
+- `CudaRecorder._recover`: `test_a_capture_that_fails_leaves_all_as_it_was`; a new pool once all graphs are dropped:
+  `test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held`.
+- The packing of 4-bit weights, and the choice of kernels: `test_the_kernels_of_quantised_weights_...`, and captured in
+  `test_quantised_drafts_are_captured`.
+- `fuses_layers`, `compile_obstacle`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
+- `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
+- `Runtime.prefill_chunk`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
+  `loading.describe_device`: `test_devices_are_named`.
+- In the search `runtime.wait_for`, `Memory.default`, `_Contender.decode`:
+  `test_the_search_times_and_measures_a_device`.
+- Streams and devices that are not the default ones: the last two tests.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import pytest
+import quantised_models
+import selfspec_search.confirm.confirm
+import torch
+from models import FIRST_DROPPED, damp, damped_model, prompts
+from quantised_models import drafting, few_prompts
+from selfspec_search.profile.timing import _seconds
+from selfspec_search.replay.memory import Memory
+from selfspec_search.replay.texts import Text
+from selfspec_search.settings import SearchSettings
+from tape import NoReads, TapeRecorder
+from test_graphs import CASCADE, GAMMA, GREEDY, NEW_TOKENS, PLAN, SAMPLING, WARPERS, addresses
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import selfspec.decoding.round
+from selfspec import Plan, SelfSpeculator, SkipSet, draft_bytes, wrap
+from selfspec.benchmark.lossless import compare
+from selfspec.decoding.round import read
+from selfspec.decoding.stats import Laps
+from selfspec.drafters.build import drafter_of
+from selfspec.huggingface.loading import AUTO, _device, describe_device
+from selfspec.models.quantised_linear import QuantisedWeight, device_obstacle, quantise
+from selfspec.plan import PromptLookup
+from selfspec.plan.draft_spec import INT4, INT8, Format
+from selfspec.runtime.attention import TorchFlash
+from selfspec.runtime.compiling import compile_obstacle
+from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work
+from selfspec.runtime.runtime import PREFILL_CHUNK, device_name
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)  # `test_graphs.py` has the quick ones
+BOTH = pytest.mark.parametrize("device", [ON_CPU, ON_GPU], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return the_device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return the_device("cuda")
+
+
+def the_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def model_on(device: torch.device, family: str = "llama", **options: Any) -> PreTrainedModel:
+    return damped_model(family, FIRST_DROPPED, **options).to(device)
+
+
+def captured(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfSpeculator:
+    """A speculator whose rounds are captured, on a CPU by a tape."""
+    spec = wrap(model, plan, **{"compile": False} | options)
+    if model.device.type == "cpu":
+        spec.runtime.graphs = Graphs(TapeRecorder())
+    return spec
+
+
+def batch(device: torch.device, *lengths: int) -> dict[str, Tensor]:
+    tokens, mask = prompts(*lengths)
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+
+def graphs_of(spec: SelfSpeculator) -> Graphs:
+    assert spec.runtime.graphs is not None
+    return spec.runtime.graphs
+
+
+def assert_captured(spec: SelfSpeculator) -> None:
+    assert spec.stats.captured
+    assert not spec.stats.slower_paths
+    assert len(graphs_of(spec)) >= 2
+
+
+# --- The same tokens ---
+
+
+FAMILIES = [
+    ("cpu", "llama"),
+    *(pytest.param("cuda", f, marks=pytest.mark.gpu) for f in ("llama", "gemma3_text", "qwen2")),
+]
+
+
+@pytest.mark.parametrize(("device", "family"), FAMILIES, indirect=["device"])
+def test_captured_rounds_write_what_the_model_writes(device: torch.device, family: str) -> None:
+    model = model_on(device, family)
+    spec, given = captured(model), batch(device, 11, 5, 7)
+    expected = model.generate(**given, **GREEDY)
+    for _ in range(3):  # the last time, from the first round on
+        assert torch.equal(spec.generate(**given, **GREEDY), expected)
+    assert_captured(spec)
+    assert 0.2 < spec.stats.acceptance_rate < 0.9
+    assert spec.stats.backend == "sdpa"
+    if device.type == "cuda":
+        assert isinstance(graphs_of(spec).recorder, CudaRecorder)
+        assert spec.stats.graph_bytes > 0
+
+
+LOOKUP = Plan.none(prompt_lookup=PromptLookup(gamma=4, min_ngram=1, max_ngram=3))
+
+
+@BOTH
+@pytest.mark.parametrize("plan", [CASCADE, LOOKUP, Plan.none()], ids=["cascade", "lookup", "plain"])
+def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
+    model = model_on(device)
+    spec, given = captured(model, plan), batch(device, 22, 5, 14)
+    given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert_captured(spec)
+
+
+@BOTH
+@pytest.mark.parametrize("lookup", [None, LOOKUP.prompt_lookup], ids=["alone", "behind lookup"])
+def test_a_draft_model_is_captured(lookup: PromptLookup | None, device: torch.device) -> None:
+    model, plan = model_on(device), Plan(skip_set=SkipSet(), gamma=GAMMA, prompt_lookup=lookup)
+    draft_model = copy.deepcopy(model)
+    damp(draft_model, FIRST_DROPPED, 0.0)
+    spec, given = captured(model, plan, draft_model=draft_model), batch(device, 22, 5, 14)
+    given["input_ids"][:, -3:] = given["input_ids"][:, :3]
+    uncaptured = wrap(model, plan, compile=False, graphs=False, draft_model=draft_model)
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **GREEDY), uncaptured.generate(**given, **GREEDY))
+        assert spec.stats.history == uncaptured.stats.history
+    assert_captured(spec)
+    assert 0.2 < spec.stats.acceptance_rate < 0.9 or lookup
+    itself = captured(model, plan, draft_model=model)
+    for _ in range(3):
+        assert torch.equal(itself.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    drafted, accepted = itself.stats.by_origin["draft model"]
+    assert drafted == accepted > GAMMA
+
+
+QUANTISED = [INT4, INT8]
+
+
+@BOTH
+@pytest.mark.parametrize("format", QUANTISED, ids=str)
+def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_for(
+    format: Format, device: torch.device
+) -> None:
+    if (obstacle := device_obstacle(format, device)) is not None:
+        pytest.skip(obstacle)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(n, 256, generator=generator).to(device) for n in (176, 7))
+    product = quantise(weight, None, format)(inputs)
+    expected = inputs @ QuantisedWeight.of(weight, format).dequantised().T
+    assert (product - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(quantise(weight, None, format)(inputs), product), "the same every time"
+
+
+@BOTH
+@pytest.mark.parametrize("format", QUANTISED, ids=str)
+def test_quantised_drafts_are_captured(format: Format, device: torch.device) -> None:
+    if (obstacle := device_obstacle(format, device)) is not None:
+        pytest.skip(obstacle)
+    model, plan = quantised_models.damped_model("llama").to(device), drafting(format, trimmed=True)
+    spec, given = captured(model, plan), {name: t.to(device) for name, t in few_prompts(11, 5, 7).items()}
+    expected = model.generate(**given, **GREEDY)
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **GREEDY), expected)
+    assert_captured(spec)
+    assert spec.stats.accepted > 0
+    assert spec.stats.draft_bytes == draft_bytes(model, plan) > 0
+
+
+@BOTH
+def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(device: torch.device) -> None:
+    model = model_on(device)
+    spec = captured(model)
+    kept: list[int] = []
+    for lengths, limit, stop in (
+        ((11, 5), 41, 7),
+        ((3, 17), 41, 3),
+        ((2, 2), 1, 5),
+        ((13, 1), 2, None),
+        ((4, 9), 29, 11),
+    ):
+        options = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": stop, "pad_token_id": 0}
+        given = batch(device, *lengths)
+        assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
+        assert_captured(spec)
+        kept = kept or addresses(spec)
+        assert addresses(spec) == kept
+    assert len(graphs_of(spec)) == 2
+
+
+@BOTH
+def test_a_cache_that_grows_drops_its_graphs(device: torch.device) -> None:
+    model = model_on(device)
+    spec = captured(model)
+    for lengths, limit in (((11,), 37), ((11,), 131), ((11, 5), 23)):
+        given, options = batch(device, *lengths), GREEDY | {"max_new_tokens": limit}
+        for _ in range(2):
+            assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
+        assert_captured(spec)
+        assert len(graphs_of(spec)) == 2
+
+
+@BOTH
+def test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held(device: torch.device) -> None:
+    """As the frames of an error are, in a notebook; what is held keeps its memory, but not the pool's handle."""
+    graphs = Graphs(CudaRecorder(device) if device.type == "cuda" else TapeRecorder())
+    number = torch.zeros(1, device=device)
+
+    def plus_one() -> Result:
+        return Result(number + 1)
+
+    held = []
+    for _ in range(3):
+        for _ in range(3):
+            held.append(graphs.run("plus one", plus_one).tensor)
+            assert held[-1].item() == number.item() + 1
+            number += 1
+        assert len(graphs) == 1, graphs.obstacle
+        graphs.drop()
+
+
+class Result:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+# --- Draws ---
+
+
+@BOTH
+def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: torch.device) -> None:
+    spec, given = captured(model_on(device)), batch(device, 11, 5, 7)
+    written = []
+    for seed in (0, 3, 3, 5):  # while seed 0 draws, rounds are captured
+        torch.manual_seed(seed)
+        written.append(spec.generate(**given, **SAMPLING | WARPERS))
+    assert_captured(spec)
+    assert torch.equal(written[1], written[2])
+    assert not torch.equal(written[2], written[3])
+
+
+@BOTH
+def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
+    model = model_on(device)
+    spec, given = captured(model), batch(device, 11, 5, 7)
+    expected = model.generate(**given, **GREEDY)
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **SAMPLING | {"top_k": 1}), expected)
+    assert_captured(spec)
+
+
+@BOTH
+def test_captured_rounds_draw_the_models_distribution(device: torch.device) -> None:
+    """The second new token of many rows, against its exact distribution, by chi-squared."""
+    rows, model = 64, model_on(device)
+    prompt = batch(device, 11)["input_ids"]
+    spec, draws = captured(model), 16 * rows
+    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 5}  # a round drafts one of the two
+    with torch.inference_mode():
+        first = top5(model(prompt).logits[0, -1])
+        exact = torch.zeros_like(first)
+        for token in first.nonzero()[:, 0]:
+            exact += first[token] * top5(model(torch.cat([prompt[0], token[None]])[None]).logits[0, -1])
+    counts = torch.zeros_like(exact)
+    for _ in range(draws // rows):
+        second = spec.generate(prompt.expand(rows, -1), **options)[:, -1]
+        counts += torch.bincount(second, minlength=len(counts))
+    assert_captured(spec)
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+    assert counts[exact == 0].sum() == 0
+    expected, often = draws * exact, draws * exact >= 5
+    expected, counts = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected, counts))
+    deviation = ((counts - expected).square() / expected.clamp(min=1)).sum()
+    freedom = len(expected) - 1
+    # By chance alone, less than once in a thousand seeds.
+    assert deviation < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def top5(logits: Tensor) -> Tensor:
+    kept = torch.full_like(logits, float("-inf"))
+    values, indices = logits.topk(5)
+    return kept.scatter_(0, indices, values).softmax(0)
+
+
+# --- No reads, and what happens to them ---
+
+
+class Watched:
+    """A recorder whose work may not read the device."""
+
+    def __init__(self, recorder: Recorder, device: torch.device) -> None:
+        self.recorder, self.device = recorder, device
+
+    def warm_up(self, work: Work) -> Any:
+        return self.recorder.warm_up(lambda: self._unread(work))
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Any]:
+        return self.recorder.record(lambda: self._unread(work))
+
+    def nbytes(self) -> int:
+        return self.recorder.nbytes()
+
+    def _unread(self, work: Work) -> Any:
+        with no_reads(self.device):
+            return work()
+
+
+@contextmanager
+def no_reads(device: torch.device) -> Iterator[None]:
+    if device.type == "cpu":
+        with NoReads():
+            yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("plan", [PLAN, CASCADE], ids=["layers", "cascade"])
+def test_captured_work_never_waits_for_the_device(plan: Plan, options: dict[str, Any], device: torch.device) -> None:
+    spec = captured(model_on(device), plan)
+    spec.runtime.graphs = Graphs(Watched(graphs_of(spec).recorder, device))
+    for _ in range(3):
+        spec.generate(**batch(device, 11, 5, 7), **options)
+    assert_captured(spec)
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_waiting_for_the_device_is_noticed(device: torch.device) -> None:
+    number = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError), no_reads(device):
+        number.sum().item()
+
+
+@BOTH
+def test_the_one_read_of_a_round_is_right(device: torch.device) -> None:
+    told = torch.arange(35, device=device).view(5, 7)
+    assert read(told) == told.tolist()
+    assert read(told.T) == told.T.tolist()
+
+
+@BOTH
+def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_on(device)
+    spec, given = captured(model), batch(device, 11, 5, 7)
+    expected = model.generate(**given, **GREEDY)
+    recorder, process, recording = graphs_of(spec).recorder, selfspec.decoding.round.process, []
+    record = recorder.record
+
+    def recorded(work: Work) -> Any:
+        recording.append(True)
+        try:
+            return record(work)
+        finally:
+            recording.clear()
+
+    def reading(*args: Any) -> Tensor:
+        scores = process(*args)
+        if recording:
+            scores.sum().item()
+        return scores
+
+    monkeypatch.setattr(recorder, "record", recorded)
+    monkeypatch.setattr(selfspec.decoding.round, "process", reading)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    assert torch.equal(spec.generate(**given, **GREEDY), expected)
+    assert not spec.stats.captured
+    (reason,) = spec.stats.slower_paths
+    assert reason.startswith("rounds are not captured: ")
+    if stream is not None:
+        assert "capturing" in reason, "the cause, and not that there was one"
+        assert torch.cuda.current_stream(device) == stream
+    for options in (GREEDY, SAMPLING | {"top_k": 1}):  # draws are as good as before, too
+        assert torch.equal(spec.generate(**given, **options), expected)
+    fresh = captured(model)  # and so are captures
+    for options in (GREEDY, SAMPLING | {"top_k": 1}) * 2:
+        assert torch.equal(fresh.generate(**given, **options), expected)
+    assert_captured(fresh)
+
+
+@BOTH
+def test_interrupted_captures_are_no_obstacle(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_on(device)
+    spec, given = captured(model), batch(device, 11, 5, 7)
+    recorder = graphs_of(spec).recorder
+    record = recorder.record
+
+    def interrupted(work: Work) -> Any:
+        def interrupt() -> None:
+            work()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(recorder, "record", record)
+        return record(interrupt)
+
+    monkeypatch.setattr(recorder, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spec.generate(**given, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert_captured(spec)
+
+
+# --- Time ---
+
+
+@BOTH
+def test_laps_are_positive_and_no_longer_than_the_whole(device: torch.device) -> None:
+    matrix = torch.ones(257, 257, device=device)
+    start, laps = perf_counter(), Laps(device)
+    for _ in range(4):
+        laps.mark()
+        matrix = matrix @ matrix
+    read(matrix[:1, :1].long())
+    total = perf_counter() - start
+    assert len(laps.seconds()) == 3
+    assert all(seconds > 0 for seconds in laps.seconds())
+    assert sum(laps.seconds()) < total
+
+
+@BOTH
+def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
+    spec = captured(model_on(device))
+    for _ in range(2):
+        spec.generate(**batch(device, 11), **GREEDY)
+    seconds = spec.stats.seconds
+    assert seconds["draft"] > 0
+    assert seconds["verify"] > 0
+    assert seconds["prefill"] > 0
+    assert seconds["draft"] + seconds["verify"] + seconds["prefill"] < seconds["total"]
+
+
+# --- Flash kernels and fused layers ---
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "sdpa"), pytest.param("cuda", "torch-flash", marks=pytest.mark.gpu)],
+    indirect=["device"],
+)
+def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.device, backend: str) -> None:
+    """Its own plain decoding, one row at a time: what else may differ is not what near-ties are about."""
+    model = model_on(device, head_dim=32, dtype=torch.bfloat16)
+    spec, plain = captured(model, backend=backend), captured(model, Plan.none(), backend=backend)
+    compared = []
+    for length in (11, 5, 7):
+        given = batch(device, length)
+        got, expected = (one.generate(**given, **GREEDY)[0, length:] for one in (spec, plain))
+        compared.append((given["input_ids"][0], expected, got))
+    assert_captured(spec)
+    assert spec.stats.backend == backend
+    verdict = compare(spec.runtime, compared, gamma=GAMMA)
+    assert verdict.errors == 0, [str(difference) for difference in verdict.differences]
+    assert verdict.tokens == 3 * NEW_TOKENS
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("gemma3_text", torch.float32), ("llama", torch.bfloat16)]
+)
+def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
+    assert compile_obstacle(cuda) is None
+    model = model_on(cuda, family, dtype=dtype, head_dim=32)
+    spec, given = wrap(model, PLAN), batch(cuda, 11, 5, 7)
+    for _ in range(3):
+        got = spec.generate(**given, **GREEDY)
+    assert_captured(spec)
+    assert spec.stats.compiled
+    if dtype == torch.float32:
+        assert torch.equal(got, model.generate(**given, **GREEDY))
+    else:
+        assert isinstance(spec.runtime.backend.backend, TorchFlash) or spec.stats.backend == "flash-attn"
+    assert spec.runtime.compile_obstacle is None
+
+
+# --- All that asks which device it is ---
+
+
+@pytest.mark.gpu
+def test_prompts_longer_than_a_chunk_are_cached_in_several_passes(cuda: torch.device) -> None:
+    model, rows, longest = model_on(cuda), 64, PREFILL_CHUNK // 4 + 13
+    spec, given = captured(model), batch(cuda, *range(longest - rows + 1, longest + 1))
+    options = GREEDY | {"max_new_tokens": 7}
+    assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
+    assert spec.runtime.prefill_chunk == PREFILL_CHUNK // 4
+
+
+@BOTH
+def test_devices_are_named(device: torch.device) -> None:
+    assert device_name(device)
+    assert describe_device(device)
+    if device.type == "cuda":
+        assert _device(AUTO).type == "cuda"
+        assert device_name(device) in describe_device(device)
+
+
+@BOTH
+def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
+    matrix = torch.ones(257, 257, device=device)
+    assert _seconds(lambda: matrix @ matrix, device) > 0
+    assert Memory.default(device) > 2**20
+    spec = captured(model_on(device))
+    contender = selfspec_search.confirm.confirm._Contender(
+        spec.runtime, drafter_of(PLAN, spec.runtime), SearchSettings()
+    )
+    text = Text(tokens=prompts(11 + 13)[0][0].to(device), prompt=11, allowed=13)
+    contender.decode(0, [text])
+    assert contender.runs[0][0].seconds > 0
+
+
+@pytest.mark.gpu
+def test_a_request_may_run_in_any_stream(cuda: torch.device) -> None:
+    model = model_on(cuda)
+    spec, given = captured(model), batch(cuda, 11, 5, 7)
+    expected = model.generate(**given, **GREEDY)
+    torch.cuda.synchronize(cuda)
+    for stream in (torch.cuda.Stream(cuda), torch.cuda.default_stream(cuda), torch.cuda.Stream(cuda)):
+        with torch.cuda.stream(stream):
+            assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        stream.synchronize()
+    assert_captured(spec)
+
+
+@pytest.mark.gpu
+def test_the_model_need_not_be_on_the_current_device(cuda: torch.device) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    other = torch.device("cuda", 1)
+    model = model_on(other)
+    spec, given = captured(model), batch(other, 11, 5, 7)
+    assert torch.cuda.current_device() == 0
+    for _ in range(3):
+        assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert_captured(spec)
+    assert spec.stats.seconds["draft"] > 0

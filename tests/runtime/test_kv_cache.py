@@ -1,0 +1,362 @@
+"""One static cache: what it holds between rounds, how far it reaches, and that there is only ever one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import CACHE, FIRST_DROPPED, LAYERS, damped_model, prompts, tiny_model
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import selfspec.decoding.round
+import selfspec.runtime.kv_cache
+import selfspec.runtime.runtime
+from selfspec import Plan, SelfSpeculator, SkipSet, wrap
+from selfspec.decoding.request import Request
+from selfspec.models.draft_view import attention_modules
+from selfspec.models.views import reachable_tensors
+from selfspec.runtime.attention import Sdpa
+from selfspec.runtime.kv_cache import KVCache, LayerShape
+from selfspec.runtime.runtime import Runtime
+
+GAMMA = 3
+PLAN = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA)
+GREEDY = {"do_sample": False, "max_new_tokens": 19}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return damped_model("llama", FIRST_DROPPED)
+
+
+def small_cache(**changes: Any) -> KVCache:
+    layers = {2: LayerShape(heads=3, key_dim=5, value_dim=7), 4: LayerShape(heads=1, key_dim=11, value_dim=13)}
+    settings = {"rows": 2, "slots": 17, "device": torch.device("cpu"), "dtype": torch.float32, "backend": Sdpa()}
+    return KVCache(layers, **settings | changes)
+
+
+def cache_tensors(cache: KVCache) -> list[Tensor]:
+    return [tensor for index in cache._tensors for tensor in cache.layer(index)]
+
+
+# --- Between rounds ---
+
+
+@pytest.fixture
+def after_each_round(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Functions that are shown the runtime and the request after every round."""
+    checks: list[Any] = []
+    step = selfspec.decoding.round.step
+
+    def checked(runtime: Runtime, drafter: Any, request: Request, stats: Any) -> Any:
+        committed = step(runtime, drafter, request, stats)
+        for check in checks:
+            check(runtime, request)
+        return committed
+
+    monkeypatch.setattr(selfspec.decoding.round, "step", checked)
+    return checks
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_between_rounds_every_layer_holds_the_committed_tokens_but_the_last_in_every_row(
+    family: str, after_each_round: list[Any]
+) -> None:
+    model = damped_model(family, FIRST_DROPPED).to(torch.float64)
+
+    def check(runtime: Runtime, request: Request) -> None:
+        assert runtime.cache.lengths.tolist() == (request.ends - request.pads - 1).tolist()
+        for row, (pad, end) in enumerate(zip(request.pads.tolist(), request.ends.tolist(), strict=True)):
+            fresh = DynamicCache()
+            model(request.sequences[row : row + 1, pad : end - 1], **{CACHE: fresh})
+            for index in range(LAYERS):
+                keys, values = runtime.cache.layer(index)
+                for ours, theirs in ((keys, fresh.layers[index].keys), (values, fresh.layers[index].values)):
+                    held = ours[row, : end - 1 - pad].transpose(0, 1)
+                    torch.testing.assert_close(held, theirs[0], rtol=0, atol=1e-9)
+
+    after_each_round.append(check)
+    spec = wrap(model, PLAN)
+    tokens, mask = prompts(13, 7, 10)
+    stop = early_stop(model, tokens, mask)
+    spec.generate(tokens, attention_mask=mask, eos_token_id=stop, **GREEDY)
+    assert {accepted for rounds in spec.stats.history for _, _, accepted in rounds} == set(range(GAMMA + 1))
+    assert spec.stats.passes > 5
+
+
+def early_stop(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> int:
+    """A token that ends one row long before the others: finished rows must keep the invariants too."""
+    rows = model.generate(tokens, attention_mask=mask, **GREEDY)[:, tokens.shape[1] :].tolist()
+    return next(t for t in rows[1][3:8] if t not in rows[0] + rows[2] and rows[1].index(t) < 8)
+
+
+def test_a_prompt_is_cached_but_for_its_last_token_before_the_first_round(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = wrap(model, PLAN)
+    tokens, mask = prompts(13, 1, 10)
+    lengths: list[list[int]] = []
+
+    def look(runtime: Runtime, *_: Any) -> None:
+        lengths.append(runtime.cache.lengths.tolist())
+        raise InterruptedError
+
+    monkeypatch.setattr(selfspec.decoding.round, "step", look)
+    with pytest.raises(InterruptedError):
+        spec.generate(tokens, attention_mask=mask, **GREEDY)
+    assert lengths == [[12, 0, 9]]
+
+
+def test_no_row_ever_comes_closer_to_the_end_of_the_cache_than_a_whole_round(
+    model: PreTrainedModel, after_each_round: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfspec.runtime.kv_cache, "SLOT_BUCKET", 1)  # no slack
+    rooms: list[int] = []
+
+    def check(runtime: Runtime, request: Request) -> None:
+        rooms.append(runtime.cache.slots - int(runtime.cache.lengths.max()))
+
+    after_each_round.append(check)
+    spec = wrap(model, PLAN)
+    tokens, mask = prompts(13, 7, 13)
+    options = GREEDY | {"attention_mask": mask}
+    # The limit ends two rows at different rounds; a stop token ends the third early, and its cache stands still.
+    options["eos_token_id"] = early_stop(model, tokens, mask)
+    assert torch.equal(spec.generate(tokens, **options), model.generate(tokens, **options))
+    assert min(rooms) >= GAMMA + 1
+    assert spec.runtime.cache.slots == 13 + 19 + GAMMA + 1
+
+
+def test_free_slots_stay_finite(model: PreTrainedModel, after_each_round: list[Any]) -> None:
+    def check(runtime: Runtime, request: Request) -> None:
+        assert all(tensor.isfinite().all() for tensor in cache_tensors(runtime.cache))
+
+    after_each_round.append(check)
+    tokens, mask = prompts(13, 7, 10)
+    wrap(model, PLAN).generate(tokens, attention_mask=mask, **GREEDY)
+
+
+# --- Rewinding and passes ---
+
+
+@torch.inference_mode()
+def test_rewinding_is_an_assignment(model: PreTrainedModel) -> None:
+    runtime = Runtime(model, FIRST_DROPPED)
+    runtime.reserve(2, 32)
+    tokens, _ = prompts(7, 7)
+    runtime.prefill(tokens, torch.tensor([7, 4]))
+    following, wrong = prompts(3, 3, seed=1)[0], prompts(5, 5, seed=2)[0]
+    expected = runtime.run("target", following)
+    for name in ("draft", "target"):
+        runtime.cache.lengths += 2
+        runtime.run(name, wrong)  # type: ignore[arg-type]
+        runtime.cache.lengths -= 2
+    torch.testing.assert_close(runtime.run("target", following), expected, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_rows_do_not_see_each_other(model: PreTrainedModel) -> None:
+    runtime = Runtime(model)
+    tokens, _ = prompts(11, 11, 11)
+    lengths = torch.tensor([2, 11, 5])
+    runtime.reserve(3, 32)
+    runtime.prefill(tokens, lengths)
+    following = prompts(2, 2, 2, seed=1)[0]
+    together = runtime.run("target", following)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(torch.cat([tokens[row, :length], following[row]])[None]).logits[0, -2:]
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_stands_behind_each_rows_tokens() -> None:
+    cache = small_cache()
+    cache.lengths = torch.tensor([3, 11], dtype=torch.int32)
+    step = cache.begin(4)
+    assert step.positions.tolist() == [[3, 4, 5, 6], [11, 12, 13, 14]]
+    assert step.starts(5).tolist() == [0, 5, 10]
+    assert step.starts(5).dtype == torch.int32
+
+
+def test_a_mask_shows_what_came_before_and_no_more_than_the_window() -> None:
+    cache = small_cache(slots=7)
+    cache.lengths = torch.tensor([3, 0], dtype=torch.int32)
+    mask = cache.begin(2, static=True).mask(window=3, groups=2, dtype=torch.float32)
+    assert mask is not None
+    seen = ["".join("#" if value == 0 else "." for value in line) for line in mask[:, 0].flatten(0, 1).tolist()]
+    behind_three, behind_none = [".###...", "..###.."], ["#......", "##....."]
+    assert mask.shape == (2, 1, 4, 7)
+    assert seen == [*behind_three, *behind_three, *behind_none, *behind_none]  # once for each head of a group
+
+
+def test_a_pass_that_may_change_its_shape_looks_no_further_than_the_longest_row() -> None:
+    cache = small_cache(slots=7)
+    cache.lengths = torch.tensor([3, 0], dtype=torch.int32)
+    near, far = (cache.begin(2, static=static).mask(None, 1, torch.float32) for static in (False, True))
+    assert near is not None
+    assert far is not None
+    assert near.shape[-1] == 5
+    assert torch.equal(near, far[..., :5])
+    assert bool(far[..., 5:].isinf().all())
+
+
+@pytest.mark.parametrize(("t", "window", "needed"), [(1, None, False), (1, 4, False), (1, 3, True), (2, None, True)])
+def test_the_only_token_of_the_only_row_needs_a_mask_only_for_a_window_that_it_outgrew(
+    t: int, window: int | None, needed: bool
+) -> None:
+    cache = small_cache(rows=1, slots=7)
+    cache.lengths = torch.tensor([3], dtype=torch.int32)
+    assert (cache.begin(t).mask(window, 1, torch.float32) is not None) == needed
+
+
+# --- Prefill ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@torch.inference_mode()
+def test_prefill_in_chunks_equals_prefill_in_one_pass(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(tiny_model(family, dtype=torch.float64))
+    tokens, lengths = prompts(19, 19, 19)[0], torch.tensor([19, 4, 12])
+    held = []
+    for chunk in (512, 19, 7, 1):
+        monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", chunk)
+        runtime.reserve(3, 32)
+        runtime.prefill(tokens, lengths)
+        assert runtime.cache.lengths.tolist() == lengths.tolist()
+        held.append([tensor[:, :19].clone() for tensor in cache_tensors(runtime.cache)])
+    for other in held[1:]:
+        for ours, whole in zip(other, held[0], strict=True):
+            for row, length in enumerate(lengths.tolist()):
+                torch.testing.assert_close(ours[row, :length], whole[row, :length], rtol=0, atol=1e-10)
+
+
+# --- Errors ---
+
+
+def test_scrubbing_zeroes_everything_also_outside_inference_mode() -> None:
+    with torch.inference_mode():
+        cache = small_cache()
+        cache.lengths += 3
+        for tensor in cache_tensors(cache):
+            tensor.fill_(torch.nan)
+    cache.scrub()
+    assert cache.lengths.tolist() == [0, 0]
+    assert all((tensor == 0).all() for tensor in cache_tensors(cache))
+
+
+def test_an_error_in_a_request_leaves_no_nan_behind_and_is_the_error_that_is_seen(model: PreTrainedModel) -> None:
+    spec = wrap(model, PLAN)
+    tokens, _ = prompts(11)
+    expected = spec.generate(tokens, **GREEDY)
+
+    class Poison:
+        calls = 0
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            Poison.calls += 1
+            if Poison.calls == 3:
+                with torch.inference_mode():
+                    for tensor in cache_tensors(spec.runtime.cache):
+                        tensor[:, -9:] = torch.nan
+                raise ZeroDivisionError("the user's own")
+            return scores
+
+    with pytest.raises(ZeroDivisionError, match="the user's own"):
+        spec.generate(tokens, logits_processor=[Poison()], **GREEDY)
+    assert all(tensor.isfinite().all() for tensor in cache_tensors(spec.runtime.cache))
+    assert torch.equal(spec.generate(tokens, **GREEDY), expected)
+
+
+def test_a_closed_stream_leaves_an_empty_cache(model: PreTrainedModel) -> None:
+    spec = wrap(model, PLAN)
+    tokens, _ = prompts(11)
+    expected = spec.generate(tokens, **GREEDY)
+    stream = spec.stream(tokens, **GREEDY)
+    next(stream)
+    stream.close()
+    assert all((tensor == 0).all() for tensor in cache_tensors(spec.runtime.cache))
+    assert torch.equal(spec.generate(tokens, **GREEDY), expected)
+
+
+# --- One cache, kept ---
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 128), (128, 128), (129, 256), (1000, 1024)])
+def test_capacities_come_in_buckets(asked: int, given: int) -> None:
+    assert KVCache.bucketed(asked) == given
+
+
+def test_a_cache_knows_its_size() -> None:
+    assert small_cache().nbytes == 2 * 17 * (3 * (5 + 7) + 1 * (11 + 13)) * 4
+    assert [tuple(tensor.shape) for tensor in small_cache().layer(4)] == [(2, 17, 1, 11), (2, 17, 1, 13)]
+
+
+def test_repeated_calls_keep_one_cache_in_place(model: PreTrainedModel) -> None:
+    spec = wrap(model, PLAN)
+    places = set()
+    for length, new in ((11, 19), (5, 3), (29, 31), (11, 19)):
+        tokens, mask = prompts(length, 3)
+        spec.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new)
+        places.add(tuple(tensor.data_ptr() for tensor in cache_tensors(spec.runtime.cache)))
+    assert len(places) == 1
+    assert spec.runtime.cache.slots == 128
+
+
+def test_wrapping_adds_the_cache_and_nothing_else(model: PreTrainedModel) -> None:
+    spec = wrap(model, PLAN)
+    for _ in range(3):
+        spec.generate(prompts(11)[0], **GREEDY)
+    assert storages_of_views(spec) == storages(reachable_tensors(model)) | storages(cache_tensors(spec.runtime.cache))
+
+
+def test_the_old_cache_is_free_before_a_larger_one_is_taken(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(model, FIRST_DROPPED)
+    runtime.reserve(1, 13)
+    old = [weakref.ref(tensor) for tensor in cache_tensors(runtime.cache)]
+    alive: list[int] = []
+
+    class Watched(KVCache):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            alive.append(sum(reference() is not None for reference in old))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(selfspec.runtime.runtime, "KVCache", Watched)
+    runtime.reserve(1, 1300)
+    assert alive == [0]
+
+
+def test_nothing_keeps_an_outgrown_cache_alive(model: PreTrainedModel) -> None:
+    spec = wrap(model, PLAN)
+    for skip_set in (SkipSet(), FIRST_DROPPED):  # attention that no longer runs held on to it once
+        spec.runtime.draft_with(skip_set)
+        spec.generate(prompts(11)[0], **GREEDY)
+    outgrown = [weakref.ref(tensor) for tensor in cache_tensors(spec.runtime.cache)]
+    spec.generate(prompts(11)[0], do_sample=False, max_new_tokens=150)
+    gc.collect()
+    assert spec.runtime.cache.slots == 256
+    assert [ref() for ref in outgrown] == [None] * len(outgrown)
+    assert storages_of_views(spec) == storages(reachable_tensors(model)) | storages(cache_tensors(spec.runtime.cache))
+
+
+def test_target_and_draft_write_to_the_same_slots(model: PreTrainedModel) -> None:
+    runtime = Runtime(model, FIRST_DROPPED)
+    runtime.reserve(1, 8)
+    for view in runtime.views.values():
+        for module in attention_modules(view):
+            keys, values = runtime.cache.layer(module.layer_idx)  # type: ignore[arg-type]
+            assert module.selfspec_keys is keys
+            assert module.selfspec_values is values
+    assert not any("selfspec" in name for name in runtime.views["target"].state_dict())
+
+
+def storages(tensors: Any) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def storages_of_views(spec: SelfSpeculator) -> set[int]:
+    return storages(tensor for view in spec.runtime.views.values() for tensor in reachable_tensors(view))

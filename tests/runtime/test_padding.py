@@ -1,0 +1,488 @@
+"""Passes that are made longer because longer ones are faster: the same tokens, and no slot beyond the cache."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from models import FIRST_DROPPED, assert_exercised, damp, damped_model, prompts, tiny_model
+from quantised_models import damped_model as quantisable
+from quantised_models import drafting, few_prompts
+from tape import TapeRecorder
+from test_graphs import fixed_widths, tape_of, taped
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import selfspec.runtime.kv_cache
+import selfspec.runtime.runtime
+from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
+from selfspec.benchmark.lossless import compare
+from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.plan import Outlook, Padding, PromptLookup
+from selfspec.runtime.cuda_graphs import Graphs
+from selfspec.runtime.kv_cache import KVCache, Pass
+from selfspec.runtime.runtime import Runtime
+
+NEW_TOKENS = 24
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+GAMMA = 3
+TARGET = [3, 3, 3, 5, 5]
+LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
+
+
+def padded(rows: int = 1, *, target: list[int] = TARGET, draft: int = 2, **changes: Any) -> Plan:
+    """A plan whose passes are padded for so many rows."""
+    settings = {"skip_set": FIRST_DROPPED, "gamma": GAMMA, "padding": Padding(rows=rows, target=target, draft=draft)}
+    return Plan(**settings | changes)
+
+
+def searched_in(dtype: str = "float32", *, compiled: bool = False, device: str = "cpu") -> dict[str, Any]:
+    """The provenance of a plan that was searched under these conditions."""
+    conditions = {"device": device, "dtype": dtype, "compiled": compiled}
+    return {"conditions": conditions, "seed": 0, "trials": 1}
+
+
+def batch(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    tokens, mask = prompts(*lengths, seed=seed)
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return damped_model("llama", FIRST_DROPPED)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass is made of, those of the prompt left out."""
+    lengths: list[int] = []
+    begin, prefill = KVCache.begin, Runtime.prefill
+    prompt = False
+
+    def noted(self: KVCache, t: int, **options: Any) -> Pass:
+        if not prompt:
+            lengths.append(t)
+        return begin(self, t, **options)
+
+    def of_the_prompt(self: Runtime, *args: Tensor) -> None:
+        nonlocal prompt
+        prompt = True
+        prefill(self, *args)
+        prompt = False
+
+    monkeypatch.setattr(KVCache, "begin", noted)
+    monkeypatch.setattr(Runtime, "prefill", of_the_prompt)
+    return lengths
+
+
+@pytest.fixture
+def no_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache has as many slots as were asked for."""
+    monkeypatch.setattr(selfspec.runtime.kv_cache, "SLOT_BUCKET", 1)
+
+
+# --- The same tokens ---
+
+WINDOWED = ["gemma3_text", "mistral"]
+FEW = {"llama", "qwen3_moe", *WINDOWED}
+FAMILIES = [
+    pytest.param(family, marks=[] if family in FEW else pytest.mark.slow) for family in sorted(SUPPORTED_MODEL_TYPES)
+]
+
+
+@pytest.mark.parametrize("lengths", [(11,), (13, 7, 10)], ids=["one row", "rows of unequal length"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_of_padded_passes_is_model_generates(
+    family: str, lengths: tuple[int, ...], passes: list[int]
+) -> None:
+    model, given = damped_model(family, FIRST_DROPPED), batch(*lengths)
+    spec = wrap(model, padded(len(lengths)))
+    expected = model.generate(**given, **GREEDY)
+    passes.clear()
+    ours = spec.generate(**given, **GREEDY)
+    assert torch.equal(ours, expected)
+    assert_exercised(spec.stats, ours, given["input_ids"].shape[1])
+    assert set(passes) == {2, 3, 5} or set(passes) == {2, 5}, "drafts, and checks of short and of full drafts"
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_do_not_see_what_passes_are_padded_with(family: str, passes: list[int]) -> None:
+    # Longer than the window, so that the padding would push out what must be seen.
+    model, given = damped_model(family, FIRST_DROPPED), batch(11, 5)
+    spec = wrap(model, padded(2, target=[9, 9, 9, 9], draft=8))
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert set(passes) == {8, 9}
+    assert 0.2 < spec.stats.acceptance_rate < 0.9
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "llama"])
+@pytest.mark.parametrize("lengths", [(11,), (13, 7, 10)], ids=["one row", "rows of unequal length"])
+def test_plain_decoding_may_be_padded_too(family: str, lengths: tuple[int, ...], passes: list[int]) -> None:
+    model, given = damped_model(family, FIRST_DROPPED), batch(*lengths)
+    spec = wrap(model, Plan.none(padding=Padding(rows=len(lengths), target=[4])))
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert passes == [4] * NEW_TOKENS
+    assert spec.stats.drafted == 0
+
+
+def test_padding_changes_no_round(llama: PreTrainedModel) -> None:
+    given = batch(13, 7, 10)
+    ours, theirs = wrap(llama, padded(3)), wrap(llama, padded(3, padding=None))
+    ours.generate(**given, **GREEDY)
+    theirs.generate(**given, **GREEDY)
+    assert ours.stats.history == theirs.stats.history, "a wrong draft shows in nothing else"
+
+
+def test_a_length_that_is_not_named_is_not_padded(llama: PreTrainedModel, passes: list[int]) -> None:
+    spec = wrap(llama, padded(target=[2, 2], draft=1))
+    given = batch(11)
+    assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+    assert {1, GAMMA + 1} <= set(passes) <= {1, 2, 3, GAMMA + 1}
+    assert Padding(rows=1, target=[2, 2]).of_target(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [({"exit_threshold": 0.04}, {2, 3, 5}), ({"prompt_lookup": LOOKUP}, {2, 3, 5}), ({"gamma": 0}, {3})],
+    ids=["threshold", "lookup", "never drafts"],
+)
+def test_other_drafters_are_padded_too(
+    changes: dict[str, Any], lengths: set[int], llama: PreTrainedModel, passes: list[int]
+) -> None:
+    given = batch(22, 5, 14)
+    given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
+    spec = wrap(llama, padded(3, **changes))
+    assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+    assert set(passes) == lengths
+    if spec.plan.gamma:
+        assert 0 < spec.stats.accepted < spec.stats.drafted
+
+
+def test_a_policy_may_choose_any_length_of_a_padded_draft(llama: PreTrainedModel, passes: list[int]) -> None:
+    outlook = Outlook(rows=1, draft_step=0.2, rounds=[1.0, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25], agreement=[0.9, 0.8])
+    spec = wrap(llama, padded(outlook=outlook, target=[3, 3, 5, 5, 8, 8, 8]))
+    options, given = GREEDY | {"max_new_tokens": 60}, batch(11)
+    assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
+    assert len(spec.stats.choices) > 1
+    assert set(passes) <= {2, 3, 5, 8}
+
+
+def test_a_quantised_draft_may_be_padded(passes: list[int]) -> None:
+    model, given = quantisable("llama"), few_prompts(13, 7, 10)
+    plan = drafting(trimmed=True, padding=Padding(rows=3, target=TARGET, draft=4))
+    spec, bare = wrap(model, plan), wrap(model, drafting(trimmed=True))
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert set(passes) >= {4, 5}
+    assert 1 not in passes
+    bare.generate(**given, **GREEDY)
+    assert spec.stats.history == bare.stats.history
+
+
+def test_rows_end_at_their_own_stop_tokens(llama: PreTrainedModel) -> None:
+    given = batch(13, 7, 10)
+    free = llama.generate(**given, **GREEDY)[:, 13:]
+    options = GREEDY | {"eos_token_id": [int(free[0, 5]), int(free[1, 11])]}
+    spec = wrap(llama, padded(3))
+    assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
+    assert spec.runtime.padding is not None
+
+
+def test_scores_and_logits_have_nothing_of_the_padding(llama: PreTrainedModel) -> None:
+    options = GREEDY | {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    given = batch(13, 7)
+    ours, theirs = wrap(llama, padded(2)).generate(**given, **options), llama.generate(**given, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len(ours.logits) == len(ours.scores) == NEW_TOKENS
+    for mine, their in ((ours.scores, theirs.scores), (ours.logits, theirs.logits)):
+        torch.testing.assert_close(torch.stack(mine), torch.stack(their), rtol=0, atol=1e-4)
+
+
+def test_logits_of_a_padded_pass_are_those_of_the_bare_one(llama: PreTrainedModel) -> None:
+    runtime = Runtime(llama, FIRST_DROPPED)
+    runtime.padding = Padding(rows=2, target=[7, 7], draft=6)
+    runtime.reserve(2, 32)
+    tokens, _ = prompts(11, 11)
+    runtime.prefill(tokens, torch.tensor([11, 4]))
+    for view, t in (("target", 1), ("target", 2), ("draft", 1), ("target", 3)):
+        some = prompts(t, t, seed=1)[0]
+        long = runtime.run(view, some)  # type: ignore[arg-type]
+        padding, runtime.padding = runtime.padding, None
+        torch.testing.assert_close(long, runtime.run(view, some), rtol=0, atol=1e-5)  # type: ignore[arg-type]
+        runtime.padding = padding
+        assert long.shape[1] == t
+        assert runtime.cache.lengths.tolist() == [11, 4]
+
+
+# --- Sampling ---
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3}], ids=str)
+def test_with_one_seed_padded_passes_draw_what_bare_ones_draw(options: dict[str, Any]) -> None:
+    # In float64: what rounding does to a probability may tip a draw, so rarely that it does not show here.
+    model, given = damped_model("llama", FIRST_DROPPED, dtype=torch.float64), batch(13, 7, 10)
+    specs, written = (wrap(model, padded(3)), wrap(model, padded(3, padding=None))), []
+    for spec in specs:
+        for seed in (3, 5):
+            torch.manual_seed(seed)
+            written.append(spec.generate(**given, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, **options))
+    assert specs[0].runtime.padding is not None
+    assert torch.equal(written[0], written[2])
+    assert torch.equal(written[1], written[3])
+    assert not torch.equal(written[0], written[1])
+    assert 0 < specs[0].stats.accepted < specs[0].stats.drafted
+
+
+# --- Where a plan's padding does not hold ---
+
+
+@pytest.mark.parametrize("lengths", [(11,), (11, 5), (11, 5, 7, 3)], ids=len)
+def test_other_numbers_of_rows_are_not_padded(
+    lengths: tuple[int, ...], llama: PreTrainedModel, passes: list[int]
+) -> None:
+    spec, given = wrap(llama, padded(3)), batch(*lengths)
+    assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+    assert spec.runtime.padding is None
+    assert set(passes) <= set(range(1, GAMMA + 2))
+
+
+@pytest.mark.slow
+def test_requests_of_all_sizes_come_one_after_the_other(
+    llama: PreTrainedModel, passes: list[int], no_slack: None
+) -> None:
+    spec = wrap(llama, padded(2))
+    for lengths in ((11,), (11, 5), (30,), (7, 19), (3, 2, 1), (22, 22)):
+        passes.clear()
+        given = batch(*lengths)
+        assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+        assert (spec.runtime.padding is not None) == (len(lengths) == 2) == (1 not in passes)
+
+
+def test_num_return_sequences_are_rows(llama: PreTrainedModel) -> None:
+    spec = wrap(llama, padded(4))
+    spec.generate(**batch(11, 5), do_sample=True, num_return_sequences=2, max_new_tokens=5)
+    assert spec.runtime.padding is not None
+
+
+@pytest.mark.parametrize(
+    "conditions", [{"dtype": "bfloat16"}, {"compiled": True}, {"device": "a card"}], ids=lambda c: next(iter(c))
+)
+def test_a_plan_that_was_searched_elsewhere_does_not_pad(
+    conditions: dict[str, Any], llama: PreTrainedModel, passes: list[int]
+) -> None:
+    with pytest.warns(PlanWarning, match="plan was searched with"):
+        spec = wrap(llama, padded(provenance=searched_in(**conditions)))
+    given = batch(11)
+    assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+    assert spec.runtime.padding is None
+    assert set(passes) <= set(range(1, GAMMA + 2))
+
+
+def test_a_plan_that_was_searched_here_pads_until_the_model_is_cast(passes: list[int]) -> None:
+    model = damped_model("llama", FIRST_DROPPED)
+    spec, given = wrap(model, padded(provenance=searched_in())), batch(11)
+    spec.generate(**given, **GREEDY)
+    assert spec.runtime.padding == spec.plan.padding
+    passes.clear()
+    model.to(torch.float64)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert spec.runtime.padding is None
+    assert 1 in passes
+    model.to(torch.float32)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert spec.runtime.padding == spec.plan.padding
+
+
+def test_lock_step_decoding_is_padded_like_any_other(llama: PreTrainedModel, passes: list[int]) -> None:
+    class Own:
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores * 2
+
+    spec, given = wrap(llama, padded(2)), batch(11, 5)
+    assert torch.equal(spec.generate(**given, **GREEDY, logits_processor=[Own()]), llama.generate(**given, **GREEDY))
+    assert spec.stats.slower_paths
+    assert passes == [3] * NEW_TOKENS
+
+
+# --- Room ---
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 19])
+@pytest.mark.parametrize("lengths", [(1,), (13,), (13, 7, 13)], ids=["a token", "one row", "rows of unequal length"])
+@pytest.mark.slow
+def test_the_last_padded_pass_of_a_request_finds_room_in_the_cache(
+    lengths: tuple[int, ...], new_tokens: int, llama: PreTrainedModel, no_slack: None
+) -> None:
+    longest = 16  # fourteen tokens beyond what a pass needs
+    spec = wrap(llama, padded(len(lengths), target=[longest] * (GAMMA + 1), draft=longest - 1))
+    given, options = batch(*lengths), GREEDY | {"max_new_tokens": new_tokens}
+    assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
+    assert spec.runtime.cache.slots == max(lengths) + new_tokens + GAMMA + 1 + longest - 1
+    assert all(t.isfinite().all() for i in spec.runtime.layer_shapes for t in spec.runtime.cache.layer(i))
+
+
+def test_room_is_no_larger_than_it_must_be(llama: PreTrainedModel, no_slack: None) -> None:
+    """Without the slots that padding adds, some request writes beyond the cache."""
+    plan = padded(target=[16] * (GAMMA + 1), draft=15)
+    spec, given = wrap(llama, plan), batch(13)
+    reserve = spec.runtime.reserve
+
+    def too_little(rows: int, slots: int) -> None:
+        reserve(rows, slots - (plan.padding.most if plan.padding else 0))
+
+    spec.runtime.reserve = too_little  # type: ignore[method-assign]
+    with pytest.raises((IndexError, RuntimeError)):
+        spec.generate(**given, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "most"), [([1, 2, 3], 1, 0), ([3, 3, 3], 1, 2), ([1, 2, 9], 2, 6), ([2], 7, 6), ([], 1, 0)]
+)
+def test_padding_knows_how_much_it_adds_at_most(target: list[int], draft: int, most: int) -> None:
+    padding = Padding(rows=1, target=target, draft=draft)
+    assert padding.most == most
+    assert [padding.of_target(t) for t in range(1, 6)] == target + list(range(len(target) + 1, 6))
+
+
+def test_a_prompt_is_prefilled_in_passes_of_its_own_lengths(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", 3)
+    begin, lengths = KVCache.begin, list[int]()
+
+    def noted(self: KVCache, t: int, **options: Any) -> Pass:
+        lengths.append(t)
+        return begin(self, t, **options)
+
+    monkeypatch.setattr(KVCache, "begin", noted)
+    spec, given = wrap(llama, padded(target=[9] * 4, draft=9)), batch(12)
+    assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+    assert lengths[:4] == [3, 3, 3, 2]
+    assert set(lengths[4:]) == {9}
+
+
+# --- Captured and compiled ---
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+def test_replayed_rounds_of_padded_passes_write_what_the_model_writes(family: str, rows: int, no_slack: None) -> None:
+    model, given = damped_model(family, FIRST_DROPPED), batch(*(13, 7, 10)[:rows])
+    spec, uncaptured = taped(model, padded(rows)), fixed_widths(model, padded(rows, padding=None))
+    expected = model.generate(**given, **GREEDY)
+    uncaptured.generate(**given, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        assert spec.stats.history == uncaptured.stats.history
+    assert spec.stats.captured
+    assert not spec.stats.slower_paths
+    assert tape_of(spec).recorded == 2
+    assert spec.runtime.padding is not None
+
+
+@pytest.mark.slow
+def test_graphs_of_padded_passes_are_not_played_for_requests_that_are_not_padded(
+    llama: PreTrainedModel, no_slack: None
+) -> None:
+    spec = taped(llama, padded(1))
+    for lengths in ((13,), (13, 7), (13,), (24,)):
+        for _ in range(2):
+            given = batch(*lengths)
+            assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+            assert spec.stats.captured
+
+
+def test_plain_decoding_is_captured_with_its_padding(llama: PreTrainedModel) -> None:
+    spec, given = taped(llama, Plan.none(padding=Padding(rows=1, target=[3]))), batch(11)
+    for _ in range(2):
+        assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
+    assert spec.stats.captured
+    recorder = tape_of(spec)
+    assert isinstance(recorder, TapeRecorder)
+    assert recorder.played > NEW_TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_compiled_passes_are_padded_and_give_the_tokens_of_the_model() -> None:
+    model, given = tiny_model("llama", num_hidden_layers=3), batch(11, 5)
+    damp(model, skipped := SkipSet(attn={1}, mlp={2}), 0.03)
+    spec = wrap(model, padded(2, skip_set=skipped), compile=True)
+    assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    assert spec.stats.compiled
+    assert 0 < spec.stats.accepted < spec.stats.drafted
+    assert set(spec.runtime._passes) == {("draft", 2), ("target", 5)}
+
+
+# --- bfloat16 ---
+
+
+@pytest.mark.parametrize("plan", [padded(), Plan.none(padding=Padding(rows=1, target=[5]))], ids=["drafts", "plain"])
+def test_in_bfloat16_padded_output_differs_from_plain_decoding_by_near_ties_alone(plan: Plan) -> None:
+    model = damped_model("llama", FIRST_DROPPED, dtype=torch.bfloat16)
+    spec, plain, rows = wrap(model, plan), wrap(model, Plan.none()), []
+    for seed in (0, 9, 11):
+        given = batch(11, seed=seed)
+        ours, theirs = (one.generate(**given, **GREEDY)[0] for one in (spec, plain))
+        rows.append((theirs[:11], theirs[11:], ours[11:]))
+    verdict = compare(spec.runtime, rows, gamma=plan.gamma)
+    assert verdict.near_ties, "no row differs, which proves nothing"
+    assert verdict.errors == 0, str(verdict)
+
+
+def test_a_comparison_leaves_the_runtime_its_padding() -> None:
+    model = damped_model("llama", FIRST_DROPPED, dtype=torch.bfloat16)
+    runtime = Runtime(model, FIRST_DROPPED)
+    runtime.padding = padding = Padding(rows=1, target=TARGET)
+    compare(runtime, [(torch.tensor([3, 5]), torch.tensor([7, 11]), torch.tensor([7, 13]))], gamma=GAMMA)
+    assert runtime.padding == padding
+
+
+# --- In a plan's file ---
+
+
+def test_padding_comes_back_from_json_as_it_was() -> None:
+    for plan in (padded(), padded(3, target=[], draft=1), Plan.none(padding=Padding(rows=8, target=[2, 2]))):
+        assert Plan.from_json(plan.to_json()) == plan
+    data = json.loads(padded(3).to_json())
+    assert data["padding"] == {"rows": 3, "target": TARGET, "draft": 2}
+    assert "padding" not in json.loads(padded(padding=None).to_json())
+    assert Padding(rows=1, target=[1]).draft == 1
+
+
+@pytest.mark.parametrize(
+    ("padding", "message"),
+    [
+        ({"rows": 1, "target": [3, 3, 2]}, "key 'padding': .*a pass cannot be padded to fewer tokens than it has"),
+        ({"rows": 1, "target": [0]}, "key 'padding.target.0': .*greater than or equal to 1"),
+        ({"rows": 0, "target": [1]}, "key 'padding.rows': .*greater than or equal to 1"),
+        ({"rows": 1, "target": [1], "draft": 0}, "key 'padding.draft': .*greater than or equal to 1"),
+        ({"rows": 1, "target": [129]}, "key 'padding.target.0': .*less than or equal to 128"),
+        ({"rows": 1, "target": [1.5]}, "key 'padding.target.0': .*valid integer"),
+        ({"rows": 1}, "lacks the key 'padding.target'"),
+        ({"target": [1]}, "lacks the key 'padding.rows'"),
+        ({"rows": 1, "target": [1], "verify": 2}, "unknown key 'padding.verify'"),
+    ],
+)
+def test_padding_that_makes_no_sense_is_refused(padding: dict[str, Any], message: str) -> None:
+    data = {"selfspec_version": 1, "skip_set": {}, "gamma": 2, "padding": padding}
+    with pytest.raises(PlanError, match=message) as error:
+        Plan.from_json(json.dumps(data))
+    assert "\n" not in str(error.value)
+    with pytest.raises(PlanError, match=message):
+        Plan(skip_set=SkipSet(), gamma=2, padding=padding)
+
+
+@pytest.mark.slow
+def test_padding_that_changes_drops_the_graphs_of_the_old_lengths() -> None:
+    spec = wrap(damped_model("llama", FIRST_DROPPED), padded())
+    spec.runtime.graphs = Graphs(TapeRecorder())
+    given = batch(11)
+    expected = spec.model.generate(**given, **GREEDY)
+    for plan in (spec.plan, padded().model_copy(update={"padding": None}), spec.plan):
+        spec.plan = plan
+        for _ in range(3):
+            assert torch.equal(spec.generate(**given, **GREEDY), expected)
+        assert len(spec.runtime.graphs) >= 2

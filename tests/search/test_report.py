@@ -1,0 +1,696 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import commands
+import optuna
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from models import ENDS_SKIPPED, VOCABULARY, damped_model
+from models import LAYERS as TINY_LAYERS
+from optuna.trial import TrialState
+from selfspec_search import SearchSettings, load_study, search
+from selfspec_search.report import ReportData, StudyData, Trial, canvas, make_page, read_source, write_report
+from selfspec_search.report.figures import ideal_cost
+from selfspec_search.report.headline import tiles, title, verdict
+from selfspec_search.report.panels import Panel, gains, panels
+from selfspec_search.report.pareto import pareto_front
+from selfspec_search.report.tables import INTERVAL, SPREAD, comparison_rows, settings
+from selfspec_search.store import Store
+
+from selfspec import Plan, SkipSet
+from selfspec.errors import InputError, PlanError
+from selfspec.plan import PLAN_FILE, Conditions, Figures, ModelIdentity, PromptLookup, Provenance
+from selfspec.plan.draft_spec import Recipe
+
+LAYERS = 5
+LOOKUP = {"gamma": 7, "min_ngram": 2}
+PLAN_OF_ONE = Plan(skip_set=SkipSet(attn={1}), gamma=2)
+ALL_PANELS = ["skipped", "pareto", "history", "predicted-measured", "positions", "sensitivity"]
+DIGIT = 7
+"""Pixels, in a figure's usual resolution."""
+HOSTILE = "<script>alert('$x^{')</script>\"&"
+
+
+@dataclass(frozen=True)
+class Stored:
+    number: int
+    recipe: Recipe
+    value: float | None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def record(index: int, *, pruned: bool) -> dict[str, Any]:
+    prediction = {
+        "gamma": 3,
+        "threshold": 0.375,
+        "lookup": LOOKUP,
+        "tokens_per_round": 2.125,
+        "acceptance_rate": 0.625,
+        "tokens_per_second": 211.5,
+        "speedup": 1 + index / 10,
+        "texts": 11,
+    }
+    first = {"estimate": 1 + index / 11, "draft_cost": 0.9 - index / 10, "agreement": 0.99 - index**2 / 100}
+    return {**first, "seconds": 0.5, "worker": f"host-{index % 3}", **({} if pruned else {"prediction": prediction})}
+
+
+def stored(index: int) -> Stored:
+    """Every third one pruned; the best is number 5."""
+    pruned = index % 3 == 1
+    skip_set = SkipSet(attn=range(index % LAYERS), mlp=[index % LAYERS])
+    return Stored(index, Recipe.of(skip_set), None if pruned else 1 + index / 10, record(index, pruned=pruned))
+
+
+def study(count: int = 7, **changes: Any) -> StudyData:
+    trials = [Trial.of(stored(index)) for index in range(count)]
+    identity = {"model": "tiny-llama", "gamma_max": 6, "sampling": {"top_k": 13}, "prompts": "0f1e2d"}
+    matters = {(kind, layer): 0.9 + layer / 100 for kind in ("attn", "mlp") for layer in range(LAYERS)}
+    data: dict[str, Any] = {"name": "night", "trials": trials, "num_layers": LAYERS, "identity": identity}
+    return StudyData(**{**data, "sensitivity": matters, **changes})
+
+
+def figures(scale: float, texts: int, agreement: list[float], **of_measuring: Any) -> Figures:
+    return Figures(
+        tokens_per_round=2.0 * scale,
+        acceptance_rate=0.5 * scale,
+        tokens_per_second=200.0 * scale,
+        speedup=1.5 * scale,
+        texts=texts,
+        agreement=agreement,
+        **of_measuring,
+    )
+
+
+def plan(
+    best: SkipSet | None = None,
+    *,
+    measured: bool = True,
+    agreement: Sequence[float] = (0.9, 0.8, 0.7),
+    layers: int = LAYERS,
+) -> Plan:
+    by_position = list(agreement)
+    found = figures(1.0, 3, by_position, interval=[1.25, 1.75], spread=[1.5, 2.0, 2.75])
+    provenance = Provenance(
+        conditions=Conditions(device="cpu", dtype="float32", versions={"torch": "2.13.0"}),
+        seed=17,
+        trials=7,
+        predicted=figures(1.1, 11, by_position),
+        predicted_on_held_out=figures(1.05, 3, by_position),
+        measured=found if measured else None,
+    )
+    return Plan(
+        skip_set=best if best is not None else study().best(1)[0].skip_set,
+        gamma=3,
+        model=ModelIdentity(model_type="llama", num_layers=layers, fingerprint="00ff"),
+        provenance=provenance,
+    )
+
+
+def plan_of_none() -> Plan:
+    return plan().model_copy(update={"skip_set": SkipSet(), "gamma": 0})
+
+
+def rich() -> ReportData:
+    return ReportData(source="plan.json", plan=plan(), study=study())
+
+
+@cache
+def rich_html() -> str:
+    return make_page(rich()).html
+
+
+def panels_of(html: str) -> list[str]:
+    return [key for key in re.findall(r'<section id="([^"]*)">', html) if key in ALL_PANELS]
+
+
+def made(data: ReportData) -> dict[str, Panel]:
+    with canvas.style():
+        return {panel.key: panel for panel in panels(data)}
+
+
+def drawn(data: ReportData) -> list[str]:
+    return list(made(data))
+
+
+class Checker(HTMLParser):
+    """Collects what a browser would fetch or run, and finds tags that are not closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "srcset", "action"):
+                self.fetched.append(value or "")
+            assert not name.startswith("on")
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+
+# --- the Pareto front ---
+
+POINTS = st.lists(st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])] * 2), max_size=11)
+
+
+def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+
+@given(points=POINTS)
+def test_a_point_is_on_the_front_exactly_if_no_point_dominates_it(points: list[tuple[float, float]]) -> None:
+    expected = [i for i, point in enumerate(points) if not any(dominates(other, point) for other in points)]
+    assert sorted(pareto_front(points)) == expected
+
+
+@given(points=POINTS)
+def test_the_front_rises_in_cost_and_agreement(points: list[tuple[float, float]]) -> None:
+    front = [points[index] for index in pareto_front(points)]
+    assert all(a == b or (a[0] < b[0] and a[1] < b[1]) for a, b in pairwise(front))
+
+
+def test_a_lone_point_and_equal_points_are_all_on_the_front_in_the_order_given() -> None:
+    assert pareto_front([]) == []
+    assert pareto_front([(0.5, 0.5), (0.5, 0.5), (0.5, 0.4), (0.6, 0.5)]) == [0, 1]
+
+
+@pytest.mark.parametrize(("agreement", "cost", "speedup"), [(0.9, 0.55, 1.30), (0.9, 0.28, 1.95), (0.9, 0.10, 3.43)])
+def test_lines_of_equal_speedup_pass_where_the_idealised_model_puts_them(
+    agreement: float, cost: float, speedup: float
+) -> None:
+    assert ideal_cost(agreement, speedup, gamma_max=20) == pytest.approx(cost, abs=0.01)
+
+
+# --- the page ---
+
+
+def test_a_rich_study_with_its_plan_has_every_panel_in_order_and_a_png_of_each() -> None:
+    page = make_page(rich(), pngs=True)
+    assert panels_of(page.html) == ALL_PANELS
+    assert sorted(page.pngs) == sorted(f"{key}.png" for key in ALL_PANELS)
+    assert all(data.startswith(b"\x89PNG") for data in page.pngs.values())
+    assert page.html.count("<svg") == len(ALL_PANELS)
+
+
+def test_the_page_fetches_nothing_runs_nothing_and_closes_every_tag() -> None:
+    html = rich_html()
+    checker = Checker(html)
+    assert checker.open == []
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in checker.fetched)
+    assert checker.tags & {"script", "iframe", "link", "object", "img"} == set()
+    namespaces = re.findall(r'xmlns(?::\w+)?="(http[^"]*)"', html)
+    assert re.findall(r'https?://[^"\s<)]+', html) == namespaces
+    assert not re.search(r"url\((?!#)", html)
+
+
+def test_the_same_data_makes_the_same_page() -> None:
+    assert make_page(rich()).html == rich_html()
+
+
+def test_hostile_names_are_shown_and_never_run() -> None:
+    trials = [replace(trial, worker=HOSTILE, lookup=HOSTILE) for trial in study().trials]
+    hostile = study(name=HOSTILE, trials=trials, identity={"model": HOSTILE, HOSTILE: [{HOSTILE: HOSTILE}]})
+    html = make_page(ReportData(source=HOSTILE, plan=plan(), study=hostile)).html
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(&#39;$x^{&#39;)&lt;/script&gt;&#34;&amp;" in html
+    assert Checker(html).open == []
+
+
+def test_names_of_files_that_are_not_unicode_do_not_stop_the_page(tmp_path: Path) -> None:
+    data = ReportData(source=os.fsdecode(b"caf\xe9.json"), plan=PLAN_OF_ONE)
+    (written,) = write_report(data, tmp_path / "page.html")
+    assert "caf?.json" in written.read_text("utf8")
+
+
+def test_every_figure_of_the_headline_says_whether_it_was_measured() -> None:
+    assert [(tile.value, tile.source) for tile in tiles(rich())] == [
+        ("1.50x", "measured"),
+        ("1.58x", "predicted"),
+        ("2.00", "measured"),
+        ("50.0%", "measured"),
+        ("200", "measured"),
+    ]
+
+
+def test_a_plan_that_was_not_confirmed_shows_predictions_only() -> None:
+    data = ReportData(source="plan.json", plan=plan(measured=False))
+    assert {tile.source for tile in tiles(data)} == {"predicted"}
+    assert "Nothing was measured" in make_page(data).html
+    assert comparison_rows(data)["speedup"] == ["1.65x", "1.58x"]
+
+
+def test_errors_are_measured_over_predicted_less_one() -> None:
+    rows = comparison_rows(rich())
+    assert rows["speedup"] == ["1.65x", "1.58x", "1.50x", "-9.1%", "-4.8%"]
+    assert rows["prompts"] == ["11", "3", "3", "", ""]
+    assert {len(cells) for cells in rows.values()} == {5}
+
+
+def test_errors_on_the_prompts_that_were_decoded_have_a_column_of_their_own() -> None:
+    known = plan()
+    assert known.provenance is not None
+    errors = {"speedup": -0.031, "tokens_per_round": 0.0, "drafted": 0.2}
+    known = known.model_copy(update={"provenance": known.provenance.model_copy(update={"errors": errors})})
+    rows = comparison_rows(ReportData(source="p", plan=known))
+    assert [rows[name][-1] for name in ("", "speedup", "tokens per round")] == ["error, same prompts", "-3.1%", "+0.0%"]
+    assert len({len(cells) for cells in rows.values()}) == 1
+
+
+def test_what_was_measured_says_how_sure_it_is_and_on_how_many_prompts() -> None:
+    measured, *others = tiles(rich())
+    assert (measured.sure, measured.on) == ("95 % interval 1.25x\u00a0to\u00a01.75x", "3 held-out prompts")
+    assert {(tile.sure, tile.on) for tile in others} == {("", "")}
+    assert measured.sure in rich_html()
+    assert "measured on 3 held\u2011out prompts" in rich_html()
+    assert tiles(ReportData(source="p", plan=plan_of_none()))[0].on == "3 held-out prompts"
+
+
+def test_interval_and_spread_have_rows_where_something_was_measured() -> None:
+    rows = comparison_rows(rich())
+    assert rows[INTERVAL] == ["\u2014", "\u2014", "1.25x\u00a0to\u00a01.75x", "", ""]
+    assert rows[SPREAD] == ["\u2014", "\u2014", "1.50, 2.00, 2.75", "", ""]
+    unmeasured = comparison_rows(ReportData(source="p", plan=plan(measured=False)))
+    assert {INTERVAL, SPREAD} & set(unmeasured) == set()
+
+
+def test_a_plan_that_does_not_speculate_says_so_and_compares_nothing() -> None:
+    data = ReportData(source="plan.json", plan=plan_of_none(), study=study())
+    html = make_page(data).html
+    assert verdict(data).startswith("Do not speculate")
+    assert verdict(data).split(":")[0] in html
+    assert panels_of(html) == ["pareto", "history", "sensitivity"]
+    assert "runs no layer-skipping draft" in html
+    assert [(tile.value, tile.source) for tile in tiles(data)] == [("200", "measured"), ("1.60x", "predicted")]
+
+
+def test_acceptance_by_position_appears_only_where_it_was_recorded() -> None:
+    assert "positions" in drawn(ReportData(source="p", plan=plan()))
+    assert "positions" not in drawn(ReportData(source="p", plan=plan(agreement=())))
+
+
+def positions_of(
+    gamma: int, lookup: int | None, agreement: Sequence[float] = (0.9, 0.8, 0.7, 1.0, 1.0)
+) -> tuple[Panel, list[list[Line2D]]]:
+    """The panel of acceptance by position, and the lines of its two axes."""
+    looking = None if lookup is None else PromptLookup(gamma=lookup)
+    chosen = plan(agreement=agreement).model_copy(update={"gamma": gamma, "prompt_lookup": looking})
+    panel = made(ReportData(source="p", plan=chosen))["positions"]
+    return panel, [list(axes.lines) for axes in panel.figure.axes]
+
+
+def lengths(lines: Sequence[Line2D]) -> set[int]:
+    return {len(line.get_xydata()) for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lookup", "until", "said"),
+    [
+        (5, None, 5, "predicted by replay."),
+        (5, 2, 5, "Up to position 2 this mixes rounds that prompt lookup drafted with rounds of the layers."),
+        (2, 5, 2, "Beyond position 2, shaded, only prompt lookup drafts"),
+        (0, 5, 5, "All is drafted by prompt lookup"),
+    ],
+)
+def test_positions_that_only_prompt_lookup_drafts_are_marked_and_not_multiplied(
+    gamma: int, lookup: int | None, until: int, said: str
+) -> None:
+    panel, (each, product) = positions_of(gamma, lookup)
+    assert said in panel.caption
+    assert (lengths(each), lengths(product)) == ({5}, {until})
+    legend = [text.get_text() for text in panel.figure.legends[0].get_texts()]
+    assert ("prompt lookup only" in legend) is ("shaded" in panel.caption) is (until < 5)
+
+
+def test_the_measured_line_is_broad_and_lies_under_the_predicted_ones() -> None:
+    _, (lines, _) = positions_of(5, None)
+    looks = {str(line.get_label()): (line.get_zorder(), -line.get_linewidth()) for line in lines}
+    measured = looks.pop("measured")
+    assert len(looks) == 2
+    assert all(measured[0] < above and measured[1] < width for above, width in looks.values())
+
+
+def test_positions_that_no_round_reached_are_not_drawn() -> None:
+    _, (lines, _) = positions_of(5, None, (0.9, 0.5, 0.0, 0.0, 0.0))
+    assert lengths(lines) == {3}
+
+
+def test_the_caption_names_only_the_lines_that_are_drawn() -> None:
+    known = plan()
+    assert known.provenance is not None
+    measured_only = known.provenance.model_copy(update={"predicted": None, "predicted_on_held_out": None})
+    captions = {}
+    for confirmed in (known, known.model_copy(update={"provenance": measured_only}), plan(measured=False)):
+        caption = made(ReportData(source="p", plan=confirmed))["positions"].caption
+        captions["measured" in caption, "predicted" in caption] = caption
+    assert set(captions) == {(True, True), (True, False), (False, True)}
+
+
+def test_lookup_is_told_in_words_where_it_is_one() -> None:
+    told = [
+        Trial.of(Stored(0, Recipe(), 1.0, {"prediction": {"lookup": given}})).lookup for given in (LOOKUP, {"x": 1})
+    ]
+    assert told == ["2 to 8 tokens, 7 drafted", "x 1"]
+
+
+def test_a_bare_plan_shows_what_it_skips_and_nothing_that_it_does_not_know() -> None:
+    data = ReportData(source="plan.json", plan=Plan(skip_set=SkipSet(attn={1, 2}), gamma=2))
+    page = make_page(data)
+    assert panels_of(page.html) == ["skipped"]
+    assert "skips 2 of 3 attention" in page.html
+    assert tiles(data) == []
+
+
+def test_a_study_without_a_plan_shows_its_best_trial_as_predicted() -> None:
+    data = ReportData(source="study.db", study=study())
+    assert verdict(data) == (
+        "Best of 7 trials: lookup of 2 to 8 tokens, 7 drafted; on a miss skip 1 of 5 attention and 1 of 5 MLP "
+        "sub-layers; gamma 3, exit below 0.375."
+    )
+    assert {tile.source for tile in tiles(data)} == {"predicted"}
+    assert drawn(data) == ["skipped", "pareto", "history", "sensitivity"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_study_of_one_trial_or_none_is_still_a_page(count: int) -> None:
+    data = ReportData(source="study.db", study=study(count, sensitivity={}))
+    expected = ["skipped", "pareto", "history"] if count else []
+    assert panels_of(make_page(data).html) == expected
+
+
+def test_a_study_whose_trials_all_ended_early_says_that_there_is_nothing_to_choose() -> None:
+    pruned = [replace(trial, speedup=None) for trial in study().trials]
+    data = ReportData(source="study.db", study=study(trials=pruned))
+    html = make_page(data).html
+    assert verdict(data) == "No trial was whole, so there is nothing to choose from yet."
+    assert verdict(data) in html
+    assert panels_of(html) == ["pareto", "history", "sensitivity"]
+    assert 'id="best"' not in html
+
+
+def test_records_that_are_not_what_they_should_be_are_left_out() -> None:
+    odd = {"estimate": "fast", "draft_cost": float("nan"), "agreement": True, "prediction": [1], "worker": 7}
+    trial = Trial.of(Stored(0, Recipe(), float("inf"), odd))
+    assert (trial.speedup, trial.estimate, trial.point, trial.gamma, trial.worker) == (None, None, None, None, "7")
+    assert drawn(ReportData(source="s", study=study(trials=[trial], sensitivity={}))) == []
+
+
+def test_trials_that_were_refused_unreplayed_do_not_stand_at_zero_in_the_history() -> None:
+    refused = Trial.of(Stored(0, Recipe(), None, {"estimate": 0.0, "draft_cost": 0.9}))
+    assert refused.speedup_or_estimate is None
+    assert gains([refused, replace(refused, recipe=Recipe.of(SkipSet(attn={0})))], num_layers=1) == {}
+
+
+def deep(layers: int) -> ReportData:
+    """Of a model in which every second sub-layer is skipped, so that its list is as long as can be."""
+    every_second = SkipSet(attn=range(0, layers, 2), mlp=range(1, layers, 2))
+    trials = [Trial.of(replace(stored(index), recipe=Recipe.of(every_second))) for index in range(7)]
+    matters = {(kind, layer): 0.83 + 0.17 * layer / layers for kind in ("attn", "mlp") for layer in range(layers)}
+    searched = study(trials=trials, num_layers=layers, sensitivity=matters)
+    return ReportData(source="plan.json", plan=plan(every_second, layers=layers), study=searched)
+
+
+def crowded(figure: Figure) -> list[str]:
+    """Neighbours among the tick labels of an axis that touch, or on a line have less than a digit between them."""
+    FigureCanvasAgg(figure).draw()
+    return [pair for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for pair in crowded_on(axis)]
+
+
+def crowded_on(axis: Axis) -> list[str]:
+    low, high = sorted(axis.get_view_interval())
+    start, end, least = {"x": ("x0", "x1", DIGIT), "y": ("y0", "y1", 0)}[axis.axis_name]
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    shown = [(tick.label1.get_text(), tick.label1.get_window_extent()) for tick in ticks if tick.label1.get_visible()]
+    spans = sorted((getattr(box, start), getattr(box, end), text) for text, box in shown)
+    return [f"{a} {b}" for (_, ended, a), (began, _, b) in pairwise(spans) if began - ended < least]
+
+
+@pytest.mark.parametrize("layers", [3, 19, 23, 41, 80, 126])
+def test_tick_labels_do_not_run_into_each_other_however_deep_the_model(layers: int) -> None:
+    found = made(deep(layers))
+    assert list(found) == ALL_PANELS
+    assert {key: pairs for key, panel in found.items() if (pairs := crowded(panel.figure))} == {}
+
+
+def test_legends_are_where_a_narrow_screen_shows_them() -> None:
+    """A screen 400 pixels wide shows the left two thirds of a figure, which is 34rem wide."""
+    legends = 0
+    for panel in made(deep(80)).values():
+        FigureCanvasAgg(panel.figure).draw()
+        for legend in panel.figure.legends:
+            assert legend.get_window_extent().x1 < panel.figure.bbox.width * 2 / 3, panel.key
+            legends += 1
+    assert legends == 4
+
+
+def test_a_long_list_of_sublayers_is_folded_away_and_only_counted_in_the_verdict() -> None:
+    data = deep(80)
+    assert verdict(data) == "Speculate: skip 40 of 80 attention and 40 of 80 MLP sub-layers; gamma 3."
+    html = make_page(data).html
+    folded = re.findall(r"<details[^>]*><summary>[^<]*(?:<b[^<]*</b>)?</summary>(.*?)</details>", html)
+    (listed,) = set(folded)
+    assert len(folded) == 2, "below the verdict, and in the one row of the best trials"
+    assert listed.startswith("attn 0, 2, 4, 6, ")
+    assert "attn 0, 2" not in html.replace(listed, "")
+
+
+def test_the_title_names_the_file_or_the_study_of_a_database_and_the_model() -> None:
+    assert title(ReportData(source="/some/where/plan.json", plan=plan())) == "plan.json: llama, 5 layers"
+    assert title(ReportData(source="plan.db", study=study())) == "plan.db: tiny-llama, 5 layers"
+    url = "postgresql://me:***@host/trials"
+    assert title(ReportData(source=url, study=study())) == "night: tiny-llama, 5 layers"
+    assert title(ReportData(source="bare.json", plan=PLAN_OF_ONE)) == "bare.json"
+
+
+def test_without_recorded_sensitivity_it_comes_from_the_trials_and_says_so() -> None:
+    html = make_page(ReportData(source="s", study=study(sensitivity={}))).html
+    assert "is no experiment on each sub-layer" in html
+    assert "is no experiment on each sub-layer" not in rich_html()
+
+
+def test_gains_are_mean_speedups_with_a_sublayer_skipped_less_those_with_it_run() -> None:
+    made = {SkipSet(attn={0}): 1.5, SkipSet(attn={0}, mlp={1}): 1.3, SkipSet(mlp={1}): 1.0, SkipSet(): 1.0}
+    trials = [Trial(number=i, recipe=Recipe.of(s), speedup=v) for i, (s, v) in enumerate(made.items())]
+    found = gains(trials, num_layers=2)
+    assert found == {("attn", 0): pytest.approx(0.4), ("mlp", 1): pytest.approx(-0.1)}
+
+
+def test_the_best_trials_are_ten_different_sets_the_smaller_draft_first_among_equals() -> None:
+    values = [(SkipSet(attn=range(i % 13)), 1 + (i // 2) / 100) for i in range(26)]
+    ranked = study(
+        trials=[Trial(number=i, recipe=Recipe.of(s), speedup=v) for i, (s, v) in enumerate(values)], num_layers=13
+    )
+    best = ranked.best(10)
+    assert len({trial.skip_set for trial in best}) == 10
+    assert [trial.number for trial in best[:3]] == [25, 24, 23]
+    assert [trial.speedup for trial in best] == sorted((t.speedup or 0 for t in best), reverse=True)
+
+
+def test_settings_and_versions_are_all_there() -> None:
+    groups = settings(rich())
+    assert groups["model"]["fingerprint"] == "00ff"
+    assert (groups["search"]["torch"], groups["search"]["seed"]) == ("2.13.0", "17")
+    assert groups["study"]["sampling"] == "top_k 13"
+    assert groups["study"]["workers"] == "host-0, host-1, host-2"
+    html = rich_html()
+    assert all(value in html for group in groups.values() for value in group.values())
+
+
+@pytest.mark.parametrize(("recorded", "said"), [("night", True), ("day", False), (None, False)])
+def test_a_plan_is_said_to_have_won_only_in_the_study_that_it_came_of(recorded: str | None, said: bool) -> None:
+    known = plan()
+    assert known.provenance is not None
+    made = known.model_copy(update={"provenance": known.provenance.model_copy(update={"study": recorded})})
+    html = make_page(ReportData(source="p", plan=made, study=study())).html
+    assert ("the chosen plan was the fastest, to within 0.01" in html) is said
+
+
+def test_a_plan_of_another_model_than_the_study_is_refused() -> None:
+    with pytest.raises(InputError, match="for a model of 7 layers, but study 'night' searched one of 5"):
+        ReportData(source="s", plan=plan(layers=7), study=study())
+
+
+# --- files and storages ---
+
+
+def fill(storage: Path, name: str = "night", count: int = 5) -> Path:
+    with Store.open(str(storage), name, {"model": "tiny-llama"}, num_layers=LAYERS) as store:
+        store.share(lambda: {"sensitivity": json.dumps({"attn_3": 0.75, "mlp_0": 0.5, "other": 1}).encode()})
+        for index in range(count):
+            trial = stored(index)
+            with store.begin(trial.recipe) as running:
+                if trial.value is None:
+                    running.prune(trial.record["estimate"], trial.record)
+                else:
+                    running.finish(trial.value, trial.record)
+    return storage
+
+
+run, complaint = partial(commands.run, "report"), partial(commands.complaint, "report")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("storage") / "study.db")
+
+
+@pytest.mark.parametrize("scheme", ["", "sqlite:///"])
+def test_a_study_is_read_from_a_file_and_from_a_url(storage: Path, scheme: str) -> None:
+    read = read_source(f"{scheme}{storage}").study
+    assert read is not None
+    assert (read.name, read.num_layers, read.identity["model"]) == ("night", LAYERS, "tiny-llama")
+    assert [trial.skip_set for trial in read.trials] == [stored(index).recipe.skip_set for index in range(5)]
+    assert [trial.speedup for trial in read.trials] == [stored(index).value for index in range(5)]
+    assert read.sensitivity == {("attn", 3): 0.75, ("mlp", 0): 0.5}
+
+
+def searched(file: Path) -> None:
+    """A whole search on a tiny model, its trials in `file`."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (5, 11, 2)]
+    few = {"gamma_max": 3, "new_tokens": 11, "confirm": 1, "repeats": 1}
+    settings = SearchSettings(trials=9, study_name="ours", storage=str(file), **few)
+    search(damped_model("llama", ENDS_SKIPPED), prompts, prompts[:1], settings)
+
+
+@pytest.mark.slow
+def test_optuna_itself_lists_the_trials_of_a_search_with_their_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what `optuna-dashboard` shows."""
+    monkeypatch.setattr("selfspec_search.profile.profile.CYCLES", 1)  # prices may be rough
+    searched(tmp_path / "plan.db")
+    ours = load_study(str(tmp_path / "plan.db")).trials
+    theirs = optuna.load_study(study_name="ours", storage=f"sqlite:///{tmp_path}/plan.db")
+    listed = [trial for trial in theirs.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(listed) == 9
+    assert [trial.number for trial in listed] == [trial.number for trial in ours]
+    assert [trial.value for trial in listed] == [trial.value for trial in ours]
+    for shown, trial in zip(listed, ours, strict=True):
+        skipped = {name for name, choice in shown.params.items() if choice == "skip"}
+        assert len(shown.params) == 2 * TINY_LAYERS
+        assert skipped == {f"{kind}_{layer}" for kind, layer in trial.skip_set}
+        promised = {} if shown.state == TrialState.COMPLETE else {0: trial.record["estimate"]}
+        assert shown.intermediate_values == promised
+    assert theirs.best_value == max(trial.value for trial in ours if trial.value is not None)
+
+
+def test_a_study_is_read_from_a_journal(tmp_path: Path) -> None:
+    assert read_source(str(fill(tmp_path / "study.journal"))).study is not None
+
+
+def test_the_command_writes_the_page_beside_the_storage_and_the_figures_where_told(
+    storage: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "my study.db"
+    copied.write_bytes(storage.read_bytes())
+    result = run(copied, "--png", tmp_path / "a" / "b")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "my study_report.html").read_text("utf8").startswith("<!DOCTYPE html>")
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} >= {"pareto.png", "history.png"}
+
+
+def test_a_plan_is_reported_with_the_study_that_lies_beside_it(storage: Path, tmp_path: Path) -> None:
+    saved = Plan(skip_set=stored(3).recipe.skip_set, gamma=2).save(tmp_path / "plan.json")
+    assert read_source(str(saved)).study is None
+    (tmp_path / "plan.db").write_bytes(storage.read_bytes())
+    chosen = read_source(str(saved)).chosen_trial
+    assert chosen is not None
+    assert chosen.skip_set == stored(3).recipe.skip_set
+
+
+def test_a_directory_that_holds_a_plan_is_reported_into_it(tmp_path: Path) -> None:
+    Plan(skip_set=SkipSet(attn={1}), gamma=2).save(tmp_path / PLAN_FILE)
+    assert run(tmp_path).exit_code == 0
+    assert (tmp_path / "selfspec_plan_report.html").is_file()
+
+
+def test_a_study_is_reported_with_a_plan_that_is_named(storage: Path, tmp_path: Path) -> None:
+    chosen = Plan(skip_set=stored(2).recipe.skip_set, gamma=2).save(tmp_path / "other.json")
+    out = tmp_path / "page.html"
+    assert run(storage, "--plan", chosen, "--out", out).exit_code == 0
+    assert "The ring marks the chosen plan" in out.read_text("utf8")
+
+
+def test_passwords_in_urls_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from selfspec_search.report import sources
+
+    monkeypatch.setattr(sources, "_read_study", lambda storage, name: study())
+    html = make_page(read_source("postgresql://me:secret@host/trials")).html
+    assert "postgresql://me:***@host/trials" in html
+    assert "secret" not in html
+
+
+def test_a_storage_of_several_studies_asks_which(tmp_path: Path) -> None:
+    both = fill(fill(tmp_path / "both.db", "night", 1), "day", 2)
+    said = complaint(both)
+    assert "'night'" in said
+    assert "'day'" in said
+    assert "--study" in said
+    assert run(both, "--study", "day").exit_code == 0
+    assert "evening" in complaint(both, "--study", "evening")
+
+
+def test_what_is_neither_a_plan_nor_a_storage_takes_one_line(tmp_path: Path) -> None:
+    text, empty, broken = tmp_path / "notes.txt", tmp_path / "empty", tmp_path / "broken.db"
+    text.write_text("hello")
+    empty.touch()
+    broken.write_bytes(b"SQLite format 3\x00" + b"\xff" * 100)
+    assert "neither a plan (JSON) nor a study's storage" in complaint(text)
+    assert "neither a plan (JSON) nor a study's storage" in complaint(empty)
+    assert str(broken) in complaint(broken)
+    assert "there is no file" in complaint(tmp_path / "gone.json")
+    assert PLAN_FILE in complaint(tmp_path)
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_storage_without_studies_of_ours_takes_one_line(tmp_path: Path) -> None:
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/alien.db", study_name="alien")
+    assert "holds no study" in complaint(tmp_path / "alien.db")
+
+
+def test_options_that_cannot_be_meant_take_one_line(storage: Path, tmp_path: Path) -> None:
+    saved = PLAN_OF_ONE.save(tmp_path / "plan.json")
+    assert "one too many" in complaint(saved, "--plan", saved)
+    assert "no storage" in complaint(saved, "--study", "night")
+    assert "no plan at" in complaint(storage, "--plan", tmp_path / "gone.json", "--out", tmp_path / "x.html")
+
+
+def test_pages_and_figures_that_cannot_be_written_take_one_line(tmp_path: Path) -> None:
+    saved = PLAN_OF_ONE.save(tmp_path / "plan.json")
+    assert "there is no directory" in complaint(saved, "--out", tmp_path / "gone" / "page.html")
+    assert "cannot write figures" in complaint(saved, "--png", saved)
+    with pytest.raises(PlanError, match="cannot write"):
+        write_report(ReportData(source="p", plan=PLAN_OF_ONE), tmp_path / "gone" / "page.html")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_is_not_writable_is_found_out_before_anything_is_read(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "not writable" in complaint("postgresql://nowhere/x", "--out", tmp_path / "page.html")

@@ -1,0 +1,165 @@
+"""Predictions from a table and a profile whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from selfspec_search.profile.costs import Costs
+from selfspec_search.replay.lookup_table import LookupTable
+from selfspec_search.replay.rounds import Drafting, walk
+from selfspec_search.replay.table import Table
+from selfspec_search.study.objective import (
+    Prediction,
+    Prices,
+    best,
+    depths_worth_replaying,
+    plain_figures,
+    predict,
+    ways_to_draft,
+)
+
+from selfspec.plan import PromptLookup
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
+
+LAYERS = 7
+HALF = Recipe.of(SkipSet.early_exit(4, LAYERS))
+
+
+def costs(*, layer: float = 0.1, fixed: float = 0.2, compiled: bool = False) -> Costs:
+    """A round costs 1 whatever its length; a layer's attention costs three times its MLP."""
+    return Costs(
+        num_layers=LAYERS,
+        fixed=fixed,
+        layer=0.0,
+        attention=0.75 * layer,
+        mlp=0.25 * layer,
+        confidence=0.0,
+        rounds=(1.0,) * 6,
+        prefill=0.0,
+        compiled=compiled,
+    )
+
+
+PRICES = Prices(costs=costs())
+
+
+def table(agreement: float, texts: int = 5, starts: int = 97, depths: int = 5) -> Table:
+    generator = np.random.default_rng(0)
+    agreed = np.cumprod(generator.random((texts, starts, depths)) < agreement, axis=2).astype(np.float32)
+    written = np.full(texts, starts)
+    return Table(agreed, np.full(agreed.shape, 0.5, dtype=np.float32), written, written)
+
+
+def test_predicted_speed_is_tokens_over_the_sum_of_steps_and_rounds() -> None:
+    always = table(1.0, texts=1, starts=11)
+    (prediction,) = predict(always, PRICES, HALF, [Drafting(4)])
+    # 5 + 5 + 1 tokens in three rounds; 4 + 4 + 0 steps of 0.6 each.
+    assert prediction.figures.tokens_per_round == pytest.approx(11 / 3)
+    assert prediction.figures.acceptance_rate == 1.0
+    assert prediction.figures.tokens_per_second == pytest.approx(11 / (3 + 8 * 0.6))
+    assert prediction.speedup == pytest.approx(11 / (3 + 8 * 0.6))
+
+
+def test_plain_decoding_wins_where_drafts_are_never_right() -> None:
+    prediction = best(table(0.0), PRICES, HALF)
+    assert prediction.drafting == Drafting(1)  # the least harm
+    assert prediction.speedup == pytest.approx(1 / 1.6, rel=0.01)
+
+
+def test_better_drafts_are_drafted_longer() -> None:
+    cheap = Prices(costs=costs(layer=0.01, fixed=0.02))
+    lengths = [best(table(agreement), cheap, HALF).drafting.gamma for agreement in (0.1, 0.5, 0.9)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+
+
+def test_of_equal_ways_the_one_without_a_threshold_is_taken() -> None:
+    assert best(table(0.8), PRICES, HALF).drafting.threshold is None
+
+
+def test_the_depths_worth_replaying_hold_the_best_way() -> None:
+    for agreement in (0.0, 0.5, 0.8, 0.95):
+        seen = table(agreement)
+        ways = predict(seen, PRICES, HALF, ways_to_draft(seen, PRICES))
+        assert best(seen, PRICES, HALF).drafting.gamma < depths_worth_replaying(ways) <= 6
+
+
+def test_where_drafts_are_captured_no_threshold_is_tried() -> None:
+    seen = table(0.8)
+    seen = replace(seen, confidence=np.random.default_rng(0).random(seen.confidence.shape, dtype=np.float32))
+    captured = Prices(costs=costs().model_copy(update={"captured": True}))
+    assert any(way.threshold is not None for way in ways_to_draft(seen, PRICES))
+    assert [way.gamma for way in ways_to_draft(seen, captured)] == [1, 2, 3, 4, 5]
+    assert all(way.threshold is None for way in ways_to_draft(seen, captured))
+
+
+def test_a_captured_round_has_one_length_whatever_was_drafted() -> None:
+    captured = costs().model_copy(update={"captured": True, "rounds": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)})
+    assert captured.round(np.array([0.0, 1.5, 3.0]), 3).tolist() == [4.0, 4.0, 4.0]
+
+
+def test_a_compiled_round_has_one_length_whatever_was_drafted() -> None:
+    rounds = tuple(float(n) for n in range(1, 7))
+    eager, compiled = (Costs(**{**vars(costs(compiled=compiled)), "rounds": rounds}) for compiled in (False, True))
+    drafted = np.array([0.0, 1.5, 3.0])
+    assert eager.round(drafted, 3).tolist() == [1.0, 2.5, 4.0]
+    assert compiled.round(drafted, 3).tolist() == [4.0, 4.0, 4.0]
+
+
+# --- Rows, lookup ---
+
+
+def test_rows_wait_for_the_one_that_needs_most_rounds() -> None:
+    # One text is guessed always, the other never: 3 and 11 rounds of 11 tokens, so 11 passes for both.
+    seen = table(1.0, texts=2, starts=11)
+    seen.weight[1] = 0
+    two = Prices(costs=costs(), rows=2)
+    (prediction,) = predict(seen, two, HALF, [Drafting(4)])
+    walked = walk(seen, [Drafting(4)])
+    shares = walked.visits[0].ravel() / walked.visits[0].sum()
+    steps = sum(
+        p * q * max(a, b)
+        for p, a in zip(shares, walked.steps[0].ravel(), strict=True)
+        for q, b in zip(shares, walked.steps[0].ravel(), strict=True)
+    )
+    assert prediction.figures.tokens_per_second == pytest.approx(22 / (11 * (1 + steps * 0.6)))
+    assert plain_figures(seen, two).tokens_per_second == pytest.approx(22 / 11)
+
+
+def test_texts_fill_up_the_last_batch() -> None:
+    one, prices = table(0.7, texts=1), Prices(costs=costs(), rows=3)
+    three_times = one.only([0, 0, 0])
+    alone, filled = (predict(some, prices, HALF, [Drafting(2)])[0].figures for some in (one, three_times))
+    assert (alone.texts, filled.texts) == (1, 3)
+    assert alone.tokens_per_second == pytest.approx(filled.tokens_per_second)
+    assert alone.speedup == pytest.approx(filled.speedup)
+
+
+def lookups(matched: int, runs: int, texts: int = 5, starts: int = 97) -> LookupTable:
+    return LookupTable(np.full((texts, starts), matched), np.full((texts, starts), runs))
+
+
+def test_lookup_goes_before_layers_where_it_is_right() -> None:
+    way = PromptLookup(gamma=5, min_ngram=2)
+    right, wrong = (Prices(costs=costs(), lookup=lookups(3, runs), lookups=(way,)) for runs in (5, 0))
+    assert best(table(0.8), right, HALF).drafting.lookup == way
+    assert best(table(0.8), wrong, HALF).drafting.lookup is None
+    assert best(table(0.8), right, HALF).figures.tokens_per_round == pytest.approx(5.7, abs=0.1)
+
+
+def test_a_short_match_is_left_to_the_layers() -> None:
+    way = PromptLookup(gamma=5, min_ngram=4)
+    prices = Prices(costs=costs(), lookup=lookups(3, 5), lookups=(way,))
+    with_lookup, without = predict(table(0.8), prices, HALF, [Drafting(3, None, way), Drafting(3)])
+    assert with_lookup.figures.tokens_per_round == without.figures.tokens_per_round
+
+
+def test_a_prediction_survives_its_record() -> None:
+    way = Drafting(3, 0.4, PromptLookup(gamma=5, min_ngram=2))
+    prices = Prices(costs=costs(), lookup=lookups(3, 2))
+    (prediction,) = predict(table(0.8), prices, HALF, [way])
+    assert Prediction.from_dict(HALF, json.loads(json.dumps(prediction.to_dict()))) == prediction

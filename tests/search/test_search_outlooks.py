@@ -1,0 +1,303 @@
+"""Outlooks: shares of matches against a count by hand, prices for other rows, and what a search makes of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import FIRST_DROPPED, damped_model, prompts
+from profiles import costs_of, measuring, profile_of
+from replays import random_prompts
+from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
+from selfspec_search.confirm.confirm import Confirmed, _Contender
+from selfspec_search.profile.batch_costs import Scene, match_shares, seen
+from selfspec_search.profile.profile import Profile
+from selfspec_search.replay.lookup_table import LookupTable
+from selfspec_search.replay.texts import Text
+from transformers import PreTrainedModel
+
+from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
+from selfspec.cli.found import facts
+from selfspec.cli.show import Show
+from selfspec.plan import Outlook
+from selfspec.plan.draft_spec import Recipe
+from selfspec.policy.estimates import MATCHES
+
+KNOWN = Outlook(
+    rows=2,
+    draft_step=0.1,
+    rounds=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+    agreement=[0.7, 0.5],
+    looking=0.01,
+    matches=[[0.2, 0.5]] * 5,
+)
+CALIBRATION, HELD_OUT = random_prompts(5, 11, 2, 7), random_prompts(3, 13, 6, seed=2)
+SETTINGS = {"trials": 5, "gamma_max": 3, "new_tokens": 19, "confirm": 1, "repeats": 1, "confirm_texts": 2}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return damped_model("llama", FIRST_DROPPED)
+
+
+# --- Shares of matches ---
+
+
+def naive_shares(texts: list[list[int]], prompts: list[int], depths: int) -> list[list[float]]:
+    """Round by round, as a reader would look up: the longest earlier match, of equals the latest, copied on."""
+    seen, right = np.zeros((5, 2)), np.zeros((5, 2))
+    for text, prompt in zip(texts, prompts, strict=True):
+        for start in range(prompt, len(text)):
+            context, best, place = text[:start], 0, 0
+            for end in range(1, start):
+                length = 0
+                while length < min(8, end) and context[end - 1 - length] == context[start - 1 - length]:
+                    length += 1
+                if length and length >= best:
+                    best, place = length, end
+            if not best:
+                continue
+            at = max(index for index, least in enumerate(MATCHES) if least <= best)
+            copy = list(context)
+            for depth in range(min(depths, len(text) - start)):
+                copy.append(copy[place + depth])
+                seen[at, min(depth, 1)] += 1
+                if copy[-1] != text[start + depth]:
+                    break
+                right[at, min(depth, 1)] += 1
+    return ((right + 0.5) / (seen + 1)).tolist()
+
+
+@pytest.mark.parametrize("depths", [1, 3, 16])
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 211])
+def test_shares_of_matches_are_those_of_a_naive_count(depths: int, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    written = [torch.randint(vocabulary, (length,), generator=generator) for length in (37, 13, 5)]
+    written.append(written[0][:11].repeat(5))  # which copies itself
+    lengths = [7, 2, 1, 13]
+    texts = [
+        Text(tokens=tokens, prompt=prompt, allowed=len(tokens) - prompt)
+        for tokens, prompt in zip(written, lengths, strict=True)
+    ]
+    table = LookupTable.of(texts, depths)
+    expected = naive_shares([tokens.tolist() for tokens in written], lengths, depths)
+    assert match_shares(texts, table, depths) == [pytest.approx(pair) for pair in expected]
+
+
+def test_what_no_text_tells_of_is_a_toss_up_and_depths_that_none_reached_are_left_out() -> None:
+    text = Text(tokens=torch.arange(19), prompt=7, allowed=12)  # no token comes twice
+    assert match_shares([text], LookupTable.of([text], 3), 3) == [[0.5, 0.5]] * 5
+    assert seen([0.5, 0.0, 0.25, 0.0, 0.0]) == [0.5, 0.0, 0.25]
+    assert seen([0.0, 0.0]) == seen([]) == [0.0]
+
+
+# --- Prices of other rows ---
+
+
+@pytest.mark.parametrize("known", [KNOWN, KNOWN.model_copy(update={"matches": [], "looking": 0.0})])
+def test_an_outlook_for_other_rows_has_their_prices_and_the_same_expectations(
+    known: Outlook, model: PreTrainedModel
+) -> None:
+    texts = [Text(tokens=prompt, prompt=len(prompt) - 2, allowed=2) for prompt in random_prompts(5, 11, 7)]
+    scene = Scene(
+        model=model,
+        recipe=Recipe.of(FIRST_DROPPED),
+        texts=texts,
+        sampling=Sampling(),
+        backend=None,
+        compile=None,
+        padding=None,
+    )
+    for rows in (1, 7):  # 7 rows need more tokens than the texts have
+        found = scene.outlook(known, rows)
+        assert Outlook(**found.model_dump()) == found, "what was measured is a valid outlook"
+        assert found.rows == rows
+        assert len(found.rounds) == len(known.rounds)
+        assert found.rounds == sorted(found.rounds)
+        assert 0 < found.draft_step < 5
+        assert (found.looking > 0) == bool(known.matches), "lookup that takes no part costs nothing"
+        kept = ("agreement", "matches")
+        assert [getattr(found, name) for name in kept] == [getattr(known, name) for name in kept]
+
+
+# --- A search ---
+
+# Captured, so that there are no thresholds.
+PROFILE = profile_of(costs_of(attention=0.001, mlp=0.002, gamma_max=6, captured=True))
+
+
+@pytest.fixture
+def sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's hour neither prices nor decides; layers win."""
+
+    def rank(self: Confirmed) -> bool:
+        return not self.prediction.drafting.gamma
+
+    monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measuring(PROFILE))
+    monkeypatch.setattr("selfspec_search.profile.batch_costs.CYCLES", 1)
+    monkeypatch.setattr(Confirmed, "rank", property(rank))
+    monkeypatch.setattr(_Contender, "is_faster_than", lambda self, plain: True)
+
+
+@pytest.mark.usefixtures("sure")
+def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyond(
+    model: PreTrainedModel,
+) -> None:
+    told: list[Progress] = []
+    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5]), told.append)
+    plan = result.plan
+    assert plan.rows == [1, 5]
+    assert told[-1] == Progress(phase="rows", done=1, total=1)
+    assert dict(facts(result))["rows"] == "the policy adapts for 1 to 5, by what 1, 5 cost"
+    assert plan.outlook is not None
+    assert plan.outlook.agreement[0] > 0
+    assert Plan.from_json(plan.to_json()) == plan
+    between = plan.outlook_for(2)
+    assert between is not None
+    low, high = plan.outlook, plan.other_rows[0]
+    assert between.rounds == pytest.approx([low.rounds[n] + (high.rounds[n] - low.rounds[n]) / 4 for n in range(7)])
+    spec = wrap(model, plan)
+
+    def policy_for(rows: int) -> str:
+        tokens, mask = prompts(*range(3, 3 + rows))
+        options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 13}
+        assert torch.equal(spec.generate(tokens, **options), model.generate(tokens, **options))
+        return spec.stats.policy
+
+    assert [policy_for(rows) for rows in (1, 2, 5)] == ["adaptive"] * 3
+    with pytest.warns(PlanWarning, match="plan knows what 1 and 5 rows cost, not 6"):
+        assert policy_for(6).startswith("none")
+
+
+@pytest.mark.usefixtures("sure")
+def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outlook = Scene.outlook
+
+    def short_of_memory(scene: Scene, known: Outlook, rows: int) -> Outlook:
+        if rows == 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+        return outlook(scene, known, rows)
+
+    monkeypatch.setattr(Scene, "outlook", short_of_memory)
+    with pytest.warns(PlanWarning, match="memory does not suffice for 5 rows"):
+        result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 3]))
+    assert result.plan.rows == [1, 3]
+
+
+@pytest.mark.usefixtures("sure")
+def test_sampled_texts_are_said_to_be_sampled(model: PreTrainedModel) -> None:
+    settings = SearchSettings(**SETTINGS, sampling=Sampling(do_sample=True, temperature=0.7))
+    result = search(model, CALIBRATION, HELD_OUT, settings)
+    assert dict(facts(result))["tokens per round"].endswith(", sampled")
+    assert all(row["differing texts"] == "" for row in result.rows() if row["plan"] != "plain decoding")
+
+
+@pytest.mark.usefixtures("sure")
+def test_a_greedy_search_for_one_number_of_rows_says_so(model: PreTrainedModel) -> None:
+    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
+    assert "sampled" not in dict(facts(result))["tokens per round"]
+    assert result.differing_texts == 0
+    assert result.plan.other_rows == []
+    assert "other_rows" not in json.loads(result.plan.to_json()), "an older selfspec can read it"
+
+
+@pytest.mark.usefixtures("sure")
+def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, longest = str(tmp_path / "trials.db"), list[object]()
+
+    def measured(*args: object, gamma_max: int, **kwargs: object) -> Profile:
+        longest.append(gamma_max)
+        return PROFILE
+
+    search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, storage=storage, lookup_max=5))
+    monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measured)
+    study = load_study(storage)
+
+    def again(**changes: object) -> SearchResult:
+        return repick(model, study, SearchSettings(**SETTINGS, **changes))
+
+    assert again().plan.rows == [1]
+    assert again(other_rows=[3]).plan.rows == [1, 3]
+    without = again(lookup=False).plan.outlook
+    assert without is not None
+    assert (without.matches, without.looking) == ([], 0.0)
+    assert longest == [5, 5, 3], "5 by lookup, as in the study; 3 by layers alone"
+
+
+def test_the_legend_names_lookup_wherever_the_policy_may_look_up() -> None:
+    for outlook, named in ((KNOWN, True), (KNOWN.model_copy(update={"matches": []}), False), (None, False)):
+        legend = Show(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=outlook)).legend()
+        assert ("by lookup" in legend.plain) == named
+
+
+# --- Files and misuse ---
+
+
+def test_a_plan_from_before_lookup_lengths_and_other_rows_still_reads() -> None:
+    written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=KNOWN).to_json())
+    assert "other_rows" not in written
+    for key in ("looking", "matches"):
+        del written["outlook"][key]
+    plan = Plan.from_json(json.dumps(written))
+    assert plan.outlook is not None
+    assert (plan.outlook.looking, plan.outlook.matches, plan.rows) == (0.0, [], [2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outlook": {"matches": [[0.5, 0.5]] * 3}}, "matches are of five lengths, or none"),
+        ({"outlook": {"matches": [[0.5]] * 5}}, "outlook.matches.0"),
+        ({"outlook": {"rounds": [1.0, float("nan")]}}, "outlook.rounds.1"),
+        ({"outlook": {"rounds": [1.0, 0.0]}}, "outlook.rounds.1"),
+        ({"outlook": {"draft_step": -1.0}}, "outlook.draft_step"),
+        ({"outlook": {"agreement": []}}, "outlook.agreement"),
+        ({"outlook": {"rows": 0}}, "outlook.rows"),
+        (
+            {"other_rows": [KNOWN.model_dump() | {"rows": 7, "rounds": [1.0, 2.0]}]},
+            "gamma is 3, but its other_rows has costs",
+        ),
+        ({"outlook": None, "other_rows": [KNOWN.model_dump()]}, "has other_rows, but no outlook to stand beside"),
+        ({"other_rows": [KNOWN.model_dump()]}, f"tell twice what {KNOWN.rows} rows cost; remove one"),
+        ({"other_rows": [KNOWN.model_dump() | {"rows": 7}] * 2}, "tell twice what 7 rows cost; remove one"),
+        ({"gamma": 7}, "gamma is 7, but its outlook has costs of rounds over up to 6"),
+    ],
+)
+def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
+    written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=KNOWN).to_json())
+    for key, value in changes.items():
+        written[key] = written[key] | value if key == "outlook" and value is not None else value  # type: ignore[operator]
+    with pytest.raises(PlanError) as caught:
+        Plan.from_json(json.dumps(written))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "Value error" not in str(caught.value)
+    assert len(str(caught.value)) < 250, "not the whole outlook"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"other_rows": [4, 0]}, "other_rows holds 0, but there is at least 1 row"),
+        ({"lookup_max": 65}, "lookup_max is 65, but it must be between 1 and 64"),
+        ({"lookup_max": 0}, "lookup_max is 0, but it must be between 1 and 64"),
+        ({"lookup_max": 7, "lookup": False}, "lookup_max is 7, but prompt lookup takes no part"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SearchSettings(**changes)
+
+
+def test_a_round_is_as_long_as_the_longest_of_its_drafts() -> None:
+    assert SearchSettings(gamma_max=8).longest_draft == 16
+    assert SearchSettings(gamma_max=8, lookup=False).longest_draft == 8
+    assert SearchSettings(gamma_max=8, lookup_max=3).longest_draft == 8
+    assert SearchSettings(gamma_max=40).longest_draft == 64

@@ -1,0 +1,45 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfspec import PlanError
+from selfspec.utils.files import write_atomically
+
+
+@pytest.mark.parametrize("fails", ["write", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    write_atomically(path, "old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    text: Any = "new" * 100_000
+    if fails == "replace":
+        monkeypatch.setattr(Path, "replace", full)
+    else:
+        monkeypatch.setattr(Path, "chmod", full)
+    with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No space left on device; choose a directory that"):
+        write_atomically(path, text)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_an_interrupt_while_writing_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "plan.json", "new")
+    assert os.listdir(tmp_path) == []

@@ -24,10 +24,10 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from rivals.context import JUDGED, Candidate, Context, Selection, Stopwatch
 from rivals.fixed import evenly
 from rivals.gaussian_process import Floats, GaussianProcess
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.request import Request
 from selfspec.decoding.round import decode
-from selfspec.decoding.sampling import Draft
 from selfspec.decoding.stats import Stats
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from selfspec.models.attention_hook import AttentionArgs, additive_mask, masked_attention
 from selfspec.models.draft_view import change_recipe, draft_view
-from selfspec.models.views import ProbePass, run_view, target_view
+from selfspec.models.support import ProbePass
+from selfspec.models.views import run_view, target_view
 from selfspec.plan.sublayers import SkipSet
-from selfspec.runtime.attention import AttentionArgs, additive_mask, masked_attention
 
 WIDTH = 32
 """Tokens in a window, as in SWIFT."""

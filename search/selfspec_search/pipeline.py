@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
 from selfspec.models.quantised_linear import device_obstacle
-from selfspec.models.views import check_supported
+from selfspec.models.support import check_supported
 from selfspec.plan.draft_spec import Format
 from selfspec.runtime.compiling import will_compile
 from selfspec.runtime.runtime import Runtime

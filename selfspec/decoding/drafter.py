@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.request import Committed, Origin, Request
-from selfspec.decoding.sampling import Draft
 
 
 class Drafter(ABC):

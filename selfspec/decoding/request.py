@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from selfspec.decoding.acceptance import Acceptance, Draft
 from selfspec.decoding.logits_processors import (
     capture_obstacle,
     has_stop_token,
@@ -17,9 +18,8 @@ from selfspec.decoding.logits_processors import (
     looking_at,
     settings_of,
 )
-from selfspec.decoding.row_buffers import STOP_TOKENS, RowBuffers
-from selfspec.decoding.sampling import Acceptance, Draft
 from selfspec.errors import InputError
+from selfspec.runtime.row_buffers import STOP_TOKENS, RowBuffers
 
 Origin = Literal["lookup", "layers", "draft model"]
 """Who drafts."""

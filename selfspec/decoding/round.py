@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft, accept
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Committed, Request
-from selfspec.decoding.sampling import Draft, accept
 from selfspec.decoding.stats import Laps, Stats
 from selfspec.runtime.runtime import Runtime, wait_for
 

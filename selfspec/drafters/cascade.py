@@ -7,9 +7,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.request import Committed, Origin, Request
-from selfspec.decoding.sampling import Draft, one_hot
+from selfspec.decoding.sampling import one_hot
 from selfspec.drafters.layer_skip import StepwiseDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 

@@ -13,7 +13,8 @@ from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Committed, Origin, Request
 from selfspec.drafters.layer_skip import StepwiseDrafter
 from selfspec.errors import InputError, UnsupportedModelError
-from selfspec.models.views import check_supported, longrope_switch
+from selfspec.models.rope import longrope_switch
+from selfspec.models.support import check_supported
 from selfspec.plan import Plan
 from selfspec.plan.draft_spec import Recipe
 from selfspec.runtime.runtime import Runtime

@@ -8,10 +8,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Origin, Request
-from selfspec.decoding.sampling import Draft, Picked, pick, to_probs
+from selfspec.decoding.sampling import Picked, pick, to_probs
 from selfspec.runtime.runtime import Runtime
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.request import Origin, Request
-from selfspec.decoding.sampling import Draft
 from selfspec.plan import PromptLookup
 
 

@@ -16,7 +16,7 @@ from selfspec.decoding.logits_processors import needs_lockstep
 from selfspec.decoding.request import Request
 from selfspec.errors import InputError
 from selfspec.huggingface.options import check_arguments, check_prepared, max_length
-from selfspec.models.views import longrope_switch
+from selfspec.models.rope import longrope_switch
 from selfspec.plan import Plan
 from selfspec.policy import longest_draft
 

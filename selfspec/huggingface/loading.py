@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from selfspec.errors import InputError, UnsupportedModelError
-from selfspec.models.views import SUPPORTED_MODEL_TYPES, check_supported
+from selfspec.models.support import SUPPORTED_MODEL_TYPES, check_supported
 
 DEMO = "demo"
 """The name of the embedded model."""
@@ -257,10 +258,8 @@ def versions() -> dict[str, Any]:
     """The libraries that figures depend on."""
     import transformers
 
-    import selfspec
-
     return {
-        "selfspec": selfspec.__version__,
+        "selfspec": metadata.version("selfspec"),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }

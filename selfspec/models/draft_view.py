@@ -18,7 +18,6 @@ from selfspec.models.draft_weights import Copies, linears
 from selfspec.models.views import decoder_layers, view_of
 from selfspec.plan.draft_spec import Recipe
 from selfspec.plan.sublayers import SkipSet
-from selfspec.runtime.kv_cache import KVCache
 
 
 class SkippedAttention(nn.Module):
@@ -81,8 +80,6 @@ def change_recipe(view: PreTrainedModel, recipe: Recipe | SkipSet | None, copies
     recipe.validate(len(full.layers))
     skip_set = recipe.skip_set
     for index, (layer, own) in enumerate(zip(full.layers, full.branches, strict=True)):
-        if index in skip_set.attn:  # what no longer runs must not keep a replaced cache alive
-            KVCache.detach(own["attn"])
         layer.self_attn = SkippedAttention() if index in skip_set.attn else own["attn"]
         layer.mlp = SkippedMLP() if index in skip_set.mlp else own["mlp"]
     _place_copies(view, full, recipe, copies)

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Committed, Request
-from selfspec.decoding.sampling import Draft
 from selfspec.drafters.cascade import LookupFirstDrafter
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter

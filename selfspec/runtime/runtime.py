@@ -9,23 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.decoding.row_buffers import RowBuffers
 from selfspec.models.draft_view import attention_modules, change_recipe, draft_view
 from selfspec.models.draft_weights import Copies, check_memory, check_vocabulary
-from selfspec.models.views import (
-    check_supported,
-    decoder_layers,
-    longrope_switch,
-    pin_longrope,
-    probe,
-    run_view,
-    state_of,
-    target_view,
-)
+from selfspec.models.rope import longrope_switch, pin_longrope
+from selfspec.models.support import check_supported, probe
+from selfspec.models.views import decoder_layers, run_view, state_of, target_view
 from selfspec.plan import Padding
 from selfspec.plan.draft_spec import Recipe
 from selfspec.plan.sublayers import SkipSet
-from selfspec.runtime.attention import choose_backend
+from selfspec.runtime.attention.choose import choose_backend
 from selfspec.runtime.compiling import (
     FusedLayers,
     compile_obstacle,
@@ -36,6 +28,7 @@ from selfspec.runtime.compiling import (
 )
 from selfspec.runtime.cuda_graphs import graphs_for
 from selfspec.runtime.kv_cache import KVCache
+from selfspec.runtime.row_buffers import RowBuffers
 
 ViewName = Literal["target", "draft"]
 PassFunction = Callable[[Tensor], Tensor]
@@ -160,8 +153,7 @@ class Runtime:
             backend=self.backend.backend,
         )
         self.row_buffers = RowBuffers(rows, self._cache.slots, self.model.device)
-        for view in self.views.values():
-            self._cache.attach(attention_modules(view))
+        self._attach_cache()
 
     def scrub(self) -> None:
         """After an error: zero the cache, if there is one."""
@@ -177,8 +169,7 @@ class Runtime:
         """Use another runtime's cache, of the same model: one at a time."""
         self._let_go_of_cache()
         self._cache, self.row_buffers = other.cache, other.row_buffers
-        for view in self.views.values():
-            self.cache.attach(attention_modules(view))
+        self._attach_cache()
 
     def _let_go_of_cache(self) -> None:
         """Free the cache before another one is taken: everything that holds it must let go."""
@@ -186,6 +177,15 @@ class Runtime:
         self._passes.clear()
         if self.graphs is not None:
             self.graphs.drop()
+        self._detach_cache()
+
+    def _attach_cache(self) -> None:
+        """Let both views write to the cache."""
+        for view in self.views.values():
+            self.cache.attach(attention_modules(view))
+
+    def _detach_cache(self) -> None:
+        """Take the cache from both views."""
         for view in self.views.values():
             for attention in attention_modules(view):
                 KVCache.detach(attention)
@@ -197,15 +197,17 @@ class Runtime:
         check_memory(self.model, recipe, self.draft_memory)
         check_vocabulary(self.model, recipe)
         self.recipe = recipe
-        change_recipe(self.views["draft"], self.recipe, self.copies)
+        self._detach_cache()  # what no longer runs must not keep a replaced cache alive
+        try:
+            change_recipe(self.views["draft"], self.recipe, self.copies)
+        finally:
+            if self._cache is not None:
+                self._attach_cache()
         if self._shared_copies is None:
             self.copies.keep_only(self.recipe)
         self._passes = {key: run for key, run in self._passes.items() if key[0] == "target"}
         if self.graphs is not None:
             self.graphs.drop()
-        if self._cache is not None:
-            for view in self.views.values():
-                self._cache.attach(attention_modules(view))
 
     def pin_longrope(self, longest: int) -> None:
         """Serve the side of the longrope switch on which prompts of up to `longest` tokens are, if there is one."""

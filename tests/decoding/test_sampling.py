@@ -30,8 +30,9 @@ from transformers.generation import (
 
 import selfspec
 from selfspec import Plan, SkipSet
+from selfspec.decoding.acceptance import Acceptance, Draft, accept
 from selfspec.decoding.logits_processors import process
-from selfspec.decoding.sampling import Acceptance, Draft, accept, pick, sample
+from selfspec.decoding.sampling import pick, sample
 from selfspec.plan import PromptLookup
 
 FALSE_ALARM = 1e-6

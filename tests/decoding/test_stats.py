@@ -14,8 +14,8 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from transformers.generation import EosTokenCriteria
 
 from selfspec import Plan, Stats, wrap
+from selfspec.decoding.acceptance import Draft, accept
 from selfspec.decoding.request import Request
-from selfspec.decoding.sampling import Draft, accept
 from selfspec.plan import PromptLookup
 from selfspec.runtime.runtime import Runtime
 

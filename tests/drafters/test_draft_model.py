@@ -45,7 +45,7 @@ from selfspec.benchmark.contenders import DRAFT_MODEL, OURS, line_up
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.drafters.draft_model import WIDEST, DraftModelDrafter
-from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup
 from selfspec.runtime.cuda_graphs import Graphs
 

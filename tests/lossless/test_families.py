@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from selfspec import Plan, SkipSet, wrap
 from selfspec.models.draft_view import attention_modules
-from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.runtime.runtime import Runtime
 
 FAMILIES = sorted(SUPPORTED_MODEL_TYPES)

@@ -24,7 +24,7 @@ import selfspec.decoding.round
 from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, SubVocabulary, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.models.quantised_linear import device_obstacle
-from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import Outlook, PromptLookup
 from selfspec.plan.draft_spec import INT4, INT8
 

@@ -42,7 +42,8 @@ from selfspec.models.draft_weights import (
     quantisable,
 )
 from selfspec.models.quantised_linear import QuantisedLinear, QuantisedWeight, device_obstacle
-from selfspec.models.views import SUPPORTED_MODEL_TYPES, decoder_layers, reachable_tensors
+from selfspec.models.support import SUPPORTED_MODEL_TYPES
+from selfspec.models.views import decoder_layers, reachable_tensors
 from selfspec.plan.draft_spec import INT4, INT8
 from selfspec.runtime.runtime import Runtime
 

@@ -15,7 +15,9 @@ from transformers import T5ForConditionalGeneration as T5
 import selfspec.runtime.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, UnsupportedModelError, wrap
 from selfspec.models.draft_view import attention_modules, change_recipe, draft_view
-from selfspec.models.views import decoder_layers, longrope_switch, pin_longrope, probe, reachable_tensors, target_view
+from selfspec.models.rope import longrope_switch, pin_longrope
+from selfspec.models.support import probe
+from selfspec.models.views import decoder_layers, reachable_tensors, target_view
 from selfspec.runtime.runtime import Runtime
 
 PLAN = Plan(skip_set=ENDS_SKIPPED, gamma=3)

@@ -14,18 +14,12 @@ from tape import TapeRecorder
 from torch import Tensor
 
 from selfspec import InputError
-from selfspec.runtime.attention import (
-    BACKENDS,
-    AttentionArgs,
-    AttentionNeeds,
-    Backend,
-    FlashAttn,
-    Sdpa,
-    TorchFlash,
-    choose_backend,
-)
+from selfspec.models.attention_hook import AttentionArgs, AttentionNeeds
+from selfspec.runtime.attention.choose import BACKENDS, choose_backend
+from selfspec.runtime.attention.flash import FlashAttn, TorchFlash
+from selfspec.runtime.attention.sdpa import Sdpa
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs
-from selfspec.runtime.kv_cache import Pass
+from selfspec.runtime.forward_pass import Backend, Pass
 
 SLOTS = 37
 LENGTHS = [0, 19, 7]

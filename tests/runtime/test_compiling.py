@@ -226,7 +226,7 @@ def test_layers_that_call_the_flash_attn_package_are_compiled_too(
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("selfspec.runtime.attention._flash_obstacle", lambda needs: None)  # of this CPU
+    monkeypatch.setattr("selfspec.runtime.attention.flash._flash_obstacle", lambda needs: None)  # of this CPU
     model = damped_model("gemma3_text", FIRST_DROPPED)
     spec = selfspec.wrap(model, FUSED, compile=True, backend="flash-attn")
     tokens, mask = prompts(11, 5)

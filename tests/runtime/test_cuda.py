@@ -50,7 +50,7 @@ from selfspec.huggingface.loading import AUTO, _device, describe_device
 from selfspec.models.quantised_linear import QuantisedWeight, device_obstacle, quantise
 from selfspec.plan import PromptLookup
 from selfspec.plan.draft_spec import INT4, INT8, Format
-from selfspec.runtime.attention import TorchFlash
+from selfspec.runtime.attention.flash import TorchFlash
 from selfspec.runtime.compiling import compile_obstacle
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work
 from selfspec.runtime.runtime import PREFILL_CHUNK, device_name

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel,
 
 import selfspec.decoding.round
 from selfspec import Plan, SelfSpeculator, SkipSet, wrap
-from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup
 from selfspec.runtime.cuda_graphs import MOST_GRAPHS, Graphs
 from selfspec.runtime.runtime import Runtime

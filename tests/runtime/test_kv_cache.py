@@ -17,10 +17,11 @@ import selfspec.runtime.kv_cache
 import selfspec.runtime.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.decoding.request import Request
+from selfspec.models.attention_hook import LayerShape
 from selfspec.models.draft_view import attention_modules
 from selfspec.models.views import reachable_tensors
-from selfspec.runtime.attention import Sdpa
-from selfspec.runtime.kv_cache import KVCache, LayerShape
+from selfspec.runtime.attention.sdpa import Sdpa
+from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.runtime import Runtime
 
 GAMMA = 3

@@ -19,10 +19,11 @@ import selfspec.runtime.kv_cache
 import selfspec.runtime.runtime
 from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.benchmark.lossless import compare
-from selfspec.models.views import SUPPORTED_MODEL_TYPES
+from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import Outlook, Padding, PromptLookup
 from selfspec.runtime.cuda_graphs import Graphs
-from selfspec.runtime.kv_cache import KVCache, Pass
+from selfspec.runtime.forward_pass import Pass
+from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.runtime import Runtime
 
 NEW_TOKENS = 24

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, SkipSet
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.decoding.request import Request
-from selfspec.decoding.sampling import Draft
 from selfspec.drafters.build import drafter_of
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.plan import Figures

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.decoding.round import is_captured, prefill, run_draft, settle, step
-from selfspec.decoding.sampling import Draft
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter

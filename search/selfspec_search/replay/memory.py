@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
-from selfspec.models.views import probe, target_view
+from selfspec.models.support import probe
+from selfspec.models.views import target_view
 from selfspec.utils.sizes import in_words
 from selfspec_search.replay.recording import PADDING, batches
 from selfspec_search.replay.texts import Text

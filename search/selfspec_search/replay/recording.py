@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from selfspec.models.views import ProbePass, run_view
-from selfspec.runtime.attention import AttentionArgs
+from selfspec.models.attention_hook import AttentionArgs
+from selfspec.models.support import ProbePass
+from selfspec.models.views import run_view
 from selfspec_search.replay.sampling_settings import process_packed
 from selfspec_search.replay.texts import Text
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from selfspec.errors import InputError
 from selfspec.models.draft_view import change_recipe, draft_view
 from selfspec.models.draft_weights import Copies
-from selfspec.models.views import longrope_switch, pin_longrope, run_view, target_view
+from selfspec.models.rope import longrope_switch, pin_longrope
+from selfspec.models.views import run_view, target_view
 from selfspec.plan.draft_spec import Recipe
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.replay.memory import Memory

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from selfspec.runtime.attention import AttentionArgs
+from selfspec.models.attention_hook import AttentionArgs
 from selfspec_search.replay.recording import PADDING, Recording
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

@@ -1,0 +1,39 @@
+"""RoPE that depends on the length of the text: which kinds a model uses, and how longrope is pinned on a view."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def rope_types(model: PreTrainedModel) -> set[str]:
+    """The kinds of RoPE in use, over all layers."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(entry.get("rope_type", "default")) for entry in (nested or [parameters])}
+
+
+def longrope_switch(model: PreTrainedModel) -> int | None:
+    """The length beyond which longrope (Phi-3) uses its long factors; None for every other RoPE."""
+    if "longrope" not in rope_types(model):
+        return None
+    config = model.config.get_text_config()
+    length = config.rope_parameters.get("original_max_position_embeddings")
+    return int(length or config.original_max_position_embeddings)
+
+
+def pin_longrope(view: PreTrainedModel, *, long: bool) -> None:
+    """Fix one side of the longrope switch on a view.
+
+    Hugging Face chooses by the largest position of each pass, which a chunk of a prompt or a draft would get wrong.
+    The frequencies are new tensors on the view: the user's model keeps its own.
+    """
+    for module in view.modules():
+        if getattr(module, "rope_type", None) not in ("longrope", "pinned longrope"):
+            continue
+        switch = longrope_switch(view)
+        assert switch is not None
+        length = switch + 1 if long else switch
+        frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, module.inv_freq.device, seq_len=length)  # type: ignore
+        object.__setattr__(module, "rope_type", "pinned longrope")
+        module.register_buffer("inv_freq", frequencies, persistent=False)

@@ -1,0 +1,38 @@
+"""Which attention backend serves a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selfspec.errors import InputError
+from selfspec.models.attention_hook import AttentionNeeds
+from selfspec.runtime.attention.flash import FlashAttn, TorchFlash
+from selfspec.runtime.attention.sdpa import Sdpa
+from selfspec.runtime.forward_pass import Backend
+
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (FlashAttn, TorchFlash, Sdpa)}
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend in use, and why not an earlier one."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(needs: AttentionNeeds, name: str | None = None) -> BackendChoice:
+    """The first backend, in the order of `BACKENDS`, that serves these needs; or the one that is named."""
+    if name is not None:
+        if name not in BACKENDS:
+            raise InputError(f"no attention backend is called '{name}'; choose one of {', '.join(BACKENDS)}")
+        if obstacle := BACKENDS[name].obstacle(needs):
+            raise InputError(f"attention backend '{name}' cannot be used: {obstacle}; choose another or none")
+        return BackendChoice(BACKENDS[name](), "asked for by name")
+    passed_over: list[str] = []
+    for candidate in BACKENDS.values():
+        obstacle = candidate.obstacle(needs)
+        if obstacle is None:
+            return BackendChoice(candidate(), "; ".join(passed_over) or "first choice")
+        passed_over.append(f"{candidate.name}: {obstacle}")
+    raise AssertionError("the reference backend serves everything")

@@ -1,0 +1,133 @@
+"""FlashAttention: the flash-attn package, and PyTorch's own kernel. The only file that knows either."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from selfspec.models.attention_hook import AttentionArgs, AttentionNeeds
+from selfspec.runtime.forward_pass import Pass
+
+
+class FlashAttn:
+    """`flash_attn_with_kvcache` of the flash-attn package: append and attend in one kernel, lengths on the device."""
+
+    name = "flash-attn"
+    masks = False
+
+    @staticmethod
+    def obstacle(needs: AttentionNeeds) -> str | None:
+        if importlib.util.find_spec("flash_attn") is None:
+            return "flash-attn is not installed"
+        return _flash_obstacle(needs)
+
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        return ()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
+    ) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        window = -1 if how.window is None else how.window - 1
+        attended: Tensor = _flash_attn(
+            query, key, value, keys, values, step.lengths, how.scale, window, how.softcap or 0.0
+        )
+        return attended
+
+
+# An operator of our own, since `torch.compile` cannot look into the package's.
+@torch.library.custom_op("selfspec::flash_attn_with_kvcache", mutates_args=("keys", "values"))
+def _flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    from flash_attn import flash_attn_with_kvcache
+
+    attended: Tensor = flash_attn_with_kvcache(
+        query,
+        keys,
+        values,
+        k=key,
+        v=value,
+        cache_seqlens=lengths,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(window, -1 if window < 0 else 0),
+        softcap=softcap,
+    )
+    return attended.contiguous()
+
+
+@_flash_attn.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+class TorchFlash:
+    """PyTorch's own FlashAttention-2 with `seqused_k`: no package needed, no soft cap."""
+
+    name = "torch-flash"
+    masks = False
+
+    @staticmethod
+    def obstacle(needs: AttentionNeeds) -> str | None:
+        if needs.has_softcap:
+            return "PyTorch's flash kernel has no soft cap"
+        if not hasattr(torch.ops.aten, "_flash_attention_forward"):
+            return "this PyTorch has no flash kernel"
+        return _flash_obstacle(needs)
+
+    @staticmethod
+    def prepare(step: Pass) -> tuple[Tensor, ...]:
+        """Where the rows of queries and of the cache start, and how many of the cache's slots are in use."""
+        return step.starts(step.t), step.starts(step.s), step.lengths + step.t
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
+    ) -> Tensor:
+        step.append(keys, key)
+        step.append(values, value)
+        b, s = keys.shape[:2]
+        query_starts, slot_starts, used = step.prepared
+        attended = torch.ops.aten._flash_attention_forward(
+            rearrange(query, "b h t d -> (b t) h d"),
+            rearrange(keys, "b s h d -> (b s) h d"),
+            rearrange(values, "b s h d -> (b s) h d"),
+            query_starts,
+            slot_starts,
+            step.t,
+            s,
+            0.0,
+            True,
+            False,
+            scale=how.scale,
+            window_size_left=None if how.window is None else how.window - 1,
+            window_size_right=None if how.window is None else 0,
+            seqused_k=used,
+        )[0]
+        result: Tensor = rearrange(attended, "(b t) h d -> b t h d", b=b)
+        return result
+
+
+def _flash_obstacle(needs: AttentionNeeds) -> str | None:
+    if needs.device.type != "cuda":
+        return f"flash kernels need CUDA, the model is on {needs.device.type}"
+    if torch.cuda.get_device_capability(needs.device) < (8, 0):
+        return "flash kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash kernels need float16 or bfloat16, the model is in {str(needs.dtype).removeprefix('torch.')}"
+    if max(needs.head_dims) > 256 or any(d % 8 for d in needs.head_dims):
+        return f"flash kernels need head sizes that are multiples of 8 up to 256, not {sorted(needs.head_dims)}"
+    return None

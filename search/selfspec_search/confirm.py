@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from functools import partial
+from itertools import count, cycle, islice
 from statistics import median
 from time import perf_counter
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.benchmark import Ratio, speed_ratio
 from selfspec.copies import Copies, copied_bytes
 from selfspec.drafting import Drafter, NoDrafter, drafter_of
 from selfspec.plan import Figures, Padding
 from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
 from selfspec.stats import Stats
+from selfspec.utils.statistics import Ratio, interleaved, speed_ratio, wait_for
 from selfspec_search.objective import Prediction, Prices, predict
 from selfspec_search.replay import Replay
 from selfspec_search.settings import SearchSettings
@@ -102,15 +103,16 @@ class _Contender:
     settings: SearchSettings
     runs: dict[int, list[_Run]] = field(default_factory=dict)
 
-    def decode(self, batch: int, texts: Sequence[Text]) -> None:
+    def decode(self, batch: int, texts: Sequence[Text]) -> float:
+        """Seconds that decoding the batch took."""
         prompts, sampling = [text.tokens[: text.prompt] for text in texts], self.settings.sampling
         start = perf_counter()
         tokens, stats = decode_batch(self.runtime, self.drafter, prompts, texts[0].allowed, sampling)
-        if tokens[0].device.type == "cuda":
-            torch.cuda.synchronize(tokens[0].device)
+        wait_for(tokens[0].device)
         seconds = perf_counter() - start
         written = [len(row) - len(prompt) for row, prompt in zip(tokens, prompts, strict=True)]
         self.runs.setdefault(batch, []).append(_Run(seconds, stats, tokens, written))
+        return seconds
 
     @property
     def counted(self) -> list[_Run]:
@@ -201,12 +203,16 @@ def confirm(
         contender.runtime.reserve(settings.rows, room)
         contender.decode(0, texts[0])  # warm up
         contender.runs.clear()
-    total = settings.repeats * len(batches) * len(everyone)
-    for repeat in range(settings.repeats):
-        for place, batch in enumerate(texts):
-            for turn in range(len(everyone)):
-                everyone[(turn + place + repeat) % len(everyone)].decode(place, batch)
-                on_decoded((repeat * len(batches) + place) * len(everyone) + turn + 1, total)
+    total, done = settings.repeats * len(batches) * len(everyone), count(1)
+
+    def decode(contender: _Contender, place: int) -> float:
+        seconds = contender.decode(place, texts[place])
+        on_decoded(next(done), total)
+        return seconds
+
+    pairs = [(place, index) for place in range(len(texts)) for index in range(len(everyone))]
+    tasks = {(place, index): partial(decode, everyone[index], place) for place, index in pairs}
+    interleaved(tasks, repeats=settings.repeats, warmup=0, group=len(everyone))
     decoded = [index for batch in batches for index in batch]
     return plain.figures(plain, len(set(decoded))), [
         _compare(prediction, contender, plain, replay, prices, decoded)

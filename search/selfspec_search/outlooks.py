@@ -16,10 +16,11 @@ from selfspec.plan import Outlook, Padding, Tree
 from selfspec.policy.estimates import MATCHES, match_class
 from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
+from selfspec.utils.statistics import median_seconds
 from selfspec_search.lookup import LookupTable
 from selfspec_search.sampling import Sampling
 from selfspec_search.texts import Text
-from selfspec_search.timing import STEPS, Bench, medians
+from selfspec_search.timing import STEPS, Bench
 
 CYCLES = 9
 """How often everything is measured, in turn, at least."""
@@ -75,14 +76,7 @@ class Scene:
         calls["step"] = bench.draft(runtime)
         if known.matches:
             calls["lookup"] = bench.lookup(runtime, longest)
-        timed = medians(
-            calls,
-            rare=lambda _: False,
-            cycles=CYCLES,
-            device=self.model.device,
-            on_cycle=lambda done, total: None,
-            seconds=SECONDS,
-        )
+        timed = median_seconds(calls, self.model.device, repeats=CYCLES, budget=SECONDS)
         rounds = np.interp(range(longest + 1), lengths, [timed[f"round {n}"] / STEPS for n in lengths])
         changes = {
             "rows": rows,
@@ -123,12 +117,8 @@ def branching_seconds(
     """What a whole round with each tree's siblings takes longer than one without, beside the longer pass."""
     bench = Bench(prompts, sampling)
     drafters = {None: LayerSkipDrafter(runtime, gamma)} | {tree: TreeDrafter(runtime, gamma, tree) for tree in trees}
-    timed: Mapping[Tree | None, float] = medians(
-        {tree: bench.whole(runtime, drafter) for tree, drafter in drafters.items()},
-        rare=lambda _: False,
-        cycles=CYCLES,
-        device=prompts.device,
-        on_cycle=lambda done, total: None,
+    timed: Mapping[Tree | None, float] = median_seconds(
+        {tree: bench.whole(runtime, drafter) for tree, drafter in drafters.items()}, prompts.device, repeats=CYCLES
     )
     longer = {tree: (timed[tree] - timed[None]) / STEPS for tree in trees}
     return {tree: max(0.0, longer[tree] - (rounds[gamma + tree.siblings] - rounds[gamma])) for tree in trees}

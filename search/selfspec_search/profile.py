@@ -19,11 +19,12 @@ from selfspec.plan import Padding
 from selfspec.recipe import Format, Recipe
 from selfspec.runtime import Runtime, device_name
 from selfspec.skip_set import SkipSet
+from selfspec.utils.statistics import median_seconds
 from selfspec_search.copy_costs import copied_variants, copies_that_gain, fit_copies
 from selfspec_search.costs import Costs, Record, at_another_context, fit_step, variants
 from selfspec_search.padding import draft_padding, target_padding
 from selfspec_search.sampling import Sampling
-from selfspec_search.timing import STEPS, Bench, Call, medians, share_cache
+from selfspec_search.timing import STEPS, Bench, Call, share_cache
 
 CYCLES = 15
 """How often everything is measured, in turn."""
@@ -187,7 +188,7 @@ def measure(
         lengths = round_lengths(gamma_max, sparse=full.compile or context != base)
         some = runtimes if context == base else {FULL: full}
         calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
-    timed = medians(calls, rare=_is_prefill, cycles=CYCLES, device=model.device, on_cycle=on_cycle)
+    timed = median_seconds(calls, model.device, repeats=CYCLES, rare=_is_prefill, on_repeat=on_cycle)
     padding = Padding(rows=rows, target=target_padding(_rounds(base, timed), gamma_max), draft=draft_length)
     found = costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, padding=padding)
     with_copies = fit_copies(model, gaining, {name: timed[base, name] / STEPS for name in (FULL, *copied)})

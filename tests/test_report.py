@@ -58,7 +58,6 @@ class Stored:
 def record(index: int, *, pruned: bool) -> dict[str, Any]:
     prediction = {
         "gamma": 3,
-        "threshold": 0.375,
         "lookup": LOOKUP,
         "tokens_per_round": 2.125,
         "acceptance_rate": 0.625,

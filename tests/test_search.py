@@ -86,7 +86,7 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
     result = search(model, CALIBRATION, HELD_OUT, settings)
     costs = result.profile.costs[0].model_copy(update={"rounds": (1.0,) * len(result.profile.costs[0].rounds)})
     prediction = result.confirmed[0].prediction
-    without_threshold = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
+    by_layers = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
     finish = Finish(
         model=model,
         settings=settings,
@@ -94,14 +94,11 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
         phases=Phases(on_progress=print),
     )
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    outlook = finish._outlook(replace(result.confirmed[0], prediction=without_threshold), texts, {})
-    assert outlook is not None
+    outlook = finish._outlook(replace(result.confirmed[0], prediction=by_layers), texts, {})
     assert outlook.rounds == [1.0] * (settings.gamma_max + 1)
     assert outlook.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
     assert outlook.agreement == result.confirmed[0].by_layers
     assert (outlook.matches, outlook.looking) == ([], 0.0), "what takes no part costs nothing"
-    thresholded = replace(prediction, drafting=Drafting(2, 0.5))
-    assert finish._outlook(replace(result.confirmed[0], prediction=thresholded), texts, {}) is None
 
 
 def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
@@ -113,7 +110,7 @@ def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
     assert read == plan
     read.check_fits(model.config)
     assert plan.provenance is not None
-    assert (plan.outlook is not None) == (plan.speculates and plan.exit_threshold is None)
+    assert (plan.outlook is not None) == plan.speculates
     assert plan.outlook is None or plan.outlook.matches
     assert plan.provenance.conditions.dtype == "float32"
     assert plan.provenance.predicted is not None

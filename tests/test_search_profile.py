@@ -38,7 +38,6 @@ def costs(*, scale: float = 1.0, compiled: bool = False) -> Costs:
         layer=0.1 * scale,
         attention=0.3 * scale,
         mlp=0.2 * scale,
-        confidence=0.07 * scale,
         rounds=(1.0 * scale, 2.0 * scale, 5.0 * scale),
         prefill=11.0 * scale,
         lookup=0.03 * scale,
@@ -226,10 +225,8 @@ def timed(context: int, seconds: Costs, lengths: list[int], *, whole: bool) -> d
     """What would be timed where the costs are these."""
     skip_sets = variants(LAYERS) if whole else {"nothing": SkipSet()}
     drafts = {(context, name): STEPS * seconds.draft_step(skip_set) for name, skip_set in skip_sets.items()}
-    half = STEPS * seconds.draft_step(variants(LAYERS)["one layer in two"], threshold=True)
     return {
         **drafts,
-        **({(context, "confidence"): half} if whole else {}),
         **{(context, n): STEPS * seconds.rounds[n] for n in lengths},
         (context, "prefill"): seconds.prefill,
         (context, "lookup"): STEPS * seconds.lookup,

@@ -36,7 +36,6 @@ COSTS = Costs(
     layer=0.001,
     attention=0.003,
     mlp=0.002,
-    confidence=0.0,
     rounds=(0.047,) * 4,
     prefill=0.01,
     compiled=False,

@@ -37,9 +37,8 @@ class Confirmed:
     """One plan's figures side by side: predicted on both sets of texts, and measured on the held-out ones.
 
     `expected_here` is predicted for the texts that were decoded, and nothing else. `rounds_equal` says whether replay
-    and greedy decoding agree in every round of every one of them: accepted tokens always, drafted ones where there is
-    no exit threshold (behind a wrong token, replay only expects those); None when sampling, where each run differs, and
-    for trees, of whose siblings replay knows nothing.
+    and greedy decoding draft and accept alike in every round of every one of them; None when sampling, where each run
+    differs, and for trees, of whose siblings replay knows nothing.
     `drafted_replayed` and `drafted_decoded` are tokens drafted per round. `differing_texts` counts decoded texts that
     are not, token for token, the plain model's (0 when sampling). `is_faster`: than the plain model, beyond doubt.
     `draft_bytes`: what the draft's own layers take. `samples`: whether texts were sampled, each time others.
@@ -267,8 +266,6 @@ def _compare(
     walked = walk(table.only(decoded), [prediction.drafting], here.lookup)
     rounds, greedy = contender.rounds(), not contender.settings.sampling.do_sample
     replayable = greedy and prediction.drafting.tree is None
-    exact = slice(0 if prediction.drafting.threshold is None else 1, 2)
-    replayed = [[pair[exact] for pair in text] for text in walked.rounds(0)]
     outputs = [
         (ours, theirs)
         for batch in contender.runs
@@ -282,7 +279,7 @@ def _compare(
         drafted_replayed=float((walked.visits * walked.drafted).sum() / walked.visits.sum()),
         drafted_decoded=sum(drafted for text in rounds for drafted, _ in text) / max(1, sum(map(len, rounds))),
         rounds=sum(map(len, rounds)),
-        rounds_equal=[[pair[exact] for pair in text] for text in rounds] == replayed if replayable else None,
+        rounds_equal=rounds == walked.rounds(0) if replayable else None,
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
         draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.recipe),

@@ -153,7 +153,7 @@ class Finish:
     def _with_tree(self, trials: Trials, texts: Sequence[Text]) -> tuple[Prediction | None, dict[Tree, Branching]]:
         """The best draft by layers with siblings, if they are predicted to pay; and what they were found to do."""
         prices = Prices.of(self.profile, texts, lookup=False)
-        by_layers = next((p for p in trials.ranking if p.drafting.gamma and p.drafting.threshold is None), None)
+        by_layers = next((p for p in trials.ranking if p.drafting.gamma), None)
         if by_layers is None:
             return None, {}
         padding = self.profile.padding
@@ -202,11 +202,9 @@ class Finish:
             profile=self.profile.to_dict(),
         )
 
-    def _outlook(self, winner: Confirmed, texts: Sequence[Text], branching: Mapping[Tree, Branching]) -> Outlook | None:
-        """What a policy needs to know; None where drafts adapt by themselves."""
+    def _outlook(self, winner: Confirmed, texts: Sequence[Text], branching: Mapping[Tree, Branching]) -> Outlook:
+        """What a policy needs to know."""
         way = winner.prediction.drafting
-        if way.threshold is not None:
-            return None
         prices = Prices.of(self.profile, texts, lookup=self.settings.lookup)
         costs, found = prices.costs, None if way.tree is None else branching[way.tree]
         matches = [] if prices.lookup is None else match_shares(texts, prices.lookup, self.profile.gamma_max)
@@ -221,10 +219,10 @@ class Finish:
             rescued=found.rescued if found else 0.0,
         )
 
-    def _other_rows(self, prediction: Prediction, outlook: Outlook | None, texts: Sequence[Text]) -> list[Outlook]:
+    def _other_rows(self, prediction: Prediction, outlook: Outlook, texts: Sequence[Text]) -> list[Outlook]:
         """The same for the other numbers of rows that the plan is to serve."""
         others = sorted(set(self.settings.other_rows) - {self.profile.rows})
-        if outlook is None or not others:
+        if not others:
             return []
         scene = Scene(
             model=self.model,

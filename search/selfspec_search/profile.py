@@ -30,14 +30,11 @@ CYCLES = 15
 """How often everything is measured, in turn."""
 CONTEXTS = (128, 512, 2048)
 """Measured where neither contexts nor prompts are given, as far as the model's positions reach."""
-ALMOST_ZERO = 1e-30
-"""An exit threshold that is computed and never ends a draft."""
-
-FULL, HALF = "nothing", "one layer in two"
-"""Variants by name: the one that skips nothing, and the one that is timed with an exit threshold, too."""
+FULL = "nothing"
+"""The variant that skips nothing, by name."""
 
 Name = tuple[int, str | int]
-"""Of what is timed: a context; a variant, 'confidence', 'lookup', 'prefill', or the drafted tokens of a round."""
+"""Of what is timed: a context; a variant, 'lookup', 'prefill', or the drafted tokens of a round."""
 
 
 class Profile(Record):
@@ -251,8 +248,6 @@ def _calls(bench: Bench, runtimes: Mapping[str, Runtime], lengths: Sequence[int]
     """What is timed at one context: steps of each runtime's draft, rounds over `lengths` tokens, and the rest."""
     full = runtimes[FULL]
     calls: dict[str | int, Call] = {name: bench.draft(runtime) for name, runtime in runtimes.items()}
-    if HALF in runtimes:
-        calls["confidence"] = bench.draft(runtimes[HALF], ALMOST_ZERO)
     calls |= {n: bench.round(full, n) for n in lengths}
     return calls | {"lookup": bench.lookup(full, max(1, lengths[-1])), "prefill": bench.prefill(full)}
 
@@ -269,7 +264,6 @@ def costs_at(
     """Costs at every context, from all that was timed at `base` and what was timed at the others."""
     steps = {name: timed[base, name] / STEPS for name in variants(num_layers)}
     fitted = fit_step(num_layers, steps)
-    confidence = max(0.0, timed[base, "confidence"] / STEPS - steps[HALF])
     rounds = _rounds(base, timed)
     base_rounds = np.interp(range(max(rounds) + 1), list(rounds), list(rounds.values()))
     found = []
@@ -285,7 +279,6 @@ def costs_at(
                 layer=layer,
                 attention=attention,
                 mlp=mlp,
-                confidence=confidence,
                 rounds=_padded(bare, padding),
                 prefill=timed[context, "prefill"],
                 lookup=timed[context, "lookup"] / STEPS,

@@ -38,6 +38,8 @@ from selfspec_search.texts import Text, check_prompts, write_texts
 
 TOLD_FROM = 2**26
 """Less memory for copies goes without saying."""
+FORMAT = 2
+"""Of what a study's trials record. Studies of format 1 also tried exit thresholds; they can still be repicked."""
 PROFILE = "profile"
 """What the workers of a study share besides the texts, by key."""
 
@@ -126,6 +128,7 @@ class _Search:
         """All that the workers of a study must agree on for their trials to be compared."""
         settings = self.settings
         return {
+            "format": FORMAT,
             "model": self.model.config.model_type,
             "weights": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -37,9 +37,9 @@ class Bench:
     def __init__(self, prompts: Tensor, sampling: Sampling | None = None) -> None:
         self.prompts, self.sampling = prompts, sampling
 
-    def draft(self, runtime: Runtime, threshold: float | None = None) -> Call:
+    def draft(self, runtime: Runtime) -> Call:
         """STEPS tokens drafted in every row."""
-        drafter = LayerSkipDrafter(runtime, STEPS, threshold)
+        drafter = LayerSkipDrafter(runtime, STEPS)
         request = self._begin(runtime, drafter)
 
         def call() -> None:

@@ -46,7 +46,7 @@ class Branches:
         do. None where siblings cannot stand beside it."""
         way, costs = prediction.drafting, self.prices.costs
         context_free = all(type(one) in CONTEXT_FREE for one in self.settings.sampling.processors(self.model))
-        if not way.gamma or way.threshold is not None or not context_free:
+        if not way.gamma or not context_free:
             return None, None
         trees = [tree for tree in TREES if way.gamma + tree.siblings < len(costs.rounds)]
         found = self._branching(prediction, trees) if trees else {}

@@ -42,7 +42,6 @@ class Trial:
     draft_cost: float | None = None
     agreement: float | None = None
     gamma: int | None = None
-    threshold: float | None = None
     lookup: str | None = None
     tokens_per_round: float | None = None
     acceptance_rate: float | None = None
@@ -66,7 +65,7 @@ class Trial:
             lookup=None if lookup is None else _lookup_in_words(lookup),
             worker=None if worker is None else str(worker),
             **{name: number(record, name) for name in ("draft_cost", "agreement", "seconds")},
-            **{name: number(prediction, name) for name in ("threshold", *_PREDICTED)},
+            **{name: number(prediction, name) for name in _PREDICTED},
         )
 
     @property

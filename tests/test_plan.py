@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 import selfspec
 from selfspec import Outlook, Padding, Plan, PlanError, PromptLookup, SkipSet, Tree, wrap
+from selfspec.errors import PlanWarning
 from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 EDITABLE = {"selfspec_version": 1, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
@@ -52,7 +53,6 @@ plans = st.builds(
         trials=st.integers(),
         predicted=figures,
         measured=figures,
-        profile=st.dictionaries(texts, json_values, max_size=2),
     ),
 )
 
@@ -221,6 +221,16 @@ def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], objec
 
 
 # --- Writing whole or not at all ---
+
+
+def test_a_plan_of_an_earlier_release_that_holds_its_profile_is_read_without_it(tmp_path: Path) -> None:
+    conditions = Conditions(device="cpu", dtype="float32")
+    plan = Plan(skip_set=SkipSet(), gamma=2, provenance=Provenance(conditions=conditions, seed=3, trials=5))
+    data = json.loads(plan.to_json())
+    data["provenance"]["profile"] = {"device": "cpu", "contexts": [7]}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.warns(PlanWarning, match=r"parts that no longer exist, and they are ignored: provenance\.profile$"):
+        assert Plan.from_pretrained(tmp_path / "plan.json") == plan
 
 
 def test_a_plan_replaces_the_one_before(tmp_path: Path) -> None:

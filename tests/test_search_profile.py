@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, tiny_model
 from selfspec_search.costs import Costs, at_another_context, fit_costs, fit_step, variants
-from selfspec_search.profile import Profile, costs_at, default_contexts, measure, round_lengths
+from selfspec_search.profile import Profile, ProfileSettings, costs_at, default_contexts, measure, round_lengths
 from selfspec_search.sampling import Sampling
 from selfspec_search.timing import STEPS
 from transformers import PreTrainedModel, TopKLogitsWarper
@@ -96,7 +96,7 @@ def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch:
         return plain(self, view, tokens, depths)
 
     monkeypatch.setattr(Runtime, "run", recorded)
-    measured = measure(model, gamma_max=2, contexts=[11], rows=3)
+    measured = measure(model, gamma_max=2, contexts=[11], settings=ProfileSettings(rows=3))
     assert measured.rows == 3
     assert shapes == {("draft", 3, 1), ("target", 3, 1), ("target", 3, 2), ("target", 3, 3)}
 
@@ -131,7 +131,9 @@ def test_steps_and_rounds_for_sampling_are_measured_with_its_processors(
     monkeypatch.setattr(TopKLogitsWarper, "__call__", recorded)
     assert measure(model, gamma_max=2, contexts=[5]).sampling == {}
     assert not seen
-    measured = measure(model, gamma_max=2, contexts=[5], sampling=Sampling(do_sample=True, top_k=7))
+    measured = measure(
+        model, gamma_max=2, contexts=[5], settings=ProfileSettings(sampling=Sampling(do_sample=True, top_k=7))
+    )
     assert measured.sampling == {"do_sample": True, "top_k": 7}
     assert measured.conditions.endswith(", sampling")
     assert seen == {1, 2, 3}  # a step, and rounds over one and two drafted tokens
@@ -162,7 +164,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     model: PreTrainedModel, contexts: list[int], rows: int, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        measure(model, gamma_max=1, contexts=contexts, rows=rows)
+        measure(model, gamma_max=1, contexts=contexts, settings=ProfileSettings(rows=rows))
 
 
 # --- kept ---

@@ -20,7 +20,7 @@ from selfspec_search.confirm import Confirmed, confirm, padding_of
 from selfspec_search.memory import Memory
 from selfspec_search.objective import Prediction, Prices, plain_figures
 from selfspec_search.outlooks import Branching, Scene, match_shares, seen
-from selfspec_search.profile import Profile, measure, position_limit
+from selfspec_search.profile import Profile, ProfileSettings, measure, position_limit
 from selfspec_search.replay import Replay
 from selfspec_search.result import SearchResult
 from selfspec_search.settings import OnProgress, Phase, Progress, SearchSettings
@@ -82,14 +82,16 @@ def measure_for(
     return measure(
         model,
         prompts,
+        ProfileSettings(
+            rows=settings.rows,
+            slots=max(text.prompt + text.allowed for text in texts) + settings.longest_draft + 1,
+            sampling=settings.sampling,
+            backend=settings.backend,
+            compile=settings.compile,
+            formats=formats,
+        ),
         gamma_max=settings.longest_draft,
         contexts=sorted({min(context, most) for context in contexts}),
-        rows=settings.rows,
-        slots=max(text.prompt + text.allowed for text in texts) + settings.longest_draft + 1,
-        sampling=settings.sampling,
-        backend=settings.backend,
-        compile=settings.compile,
-        formats=formats,
         on_cycle=lambda done, total: phases.tell("profile", done, total),
     )
 
@@ -199,7 +201,6 @@ class Finish:
             predicted=winner.prediction.figures if winner else plainly,
             predicted_on_held_out=winner.predicted_on_held_out if winner else plainly_held_out,
             measured=winner.measured if winner else plain,
-            profile=self.profile.to_dict(),
         )
 
     def _outlook(self, winner: Confirmed, texts: Sequence[Text], branching: Mapping[Tree, Branching]) -> Outlook:

@@ -7,7 +7,7 @@ from typing import Any
 
 from selfspec.errors import PlanWarning
 
-RETIRED: tuple[str, ...] = ()
+RETIRED: tuple[str, ...] = ("provenance.profile",)
 """Dotted keys of parts that earlier releases wrote into plan files. A `*` stands for every entry of a list."""
 
 

@@ -210,14 +210,14 @@ class _Search:
             on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
         )
         study.run()
-        if not (ranking := study.ranking()):
+        if not (ranking := study.findings.ranking()):
             raise InputError(_nothing_found(study))
         return Trials(
             study=store.name,
             ranking=ranking,
             lookup=study.prices.best_lookup(texts),
-            complete=study.complete,
-            pruned=study.pruned,
+            complete=study.findings.complete,
+            pruned=study.findings.pruned,
             interrupted=study.interrupted,
         )
 
@@ -229,7 +229,7 @@ def _nothing_found(study: Study) -> str:
         "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} beside the model",
     }
     asked = {name: words for name, words in asked.items() if getattr(settings, name) is not None}
-    if study.trials and asked:
+    if study.findings.trials and asked:
         return (
             f"no draft that was tried {' and '.join(asked.values())}; raise {' or '.join(asked)}, or give the search "
             "more time"

@@ -12,9 +12,10 @@ from torch import Tensor
 from selfspec.drafting import Drafter
 from selfspec.processors import process
 from selfspec.request import Committed, Request
-from selfspec.runtime import Runtime, wait_for
+from selfspec.runtime import Runtime
 from selfspec.sampling import Draft, accept
 from selfspec.stats import Laps, Stats
+from selfspec.utils.statistics import wait_for
 
 
 @torch.inference_mode()

@@ -12,8 +12,8 @@ from typing import TypeVar
 from selfspec_search import SearchSettings
 from selfspec_search.finish import Phases, measure_for
 from selfspec_search.objective import Prices
+from selfspec_search.proposals import SENSITIVITY_TEXTS
 from selfspec_search.replay import Replay
-from selfspec_search.study import SENSITIVITY_TEXTS
 from selfspec_search.texts import Text, decode_batch, write_texts
 from torch import Tensor
 

@@ -15,10 +15,11 @@ from selfspec.plan import Outlook, Padding
 from selfspec.policy.estimates import MATCHES, match_class
 from selfspec.recipe import Recipe
 from selfspec.runtime import Runtime
+from selfspec.utils.statistics import median_seconds
 from selfspec_search.lookup import LookupTable
 from selfspec_search.sampling import Sampling
 from selfspec_search.texts import Text
-from selfspec_search.timing import STEPS, Bench, medians
+from selfspec_search.timing import STEPS, Bench
 
 CYCLES = 9
 """How often everything is measured, in turn, at least."""
@@ -74,14 +75,7 @@ class Scene:
         calls["step"] = bench.draft(runtime)
         if known.matches:
             calls["lookup"] = bench.lookup(runtime, longest)
-        timed = medians(
-            calls,
-            rare=lambda _: False,
-            cycles=CYCLES,
-            device=self.model.device,
-            on_cycle=lambda done, total: None,
-            seconds=SECONDS,
-        )
+        timed = median_seconds(calls, self.model.device, repeats=CYCLES, budget=SECONDS)
         rounds = np.interp(range(longest + 1), lengths, [timed[f"round {n}"] / STEPS for n in lengths])
         changes = {
             "rows": rows,

@@ -69,7 +69,7 @@ def repick(
         found = [
             best(table_of(trial, settings.gamma_max), prices, recipe)
             for recipe, trial in tables.items()
-            if limits.allow(recipe, prices)
+            if limits.check(recipe, prices).is_feasible
         ]
     if not found:
         raise InputError(f"no trial of study '{study.name}' can be used here: {_why_none(settings, profile)}")

@@ -38,6 +38,8 @@ from selfspec_search.texts import Text, check_prompts, write_texts
 
 TOLD_FROM = 2**26
 """Less memory for copies goes without saying."""
+FORMAT = 2
+"""Of what a study's trials record. Studies of format 1 also tried exit thresholds; they can still be repicked."""
 PROFILE = "profile"
 """What the workers of a study share besides the texts, by key."""
 
@@ -126,6 +128,7 @@ class _Search:
         """All that the workers of a study must agree on for their trials to be compared."""
         settings = self.settings
         return {
+            "format": FORMAT,
             "model": self.model.config.model_type,
             "weights": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -207,14 +210,14 @@ class _Search:
             on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
         )
         study.run()
-        if not (ranking := study.ranking()):
+        if not (ranking := study.findings.ranking()):
             raise InputError(_nothing_found(study))
         return Trials(
             study=store.name,
             ranking=ranking,
             lookup=study.prices.best_lookup(texts),
-            complete=study.complete,
-            pruned=study.pruned,
+            complete=study.findings.complete,
+            pruned=study.findings.pruned,
             interrupted=study.interrupted,
         )
 
@@ -226,7 +229,7 @@ def _nothing_found(study: Study) -> str:
         "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} beside the model",
     }
     asked = {name: words for name, words in asked.items() if getattr(settings, name) is not None}
-    if study.trials and asked:
+    if study.findings.trials and asked:
         return (
             f"no draft that was tried {' and '.join(asked.values())}; raise {' or '.join(asked)}, or give the search "
             "more time"

@@ -13,7 +13,7 @@ from selfspec.skip_set import SkipSet
 from selfspec_search.sampling import Sampling
 
 Phase = Literal["texts", "profile", "trials", "confirm", "rows"]
-SamplerName = Literal["tpe", "gp", "nsga2", "random"]
+SamplerName = Literal["tpe", "gp", "random"]
 DraftName = Literal["both", "skip", "quantised"]
 
 
@@ -25,8 +25,8 @@ class SearchSettings:
         trials: recipes to try in the study, by all its workers and earlier runs, pruned ones included.
         timeout: seconds after which no further trial starts; None for no limit.
         seed: of everything random in the search.
-        sampler: who proposes recipes once those known to be good were tried: Optuna's TPE, Gaussian process, NSGA-II
-            or random sampling.
+        sampler: who proposes recipes once those known to be good were tried: Optuna's TPE, Gaussian process or random
+            sampling.
         draft: what drafts may do: `skip` sub-layers, which takes no memory; run them `quantised`, with a head that is
             quantised and trimmed; or `both`. What is not faster on this device is never offered.
         draft_memory: bytes that a draft's own layers may take beside the model; None for no limit. The search itself

@@ -60,7 +60,7 @@ def profile(
     loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
 
     from selfspec_search.copy_costs import FORMATS
-    from selfspec_search.profile import measure
+    from selfspec_search.profile import ProfileSettings, measure
 
     from selfspec.compiling import compile_obstacle, will_compile
 
@@ -70,12 +70,9 @@ def profile(
     with progress_bar("timing passes", quiet=quiet) as report:
         measured = measure(
             loaded.model,
+            settings=ProfileSettings(rows=rows, backend=backend, compile=compile, formats=FORMATS),
             gamma_max=gamma_max,
             contexts=lengths,
-            rows=rows,
-            backend=backend,
-            compile=compile,
-            formats=FORMATS,
             on_cycle=lambda done, total: report(done, total, "timing passes"),
         )
     report_profile(results(), measured)

@@ -48,7 +48,7 @@ def search(
     trials: options.Trials = 200,
     timeout: Annotated[float | None, typer.Option(help="Start no further trial after so many seconds.")] = None,
     seed: options.Seed = 0,
-    sampler: Annotated[str, typer.Option(help="Who proposes drafts: tpe, gp, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="Who proposes drafts: tpe, gp or random.")] = "tpe",
     draft: Annotated[
         DraftName,
         typer.Option(

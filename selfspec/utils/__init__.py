@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models; every package may import them."""

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from selfspec.decode_options import DecodeOptions
     from selfspec.errors import (
         InputError,
         PlanError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecodeOptions",
     "Format",
     "InputError",
     "Metrics",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DecodeOptions": "decode_options",
     "Format": "recipe",
     "Metrics": "metrics",
     "Outlook": "plan",

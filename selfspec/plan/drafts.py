@@ -7,9 +7,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from selfspec.plan.schema import Setting
+from selfspec.recipe import MOST_DRAFTED
 
-MOST_DRAFTED = 64
-"""The longest draft that a plan may ask for."""
 MOST_SIBLINGS = 16
 """The most alternatives to drafted tokens."""
 

@@ -24,13 +24,13 @@ from typing import Any, get_args
 import torch
 import transformers
 from rich.console import Console
-from selfspec.cli.formatting import report_search
 from selfspec_search import SearchResult, SearchSettings, search
 from selfspec_search.settings import DraftName
 
 from selfspec import InputError, Plan
 from selfspec.benchmark import Measurement, Score, measure
 from selfspec.cli.bench import print_scores
+from selfspec.cli.formatting import report_search
 from selfspec.contenders import GENERATE, PLAIN, LineUp, line_up
 from selfspec.decode_options import DecodeOptions, PolicyName
 from selfspec.demo import calibration_prompts, held_out_prompts

@@ -14,7 +14,6 @@ from gpu_bench.budget import Budget
 from gpu_bench.real import missing
 from gpu_bench.shapes import LLAMA_8B, QWEN3_32B, Shape
 from rich.console import Console
-from selfspec.cli.formatting import report_search
 
 from quantised_bench.effort import GPU, TOY, Effort, as_told
 from quantised_bench.shape_run import Estimates, ShapeRun
@@ -24,6 +23,7 @@ from quantised_bench.trained import REAL, Sizes, Trained, measure_trained
 from quantised_bench.trained import TOY as TOY_SIZES
 from selfspec import Format, InputError
 from selfspec.cli.bench import print_scores
+from selfspec.cli.formatting import report_search
 from selfspec.recipe import FP8, INT4, INT8
 
 FORMATS = {"int4": INT4, "int8": INT8, "fp8": FP8}

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from selfspec.attention import AttentionArgs
 from selfspec.views import ProbePass, run_view
-from selfspec_search.sampling import process_packed
+from selfspec_search.processing import process_packed
 from selfspec_search.texts import Text
 
 TEXTS_TOGETHER = 8

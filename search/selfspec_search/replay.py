@@ -29,9 +29,10 @@ from selfspec.recipe import Recipe
 from selfspec.skip_set import SkipSet
 from selfspec.views import longrope_switch, pin_longrope, run_view, target_view
 from selfspec_search.memory import Memory
+from selfspec_search.processing import process_packed
 from selfspec_search.recording import Recording, batches, probabilities
 from selfspec_search.replay_pass import ReplayPass, Starts, Step
-from selfspec_search.sampling import Sampling, process_packed
+from selfspec_search.sampling import Sampling
 from selfspec_search.table import Table
 from selfspec_search.texts import Text
 

@@ -7,9 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from selfspec.plan.schema import Setting
-
-MOST_DRAFTED = 64
-"""The longest draft that a plan may ask for."""
+from selfspec.recipe import MOST_DRAFTED
 
 
 class PromptLookup(Setting):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from selfspec.decode_options import PolicyName
 from selfspec.drafting import Drafter, NoDrafter, PromptLookupDrafter, drafter_of
 from selfspec.plan import Outlook, Plan, PromptLookup
 from selfspec.policy.adaptive import AdaptivePolicy
@@ -11,8 +10,6 @@ from selfspec.policy.choice import Choice, Choices
 from selfspec.policy.drafter import AdaptiveDrafter
 from selfspec.policy.estimates import MATCHES
 from selfspec.runtime import Runtime, device_name
-
-PolicyName = Literal["adaptive", "fixed"]
 
 MATCH = max(MATCHES)
 """The longest match that is told from shorter ones."""

@@ -94,7 +94,7 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
         phases=Phases(on_progress=print),
     )
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    outlook = finish._outlook(replace(result.confirmed[0], prediction=by_layers), texts, {})
+    outlook = finish._outlook(replace(result.confirmed[0], prediction=by_layers), texts)
     assert outlook.rounds == [1.0] * (settings.gamma_max + 1)
     assert outlook.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
     assert outlook.agreement == result.confirmed[0].by_layers

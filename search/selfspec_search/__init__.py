@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from selfspec_search.run import search
     from selfspec_search.sampling import Sampling
     from selfspec_search.settings import OnProgress, Progress, SearchSettings
-    from selfspec_search.store import load_study
+    from selfspec_search.storage.study_store import load_study
 
 __all__ = [
     "Confirmed",
@@ -36,7 +36,7 @@ _HOMES = {
     "Sampling": "sampling",
     "SearchResult": "result",
     "SearchSettings": "settings",
-    "load_study": "store",
+    "load_study": "storage.study_store",
     "repick": "repicking",
     "search": "run",
 }

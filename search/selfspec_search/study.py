@@ -28,7 +28,7 @@ from selfspec_search.replay import Replay
 from selfspec_search.sampler import Sampler
 from selfspec_search.settings import SearchSettings
 from selfspec_search.space import Change, Sublayer, nested, skip_set_of, sublayer_name
-from selfspec_search.store import Running, Store, StoredTrial
+from selfspec_search.storage.study_store import Running, Store, StoredTrial
 from selfspec_search.table import Table
 
 SEED_SHARE = 0.5
@@ -110,14 +110,14 @@ class Study:
     def _proposals(self) -> Iterator[Recipe]:
         """Recipes to try next, none that is known or being tried, until no such one is left.
 
-        First those of workers that died, and the user's own; then those that are known to be good elsewhere.
+        First the user's own; then those that are known to be good elsewhere.
         """
         if self.trials >= self.settings.trials:
             return
         given = (self.space.nearest(recipe) for recipe in self.settings.start_from)
         known, turn = self._seeds(), 0
         while True:
-            recipe = self.store.waiting() or self._new_of(given)
+            recipe = self._new_of(given)
             if recipe is None and self.trials < SEED_SHARE * self.settings.trials:
                 recipe = self._new_of(known)
             if recipe is None:

@@ -35,7 +35,7 @@ from rich.table import Table
 from selfspec_search import SearchResult, SearchSettings, load_study, search
 from selfspec_search.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
 from selfspec_search.replay import Replay
-from selfspec_search.store import StoredTrial
+from selfspec_search.storage.study_store import StoredTrial
 from selfspec_search.study import prediction_of
 from selfspec_search.table import Table as DepthTable
 from selfspec_search.texts import decode_batch, write_texts

@@ -31,7 +31,7 @@ from selfspec_search.report.figures import ideal_cost
 from selfspec_search.report.headline import tiles, title, verdict
 from selfspec_search.report.panels import Panel, gains, panels
 from selfspec_search.report.tables import INTERVAL, SPREAD, comparison_rows, settings
-from selfspec_search.store import Store
+from selfspec_search.storage.study_store import Store
 
 from selfspec import Plan, SkipSet
 from selfspec.errors import InputError, PlanError

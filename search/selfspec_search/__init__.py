@@ -15,7 +15,7 @@ _MODULES = {
     "Sampling": "sampling",
     "SearchResult": "result",
     "SearchSettings": "settings",
-    "load_study": "store",
+    "load_study": "storage.study_store",
     "repick": "repicking",
     "search": "run",
 }

@@ -16,7 +16,7 @@ from selfspec_search.replay import Replay
 from selfspec_search.sampler import Sampler
 from selfspec_search.settings import SearchSettings
 from selfspec_search.space import Change, Sublayer, nested, skip_set_of, sublayer_name
-from selfspec_search.store import Store
+from selfspec_search.storage.study_store import Store
 
 SEED_SHARE = 0.5
 """At most this share of the trials goes to recipes that are known to be good."""
@@ -114,7 +114,7 @@ class Proposals:
         given = (self.space.nearest(recipe) for recipe in self.settings.start_from)
         known, turn = self._seeds(), 0
         while True:
-            recipe = self.store.waiting() or self._new_of(given)
+            recipe = self._new_of(given)
             if recipe is None and self.findings.trials < SEED_SHARE * self.settings.trials:
                 recipe = self._new_of(known)
             if recipe is None:

@@ -18,7 +18,7 @@ from selfspec_search.profile import Profile
 from selfspec_search.result import SearchResult
 from selfspec_search.sampling import Sampling
 from selfspec_search.settings import OnProgress, SearchSettings
-from selfspec_search.store import StoredStudy, StoredTrial
+from selfspec_search.storage.study_store import StoredStudy, StoredTrial
 from selfspec_search.table import Table
 from selfspec_search.text_cache import TEXTS, model_fingerprint
 

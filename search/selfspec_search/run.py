@@ -30,8 +30,7 @@ from selfspec_search.replay import Replay
 from selfspec_search.result import SearchResult
 from selfspec_search.settings import OnProgress, SearchSettings
 from selfspec_search.space import Space
-from selfspec_search.store import Store, load_study
-from selfspec_search.stored import SPACE
+from selfspec_search.storage.study_store import SPACE, Store, load_study
 from selfspec_search.study import Study
 from selfspec_search.text_cache import TEXTS, TextCache, digest_of, model_fingerprint
 from selfspec_search.texts import Text, check_prompts, write_texts

@@ -16,7 +16,7 @@ from selfspec_search.proposals import Findings, Proposals
 from selfspec_search.replay import Replay
 from selfspec_search.sampler import Sampler
 from selfspec_search.settings import SearchSettings
-from selfspec_search.store import Running, Store, StoredTrial
+from selfspec_search.storage.study_store import Running, Store, StoredTrial
 from selfspec_search.table import Table
 
 

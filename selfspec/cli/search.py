@@ -149,7 +149,7 @@ def _told_of_interrupts(storage: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from selfspec_search.storage_url import without_password
+        from selfspec_search.storage.open import without_password
 
         asides().print(
             f"interrupted, and no plan was written; trials that ended are kept in {without_password(storage)}: "

@@ -232,35 +232,62 @@ class TestCtrlC:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("name", ["x.db", "x.journal"])
-    def test_a_directory_that_is_not_there(self, tmp_path: Path, name: str) -> None:
-        assert "there is no directory" in refusal(str(tmp_path / "nowhere" / name))
+    @pytest.mark.parametrize(
+        ("storage", "line"),
+        [
+            ("{}/nowhere/x.db", "there is no directory"),
+            ("{}/nowhere/x.journal", "there is no directory"),
+            ("{}/protected/x.db", "may not be written"),
+            ("{}/protected/x.journal", "may not be written"),
+            ("{}", "is a directory"),
+            ("{}/null", "is a device or a pipe"),
+            ("{}/null.journal", "is a device or a pipe"),
+            ("~no_such_user/x.db", "give the whole path"),
+            ("~no_such_user/x.journal", "give the whole path"),
+            ("sqlite://", "names no file"),
+            ("sqlite:///:memory:", "names no file"),
+            ("journal://", "names no file"),
+            ("", "names no file"),
+            ("redis://localhost", "is no kind of database"),
+            ("pigeon://coop", "is no kind of database"),
+            ("postgresql://me:hush@127.0.0.1:1/db", "refused"),
+            ("postgresql://me:hush@127.0.0.1:port/db", "cannot be read"),
+        ],
+    )
+    @pytest.mark.usefixtures("protected")
+    def test_a_storage_that_cannot_be_used_is_refused_without_its_password(
+        self, tmp_path: Path, storage: str, line: str
+    ) -> None:
+        for name in ("null", "null.journal"):
+            (tmp_path / name).symlink_to("/dev/null")
+        refused = refusal(storage.format(tmp_path))
+        assert line in refused
+        assert "hush" not in refused
 
-    @pytest.mark.parametrize("name", ["x.db", "x.journal"])
-    def test_a_directory_that_is_protected(self, protected: Path, name: str) -> None:
-        assert "may not be written" in refusal(str(protected / name))
-
-    def test_a_directory_in_place_of_a_file(self, tmp_path: Path) -> None:
-        assert "is a directory" in refusal(str(tmp_path))
-
-    def test_a_text_file_is_no_database_and_stays_as_it_is(self, tmp_path: Path) -> None:
-        file = tmp_path / "prompts.txt"
-        file.write_text("Once upon a time there was a file")
-        assert "is no SQLite database" in refusal(str(file))
-        assert file.read_text() == "Once upon a time there was a file"
-
-    @pytest.mark.parametrize("text", ["not JSON\n", "[1, 2]\n", '{"prompt": "hello"}\n', "7\n", "no line end"])
-    def test_another_file_is_no_journal_and_stays_as_it_is(self, tmp_path: Path, text: str) -> None:
-        file = tmp_path / "x.journal"
+    @pytest.mark.parametrize(
+        ("name", "text", "line"),
+        [
+            ("prompts.txt", "Once upon a time there was a file", "is no SQLite database"),
+            *(
+                ("x.journal", text, "is no journal of Optuna's")
+                for text in ("not JSON\n", "[1, 2]\n", '{"prompt": "hello"}\n', "7\n", "no line end")
+            ),
+            *(
+                ("x.journal", text, "is damaged")
+                for text in ('{"op_code":99}\n', '{"op_code":0}\n', '{"op_code":0,"study_name":1,"directions":2}\n')
+            ),
+        ],
+    )
+    def test_another_file_is_refused_and_stays_as_it_is(self, tmp_path: Path, name: str, text: str, line: str) -> None:
+        file = tmp_path / name
         file.write_text(text)
-        assert "is no journal of Optuna's" in refusal(str(file))
+        assert line in refusal(str(file))
         assert file.read_text() == text
 
     def test_another_program_s_database_stays_as_it_is(self, tmp_path: Path) -> None:
         file = tmp_path / "places.db"
-        with sqlite3.connect(file) as connection:
+        with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute("CREATE TABLE bookmarks (id INTEGER)")
-        connection.close()
         before = file.read_bytes()
         assert "another program's database (it has a table 'bookmarks')" in refusal(str(file))
         assert file.read_bytes() == before
@@ -271,41 +298,9 @@ class TestRefusals:
         study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
         assert "was not made by this search; choose another --study" in refusal(url)
 
-    @pytest.mark.parametrize("path", ["/dev/null", "/dev/null.journal"])
-    def test_a_device_in_place_of_a_file(self, tmp_path: Path, path: str) -> None:
-        link = tmp_path / path.removeprefix("/dev/")
-        link.symlink_to("/dev/null")
-        assert "is a device or a pipe" in refusal(str(link))
-
-    @pytest.mark.parametrize("path", ["~no_such_user/x.db", "~no_such_user/x.journal"])
-    def test_the_home_of_a_user_that_nobody_knows(self, path: str) -> None:
-        assert "give the whole path" in refusal(path)
-
-    @pytest.mark.parametrize("line", ['{"op_code":99}', '{"op_code":0}', '{"op_code":0,"study_name":1,"directions":2}'])
-    def test_a_journal_with_a_line_that_means_nothing(self, tmp_path: Path, line: str) -> None:
-        path = tmp_path / "x.journal"
-        path.write_text(f"{line}\n")
-        assert "is damaged" in refusal(str(path))
-
-    def test_a_host_that_refuses(self) -> None:
-        line = refusal("postgresql://me:hush@127.0.0.1:1/db")
-        assert "hush" not in line
-        assert "refused" in line
-
-    def test_a_password_that_cannot_be_read_is_not_shown(self) -> None:
-        assert "hush" not in refusal("postgresql://me:hush@127.0.0.1:port/db")
-
-    @pytest.mark.parametrize("url", ["redis://localhost", "pigeon://coop"])
-    def test_a_kind_of_database_that_nobody_knows(self, url: str) -> None:
-        assert "is no kind of database" in refusal(url)
-
     def test_a_missing_driver_is_named_with_what_installs_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "psycopg", None)
         assert "pip install 'selfspec[postgresql]'" in refusal("postgresql://me@localhost/db")
-
-    @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "journal://", ""])
-    def test_a_storage_without_a_file(self, url: str) -> None:
-        assert "names no file" in refusal(url)
 
     def test_a_database_that_is_not_there(self, postgres: Server) -> None:
         assert "does not exist" in refusal(postgres.url + "_nowhere")

@@ -183,7 +183,8 @@ class TestStaleTrials:
         self, shared: str, name: str, ended_process: int
     ) -> None:
         with join(shared, name) as store:
-            trial = store.ledger.trials()[store.begin(SETS[2]).number]
+            store.begin(SETS[2])
+            trial = store.ledger.trials()[-1]
             owner = {**trial.system_attrs[OWNER], "pid": ended_process}
             store.ledger.storage.do(lambda raw: raw.set_trial_system_attr(trial._trial_id, OWNER, owner))
             assert becomes_stale(store)

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from selfspec.models.views import ProbePass, run_view
 from selfspec.runtime.attention import AttentionArgs
-from selfspec_search.replay.sampling_settings import process_packed
+from selfspec_search.replay.processing import process_packed
 from selfspec_search.replay.texts import Text
 
 TEXTS_TOGETHER = 8

@@ -31,11 +31,11 @@ from selfspec import InputError, Plan
 from selfspec.benchmark.contenders import GENERATE, PLAIN, LineUp, line_up
 from selfspec.benchmark.measure import Measurement, Score, measure
 from selfspec.cli.bench import print_scores
-from selfspec.cli.found import report_search
+from selfspec.cli.formatting import report_search
+from selfspec.decode_options import DecodeOptions, PolicyName
 from selfspec.demo import calibration_prompts, held_out_prompts
 from selfspec.huggingface.loading import Loaded, load, processor_name, quiet_hugging_face, versions
 from selfspec.huggingface.prompts import load_prompts
-from selfspec.policy import PolicyName
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         calibration = read(options.calibration or calibration_prompts(), loaded, options)
         found = find_plan(model, calibration, confirming, options)
     plan = found.plan if found else Plan.from_pretrained(options.plan)
-    lined_up = line_up(model, plan, held_out, options.new_tokens, compile=options.compile, policy=options.policy)
+    lined_up = line_up(
+        model, plan, held_out, options.new_tokens, DecodeOptions(compile=options.compile, policy=options.policy)
+    )
     measured = measure(lined_up.contenders, held_out, new_tokens=options.new_tokens, repeats=options.repeats)
     scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.longest_draft)
     print_scores(console, scores)

@@ -37,7 +37,7 @@ from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting
 from selfspec_search.replay.table import Table as DepthTable
 from selfspec_search.replay.texts import decode_batch, write_texts
-from selfspec_search.store import StoredTrial
+from selfspec_search.storage.study_store import StoredTrial
 from selfspec_search.study.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
 from selfspec_search.study.study import prediction_of
 from torch import Tensor

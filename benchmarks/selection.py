@@ -4,9 +4,9 @@ Every method selects on the same calibration prompts, within the same wall time 
 decoding of held-out prompts that none of them saw: one row, greedy, our runtime, all plans and plain decoding
 interleaved in one process. SWIFT, CLaSp and KnapSpec choose again and again while they decode; here each is frozen into
 one plan, as a search writes it. To judge the selection alone, and generously, each rival's sets, over all the ratios
-that it sweeps, get the draft length and the exit threshold that our replay predicts to suit them best, at no cost to
-the rival; the two best by prediction are decoded, and the faster of the two, as measured, counts. Ours pays for its
-texts, profile and confirmation out of its budget; the rivals are given texts and profile. Prompt lookup takes no part.
+that it sweeps, get the draft length that our replay predicts to suit them best, at no cost to the rival; the two best
+by prediction are decoded, and the faster of the two, as measured, counts. Ours pays for its texts, profile and
+confirmation out of its budget; the rivals are given texts and profile. Prompt lookup takes no part.
 Prints a table; the last line is JSON.
 
     python benchmarks/selection.py --out benchmarks/results/selection_cpu.json --figure benchmarks/results/selection_cpu.png
@@ -127,10 +127,10 @@ def run_model(name: str, options: argparse.Namespace, console: Console) -> dict[
 def table(title: str, found: Sequence[dict[str, Any]]) -> Table:
     shown = Table(
         title=f"{title}: greedy decoding of held-out prompts, one row; ratios with 95 % intervals",
-        caption="Every rival's sets got the draft length and exit threshold that our replay finds best for them; "
+        caption="Every rival's sets got the draft length that our replay finds best for them; "
         "of its two best by prediction, the faster one counts. Ours paid for texts, profile and confirmation.",
     )
-    columns = ("", "skips", "gamma", "exit", "draft cost", "accepted", "tokens/round", "predicted", "speedup")
+    columns = ("", "skips", "gamma", "draft cost", "accepted", "tokens/round", "predicted", "speedup")
     for column in (*columns, "ours over it", "", "tried", "offered", "seconds", "differing"):
         shown.add_column(column, justify="left" if not column else "right")
     for row in found:
@@ -146,7 +146,6 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["name"],
         f"{len(row['skip_set']['attn'])} + {len(row['skip_set']['mlp'])}",
         str(row["gamma"]),
-        f"{row['exit_threshold']:.2f}" if row["exit_threshold"] else "",
         f"{row['draft_cost']:.2f}" if row["draft_cost"] else "",
         f"{row['acceptance_rate']:.2f}" if row["acceptance_rate"] is not None else "",
         f"{row['tokens_per_round']:.2f}" if row["tokens_per_round"] is not None else "",

@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
+    "DecodeOptions": "decode_options",
     "Format": "plan.draft_spec",
     "InputError": "errors",
     "Metrics": "serving.metrics",

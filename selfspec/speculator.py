@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from selfspec.decode_options import DecodeOptions, PolicyName
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Committed, Request
 from selfspec.decoding.round import decode, is_captured
@@ -33,9 +34,8 @@ from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import copied_bytes, obstacles
 from selfspec.plan import Padding, Plan
 from selfspec.plan.draft_spec import Recipe
-from selfspec.policy import PolicyName, drafter_for, too_many_rows
+from selfspec.policy import drafter_for, too_many_rows
 from selfspec.runtime.runtime import Runtime, device_name
-from selfspec.utils.sizes import parse_size
 
 
 @dataclass
@@ -79,16 +79,8 @@ def wrap(
         UnsupportedModelError: the family is not among those tested, or the probe found a difference.
         PlanError: the plan is malformed, or made for another model.
     """
-    return SelfSpeculator(
-        model,
-        plan,
-        backend=backend,
-        compile=compile,
-        graphs=graphs,
-        policy=policy,
-        draft_memory=draft_memory,
-        draft_model=draft_model,
-    )
+    options = DecodeOptions(backend=backend, compile=compile, graphs=graphs, policy=policy, draft_memory=draft_memory)
+    return SelfSpeculator(model, plan, options, draft_model)
 
 
 def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
@@ -108,31 +100,23 @@ class SelfSpeculator:
         self,
         model: PreTrainedModel,
         plan: Plan | str | os.PathLike[str],
-        *,
-        backend: str | None = None,
-        compile: bool | None = None,
-        graphs: bool | None = None,
-        policy: PolicyName = "adaptive",
-        draft_memory: int | str | None = None,
+        options: DecodeOptions = DecodeOptions(),
         draft_model: PreTrainedModel | None = None,
     ) -> None:
-        if policy not in get_args(PolicyName):
-            raise InputError(f"policy '{policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
-        self.policy = policy
+        self.options = options
         self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
         if draft_model is not None:
-            check_plan(self.plan, draft_memory)
+            check_plan(self.plan, options.draft_memory)
         self.model = model
-        self.runtime = Runtime(model, backend=backend, compile=compile, graphs=graphs)
+        self.runtime = Runtime(model, backend=options.backend, compile=options.compile, graphs=options.graphs)
         self.plan.check_fits(model.config)
         recipe = self.plan.recipe if self.plan.gamma else Recipe()  # what never drafts needs no copies
-        limit = parse_size(draft_memory, "draft_memory") if isinstance(draft_memory, str) else draft_memory
-        self.runtime.draft_memory = limit
+        self.runtime.draft_memory = options.draft_memory_bytes
         self.runtime.draft_with(recipe)
         self.draft_runtime: Runtime | None = None
         """Where a draft model runs, if there is one."""
         if draft_model is not None:
-            self.draft_runtime = draft_runtime(model, draft_model, backend=backend, compile=compile)
+            self.draft_runtime = draft_runtime(model, draft_model, backend=options.backend, compile=options.compile)
         self._warn_if_stale(**self._conditions)
         self._told_of_sampling = self._told_of_rows = False
         self.stats = Stats()
@@ -252,7 +236,7 @@ class SelfSpeculator:
             warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
 
     def _warn_if_too_many(self, rows: int) -> None:
-        if self.policy == "fixed" or self.draft_runtime is not None or self._told_of_rows:
+        if self.options.policy == "fixed" or self.draft_runtime is not None or self._told_of_rows:
             return
         if (reason := too_many_rows(self.plan, rows)) is not None:
             self._told_of_rows = True
@@ -297,7 +281,7 @@ class SelfSpeculator:
         drafter: Drafter = NoDrafter()
         if not request.lockstep:
             drafter, self.stats.policy = drafter_for(
-                self.plan, self.runtime, request.rows, self.policy, self.draft_runtime
+                self.plan, self.runtime, request.rows, self.options.policy, self.draft_runtime
             )
         self.runtime.padding = self.padding_for(request.rows)
         self.runtime.reserve(request.rows, request.max_length + request.room)

@@ -41,7 +41,7 @@ def find_plans(
     drafting = next(one.prediction for one in found.confirmed if one.prediction.drafting.gamma)
     table = Replay(model, texts, settings.gamma_max).run(drafting.recipe)
     assert table is not None
-    ways = [way for way in ways_to_draft(table, prices) if way.threshold is None]
+    ways = ways_to_draft(table, prices)
     layers = simplest(predict(table, prices, drafting.recipe, ways))
     both = [replace(way, lookup=lookup) for lookup in prices.lookups for way in ways]
     cascade = simplest(predict(table, prices, drafting.recipe, both))

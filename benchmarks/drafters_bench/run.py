@@ -16,7 +16,7 @@ from torch import Tensor
 from drafters_bench.plans import Plans
 from drafters_bench.prices import Prices
 from drafters_bench.workloads import Workload, endless
-from selfspec import SelfSpeculator
+from selfspec import SelfSpeculator, wrap
 from selfspec.benchmark.contenders import (
     GENERATE,
     PLAIN,
@@ -68,7 +68,7 @@ def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
     outlooks = {count: scene.outlook(adaptive.outlook, count) for count in rows}
     first, *others = outlooks.values()
     told = adaptive.model_copy(update={"outlook": first, "other_rows": others})
-    specs = {name: SelfSpeculator(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
+    specs = {name: wrap(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
     return Entrants(specs=specs | {ADAPTIVE: SelfSpeculator(loaded.model, told)}, outlooks=outlooks)
 
 

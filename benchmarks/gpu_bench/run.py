@@ -24,7 +24,7 @@ from gpu_bench.subject import Subject
 from gpu_bench.tables import aims_table, ceilings_table, cells_table, peers_table, search_table, stages_table
 from selfspec import InputError
 from selfspec.cli.bench import print_scores
-from selfspec.cli.found import report_search
+from selfspec.cli.formatting import report_search
 
 AIMED = 0.9
 """The agreement of the cell that has aims, and of the first cell at each number of rows and context."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from selfspec.errors import InputError
-from selfspec.runtime.runtime import wait_for
+from selfspec.utils.statistics import wait_for
 
 Call = Callable[[], Any]
 Decode = Callable[[int], Any]

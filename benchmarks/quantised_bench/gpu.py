@@ -23,7 +23,7 @@ from quantised_bench.trained import REAL, Sizes, Trained, measure_trained
 from quantised_bench.trained import TOY as TOY_SIZES
 from selfspec import Format, InputError
 from selfspec.cli.bench import print_scores
-from selfspec.cli.found import report_search
+from selfspec.cli.formatting import report_search
 from selfspec.plan.draft_spec import INT4, INT8
 
 FORMATS = {"int4": INT4, "int8": INT8}

@@ -45,10 +45,10 @@ class Entry:
 
 
 def enter(method: str, select: Select, context: Context, replay: Replay, budget: float, seed: int) -> list[Entry]:
-    """Let a method select; the best of its sets, each with the draft length and exit threshold that replay finds best.
+    """Let a method select; the best of its sets, each with the draft length that replay finds best.
 
-    That is the most generous reading: draft length and threshold are not the method's own, but what is predicted to
-    suit its set best, on the same calibration texts that ours is searched on, and their choice costs it no time.
+    That is the most generous reading: the draft length is not the method's own, but the one that is predicted to
+    suit its set best, on the same calibration texts that ours is searched on, and its choice costs it no time.
     """
     start = perf_counter()
     selection = select(context, budget, seed)
@@ -76,12 +76,12 @@ def predicted_speedup(replay: Replay, context: Context, plan: Plan) -> float:
     """Of a plan without prompt lookup, at the prices of all others here."""
     if not plan.speculates:
         return 1.0
-    ways = [Drafting(plan.gamma, plan.exit_threshold)]
+    ways = [Drafting(plan.gamma)]
     return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.recipe, ways)[0].speedup
 
 
 def price(replay: Replay, context: Context, skip_set: SkipSet) -> Prediction:
-    """A set with the draft length and the exit threshold that suit it best."""
+    """A set with the draft length that suits it best."""
     return best(_table(replay, skip_set), Prices(costs=context.costs), Recipe.of(skip_set))
 
 
@@ -121,7 +121,6 @@ def rows(measured: Measurement, entries: Sequence[Entry], context: Context) -> l
             "draft_cost": round(draft_cost(context, entry.plan.skip_set), 4) if entry.plan.gamma else None,
             "skip_set": entry.plan.skip_set.to_dict(),
             "gamma": entry.plan.gamma,
-            "exit_threshold": entry.plan.exit_threshold,
             "ratio": entry.ratio,
             "tried": entry.tried,
             "offered": entry.offered,

@@ -14,7 +14,7 @@ from selfspec_search.confirm.plan_writer import Phases, measure_for
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.texts import Text, decode_batch, write_texts
 from selfspec_search.study.objective import Prices
-from selfspec_search.study.study import SENSITIVITY_TEXTS
+from selfspec_search.study.proposals import SENSITIVITY_TEXTS
 from torch import Tensor
 
 from rivals.bill import Bill

@@ -15,7 +15,7 @@ _MODULES = {
     "Sampling": "replay.sampling_settings",
     "SearchResult": "confirm.result",
     "SearchSettings": "settings",
-    "load_study": "store",
+    "load_study": "storage.study_store",
     "repick": "confirm.repick",
     "search": "pipeline",
 }

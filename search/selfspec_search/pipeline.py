@@ -29,8 +29,7 @@ from selfspec_search.replay.text_cache import TEXTS, TextCache, digest_of, model
 from selfspec_search.replay.texts import Text, check_prompts, write_texts
 from selfspec_search.settings import OnProgress, SearchSettings
 from selfspec_search.space import Space
-from selfspec_search.store import Store, load_study
-from selfspec_search.stored import SPACE
+from selfspec_search.storage.study_store import SPACE, Store, load_study
 from selfspec_search.study.build_space import formats_for, most_copied, space_of
 from selfspec_search.study.constraints import limits_of
 from selfspec_search.study.objective import Prices
@@ -38,6 +37,8 @@ from selfspec_search.study.study import Study
 
 TOLD_FROM = 2**26
 """Less memory for copies goes without saying."""
+FORMAT = 2
+"""Of what a study's trials record. Studies of format 1 also tried exit thresholds; they can still be repicked."""
 PROFILE = "profile"
 """What the workers of a study share besides the texts, by key."""
 
@@ -126,6 +127,7 @@ class _Search:
         """All that the workers of a study must agree on for their trials to be compared."""
         settings = self.settings
         return {
+            "format": FORMAT,
             "model": self.model.config.model_type,
             "weights": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -207,14 +209,14 @@ class _Search:
             on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
         )
         study.run()
-        if not (ranking := study.ranking()):
+        if not (ranking := study.findings.ranking()):
             raise InputError(_nothing_found(study))
         return Trials(
             study=store.name,
             ranking=ranking,
             lookup=study.prices.best_lookup(texts),
-            complete=study.complete,
-            pruned=study.pruned,
+            complete=study.findings.complete,
+            pruned=study.findings.pruned,
             interrupted=study.interrupted,
         )
 
@@ -226,7 +228,7 @@ def _nothing_found(study: Study) -> str:
         "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} beside the model",
     }
     asked = {name: words for name, words in asked.items() if getattr(settings, name) is not None}
-    if study.trials and asked:
+    if study.findings.trials and asked:
         return (
             f"no draft that was tried {' and '.join(asked.values())}; raise {' or '.join(asked)}, or give the search "
             "more time"

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.decode_options import DecodeOptions
 from selfspec.decoding.stats import Stats
 from selfspec.errors import SelfspecError
 from selfspec.plan import Plan
 from selfspec.plan.sublayers import SkipSet
-from selfspec.policy import PolicyName
 from selfspec.speculator import SelfSpeculator
 
 GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, DRAFT_MODEL, OURS = (
@@ -182,20 +182,18 @@ def line_up(
     plan: Plan,
     prompts: Sequence[Tensor],
     new_tokens: int,
+    options: DecodeOptions = DecodeOptions(),
     *,
     peers: bool = True,
-    backend: str | None = None,
-    compile: bool | None = None,
-    policy: PolicyName = "adaptive",
-    draft_memory: int | str | None = None,
     draft_model: PreTrainedModel | None = None,
     draft_gamma: int = 4,
 ) -> LineUp:
     """`model.generate`, the plain model in our runtime, and ours; with `peers`, the built-in ways to speculate too,
     each with the settings that are the fastest on the first prompts; with a `draft_model`, classic speculative decoding
     in our runtime, `draft_gamma` tokens a round."""
-    ours = SelfSpeculator(model, plan, backend=backend, compile=compile, policy=policy, draft_memory=draft_memory)
-    plain = SelfSpeculator(model, Plan.none(padding=ours.padding_for(1)), backend=backend, compile=compile)
+    ours = SelfSpeculator(model, plan, options)
+    passes = DecodeOptions(backend=options.backend, compile=options.compile, graphs=options.graphs)
+    plain = SelfSpeculator(model, Plan.none(padding=ours.padding_for(1)), passes)
     contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
     absent: list[str] = []
     families: list[list[Contender]] = [[*early_exits(model)], [*prompt_lookups(model)]] if peers else []
@@ -206,7 +204,7 @@ def line_up(
             absent.append(" ".join(str(error).split()))
     if draft_model is not None:
         classic = Plan(skip_set=SkipSet(), gamma=draft_gamma, padding=ours.padding_for(1))
-        spec = SelfSpeculator(model, classic, backend=backend, compile=compile, draft_model=draft_model)
+        spec = SelfSpeculator(model, classic, passes, draft_model)
         contenders.append(Ours(DRAFT_MODEL, spec))
     return LineUp(contenders=[*contenders, Ours(OURS, ours)], ours=ours, absent=absent)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,28 +23,10 @@ from selfspec.benchmark.lossless import Verdict, compare
 from selfspec.decoding.stats import Stats
 from selfspec.errors import InputError
 from selfspec.runtime.runtime import Runtime
-
-RESAMPLES = 2000
-
-Array = np.ndarray[Any, Any]
+from selfspec.utils.statistics import Array, Ratio, interleaved, speed, speed_ratio
 
 Progress = Callable[[int, int], None]
 """Called with decodings done and decodings in all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """How many times as fast, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f}x ({self.low:.2f}-{self.high:.2f})"
-
-    def to_dict(self) -> dict[str, float]:
-        return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +83,7 @@ class Measurement:
     def tokens_per_second(self, name: str) -> float:
         """Of the median repeat of each prompt, over all prompts together."""
         at = self.index(name)
-        return float(_speed(self.seconds[at], self.tokens[at]))
+        return float(speed(self.seconds[at], self.tokens[at]))
 
     def ratio(self, name: str, base: str, *, seed: int = 0) -> Ratio:
         """The speed of `name` over that of `base`, with a 95 % interval (see the module's docstring)."""
@@ -123,32 +107,6 @@ class Measurement:
         ]
 
 
-def speed_ratio(seconds: Array, tokens: Array, *, seed: int = 0) -> Ratio:
-    """The speed of the first over that of the second, from decodings in turn.
-
-    Args:
-        seconds: `2 repeats prompts`.
-        tokens: `2 prompts`; or `2 repeats prompts` where repeats differ in what they write, as samples do.
-    """
-    _, repeats, prompts = seconds.shape
-    random = np.random.default_rng(seed)
-    columns = random.integers(prompts, size=(RESAMPLES, 1, prompts))
-    rows = random.integers(repeats, size=(RESAMPLES, repeats, prompts))
-    of_tokens = (rows, columns) if tokens.ndim == 3 else (columns[:, 0],)
-    one, other = (_speed(seconds[i][rows, columns], tokens[i][of_tokens]) for i in (0, 1))
-    low, high = np.quantile(one / other, [0.025, 0.975])
-    value = _speed(seconds[0], tokens[0]) / _speed(seconds[1], tokens[1])
-    return Ratio(value=float(value), low=float(low), high=float(high))
-
-
-def _speed(seconds: Array, tokens: Array) -> Any:
-    """Tokens per second, of the median repeat of each prompt (`... repeats prompts` and `... prompts`), or of all
-    samples (both `... repeats prompts`)."""
-    if tokens.ndim == seconds.ndim:
-        return tokens.sum(axis=(-2, -1)) / seconds.sum(axis=(-2, -1))
-    return tokens.sum(axis=-1) / np.median(seconds, axis=-2).sum(axis=-1)
-
-
 def measure(
     contenders: Sequence[Contender],
     prompts: Sequence[Tensor],
@@ -169,28 +127,28 @@ def measure(
         contender.decode(max(prompts, key=len), new_tokens)
         if contender.stats is not None:
             contender.stats = Stats()
-    seconds = np.zeros((len(contenders), repeats, len(prompts)))
-    outputs: list[list[Tensor]] = [[torch.empty(0)] * len(prompts) for _ in contenders]
+    outputs: dict[tuple[int, int], Tensor] = {}
     unsteady: set[str] = set()
-    done = 0
-    for repeat in range(repeats):
-        for column, prompt in enumerate(prompts):
-            for index in _rotated(len(contenders), repeat + column):
-                new, seconds[index, repeat, column] = timed(contenders[index], prompt, new_tokens)
-                if repeat and not torch.equal(new, outputs[index][column]):
-                    unsteady.add(contenders[index].name)
-                outputs[index][column] = new
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, seconds.size)
+    done = count(1)
+
+    def decode(index: int, column: int) -> float:
+        new, seconds = timed(contenders[index], prompts[column], new_tokens)
+        if not torch.equal(outputs.setdefault((index, column), new), new):
+            unsteady.add(contenders[index].name)
+        if on_progress is not None:
+            on_progress(next(done), len(contenders) * repeats * len(prompts))
+        return seconds
+
+    places = [(index, column) for column in range(len(prompts)) for index in range(len(contenders))]
+    tasks = {place: partial(decode, *place) for place in places}
+    times = interleaved(tasks, repeats=repeats, warmup=0, group=len(contenders))
+    columns = range(len(prompts))
     return Measurement(
         contenders=list(contenders),
         prompts=list(prompts),
-        seconds=seconds,
-        outputs=outputs,
+        seconds=np.array([[times[index, column] for column in columns] for index in range(len(contenders))]).swapaxes(
+            1, 2
+        ),
+        outputs=[[outputs[index, column] for column in columns] for index in range(len(contenders))],
         unsteady=sorted(unsteady),
     )
-
-
-def _rotated(n: int, start: int) -> list[int]:
-    return [(start + index) % n for index in range(n)]

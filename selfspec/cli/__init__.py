@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from selfspec.cli import bench, demo, generate, profile, report, search
+from selfspec.cli.options import with_options
 from selfspec.errors import PlanWarning, SelfspecError, is_out_of_memory
 
 __all__ = ["app", "main"]
@@ -53,7 +54,7 @@ def _flowing(text: str) -> str:
 
 
 for _command in (demo.demo, search.search, generate.generate, bench.bench, profile.profile, report.report):
-    app.command(help=_flowing(_command.__doc__ or ""))(_command)
+    app.command(help=_flowing(_command.__doc__ or ""))(with_options(_command))
 
 
 def _print_version(asked: bool) -> None:

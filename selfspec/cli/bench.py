@@ -10,16 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from selfspec.cli import options
+from selfspec.cli.options import DraftModel, Placement, Without
 from selfspec.cli.terminal import (
     asides,
-    at_least,
     load_draft_model,
     load_model,
     progress_bar,
     results,
     tell_draft_bytes,
 )
+from selfspec.decode_options import DecodeOptions
 from selfspec.errors import InputError
+from selfspec.utils.settings import Described
 
 if TYPE_CHECKING:
     from selfspec.benchmark.contenders import LineUp
@@ -33,17 +35,13 @@ def bench(
     model: options.Model,
     plan: options.PlanFile,
     prompts: options.PromptFile,
-    new_tokens: options.NewTokens = 128,
-    repeats: Annotated[int, typer.Option(help="Times that everything is decoded; the median counts.")] = 5,
+    new_tokens: Annotated[int, Described("Tokens to write after each prompt.", least=1)] = 128,
+    repeats: Annotated[int, Described("Times that everything is decoded; the median counts.", least=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
-    compile: options.Compile = None,
-    backend: options.Backend = None,
-    policy: options.Policy = "adaptive",
-    draft_memory: options.DraftMemory = None,
-    draft_model: options.DraftModel = None,
-    draft_gamma: options.DraftGamma = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    *,
+    decoding: Annotated[DecodeOptions, Without({"graphs"})],
+    drafting: DraftModel,
+    place: Placement,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure a plan against the plain model, model.generate, assistant_early_exit and prompt lookup.
@@ -51,17 +49,15 @@ def bench(
     Greedy, one prompt at a time, everything interleaved in one run. With --draft-model, classic speculative decoding
     with that model takes part, too.
     """
-    at_least("--new-tokens", new_tokens, 1)
-    at_least("--repeats", repeats, 1)
-    if draft_gamma is not None and draft_model is None:
+    if drafting.draft_gamma is not None and drafting.draft_model is None:
         raise InputError("--draft-gamma goes with --draft-model")
 
     from selfspec.huggingface.prompts import encode_prompts, read_prompts
     from selfspec.plan import Plan
 
     chosen, read = Plan.from_pretrained(plan), read_prompts(prompts)
-    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
-    drafting, gamma = load_draft_model(draft_model, loaded, quiet=quiet), draft_gamma or options.DRAFT_GAMMA
+    loaded = load_model(model, place, quiet=quiet)
+    draft_model = load_draft_model(drafting.draft_model, loaded, quiet=quiet)
 
     from selfspec.benchmark.contenders import GENERATE, PLAIN, line_up
     from selfspec.benchmark.measure import measure
@@ -75,12 +71,9 @@ def bench(
             chosen,
             encoded,
             new_tokens,
-            backend=backend,
-            compile=compile,
-            policy=policy,
-            draft_memory=draft_memory,
-            draft_model=drafting,
-            draft_gamma=gamma,
+            decoding,
+            draft_model=draft_model,
+            draft_gamma=drafting.gamma,
         )
         measured = measure(
             entrants.contenders,
@@ -89,7 +82,7 @@ def bench(
             repeats=repeats,
             on_progress=lambda done, total: report(done, total, "decoding"),
         )
-    longest = max(chosen.longest_draft, gamma if drafting is not None else 0)
+    longest = max(chosen.longest_draft, drafting.gamma if draft_model is not None else 0)
     scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=longest)
     out = results()
     print_scores(out, scores)

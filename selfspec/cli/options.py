@@ -1,56 +1,167 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the step from a command's dataclasses to options that Typer reads.
 
+A command takes dataclasses: `settings: SearchSettings`, `place: Placement`. `with_options` gives it one option for each
+of their fields. An option of a settings class has the help text, the default and the bounds of its field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-PolicyName = Literal["adaptive", "fixed"]
+from selfspec.errors import InputError
+from selfspec.utils.settings import SettingError, check_value, described, described_fields
+from selfspec.utils.sizes import parse_size
+
 DRAFT_GAMMA = 4
+"""Tokens that a draft model drafts a round by default."""
 
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A Hugging Face hub id, a local directory, or 'demo' (the embedded model)."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is any.")]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16 or float16; auto is the checkpoint's own (for 'demo': float32).")
-]
 _plan = typer.Option("--plan", metavar="PLAN", help="A plan file that 'search' wrote, or a directory that holds one.")
 PlanFile = Annotated[Path, _plan]
 PlanFileOrNone = Annotated[Path | None, _plan]
-DraftModel = Annotated[
-    str | None,
-    typer.Option(
-        "--draft-model", metavar="MODEL", help="A smaller model of the same tokenizer that drafts, named like MODEL."
-    ),
-]
-DraftGamma = Annotated[
-    int | None, typer.Option(help=f"Tokens that the draft model drafts a round; {DRAFT_GAMMA} by default.", min=1)
-]
 _prompts = typer.Option(
     "--prompts", metavar="FILE", help="Prompts: text, one a line; or .jsonl with 'prompt' or chat 'messages'."
 )
 PromptFile = Annotated[Path, _prompts]
 PromptFileOrNone = Annotated[Path | None, _prompts]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Fuse passes: slower to start, faster to run; by default on CUDA."),
-]
-Policy = Annotated[
-    PolicyName, typer.Option(help="Whether who drafts, and how far, follows the text, or stays as the plan says.")
-]
-DraftMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE", help="The most that a draft's own layers may take beside the model, such as 512M or 4G."
-    ),
-]
-Backend = Annotated[
-    str | None,
-    typer.Option(help="Attention backend: flash-attn, torch-flash or sdpa; by default the best that serves."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
-NewTokens = Annotated[int, typer.Option(help="Tokens to write after each prompt.")]
-Trials = Annotated[int, typer.Option(help="Drafts to try in the study, by all its workers together.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the model is put, and as what."""
+
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is any.")] = "auto"
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto is the checkpoint's own (for 'demo': float32).")
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftModel:
+    """A smaller model that drafts."""
+
+    draft_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A smaller model of the same tokenizer that drafts, named like MODEL."),
+    ] = None
+    draft_gamma: Annotated[
+        int | None, typer.Option(help=f"Tokens that the draft model drafts a round; {DRAFT_GAMMA} by default.", min=1)
+    ] = None
+
+    @property
+    def gamma(self) -> int:
+        """The draft length, given or by default."""
+        return self.draft_gamma or DRAFT_GAMMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen; greedily where no option is given."""
+
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")] = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature >= 0:
+            raise InputError(f"--temperature is {self.temperature}, but it must be at least 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p is {self.top_p}, but it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"--top-k is {self.top_k}, but it must be at least 1")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`. What is not given is left to the model's own generation config."""
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.temperature == 0 or all(value is None for value in given.values()):
+            return {"do_sample": False}
+        return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
+
+
+class Without(frozenset[str]):
+    """Settings that a command does not offer: `Annotated[DecodeOptions, Without({"graphs"})]`."""
+
+
+def flag(name: str) -> str:
+    """The option of a parameter, as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as Typer reads it: a parameter that is a dataclass becomes one option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    options = {name: _options(hints[name], parameter) for name, parameter in signature(command).parameters.items()}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        try:
+            command(**{name: _value(hints[name], group, given) for name, group in options.items()})
+        except SettingError as error:
+            raise InputError(f"{flag(error.setting)} {error.reason}") from None
+
+    parameters = [option for group in options.values() for option in group]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in parameters}
+    return run
+
+
+def _options(hint: Any, parameter: Parameter) -> list[Parameter]:
+    """The options that stand for one parameter of a command."""
+    group = _group_of(hint)
+    if group is None:
+        return [_option(parameter.name, hint, parameter.default)]
+    hidden = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Without)), Without())
+    hints = described_fields(group) or get_type_hints(group, include_extras=True)
+    return [
+        _option(field.name, hints[field.name], field.default)
+        for field in fields(group)
+        if field.name in hints and field.name not in hidden
+    ]
+
+
+def _group_of(hint: Any) -> Any:
+    """The dataclass that an annotation names; None for any other type."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return kind if is_dataclass(kind) else None
+
+
+def _option(name: str, hint: Any, default: Any) -> Parameter:
+    """A described setting as an option; other parameters say themselves what Typer shall make of them."""
+    if (about := described(hint)) is not None:
+        kind, option = get_args(hint)[0], typer.Option(help=about.help)
+        if about.is_size:
+            kind, option = int | None, typer.Option(help=about.help, metavar="SIZE", parser=_size_parser(name))
+        elif get_origin(kind) is Sequence:
+            kind = list[get_args(kind)[0]]  # type: ignore[misc]
+        hint = Annotated[kind, option]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _value(hint: Any, options: list[Parameter], given: dict[str, Any]) -> Any:
+    """What a command gets for one of its parameters."""
+    group, values = _group_of(hint), {option.name: given[option.name] for option in options}
+    if group is not None:
+        return group(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    ((name, value),) = values.items()
+    if described(hint) is not None:
+        check_value(name, value, hint)
+    return value
+
+
+def _size_parser(name: str) -> Callable[[str], int]:
+    def size(text: str) -> int:
+        return parse_size(text, flag(name))
+
+    return size

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from selfspec.cli import options
-from selfspec.cli.search import writable
-from selfspec.cli.terminal import asides, at_least, load_model, progress_bar, results
+from selfspec.cli.formatting import print_facts
+from selfspec.cli.options import Placement
+from selfspec.cli.terminal import asides, load_model, progress_bar, results, writable
+from selfspec.decode_options import Backend, Compile
 from selfspec.errors import InputError
+from selfspec.utils.settings import Described
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,14 +39,14 @@ def profile(
             metavar="N,N,...", help="Tokens in the cache when a pass begins; by default 128, 512 and 2048, if they fit."
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
-    gamma_max: Annotated[int, typer.Option(help="The longest draft to verify.")] = 8,
+    rows: Annotated[int, Described("Rows decoded together.", least=1)] = 1,
+    gamma_max: Annotated[int, Described("The longest draft to verify, in tokens.", least=1)] = 8,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the profile as JSON, in seconds.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
-    compile: options.Compile = None,
-    backend: options.Backend = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    compile: Compile = None,
+    backend: Backend = None,
+    *,
+    place: Placement,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what passes and sub-layers cost on this device.
@@ -53,14 +55,12 @@ def profile(
     prices its plans with. Medians, in milliseconds.
     """
     lengths = parse_contexts(contexts)
-    at_least("--rows", rows, 1)
-    at_least("--gamma-max", gamma_max, 1)
     check_longest_draft(gamma_max)
     out, plot = checked_out(out), checked_plot(plot)
-    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+    loaded = load_model(model, place, quiet=quiet)
 
     from selfspec_search.profile.draft_costs import FORMATS
-    from selfspec_search.profile.profile import measure
+    from selfspec_search.profile.profile import ProfileSettings, measure
 
     from selfspec.runtime.compiling import compile_obstacle, will_compile
 
@@ -70,12 +70,9 @@ def profile(
     with progress_bar("timing passes", quiet=quiet) as report:
         measured = measure(
             loaded.model,
+            settings=ProfileSettings(rows=rows, backend=backend, compile=compile, formats=FORMATS),
             gamma_max=gamma_max,
             contexts=lengths,
-            rows=rows,
-            backend=backend,
-            compile=compile,
-            formats=FORMATS,
             on_cycle=lambda done, total: report(done, total, "timing passes"),
         )
     report_profile(results(), measured)
@@ -93,7 +90,8 @@ def parse_contexts(text: str | None) -> list[int] | None:
         lengths = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--contexts is '{text}', but numbers of tokens are expected, as in 128,512,1024") from None
-    at_least("--contexts", min(lengths), 1)
+    if min(lengths) < 1:
+        raise InputError(f"--contexts is {min(lengths)}, but it must be at least 1")
     return lengths
 
 
@@ -140,10 +138,7 @@ def report_profile(out: Console, profile: Profile) -> None:
         ]
         table.add_row(str(context), *map(milliseconds, seconds))
     out.print(table)
-    words = Table.grid(padding=(0, 2, 0, 0))
-    for name, text in facts(profile):
-        words.add_row(Text(name, style="bold"), text)
-    out.print(words)
+    print_facts(out, facts(profile))
 
 
 def milliseconds(seconds: float) -> str:

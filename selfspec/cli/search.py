@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from selfspec_search.replay.sampling_settings import Sampling
+from selfspec_search.settings import SearchSettings
 
 from selfspec.cli import options
-from selfspec.cli.found import in_phases, report_search
-from selfspec.cli.terminal import asides, at_least, check_writable, load_model, progress_bar, results
+from selfspec.cli.formatting import in_phases, report_search
+from selfspec.cli.options import Placement, SamplingOptions, Without, flag
+from selfspec.cli.terminal import asides, load_model, progress_bar, results, writable
 from selfspec.errors import InputError
 
 if TYPE_CHECKING:
-    from selfspec_search import SearchResult, SearchSettings
+    from selfspec_search import SearchResult
 
     from selfspec.huggingface.loading import Loaded
     from selfspec.huggingface.prompts import Prompt
-    from selfspec.plan import Plan
 
-DraftName = Literal["both", "skip", "quantised"]
 LEAST_TOKENS = 2
 """Of a prompt that a search can use."""
 _OF_A_STUDY = (
@@ -31,58 +33,45 @@ _OF_A_STUDY = (
     *("trials", "timeout", "seed", "sampler", "gamma_max", "lookup_max", "new_tokens"),
 )
 """What picking again has no use for."""
+_SET_OTHERWISE = Without({"start_from", "sampling", "storage", "study_name", "confirm", "confirm_texts", "repeats"})
+"""Settings that are made from options of another form, or left to the library."""
 HELD_OUT_SHARE = 4
 """One prompt in so many is held out, where no held-out prompts are given."""
 INTERRUPTED = 130
 """Exit code of ctrl-C. Where it ended the trials, the plan of the best so far is written all the same."""
 
 
-def search(
-    model: options.Model,
-    out: Annotated[Path, typer.Option(metavar="PLAN", help="Where to write the plan: a file, or a directory.")],
-    prompts: options.PromptFileOrNone = None,
+@dataclass(frozen=True, kw_only=True)
+class PromptFiles:
+    """Prompts to search on, and prompts to confirm plans on."""
+
+    prompts: options.PromptFileOrNone = None
     held_out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts to confirm plans on; by default a quarter of --prompts."),
-    ] = None,
-    trials: options.Trials = 200,
-    timeout: Annotated[float | None, typer.Option(help="Start no further trial after so many seconds.")] = None,
-    seed: options.Seed = 0,
-    sampler: Annotated[str, typer.Option(help="Who proposes drafts: tpe, gp, nsga2 or random.")] = "tpe",
-    draft: Annotated[
-        DraftName,
-        typer.Option(
-            help="What drafts may do: skip sub-layers, run quantised copies, or both, as far as it is faster."
-        ),
-    ] = "both",
-    draft_memory: options.DraftMemory = None,
-    max_draft_cost: Annotated[
-        float | None, typer.Option(help="The most that a step of the draft may cost, as a share of the model's.")
-    ] = None,
+    ] = None
+
+    def read(self, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+        """Calibration and held-out prompts."""
+        from selfspec.huggingface.prompts import read_prompts
+
+        if self.prompts is None:
+            raise typer.BadParameter("give --prompts FILE (or --repick, which needs none)")
+        prompts = read_prompts(self.prompts)
+        return (prompts, read_prompts(self.held_out)) if self.held_out is not None else split(prompts, seed)
+
+
+def search(
+    model: options.Model,
+    out: Annotated[Path, typer.Option(metavar="PLAN", help="Where to write the plan: a file, or a directory.")],
+    files: PromptFiles,
+    settings: Annotated[SearchSettings, _SET_OTHERWISE],
     start_from: Annotated[
         list[Path] | None, typer.Option(metavar="PLAN", help="Try this plan's draft first; may be repeated.")
     ] = None,
-    lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="Let prompt lookup take part.")] = True,
-    gamma_max: Annotated[int, typer.Option(help="The longest draft to consider.")] = 8,
-    lookup_max: Annotated[
-        int | None, typer.Option(help="The longest draft by prompt lookup; by default twice --gamma-max.")
-    ] = None,
-    new_tokens: options.NewTokens = 128,
-    rows: Annotated[int, typer.Option(help="How many rows will decode together.")] = 1,
-    other_rows: Annotated[
-        list[int] | None,
-        typer.Option(help="Another number of rows that the plan should serve; may be repeated."),
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Search for sampling at this temperature.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="... from the most likely tokens of this mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="... from this many tokens.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What trials may take beside the model, such as 512M or 4G.")
-    ] = None,
-    compile: options.Compile = None,
-    backend: options.Backend = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    *,
+    sampling: SamplingOptions,
+    place: Placement,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +86,6 @@ def search(
         bool, typer.Option("--repick", help="No new trials: price those of the study for this device and --rows.")
     ] = False,
     quiet: options.Quiet = False,
-    *,
     context: typer.Context,
 ) -> None:
     """Find what to skip and what to quantise, and write a plan.
@@ -107,41 +95,27 @@ def search(
     earlier one ended, and on other machines joins in. Ctrl-C ends the trials, confirms the best so far, writes the plan
     and exits with 130.
     """
+    from selfspec.plan import Plan
+
     out = writable(out)
-    at_least("--new-tokens", new_tokens, 2)
-    at_least("--trials", trials, 1)
     storage = storage or str(out.with_suffix(".db"))
     _refuse_one_file_for_both(out, storage)
-    known = [_plan(path) for path in start_from or ()]
-
-    given: dict[str, Any] = {
-        "trials": trials,
-        "timeout": timeout,
-        "seed": seed,
-        "sampler": sampler,
-        "draft": draft,
-        "max_draft_cost": max_draft_cost,
-        "start_from": [plan.recipe for plan in known],
-        "gamma_max": gamma_max,
-        "new_tokens": new_tokens,
-        "rows": rows,
-        "other_rows": other_rows or (),
-        "lookup_max": lookup_max,
-        "lookup": lookup,
-        "compile": compile,
-        "backend": backend,
-        "storage": storage,
-        "study_name": study,
-    }
-    settings = _settings(given, memory, draft_memory, temperature, top_p, top_k)
+    known = [Plan.from_pretrained(path) for path in start_from or ()]
+    settings = replace(
+        settings,
+        start_from=[plan.recipe for plan in known],
+        sampling=Sampling(**sampling.arguments),
+        storage=storage,
+        study_name=study,
+    )
     if pick_again:
         _refuse_beside_repick(context)
         with _told_of_interrupts(storage):
-            result = _repick(model, settings, device=device, dtype=dtype, quiet=quiet)
+            result = _repick(model, settings, place, quiet=quiet)
     else:
-        calibration, confirmation = _prompts(prompts, held_out, seed)
+        calibration, confirmation = files.read(settings.seed)
         with _told_of_interrupts(storage):
-            loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+            loaded = load_model(model, place, quiet=quiet)
             for plan in known:
                 plan.check_fits(loaded.model.config)
             result = _search(loaded, calibration, confirmation, settings, quiet=quiet)
@@ -158,7 +132,7 @@ def _refuse_beside_repick(context: typer.Context) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(
-                f"--repick tries nothing, and takes texts and sampling from the study; leave out {_option(name)}"
+                f"--repick tries nothing, and takes texts and sampling from the study; leave out {flag(name)}"
             )
 
 
@@ -175,7 +149,7 @@ def _told_of_interrupts(storage: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from selfspec_search.storage_url import without_password
+        from selfspec_search.storage.open import without_password
 
         asides().print(
             f"interrupted, and no plan was written; trials that ended are kept in {without_password(storage)}: "
@@ -184,34 +158,6 @@ def _told_of_interrupts(storage: str) -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _option(text: str) -> str:
-    """A parameter, which the text begins with, as it is typed."""
-    name, space, rest = text.partition(" ")
-    return f"--{name.replace('_', '-')}{space}{rest}"
-
-
-def _settings(
-    given: dict[str, Any],
-    memory: str | None,
-    draft_memory: str | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-) -> SearchSettings:
-    from selfspec_search import Sampling, SearchSettings
-
-    from selfspec.cli.generate import sampling_options
-    from selfspec.utils.sizes import parse_size
-
-    try:
-        size = None if memory is None else parse_size(memory)
-        draft_size = None if draft_memory is None else parse_size(draft_memory, "draft_memory")
-        sampling = Sampling(**sampling_options(temperature, top_p, top_k))
-        return SearchSettings(**given, memory=size, draft_memory=draft_size, sampling=sampling)
-    except InputError as error:  # it begins with the setting's name
-        raise InputError(str(error) if str(error).startswith("-") else _option(str(error))) from None
 
 
 def _search(
@@ -235,42 +181,17 @@ def _search(
         return selfspec_search.search(loaded.model, first, second, settings, in_phases(report), _notice)
 
 
-def _repick(model: str, settings: SearchSettings, *, device: str, dtype: str, quiet: bool) -> SearchResult:
+def _repick(model: str, settings: SearchSettings, place: Placement, *, quiet: bool) -> SearchResult:
     import selfspec_search
 
     study = selfspec_search.load_study(settings.storage or "", settings.study_name)
-    loaded = load_model(model, device=device, dtype=dtype, quiet=quiet)
+    loaded = load_model(model, place, quiet=quiet)
     with progress_bar("picking again", quiet=quiet) as report:
         return selfspec_search.repick(loaded.model, study, settings, in_phases(report))
 
 
 def _notice(line: str) -> None:
     asides().print(line, style="yellow", markup=False)
-
-
-def _plan(path: Path) -> Plan:
-    from selfspec.plan import Plan
-
-    return Plan.from_pretrained(path)
-
-
-def _prompts(prompts: Path | None, held_out: Path | None, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Calibration and held-out prompts."""
-    from selfspec.huggingface.prompts import read_prompts
-
-    if prompts is None:
-        raise typer.BadParameter("give --prompts FILE (or --repick, which needs none)")
-    read = read_prompts(prompts)
-    return (read, read_prompts(held_out)) if held_out is not None else split(read, seed)
-
-
-def writable(out: Path) -> Path:
-    """The file to write, found out before minutes are spent; a directory gets a `selfspec_plan.json`."""
-    from selfspec.plan import PLAN_FILE
-
-    file = out / PLAN_FILE if os.path.isdir(out) else out
-    check_writable(file)
-    return file
 
 
 def split(prompts: list[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:

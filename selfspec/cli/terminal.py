@@ -24,6 +24,7 @@ from selfspec.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from selfspec.cli.options import Placement
     from selfspec.huggingface.loading import Loaded
     from selfspec.plan import Plan
 
@@ -55,13 +56,13 @@ def asides() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def load_model(name: str, *, device: str, dtype: str, quiet: bool = False) -> Loaded:
-    """Load MODEL, with a line that says so while it takes its time."""
+def load_model(name: str, place: Placement, *, quiet: bool = False) -> Loaded:
+    """Load MODEL, and say so on a terminal while that takes."""
     with _loading(name, quiet=quiet):
         from selfspec.huggingface.loading import DEMO, load, quiet_hugging_face
 
         quiet_hugging_face()
-        loaded = load(name, device=device, dtype=dtype)
+        loaded = load(name, device=place.device, dtype=place.dtype)
     if name == DEMO and "OMP_NUM_THREADS" not in os.environ:
         import torch
 
@@ -117,10 +118,13 @@ def _loading(name: str, *, quiet: bool) -> Iterator[None]:
         yield
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Raise `InputError` for an option below its least value."""
-    if value < least:
-        raise InputError(f"{name} is {value}, but it must be at least {least}")
+def writable(out: Path) -> Path:
+    """The plan file to write, found out before minutes are spent; a directory gets a `selfspec_plan.json`."""
+    from selfspec.plan import PLAN_FILE
+
+    file = out / PLAN_FILE if os.path.isdir(out) else out
+    check_writable(file)
+    return file
 
 
 def check_writable(file: Path) -> None:

@@ -14,7 +14,8 @@ from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Committed, Request
 from selfspec.decoding.stats import Laps, Stats
-from selfspec.runtime.runtime import Runtime, wait_for
+from selfspec.runtime.runtime import Runtime
+from selfspec.utils.statistics import wait_for
 
 
 @torch.inference_mode()

@@ -15,6 +15,8 @@ from selfspec.plan.sublayers import QuantisedSet, SkipSet
 
 FormatName = Literal["int8", "int4"]
 GROUP_SIZES = (32, 64, 128, 256)
+MOST_DRAFTED = 64
+"""The longest draft that a plan may ask for."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from selfspec.plan.draft_spec import MOST_DRAFTED
 from selfspec.plan.schema import Setting
-
-MOST_DRAFTED = 64
-"""The longest draft that a plan may ask for."""
 
 
 class PromptLookup(Setting):

@@ -105,4 +105,3 @@ class Provenance(Strict):
     predicted_on_held_out: Figures | None = None
     measured: Figures | None = None
     errors: dict[str, float] = Field(default_factory=dict)
-    profile: dict[str, Any] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ RETIRED: tuple[str, ...] = (
     "outlook.rescued",
     "other_rows.*.branching",
     "other_rows.*.rescued",
+    "provenance.profile",
 )
 """Dotted keys of parts that earlier releases wrote into plan files. A `*` stands for every entry of a list."""
 

@@ -9,7 +9,7 @@ from selfspec.policy.adaptive import AdaptivePolicy
 from selfspec.policy.choice import Choice, Choices, Row
 from selfspec.policy.drafter import AdaptiveDrafter
 from selfspec.policy.estimates import AgreementEstimate, MatchEstimate
-from selfspec.policy.serving import PolicyName, drafter_for, longest_draft, obstacle_to_adapting, too_many_rows
+from selfspec.policy.serving import drafter_for, longest_draft, obstacle_to_adapting, too_many_rows
 
 __all__ = [
     "AdaptiveDrafter",
@@ -18,7 +18,6 @@ __all__ = [
     "Choice",
     "Choices",
     "MatchEstimate",
-    "PolicyName",
     "Row",
     "drafter_for",
     "longest_draft",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from selfspec.decode_options import PolicyName
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.drafters.build import drafter_of
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
@@ -13,8 +12,6 @@ from selfspec.policy.choice import Choice, Choices
 from selfspec.policy.drafter import AdaptiveDrafter
 from selfspec.policy.estimates import MATCHES
 from selfspec.runtime.runtime import Runtime, device_name
-
-PolicyName = Literal["adaptive", "fixed"]
 
 MATCH = max(MATCHES)
 """The longest match that is told from shorter ones."""

@@ -303,9 +303,3 @@ class Runtime:
 def device_name(device: torch.device) -> str:
     """What plans and profiles call a device: an accelerator's model, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

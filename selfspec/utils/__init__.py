@@ -1,1 +1,1 @@
-"""Utilities without a subject of their own: files, sizes, statistics. Imported by everyone."""
+"""Helpers that know nothing of models; every package may import them."""

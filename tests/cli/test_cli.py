@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, T5Config
 
 from selfspec import Plan, SkipSet, __version__
 from selfspec.cli.search import split
-from selfspec.cli.writer import printable
+from selfspec.cli.token_view import printable
 from selfspec.huggingface.prompts import Prompt
 from selfspec.plan import ModelIdentity, Outlook
 
@@ -332,7 +332,9 @@ def test_memory_that_does_not_suffice_takes_one_line(
     [
         (("--memory", "1K"), "a memory budget of 1 KiB is too small"),
         (("--memory", "lots"), "--memory is 'lots', but a size such as 512M or 4G is expected"),
-        (("--sampler", "best"), "--sampler is 'best', but it must be one of"),
+        (("--seed", -1), "--seed is -1, but it must be between 0 and 4294967295"),
+        (("--draft-memory", "0"), "--draft-memory is '0', but a size such as 512M or 4G is expected"),
+        (("--lookup-max", 3, "--no-lookup"), "--lookup-max is 3, but prompt lookup takes no part"),
         (("--rows", 0), "--rows is 0, but it must be at least 1"),
         (("--max-draft-cost", 2), "--max-draft-cost is 2"),
         (("--temperature", -1), "--temperature is -1"),
@@ -491,6 +493,10 @@ def test_usage_errors_exit_with_2(model_dir: Path, plan_file: Path) -> None:
     assert run("generate", model_dir).exit_code == 2
     assert run("generate", model_dir, "--plan", plan_file).exit_code == 2
     assert run("generate", model_dir, "--plan", plan_file, "--prompt", "x", "--prompt-file", "y").exit_code == 2
+    for option in ("--sampler", "--draft"):
+        result = run("search", model_dir, "--prompts", "x", "--out", "y", option, "best")
+        assert result.exit_code == 2
+        assert option in result.output
 
 
 def test_help_names_every_command_and_the_version_is_the_packages() -> None:
@@ -505,9 +511,11 @@ def test_help_names_every_command_and_the_version_is_the_packages() -> None:
 
 
 def test_the_help_waits_for_nothing_heavy() -> None:
-    heavy = ["torch", "transformers", "optuna", "selfspec_search"]
-    check = f"import sys, selfspec.cli; sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+    heavy = ["torch", "transformers", "numpy", "pydantic", "optuna", "scipy", "sqlalchemy", "matplotlib"]
+    loaded = f"sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
+    for arguments in (["--help"], ["search", "--help"]):
+        check = f"import sys, selfspec.cli; selfspec.cli.app({arguments}, standalone_mode=False); {loaded}"
+        assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
     heavy = ["torch", "optuna", "matplotlib", "typer"]
     check = f"import sys, selfspec; sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from selfspec.cli.detokenizer import Detokenizer
+from selfspec.cli.token_view import Detokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -16,10 +16,9 @@ from saved import PLAN, byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
 from selfspec import Plan, SelfSpeculator, Stats
-from selfspec.cli.detokenizer import Detokenizer
-from selfspec.cli.show import MOST_BARS, Show, bar_of, origin_of, tell
+from selfspec.cli.formatting import bar_of
 from selfspec.cli.terminal import ORIGINS, asides
-from selfspec.cli.writer import printable
+from selfspec.cli.token_view import MOST_BARS, Detokenizer, Show, origin_of, printable, tell
 from selfspec.decoding.request import Committed
 from selfspec.plan import Outlook, PromptLookup
 

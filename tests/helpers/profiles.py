@@ -20,7 +20,6 @@ def costs_of(*, attention: float, mlp: float, gamma_max: int = 3, **others: Any)
         layer=0.001,
         attention=attention,
         mlp=mlp,
-        confidence=0.0,
         rounds=(0.04,) * (gamma_max + 1),
         prefill=0.01,
         compiled=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import numpy as np
 import torch
 from models import ENDS_SKIPPED, VOCABULARY, damped_model
 from selfspec_search.replay.lookup_table import LookupTable
@@ -51,9 +50,7 @@ def decode_rounds(
     runtime: Runtime, texts: Sequence[Text], way: Drafting, sampling: Sampling | None = None
 ) -> tuple[list[Tensor], Rounds]:
     """What the real loop writes behind the texts' prompts, in one ragged batch, and in which rounds."""
-    plan = Plan(
-        skip_set=runtime.recipe.skip_set, gamma=way.gamma, exit_threshold=way.threshold, prompt_lookup=way.lookup
-    )
+    plan = Plan(skip_set=runtime.recipe.skip_set, gamma=way.gamma, prompt_lookup=way.lookup)
     prompts = [text.tokens[: text.prompt] for text in texts]
     written, stats = decode_batch(runtime, drafter_of(plan, runtime), prompts, texts[0].allowed, sampling)
     rounds: Rounds = [[] for _ in texts]
@@ -93,16 +90,7 @@ def assert_replay_equals_decoding(
     walked = walk(table, ways, LookupTable.of(texts, DEPTHS))
     for index, way in enumerate(ways):
         decoded, replayed = decoded_rounds(runtime, texts, way, sampling), walked.rounds(index)
-        assert accepted(replayed) == accepted(decoded), way
-        if way.threshold is None:
-            assert replayed == decoded, way
-
-
-def threshold_of(table: Table, draw: np.random.Generator) -> float:
-    """Midway between two neighbours among the confidences seen, far enough apart that rounding reaches neither."""
-    seen = np.unique(table.confidence[~np.isnan(table.confidence)]).astype(float)
-    place = draw.choice((np.diff(seen) > 1e-4).nonzero()[0])
-    return float(seen[place : place + 2].mean())
+        assert replayed == decoded, way
 
 
 def bfloat16_runtime() -> Runtime:

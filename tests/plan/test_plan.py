@@ -52,7 +52,6 @@ plans = st.builds(
         trials=st.integers(),
         predicted=figures,
         measured=figures,
-        profile=st.dictionaries(texts, json_values, max_size=2),
     ),
 )
 
@@ -238,6 +237,16 @@ def test_an_old_plan_with_checked_lookup_looks_up_without_the_check() -> None:
 
 
 # --- Writing whole or not at all ---
+
+
+def test_a_plan_of_an_earlier_release_that_holds_its_profile_is_read_without_it(tmp_path: Path) -> None:
+    conditions = Conditions(device="cpu", dtype="float32")
+    plan = Plan(skip_set=SkipSet(), gamma=2, provenance=Provenance(conditions=conditions, seed=3, trials=5))
+    data = json.loads(plan.to_json())
+    data["provenance"]["profile"] = {"device": "cpu", "contexts": [7]}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.warns(PlanWarning, match=r"parts that no longer exist, and they are ignored: provenance\.profile$"):
+        assert Plan.from_pretrained(tmp_path / "plan.json") == plan
 
 
 def test_a_plan_replaces_the_one_before(tmp_path: Path) -> None:

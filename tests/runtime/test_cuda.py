@@ -12,7 +12,7 @@ What of the CUDA-only code each test reaches:
 - `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
 - `Runtime.prefill_chunk`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
   `loading.describe_device`: `test_devices_are_named`.
-- In the search `runtime.wait_for`, `Memory.default`, `_Contender.decode`:
+- In the search `statistics.wait_for`, `Memory.default`, `_Contender.decode`:
   `test_the_search_times_and_measures_a_device`.
 - Streams and devices that are not the default ones: the last two tests.
 """
@@ -31,7 +31,6 @@ import selfspec_search.confirm.confirm
 import torch
 from models import FIRST_DROPPED, damp, damped_model, prompts
 from quantised_models import drafting, few_prompts
-from selfspec_search.profile.timing import _seconds
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.texts import Text
 from selfspec_search.settings import SearchSettings
@@ -54,6 +53,7 @@ from selfspec.runtime.attention.flash import TorchFlash
 from selfspec.runtime.compiling import compile_obstacle
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work
 from selfspec.runtime.runtime import PREFILL_CHUNK, device_name
+from selfspec.utils.statistics import timed_task
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)  # `test_graphs.py` has the quick ones
@@ -535,7 +535,7 @@ def test_devices_are_named(device: torch.device) -> None:
 @BOTH
 def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
     matrix = torch.ones(257, 257, device=device)
-    assert _seconds(lambda: matrix @ matrix, device) > 0
+    assert timed_task(lambda: matrix @ matrix, device)() > 0
     assert Memory.default(device) > 2**20
     spec = captured(model_on(device))
     contender = selfspec_search.confirm.confirm._Contender(

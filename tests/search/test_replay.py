@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from statistics import fmean
 
-import numpy as np
 import pytest
 import selfspec_search.replay.recording
 import selfspec_search.replay.replay
@@ -15,11 +14,9 @@ from replays import (
     LENGTHS,
     NEW_TOKENS,
     assert_replay_equals_decoding,
-    decoded_rounds,
     llama_runtime,
     random_prompts,
     texts_of,
-    threshold_of,
 )
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, walk
@@ -37,9 +34,7 @@ def test_replay_accepts_what_decoding_accepts_in_every_round(family: str, skip_s
     assert table is not None
     assert 0.3 < table.agreement < 0.95
     assert fmean(distinct_trigrams(text.tokens.tolist()) for text in texts) > 0.7, "the texts loop"
-    ways = [Drafting(gamma) for gamma in (1, 2, 5)]
-    ways += [Drafting(5, threshold) for threshold in table.thresholds(2)]
-    assert_replay_equals_decoding(runtime, table, texts, ways)
+    assert_replay_equals_decoding(runtime, table, texts, [Drafting(gamma) for gamma in (1, 2, 5)])
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -55,15 +50,12 @@ def test_windows_that_hide_a_rounds_own_tokens_hide_them_in_replay(family: str, 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
-def test_any_threshold_and_gamma_accept_what_decoding_accepts_in_every_round(family: str) -> None:
+def test_every_draft_length_accepts_what_decoding_accepts_in_every_round(family: str) -> None:
     runtime = Runtime(damped_model(family, ENDS_SKIPPED), ENDS_SKIPPED)
     texts = texts_of(runtime, random_prompts(*LENGTHS))
     table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
     assert table is not None
-    draw = np.random.default_rng(7)
-    ways = [Drafting(int(draw.integers(1, DEPTHS + 1)), threshold_of(table, draw)) for _ in range(8)]
-    assert len({way.gamma for way in ways}) > 2
-    assert_replay_equals_decoding(runtime, table, texts, ways)
+    assert_replay_equals_decoding(runtime, table, texts, [Drafting(gamma) for gamma in range(1, DEPTHS + 1)])
 
 
 def test_one_replay_serves_random_skip_sets_one_after_another() -> None:
@@ -115,9 +107,6 @@ def test_batches_of_texts_do_not_change_the_table(monkeypatch: pytest.MonkeyPatc
     assert one is not None
     assert other is not None
     assert (one.weight == other.weight).all()
-    torch.testing.assert_close(
-        torch.from_numpy(one.confidence), torch.from_numpy(other.confidence), equal_nan=True, rtol=1e-4, atol=1e-5
-    )
 
 
 def test_the_first_depth_alone_can_end_a_trial_or_shorten_it() -> None:
@@ -140,16 +129,3 @@ def test_the_first_depth_alone_estimates_the_rounds_well() -> None:
     assert (whole.weight[..., 0] == first.weight[..., 0]).all()
     exact, estimate = (walk(table, [Drafting(4)]).visits.sum() for table in (whole, first))
     assert estimate == pytest.approx(exact, rel=0.1)
-
-
-def test_drafted_tokens_behind_a_threshold_are_close_to_decoding() -> None:
-    runtime = llama_runtime()
-    texts = texts_of(runtime, random_prompts(*LENGTHS * 3), 61)
-    table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
-    assert table is not None
-    way = Drafting(DEPTHS, table.thresholds(1)[0])
-    expected = sum(drafted for row in walk(table, [way]).rounds(0) for drafted, _ in row)
-    real = sum(drafted for row in decoded_rounds(runtime, texts, way) for drafted, _ in row)
-    unlimited = sum(drafted for row in walk(table, [Drafting(DEPTHS)]).rounds(0) for drafted, _ in row)
-    assert expected == pytest.approx(real, rel=0.1)
-    assert unlimited > 1.5 * real

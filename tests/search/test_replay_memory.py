@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 import selfspec_search.replay.recording
 import selfspec_search.replay.replay
@@ -48,9 +47,6 @@ def test_small_memory_changes_the_time_and_not_the_table(monkeypatch: pytest.Mon
     assert one is not None
     assert other is not None
     assert (one.weight == other.weight).all()
-    torch.testing.assert_close(
-        torch.from_numpy(one.confidence), torch.from_numpy(other.confidence), equal_nan=True, rtol=1e-4, atol=1e-5
-    )
     assert small.run(ENDS_SKIPPED, lambda first: 0) is None
 
 
@@ -70,8 +66,8 @@ def test_a_replay_of_some_texts_knows_nothing_of_the_others_and_records_nothing(
     one, other = whole.run(ENDS_SKIPPED), few.run(ENDS_SKIPPED)
     assert one is not None
     assert other is not None
-    assert (one.weight[[1, 4]] == other.weight[[1, 4]]).all()
-    assert np.isnan(other.confidence[[0, 2, 3]]).all()
+    assert (one.weight[[1, 4]] == other.weight).all()
+    assert other.texts == 2
     assert few.recordings is whole.recordings
     assert few.first_depth(ENDS_SKIPPED).agreement == pytest.approx(one.only([1, 4]).agreement)
 

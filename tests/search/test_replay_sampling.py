@@ -24,10 +24,9 @@ from replays import (
 )
 from selfspec_search.replay import replay_pass
 from selfspec_search.replay.lookup_table import LookupTable
-from selfspec_search.replay.replay import Replay
+from selfspec_search.replay.replay import LEAST_CHANCE, Replay
 from selfspec_search.replay.rounds import Drafting, walk
 from selfspec_search.replay.sampling_settings import Sampling
-from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text, decode_batch
 from transformers import PreTrainedModel
 
@@ -49,18 +48,13 @@ def test_processors_act_on_both_sides_as_in_decoding(penalty: float) -> None:
     assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(texts, texts_of(runtime, prompts), strict=True))
     table = Replay(runtime.model, texts, DEPTHS, sampling=sampling).run(ENDS_SKIPPED)
     assert table is not None
-    ways = [Drafting(3), Drafting(5, table.thresholds(1)[0])]
+    ways = [Drafting(3), Drafting(5)]
     # One text at a time, as the search does: padding would be part of what the penalty sees.
     for index, text in enumerate(texts):
-        arrays = (table.weight, table.confidence, table.written, table.allowed)
-        one = Table(*(array[index : index + 1] for array in arrays))
-        assert_replay_equals_decoding(runtime, one, [text], ways, sampling)
+        assert_replay_equals_decoding(runtime, table.only([index]), [text], ways, sampling)
 
 
-@pytest.mark.parametrize(
-    "threshold", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no threshold", "threshold"]
-)
-def test_sampled_decoding_takes_the_rounds_that_replay_expects(threshold: bool) -> None:
+def test_sampled_decoding_takes_the_rounds_that_replay_expects() -> None:
     # Many short decodings of one prompt against the expectation from as many texts of the target's own: two means of
     # independent samples, told apart at 4 standard errors of their difference (a false alarm: 1 in 16,000).
     runtime = llama_runtime()
@@ -69,8 +63,8 @@ def test_sampled_decoding_takes_the_rounds_that_replay_expects(threshold: bool) 
     texts = texts_of(runtime, prompts, 13, SAMPLING)
     table = Replay(runtime.model, texts, 4, sampling=SAMPLING).run(ENDS_SKIPPED)
     assert table is not None
-    way = Drafting(4, table.thresholds(1)[0] if threshold else None)
-    plan = Plan(skip_set=ENDS_SKIPPED, gamma=way.gamma, exit_threshold=way.threshold)
+    way = Drafting(4)
+    plan = Plan(skip_set=ENDS_SKIPPED, gamma=way.gamma)
     rounds = torch.zeros(len(prompts))
     for first in range(0, len(prompts), 64):
         _, stats = decode_batch(runtime, drafter_of(plan, runtime), prompts[first : first + 64], 13, SAMPLING)
@@ -108,7 +102,8 @@ def test_a_weight_is_the_chance_that_the_text_was_an_accepted_draft() -> None:
     expected = (q / p).clamp(max=1).numpy()
     assert 0.2 < expected.mean() < 0.98
     for depth in range(DEPTHS):
-        known = ~np.isnan(table.confidence[0, :, depth])
+        drafted = np.arange(len(expected)) + depth < min(text.written, text.allowed - 1)
+        known = drafted & (table.reach[0, :, depth] >= LEAST_CHANCE)
         assert known.any()
         for start in np.flatnonzero(known):
             assert table.weight[0, start, depth] == pytest.approx(expected[start + depth], abs=1e-4)
@@ -177,7 +172,7 @@ def test_lookup_is_replayed_round_by_round(least: int, gamma: int) -> None:
     table = Replay(runtime.model, texts, DEPTHS).run(ENDS_SKIPPED)
     assert table is not None
     lookup = PromptLookup(gamma=4, min_ngram=least, max_ngram=8)
-    way = Drafting(gamma, None, lookup)
-    assert_replay_equals_decoding(runtime, table, texts, [way, Drafting(gamma, table.thresholds(1)[0], lookup)])
+    way = Drafting(gamma, lookup)
+    assert_replay_equals_decoding(runtime, table, texts, [way])
     rounds = [drafted for text in walk(table, [way], LookupTable.of(texts, DEPTHS)).rounds(0) for drafted, _ in text]
     assert {0, 4} <= set(rounds) if gamma == 0 else {3, 4} <= set(rounds)

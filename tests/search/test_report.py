@@ -26,12 +26,12 @@ from models import LAYERS as TINY_LAYERS
 from optuna.trial import TrialState
 from selfspec_search import SearchSettings, load_study, search
 from selfspec_search.report import ReportData, StudyData, Trial, canvas, make_page, read_source, write_report
+from selfspec_search.report.data import pareto_front
 from selfspec_search.report.figures import ideal_cost
 from selfspec_search.report.headline import tiles, title, verdict
 from selfspec_search.report.panels import Panel, gains, panels
-from selfspec_search.report.pareto import pareto_front
 from selfspec_search.report.tables import INTERVAL, SPREAD, comparison_rows, settings
-from selfspec_search.store import Store
+from selfspec_search.storage.study_store import Store
 
 from selfspec import Plan, SkipSet
 from selfspec.errors import InputError, PlanError
@@ -58,7 +58,6 @@ class Stored:
 def record(index: int, *, pruned: bool) -> dict[str, Any]:
     prediction = {
         "gamma": 3,
-        "threshold": 0.375,
         "lookup": LOOKUP,
         "tokens_per_round": 2.125,
         "acceptance_rate": 0.625,
@@ -391,7 +390,7 @@ def test_a_study_without_a_plan_shows_its_best_trial_as_predicted() -> None:
     data = ReportData(source="study.db", study=study())
     assert verdict(data) == (
         "Best of 7 trials: lookup of 2 to 8 tokens, 7 drafted; on a miss skip 1 of 5 attention and 1 of 5 MLP "
-        "sub-layers; gamma 3, exit below 0.375."
+        "sub-layers; gamma 3."
     )
     assert {tile.source for tile in tiles(data)} == {"predicted"}
     assert drawn(data) == ["skipped", "pareto", "history", "sensitivity"]

@@ -18,8 +18,8 @@ from selfspec_search.replay.rounds import Drafting
 from selfspec_search.replay.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
 from selfspec_search.replay.texts import Text
 from selfspec_search.space import Space
-from selfspec_search.study.constraints import Limits
 from selfspec_search.study.objective import Prediction, Prices
+from selfspec_search.study.proposals import Findings
 from selfspec_search.study.study import Study
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
     result = search(model, CALIBRATION, HELD_OUT, settings)
     costs = result.profile.costs[0].model_copy(update={"rounds": (1.0,) * len(result.profile.costs[0].rounds)})
     prediction = result.confirmed[0].prediction
-    without_threshold = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
+    by_layers = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
     finish = Finish(
         model=model,
         settings=settings,
@@ -96,14 +96,11 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
         phases=Phases(on_progress=print),
     )
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    outlook = finish._outlook(replace(result.confirmed[0], prediction=without_threshold), texts, {})
-    assert outlook is not None
+    outlook = finish._outlook(replace(result.confirmed[0], prediction=by_layers), texts)
     assert outlook.rounds == [1.0] * (settings.gamma_max + 1)
     assert outlook.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
     assert outlook.agreement == result.confirmed[0].by_layers
     assert (outlook.matches, outlook.looking) == ([], 0.0), "what takes no part costs nothing"
-    thresholded = replace(prediction, drafting=Drafting(2, 0.5))
-    assert finish._outlook(replace(result.confirmed[0], prediction=thresholded), texts, {}) is None
 
 
 def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
@@ -115,7 +112,7 @@ def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
     assert read == plan
     read.check_fits(model.config)
     assert plan.provenance is not None
-    assert (plan.outlook is not None) == (plan.speculates and plan.exit_threshold is None)
+    assert (plan.outlook is not None) == plan.speculates
     assert plan.outlook is None or plan.outlook.matches
     assert plan.provenance.conditions.dtype == "float32"
     assert plan.provenance.predicted is not None
@@ -171,27 +168,25 @@ def test_a_row_that_ends_on_an_accepted_stop_token_counts_no_token_behind_it() -
 def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
     estimate: float, gap: float, hopeless: bool
 ) -> None:
-    study = Study.__new__(Study)
-    study.settings, study.prices, study.largest_gap = SearchSettings(), Prices(costs=CHEAP_DRAFTS.costs[0]), gap
-    study.limits = Limits()
+    findings = Findings(prices=Prices(costs=CHEAP_DRAFTS.costs[0]), largest_gap=gap)
     figures = Figures(tokens_per_round=2.0, acceptance_rate=0.5, tokens_per_second=9.0, speedup=1.2, texts=1)
     found = [Prediction(recipe=s, drafting=Drafting(1), figures=figures) for s in Space(num_layers=2).every()]
-    study.found = {prediction.recipe: prediction for prediction in found[:5]}
-    assert study._is_hopeless(estimate) is hopeless
-    study.found.popitem()
-    assert not study._is_hopeless(estimate), "too few have run whole to know the gap"
+    findings.found = {prediction.recipe: prediction for prediction in found[:5]}
+    assert findings.is_hopeless(estimate) is hopeless
+    findings.found.popitem()
+    assert not findings.is_hopeless(estimate), "too few have run whole to know the gap"
 
 
 def test_gaps_of_either_sign_count(model: PreTrainedModel, tmp_path: Path) -> None:
     storage, gaps = str(tmp_path / "trials.db"), []
-    plain = Study._note
+    plain = Findings.note
 
-    def noted(self: Study, skip_set: SkipSet, prediction: Prediction | None, estimate: float) -> None:
+    def noted(self: Findings, skip_set: SkipSet, prediction: Prediction | None, estimate: float) -> None:
         plain(self, skip_set, prediction, estimate)
         gaps.append((prediction and abs(prediction.speedup / estimate - 1), self.largest_gap))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "_note", noted)
+        patch.setattr(Findings, "note", noted)
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 20}, storage=storage))
     assert gaps[-1][1] == max(gap for gap, _ in gaps if gap is not None) > 0
     trials = load_study(storage).trials
@@ -279,7 +274,7 @@ def test_settings_that_make_no_sense_are_named() -> None:
         SearchSettings(timeout=0)
     with pytest.raises(InputError, match="rows is 0, but it must be at least 1"):
         SearchSettings(rows=0)
-    with pytest.raises(InputError, match="sampler is 'best', but it must be one of tpe, gp, nsga2, random"):
+    with pytest.raises(InputError, match="sampler is 'best', but it must be one of tpe, gp, random"):
         SearchSettings(sampler="best")
     with pytest.raises(InputError, match=r"max_draft_cost is 1.5, but it must be above 0 and at most 1"):
         SearchSettings(max_draft_cost=1.5)
@@ -289,7 +284,7 @@ def test_settings_that_make_no_sense_are_named() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["gp", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["gp", "random"])
 def test_every_sampler_finds_something(model: PreTrainedModel, sampler: str) -> None:
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 13}, sampler=sampler))
     assert result.trials_complete + result.trials_pruned == 13

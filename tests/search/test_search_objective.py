@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +36,6 @@ def costs(*, layer: float = 0.1, fixed: float = 0.2, compiled: bool = False) -> 
         layer=0.0,
         attention=0.75 * layer,
         mlp=0.25 * layer,
-        confidence=0.0,
         rounds=(1.0,) * 6,
         prefill=0.0,
         compiled=compiled,
@@ -51,7 +49,7 @@ def table(agreement: float, texts: int = 5, starts: int = 97, depths: int = 5) -
     generator = np.random.default_rng(0)
     agreed = np.cumprod(generator.random((texts, starts, depths)) < agreement, axis=2).astype(np.float32)
     written = np.full(texts, starts)
-    return Table(agreed, np.full(agreed.shape, 0.5, dtype=np.float32), written, written)
+    return Table(agreed, written, written)
 
 
 def test_predicted_speed_is_tokens_over_the_sum_of_steps_and_rounds() -> None:
@@ -77,10 +75,6 @@ def test_better_drafts_are_drafted_longer() -> None:
     assert lengths[0] < lengths[-1]
 
 
-def test_of_equal_ways_the_one_without_a_threshold_is_taken() -> None:
-    assert best(table(0.8), PRICES, HALF).drafting.threshold is None
-
-
 def test_the_depths_worth_replaying_hold_the_best_way() -> None:
     for agreement in (0.0, 0.5, 0.8, 0.95):
         seen = table(agreement)
@@ -88,13 +82,9 @@ def test_the_depths_worth_replaying_hold_the_best_way() -> None:
         assert best(seen, PRICES, HALF).drafting.gamma < depths_worth_replaying(ways) <= 6
 
 
-def test_where_drafts_are_captured_no_threshold_is_tried() -> None:
-    seen = table(0.8)
-    seen = replace(seen, confidence=np.random.default_rng(0).random(seen.confidence.shape, dtype=np.float32))
-    captured = Prices(costs=costs().model_copy(update={"captured": True}))
-    assert any(way.threshold is not None for way in ways_to_draft(seen, PRICES))
-    assert [way.gamma for way in ways_to_draft(seen, captured)] == [1, 2, 3, 4, 5]
-    assert all(way.threshold is None for way in ways_to_draft(seen, captured))
+def test_every_draft_length_that_was_replayed_and_priced_is_a_way_to_draft() -> None:
+    assert [way.gamma for way in ways_to_draft(table(0.8), PRICES)] == [1, 2, 3, 4, 5]
+    assert [way.gamma for way in ways_to_draft(table(0.8, depths=3), PRICES)] == [1, 2, 3]
 
 
 def test_a_captured_round_has_one_length_whatever_was_drafted() -> None:
@@ -154,12 +144,12 @@ def test_lookup_goes_before_layers_where_it_is_right() -> None:
 def test_a_short_match_is_left_to_the_layers() -> None:
     way = PromptLookup(gamma=5, min_ngram=4)
     prices = Prices(costs=costs(), lookup=lookups(3, 5), lookups=(way,))
-    with_lookup, without = predict(table(0.8), prices, HALF, [Drafting(3, None, way), Drafting(3)])
+    with_lookup, without = predict(table(0.8), prices, HALF, [Drafting(3, way), Drafting(3)])
     assert with_lookup.figures.tokens_per_round == without.figures.tokens_per_round
 
 
 def test_a_prediction_survives_its_record() -> None:
-    way = Drafting(3, 0.4, PromptLookup(gamma=5, min_ngram=2))
+    way = Drafting(3, PromptLookup(gamma=5, min_ngram=2))
     prices = Prices(costs=costs(), lookup=lookups(3, 2))
     (prediction,) = predict(table(0.8), prices, HALF, [way])
     assert Prediction.from_dict(HALF, json.loads(json.dumps(prediction.to_dict()))) == prediction

@@ -20,8 +20,8 @@ from selfspec_search.replay.texts import Text
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
-from selfspec.cli.found import facts
-from selfspec.cli.show import Show
+from selfspec.cli.formatting import facts
+from selfspec.cli.token_view import Show
 from selfspec.plan import Outlook
 from selfspec.plan.draft_spec import Recipe
 from selfspec.policy.estimates import MATCHES

@@ -10,7 +10,14 @@ import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, tiny_model
 from selfspec_search.profile.costs import Costs, at_another_context, fit_costs, fit_step, variants
-from selfspec_search.profile.profile import Profile, costs_at, default_contexts, measure, round_lengths
+from selfspec_search.profile.profile import (
+    Profile,
+    ProfileSettings,
+    costs_at,
+    default_contexts,
+    measure,
+    round_lengths,
+)
 from selfspec_search.profile.timing import STEPS
 from selfspec_search.replay.sampling_settings import Sampling
 from transformers import PreTrainedModel, TopKLogitsWarper
@@ -38,7 +45,6 @@ def costs(*, scale: float = 1.0, compiled: bool = False) -> Costs:
         layer=0.1 * scale,
         attention=0.3 * scale,
         mlp=0.2 * scale,
-        confidence=0.07 * scale,
         rounds=(1.0 * scale, 2.0 * scale, 5.0 * scale),
         prefill=11.0 * scale,
         lookup=0.03 * scale,
@@ -97,7 +103,7 @@ def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch:
         return plain(self, view, tokens, depths)
 
     monkeypatch.setattr(Runtime, "run", recorded)
-    measured = measure(model, gamma_max=2, contexts=[11], rows=3)
+    measured = measure(model, gamma_max=2, contexts=[11], settings=ProfileSettings(rows=3))
     assert measured.rows == 3
     assert shapes == {("draft", 3, 1), ("target", 3, 1), ("target", 3, 2), ("target", 3, 3)}
 
@@ -132,7 +138,9 @@ def test_steps_and_rounds_for_sampling_are_measured_with_its_processors(
     monkeypatch.setattr(TopKLogitsWarper, "__call__", recorded)
     assert measure(model, gamma_max=2, contexts=[5]).sampling == {}
     assert not seen
-    measured = measure(model, gamma_max=2, contexts=[5], sampling=Sampling(do_sample=True, top_k=7))
+    measured = measure(
+        model, gamma_max=2, contexts=[5], settings=ProfileSettings(sampling=Sampling(do_sample=True, top_k=7))
+    )
     assert measured.sampling == {"do_sample": True, "top_k": 7}
     assert measured.conditions.endswith(", sampling")
     assert seen == {1, 2, 3}  # a step, and rounds over one and two drafted tokens
@@ -163,7 +171,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     model: PreTrainedModel, contexts: list[int], rows: int, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        measure(model, gamma_max=1, contexts=contexts, rows=rows)
+        measure(model, gamma_max=1, contexts=contexts, settings=ProfileSettings(rows=rows))
 
 
 # --- kept ---
@@ -226,10 +234,8 @@ def timed(context: int, seconds: Costs, lengths: list[int], *, whole: bool) -> d
     """What would be timed where the costs are these."""
     skip_sets = variants(LAYERS) if whole else {"nothing": SkipSet()}
     drafts = {(context, name): STEPS * seconds.draft_step(skip_set) for name, skip_set in skip_sets.items()}
-    half = STEPS * seconds.draft_step(variants(LAYERS)["one layer in two"], threshold=True)
     return {
         **drafts,
-        **({(context, "confidence"): half} if whole else {}),
         **{(context, n): STEPS * seconds.rounds[n] for n in lengths},
         (context, "prefill"): seconds.prefill,
         (context, "lookup"): STEPS * seconds.lookup,

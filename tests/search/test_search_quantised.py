@@ -36,7 +36,6 @@ COSTS = Costs(
     layer=0.001,
     attention=0.003,
     mlp=0.002,
-    confidence=0.0,
     rounds=(0.047,) * 4,
     prefill=0.01,
     compiled=False,
@@ -176,11 +175,11 @@ def test_limits_are_those_of_cost_and_memory(model: PreTrainedModel) -> None:
     small, large = (Recipe(quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp=m))) for m in ({0}, range(7)))
     taken = {small: 500, large: 3000, Recipe(): 0}
     limits = Limits(memory=1000, bytes_of=lambda recipe: taken[recipe])
-    assert [limits.allow(recipe, prices) for recipe in (Recipe(), small, large)] == [True, True, False]
-    assert limits.excess(large, prices) == {"draft_memory": 2.0}
-    assert limits.record(small, prices)["draft_bytes"] == 500
+    assert [limits.check(recipe, prices).is_feasible for recipe in (Recipe(), small, large)] == [True, True, False]
+    assert limits.check(large, prices).excess == {"draft_memory": 2.0}
+    assert limits.check(small, prices).draft_bytes == 500
     unknown = Prices(costs=COSTS.model_copy(update={"formats": {}}))
-    assert not Limits().allow(small, unknown), "what has no price here cannot be chosen"
+    assert not Limits().check(small, unknown).is_feasible, "what has no price here cannot be chosen"
 
 
 def test_what_a_search_takes_for_copies_is_told_before(model: PreTrainedModel) -> None:

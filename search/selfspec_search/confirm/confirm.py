@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from functools import partial
+from itertools import count, cycle, islice
 from statistics import median
 from time import perf_counter
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.benchmark.measure import Ratio, speed_ratio
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.build import drafter_of
@@ -21,6 +21,7 @@ from selfspec.models.draft_weights import Copies, copied_bytes
 from selfspec.plan import Figures, Padding
 from selfspec.plan.draft_spec import Recipe
 from selfspec.runtime.runtime import Runtime
+from selfspec.utils.statistics import Ratio, interleaved, speed_ratio, wait_for
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement, walk
 from selfspec_search.replay.table import Table
@@ -37,8 +38,8 @@ class Confirmed:
     """One plan's figures side by side: predicted on both sets of texts, and measured on the held-out ones.
 
     `expected_here` is predicted for the texts that were decoded, and nothing else. `rounds_equal` says whether replay
-    and greedy decoding agree in every round of every one of them: accepted tokens always, drafted ones where there is
-    no exit threshold (behind a wrong token, replay only expects those); None when sampling, where each run differs.
+    and greedy decoding draft and accept alike in every round of every one of them; None when sampling, where each run
+    differs.
     `drafted_replayed` and `drafted_decoded` are tokens drafted per round. `differing_texts` counts decoded texts that
     are not, token for token, the plain model's (0 when sampling). `is_faster`: than the plain model, beyond doubt.
     `draft_bytes`: what the draft's own layers take. `samples`: whether texts were sampled, each time others.
@@ -102,15 +103,16 @@ class _Contender:
     settings: SearchSettings
     runs: dict[int, list[_Run]] = field(default_factory=dict)
 
-    def decode(self, batch: int, texts: Sequence[Text]) -> None:
+    def decode(self, batch: int, texts: Sequence[Text]) -> float:
+        """Seconds that decoding the batch took."""
         prompts, sampling = [text.tokens[: text.prompt] for text in texts], self.settings.sampling
         start = perf_counter()
         tokens, stats = decode_batch(self.runtime, self.drafter, prompts, texts[0].allowed, sampling)
-        if tokens[0].device.type == "cuda":
-            torch.cuda.synchronize(tokens[0].device)
+        wait_for(tokens[0].device)
         seconds = perf_counter() - start
         written = [len(row) - len(prompt) for row, prompt in zip(tokens, prompts, strict=True)]
         self.runs.setdefault(batch, []).append(_Run(seconds, stats, tokens, written))
+        return seconds
 
     @property
     def counted(self) -> list[_Run]:
@@ -201,12 +203,16 @@ def confirm(
         contender.runtime.reserve(settings.rows, room)
         contender.decode(0, texts[0])  # warm up
         contender.runs.clear()
-    total = settings.repeats * len(batches) * len(everyone)
-    for repeat in range(settings.repeats):
-        for place, batch in enumerate(texts):
-            for turn in range(len(everyone)):
-                everyone[(turn + place + repeat) % len(everyone)].decode(place, batch)
-                on_decoded((repeat * len(batches) + place) * len(everyone) + turn + 1, total)
+    total, done = settings.repeats * len(batches) * len(everyone), count(1)
+
+    def decode(contender: _Contender, place: int) -> float:
+        seconds = contender.decode(place, texts[place])
+        on_decoded(next(done), total)
+        return seconds
+
+    pairs = [(place, index) for place in range(len(texts)) for index in range(len(everyone))]
+    tasks = {(place, index): partial(decode, everyone[index], place) for place, index in pairs}
+    interleaved(tasks, repeats=settings.repeats, warmup=0, group=len(everyone))
     decoded = [index for batch in batches for index in batch]
     return plain.figures(plain, len(set(decoded))), [
         _compare(prediction, contender, plain, replay, prices, decoded)
@@ -260,8 +266,6 @@ def _compare(
     here = prices.only(decoded)
     walked = walk(table.only(decoded), [prediction.drafting], here.lookup)
     rounds, greedy = contender.rounds(), not contender.settings.sampling.do_sample
-    exact = slice(0 if prediction.drafting.threshold is None else 1, 2)
-    replayed = [[pair[exact] for pair in text] for text in walked.rounds(0)]
     outputs = [
         (ours, theirs)
         for batch in contender.runs
@@ -275,7 +279,7 @@ def _compare(
         drafted_replayed=float((walked.visits * walked.drafted).sum() / walked.visits.sum()),
         drafted_decoded=sum(drafted for text in rounds for drafted, _ in text) / max(1, sum(map(len, rounds))),
         rounds=sum(map(len, rounds)),
-        rounds_equal=[[pair[exact] for pair in text] for text in rounds] == replayed if greedy else None,
+        rounds_equal=rounds == walked.rounds(0) if greedy else None,
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
         draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.recipe),

@@ -19,7 +19,7 @@ from selfspec.plan.draft_spec import Format
 from selfspec_search.confirm.confirm import Confirmed, confirm, padding_of
 from selfspec_search.confirm.result import SearchResult
 from selfspec_search.profile.batch_costs import Scene, match_shares, seen
-from selfspec_search.profile.profile import Profile, measure, position_limit
+from selfspec_search.profile.profile import Profile, ProfileSettings, measure, position_limit
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.table import Table
@@ -81,14 +81,16 @@ def measure_for(
     return measure(
         model,
         prompts,
+        ProfileSettings(
+            rows=settings.rows,
+            slots=max(text.prompt + text.allowed for text in texts) + settings.longest_draft + 1,
+            sampling=settings.sampling,
+            backend=settings.backend,
+            compile=settings.compile,
+            formats=formats,
+        ),
         gamma_max=settings.longest_draft,
         contexts=sorted({min(context, most) for context in contexts}),
-        rows=settings.rows,
-        slots=max(text.prompt + text.allowed for text in texts) + settings.longest_draft + 1,
-        sampling=settings.sampling,
-        backend=settings.backend,
-        compile=settings.compile,
-        formats=formats,
         on_cycle=lambda done, total: phases.tell("profile", done, total),
     )
 
@@ -179,13 +181,10 @@ class Finish:
             predicted=winner.prediction.figures if winner else plainly,
             predicted_on_held_out=winner.predicted_on_held_out if winner else plainly_held_out,
             measured=winner.measured if winner else plain,
-            profile=self.profile.to_dict(),
         )
 
-    def _outlook(self, winner: Confirmed, texts: Sequence[Text]) -> Outlook | None:
-        """What a policy needs to know; None where drafts adapt by themselves."""
-        if winner.prediction.drafting.threshold is not None:
-            return None
+    def _outlook(self, winner: Confirmed, texts: Sequence[Text]) -> Outlook:
+        """What a policy needs to know."""
         prices = Prices.of(self.profile, texts, lookup=self.settings.lookup)
         costs = prices.costs
         matches = [] if prices.lookup is None else match_shares(texts, prices.lookup, self.profile.gamma_max)
@@ -198,10 +197,10 @@ class Finish:
             matches=matches,
         )
 
-    def _other_rows(self, prediction: Prediction, outlook: Outlook | None, texts: Sequence[Text]) -> list[Outlook]:
+    def _other_rows(self, prediction: Prediction, outlook: Outlook, texts: Sequence[Text]) -> list[Outlook]:
         """The same for the other numbers of rows that the plan is to serve."""
         others = sorted(set(self.settings.other_rows) - {self.profile.rows})
-        if outlook is None or not others:
+        if not others:
             return []
         scene = Scene(
             model=self.model,

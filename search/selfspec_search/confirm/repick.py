@@ -17,7 +17,7 @@ from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.table import Table
 from selfspec_search.replay.text_cache import TEXTS, model_fingerprint
 from selfspec_search.settings import OnProgress, SearchSettings
-from selfspec_search.store import StoredStudy, StoredTrial
+from selfspec_search.storage.study_store import StoredStudy, StoredTrial
 from selfspec_search.study.build_space import slower
 from selfspec_search.study.constraints import limits_of
 from selfspec_search.study.objective import Prices, best, ranked
@@ -69,7 +69,7 @@ def repick(
         found = [
             best(table_of(trial, settings.gamma_max), prices, recipe)
             for recipe, trial in tables.items()
-            if limits.allow(recipe, prices)
+            if limits.check(recipe, prices).is_feasible
         ]
     if not found:
         raise InputError(f"no trial of study '{study.name}' can be used here: {_why_none(settings, profile)}")

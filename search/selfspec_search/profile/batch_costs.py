@@ -15,7 +15,8 @@ from selfspec.plan import Outlook, Padding
 from selfspec.plan.draft_spec import Recipe
 from selfspec.policy.estimates import MATCHES, match_class
 from selfspec.runtime.runtime import Runtime
-from selfspec_search.profile.timing import STEPS, Bench, medians
+from selfspec.utils.statistics import median_seconds
+from selfspec_search.profile.timing import STEPS, Bench
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import Text
@@ -74,14 +75,7 @@ class Scene:
         calls["step"] = bench.draft(runtime)
         if known.matches:
             calls["lookup"] = bench.lookup(runtime, longest)
-        timed = medians(
-            calls,
-            rare=lambda _: False,
-            cycles=CYCLES,
-            device=self.model.device,
-            on_cycle=lambda done, total: None,
-            seconds=SECONDS,
-        )
+        timed = median_seconds(calls, self.model.device, repeats=CYCLES, budget=SECONDS)
         rounds = np.interp(range(longest + 1), lengths, [timed[f"round {n}"] / STEPS for n in lengths])
         changes = {
             "rows": rows,

@@ -50,7 +50,6 @@ class Costs(Record):
     layer: Seconds  # norms and additions of a layer that is run at all
     attention: Seconds
     mlp: Seconds
-    confidence: Seconds  # per step, where there is an exit threshold
     rounds: tuple[Seconds, ...]
     prefill: Seconds  # of a prompt that is one token longer than the context
     lookup: Seconds = 0.0  # per round, of prompt lookup where that comes before the draft
@@ -62,12 +61,11 @@ class Costs(Record):
     formats: dict[str, Savings] = {}
     measured: dict[str, Seconds] = {}
 
-    def draft_step(self, recipe: Recipe | SkipSet, *, threshold: bool = False) -> float:
+    def draft_step(self, recipe: Recipe | SkipSet) -> float:
         """Seconds per drafted token of a draft by this recipe; its format must be one of `formats`."""
         recipe = Recipe.of(recipe)
         bare = float(counts_of(recipe.skip_set, self.num_layers) @ self._fitted)
-        seconds = max(bare * self._lengthened(recipe) - self._saved_by_copies(recipe), LEAST * bare)
-        return seconds + (self.confidence if threshold else 0.0)
+        return max(bare * self._lengthened(recipe) - self._saved_by_copies(recipe), LEAST * bare)
 
     def _lengthened(self, recipe: Recipe) -> float:
         return self.unpadded if recipe.quantised is not None else 1.0
@@ -113,7 +111,7 @@ class Costs(Record):
 
 LEAST = 0.02
 """Of a step in full precision, the least that savings leave of it: beyond, they are noise."""
-_SINGLE = ("fixed", "layer", "attention", "mlp", "confidence", "prefill", "lookup")
+_SINGLE = ("fixed", "layer", "attention", "mlp", "prefill", "lookup")
 
 
 def _mean(one: float, other: float, weight: float) -> float:

@@ -12,8 +12,9 @@ from selfspec.models.quantised_linear import device_obstacle
 from selfspec.plan.draft_spec import INT4, INT8, Format, Quantised, Recipe, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec.runtime.runtime import Runtime
+from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Savings
-from selfspec_search.profile.timing import Bench, medians
+from selfspec_search.profile.timing import Bench
 
 Timed = Mapping[str, float]
 LEAST_GAIN = 0.05
@@ -40,13 +41,8 @@ def copies_that_gain(
             continue
         quantised = runtime_of(Recipe(quantised=_everything(full.model, format)))
         quantised.adopt_cache(full)
-        seconds = medians(
-            {"full": bench.draft(full), "quantised": bench.draft(quantised)},
-            rare=lambda _: False,
-            cycles=CYCLES,
-            device=full.model.device,
-            on_cycle=lambda done, total: None,
-        )
+        calls = {"full": bench.draft(full), "quantised": bench.draft(quantised)}
+        seconds = median_seconds(calls, full.model.device, repeats=CYCLES)
         if seconds["quantised"] < seconds["full"] * (1 - LEAST_GAIN):
             gaining.append(format)
         else:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from selfspec.plan import Padding
 from selfspec.runtime.runtime import Runtime
-from selfspec_search.profile.timing import Bench, Call, medians
+from selfspec.utils.statistics import median_seconds
+from selfspec_search.profile.timing import Bench, Call
 
 LEAST_GAIN = 0.04
 """A longer pass must be faster by so much, relatively: less is noise."""
@@ -45,13 +46,8 @@ def draft_padding(runtime: Runtime, bench: Bench) -> int:
 
         return padded
 
-    timed = medians(
-        {length: padded_to(length) for length in DRAFT_LENGTHS},
-        rare=lambda _: False,
-        cycles=CYCLES,
-        device=runtime.model.device,
-        on_cycle=lambda done, total: None,
-    )
+    calls = {length: padded_to(length) for length in DRAFT_LENGTHS}
+    timed = median_seconds(calls, runtime.model.device, repeats=CYCLES)
     runtime.padding = None
     best = min(timed, key=lambda length: timed[length])
     return best if timed[best] < timed[1] * (1 - LEAST_GAIN) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -19,24 +20,22 @@ from selfspec.plan import Padding
 from selfspec.plan.draft_spec import Format, Recipe
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime, device_name
+from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Costs, Record, at_another_context, fit_step, variants
 from selfspec_search.profile.draft_costs import copied_variants, copies_that_gain, fit_copies
 from selfspec_search.profile.padding import draft_padding, target_padding
-from selfspec_search.profile.timing import STEPS, Bench, Call, medians, share_cache
+from selfspec_search.profile.timing import STEPS, Bench, Call, share_cache
 from selfspec_search.replay.sampling_settings import Sampling
 
 CYCLES = 15
 """How often everything is measured, in turn."""
 CONTEXTS = (128, 512, 2048)
 """Measured where neither contexts nor prompts are given, as far as the model's positions reach."""
-ALMOST_ZERO = 1e-30
-"""An exit threshold that is computed and never ends a draft."""
-
-FULL, HALF = "nothing", "one layer in two"
-"""Variants by name: the one that skips nothing, and the one that is timed with an exit threshold, too."""
+FULL = "nothing"
+"""The variant that skips nothing, by name."""
 
 Name = tuple[int, str | int]
-"""Of what is timed: a context; a variant, 'confidence', 'lookup', 'prefill', or the drafted tokens of a round."""
+"""Of what is timed: a context; a variant, 'lookup', 'prefill', or the drafted tokens of a round."""
 
 
 class Profile(Record):
@@ -130,19 +129,35 @@ def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:
     return [n for n in range(gamma_max + 1) if n in few or n == gamma_max or n % (8 if sparse else 4) == 0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """What passes are measured for.
+
+    Args:
+        rows: how many are decoded together; each has the whole context.
+        slots: the least capacity of the cache; the cost of a pass depends on it where attention has static shapes.
+        sampling: how tokens are chosen, greedily by default; with a large vocabulary it counts.
+        backend: an attention backend by name; None for the first that serves.
+        compile: whether passes are compiled; by default where the runtime compiles by default.
+        formats: of quantised copies to measure; those that are no faster here are only named.
+    """
+
+    rows: int = 1
+    slots: int = 0
+    sampling: Sampling | None = None
+    backend: str | None = None
+    compile: bool | None = None
+    formats: Sequence[Format] = ()
+
+
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel,
     prompts: Sequence[Tensor] | None = None,
+    settings: ProfileSettings | None = None,
     *,
     gamma_max: int,
     contexts: Sequence[int] | None = None,
-    rows: int = 1,
-    slots: int = 0,
-    sampling: Sampling | None = None,
-    backend: str | None = None,
-    compile: bool | None = None,
-    formats: Sequence[Format] = (),
     on_cycle: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure a profile: medians of interleaved cycles.
@@ -152,64 +167,100 @@ def measure(
 
     Args:
         prompts: what stands in the cache, joined; random tokens where they are too few. Costs hardly depend on it.
+        settings: see `ProfileSettings`.
         gamma_max: the longest draft whose round is measured.
         contexts: tokens in the cache when a pass begins; by default those of the median prompt, or `CONTEXTS`.
-        rows: how many are decoded together; each has the whole context.
-        slots: the least capacity of the cache; the cost of a pass depends on it where attention has static shapes.
-        sampling: how tokens are chosen, greedily by default; with a large vocabulary it counts.
-        formats: of quantised copies to measure; those that are no faster here are only named.
         on_cycle: called with (cycles done, of how many).
 
     Raises:
         InputError: a context of no tokens or beyond the model's positions, or no row.
     """
-    contexts = _checked(model, contexts or _contexts_of(model, prompts, gamma_max), rows)
-    slots = max(slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)  # one cache for all: growing would replace it
-    base, copies = contexts[len(contexts) // 2], Copies(model)
-
-    def runtime_of(recipe: Recipe | SkipSet) -> Runtime:
-        return Runtime(model, recipe, backend=backend, compile=compile, copies=copies)
-
-    runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
-    share_cache(runtimes.values(), rows, slots)
-    full = runtimes[FULL]
-    benches = {context: Bench(_cached(model, prompts or (), rows, context + 1), sampling) for context in contexts}
-    draft_length = draft_padding(full, benches[base])
-    full.padding = Padding(rows=rows, target=[], draft=draft_length)  # a format must be faster than what it replaces
-    gaining, slower = copies_that_gain(full, benches[base], formats, runtime_of)
-    copied = copied_variants(model, gaining)
-    runtimes |= {name: runtime_of(recipe) for name, recipe in copied.items()}
-    share_cache(runtimes.values(), rows, slots)
-    for name in variants(model.config.num_hidden_layers):
-        runtimes[name].padding = Padding(rows=rows, target=[], draft=draft_length)
-    calls: dict[Name, Call] = {}
-    for context, bench in benches.items():
-        lengths = round_lengths(gamma_max, sparse=full.compile or context != base)
-        some = runtimes if context == base else {FULL: full}
-        calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
-    timed = medians(calls, rare=_is_prefill, cycles=CYCLES, device=model.device, on_cycle=on_cycle)
-    padding = Padding(rows=rows, target=target_padding(_rounds(base, timed), gamma_max), draft=draft_length)
+    settings = settings or ProfileSettings()
+    contexts = _checked(model, contexts or _contexts_of(model, prompts, gamma_max), settings.rows)
+    subject = _Subject.of(model, prompts or (), contexts, gamma_max, settings)
+    timed = median_seconds(subject.calls(gamma_max), model.device, repeats=CYCLES, rare=_is_prefill, on_repeat=on_cycle)
+    base, full, padding = subject.base, subject.full, subject.padding(timed, gamma_max)
     found = costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, padding=padding)
-    with_copies = fit_copies(model, gaining, {name: timed[base, name] / STEPS for name in (FULL, *copied)})
+    steps = {name: timed[base, name] / STEPS for name in (FULL, *copied_variants(model, subject.gaining))}
+    changes = {"captured": subject.benches[base].captures(full), **fit_copies(model, subject.gaining, steps)}
     return Profile(
         device=device_name(model.device),
         processor=processor_name(),
         threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
-        rows=rows,
+        rows=settings.rows,
         compiled=full.compile,
         backend=full.backend.backend.name,
-        sampling=sampling.to_dict() if sampling else {},
+        sampling=settings.sampling.to_dict() if settings.sampling else {},
         num_layers=model.config.num_hidden_layers,
         gamma_max=gamma_max,
         versions=versions(),
         contexts=tuple(contexts),
-        costs=tuple(
-            costs.model_copy(update={"captured": benches[base].captures(full), **with_copies}) for costs in found
-        ),
+        costs=tuple(costs.model_copy(update=changes) for costs in found),
         padding=padding if padding.most else None,
-        slower_formats=slower,
+        slower_formats=subject.slower,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is measured: drafts by name, in runtimes that share one cache, at every context."""
+
+    runtimes: dict[str, Runtime]
+    benches: dict[int, Bench]  # by context
+    base: int  # the context at which everything is measured
+    draft_length: int  # that passes of a draft in full precision are padded to
+    gaining: list[Format]
+    slower: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        prompts: Sequence[Tensor],
+        contexts: Sequence[int],
+        gamma_max: int,
+        settings: ProfileSettings,
+    ) -> _Subject:
+        rows, base, copies = settings.rows, contexts[len(contexts) // 2], Copies(model)
+        # One cache for all: growing would replace it.
+        slots = max(settings.slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)
+
+        def runtime_of(recipe: Recipe | SkipSet) -> Runtime:
+            return Runtime(model, recipe, backend=settings.backend, compile=settings.compile, copies=copies)
+
+        runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
+        share_cache(runtimes.values(), rows, slots)
+        full = runtimes[FULL]
+        benches = {length: Bench(_cached(model, prompts, rows, length + 1), settings.sampling) for length in contexts}
+        draft_length = draft_padding(full, benches[base])
+        # A format must be faster than the padded passes that it replaces.
+        full.padding = Padding(rows=rows, target=[], draft=draft_length)
+        gaining, slower = copies_that_gain(full, benches[base], settings.formats, runtime_of)
+        runtimes |= {name: runtime_of(recipe) for name, recipe in copied_variants(model, gaining).items()}
+        share_cache(runtimes.values(), rows, slots)
+        for name in variants(model.config.num_hidden_layers):
+            runtimes[name].padding = Padding(rows=rows, target=[], draft=draft_length)
+        return cls(
+            runtimes=runtimes, benches=benches, base=base, draft_length=draft_length, gaining=gaining, slower=slower
+        )
+
+    @property
+    def full(self) -> Runtime:
+        return self.runtimes[FULL]
+
+    def calls(self, gamma_max: int) -> dict[Name, Call]:
+        """All that is timed."""
+        calls: dict[Name, Call] = {}
+        for context, bench in self.benches.items():
+            lengths = round_lengths(gamma_max, sparse=self.full.compile or context != self.base)
+            some = self.runtimes if context == self.base else {FULL: self.full}
+            calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
+        return calls
+
+    def padding(self, timed: Mapping[Name, float], gamma_max: int) -> Padding:
+        target = target_padding(_rounds(self.base, timed), gamma_max)
+        return Padding(rows=self.full.cache.rows, target=target, draft=self.draft_length)
 
 
 def _is_prefill(name: Name) -> bool:
@@ -250,8 +301,6 @@ def _calls(bench: Bench, runtimes: Mapping[str, Runtime], lengths: Sequence[int]
     """What is timed at one context: steps of each runtime's draft, rounds over `lengths` tokens, and the rest."""
     full = runtimes[FULL]
     calls: dict[str | int, Call] = {name: bench.draft(runtime) for name, runtime in runtimes.items()}
-    if HALF in runtimes:
-        calls["confidence"] = bench.draft(runtimes[HALF], ALMOST_ZERO)
     calls |= {n: bench.round(full, n) for n in lengths}
     return calls | {"lookup": bench.lookup(full, max(1, lengths[-1])), "prefill": bench.prefill(full)}
 
@@ -268,7 +317,6 @@ def costs_at(
     """Costs at every context, from all that was timed at `base` and what was timed at the others."""
     steps = {name: timed[base, name] / STEPS for name in variants(num_layers)}
     fitted = fit_step(num_layers, steps)
-    confidence = max(0.0, timed[base, "confidence"] / STEPS - steps[HALF])
     rounds = _rounds(base, timed)
     base_rounds = np.interp(range(max(rounds) + 1), list(rounds), list(rounds.values()))
     found = []
@@ -284,7 +332,6 @@ def costs_at(
                 layer=layer,
                 attention=attention,
                 mlp=mlp,
-                confidence=confidence,
                 rounds=_padded(bare, padding),
                 prefill=timed[context, "prefill"],
                 lookup=timed[context, "lookup"] / STEPS,

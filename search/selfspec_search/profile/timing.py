@@ -1,10 +1,8 @@
-"""Timing: stretches of the real runtime and its loop that do the same work at every call, and how long they take."""
+"""Timing: stretches of the real runtime and its loop that do the same work at every call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from statistics import median
-from time import perf_counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -18,15 +16,13 @@ from selfspec.decoding.stats import Stats
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 from selfspec.plan import PromptLookup
-from selfspec.runtime.runtime import Runtime, wait_for
+from selfspec.runtime.runtime import Runtime
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import request_for
 
 STEPS = 4
 """Draft length at which a step of the draft is timed. Rounds are timed by as many, too: on a busy machine the median of
 long stretches and that of short ones are not to be compared."""
-RARELY = 5
-"""Prefills, which take long and count once a text, are timed in one cycle of so many."""
 
 Call = Callable[[], Any]
 
@@ -43,9 +39,9 @@ class Bench:
     def __init__(self, prompts: Tensor, sampling: Sampling | None = None) -> None:
         self.prompts, self.sampling = prompts, sampling
 
-    def draft(self, runtime: Runtime, threshold: float | None = None) -> Call:
+    def draft(self, runtime: Runtime) -> Call:
         """STEPS tokens drafted in every row."""
-        drafter = LayerSkipDrafter(runtime, STEPS, threshold)
+        drafter = LayerSkipDrafter(runtime, STEPS)
         request = self._begin(runtime, drafter)
 
         def call() -> None:
@@ -131,41 +127,3 @@ def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:
     first.reserve(rows, slots)
     for other in others:
         other.adopt_cache(first)
-
-
-def medians(
-    calls: Mapping[Any, Call],
-    *,
-    rare: Callable[[Any], bool],
-    cycles: int,
-    device: torch.device,
-    on_cycle: Callable[[int, int], None],
-    seconds: float = 0.0,
-) -> dict[Any, float]:
-    """Median seconds of each call, after one that warms up, timed in turn: a slow moment falls on all alike.
-
-    Args:
-        rare: whether a call, by name, is timed in few of the cycles.
-        on_cycle: called with (cycles done, of how many).
-        seconds: cycles go on for so long, up to four times as many: what is quick is measured better.
-    """
-    timed: dict[Any, list[float]] = {name: [] for name in calls}
-    on_cycle(0, cycles)
-    for call in calls.values():
-        call()
-    cycle, end = 0, perf_counter() + seconds
-    while cycle < cycles or (cycle < 4 * cycles and perf_counter() < end):
-        for name, call in calls.items():
-            if cycle % RARELY == 0 or not rare(name):
-                timed[name].append(_seconds(call, device))
-        cycle += 1
-        on_cycle(min(cycle, cycles), cycles)
-    return {name: median(times) for name, times in timed.items()}
-
-
-def _seconds(call: Call, device: torch.device) -> float:
-    wait_for(device)
-    start = perf_counter()
-    call()
-    wait_for(device)
-    return perf_counter() - start

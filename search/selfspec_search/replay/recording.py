@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from selfspec.models.attention_hook import AttentionArgs
 from selfspec.models.support import ProbePass
 from selfspec.models.views import run_view
-from selfspec_search.replay.sampling_settings import process_packed
+from selfspec_search.replay.processing import process_packed
 from selfspec_search.replay.texts import Text
 
 TEXTS_TOGETHER = 8

@@ -30,9 +30,10 @@ from selfspec.models.views import run_view, target_view
 from selfspec.plan.draft_spec import Recipe
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.replay.memory import Memory
+from selfspec_search.replay.processing import process_packed
 from selfspec_search.replay.recording import Recording, batches, probabilities
 from selfspec_search.replay.replay_pass import ReplayPass, Starts, Step
-from selfspec_search.replay.sampling_settings import Sampling, process_packed
+from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text
 
@@ -71,6 +72,7 @@ class Replay:
         copies: Copies | None = None,
     ) -> None:
         self.texts, self.depths = texts, depths
+        self._only: Sequence[int] | None = None
         self.sampling = sampling or Sampling()
         self.processors = self.sampling.processors(model)
         self.copies = copies or Copies(model, many_tokens=True)
@@ -103,11 +105,14 @@ class Replay:
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:
             begun = self._each(lambda chunk: self._begin(chunk, table))
-            depths = min(depths, how_deep(table.from_first_depth()))
+            depths = min(depths, how_deep(self._wanted(table).from_first_depth()))
         if depths == 0:
             return None
         self._each(lambda chunk: self._go_on(chunk, begun[chunk], depths, table))
-        return table.shallow(depths)
+        return self._wanted(table).shallow(depths)
+
+    def _wanted(self, table: Table) -> Table:
+        return table if self._only is None else table.only(self._only)
 
     def _each(self, do: Callable[[int], Result]) -> list[Result]:
         """Do something for every chunk, as many at a time as there are threads."""
@@ -140,9 +145,10 @@ class Replay:
         return seen[0]
 
     def only(self, indices: Sequence[int]) -> Replay:
-        """The same replay, over the starts of some of the texts: its tables hold nothing of the others."""
+        """The same replay, over the starts of some of the texts: its tables hold these texts alone."""
         few, wanted = copy(self), torch.tensor(list(indices), device=self.tokens.device)
         chunks = [chunk.only(torch.isin(chunk.texts, wanted).nonzero()[:, 0]) for chunk in self.chunks]
+        few._only = list(indices)
         few.chunks = [chunk for chunk in chunks if len(chunk)]
         few._first_steps = [None] * len(few.chunks)
         return few
@@ -158,9 +164,7 @@ class Replay:
             self.view, self.tokens[places][None], step.positions[None], ReplayPass(step, alive.own, depth)
         )[0].float()  # a v
         weight = self._accepted(logits, alive, places + 1)  # a
-        top = logits.amax(dim=-1, keepdim=True)
-        confidence = 1 / logits.sub_(top).exp_().sum(dim=-1)  # in place: `logits` is the largest thing here
-        table.note(alive.texts, alive.starts, depth, weight, confidence)
+        table.note(alive.texts, alive.starts, depth, weight)
         alive.chance = alive.chance * weight
         least = LEAST_CHANCE if self.sampling.do_sample else 0.5
         return alive.only(((alive.chance >= least) & (alive.draftable > depth + 1)).nonzero()[:, 0])

@@ -18,13 +18,12 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Drafting:
-    """How to draft: at most `gamma` tokens with the draft, fewer where its confidence falls below `threshold`.
+    """How to draft: at most `gamma` tokens with the draft.
 
     Where `lookup` finds a match, it drafts instead; with `gamma` 0 it is the only one to draft.
     """
 
     gamma: int
-    threshold: float | None = None
     lookup: PromptLookup | None = None
 
     @property
@@ -38,9 +37,7 @@ class Walk:
     """Rounds of `c` ways of drafting over a table's texts, `c b s` each.
 
     `visits` is the chance that a round begins at a start; the others are what is expected of a round that does. For
-    greedy decoding, visits are 0 or 1 and `accepted` is exact. `drafted` and `steps` (passes of the draft: one more
-    than drafted where the confidence stopped it) are exact without a threshold; with one, what a draft does behind its
-    first wrong token is an expectation.
+    greedy decoding, visits are 0 or 1 and `accepted` is exact. `steps` are passes of the draft.
     """
 
     visits: Floats
@@ -63,19 +60,15 @@ def walk(table: Table, ways: Sequence[Drafting], lookup: LookupTable | None = No
     hits, looked_up = _looked_up(ways, lookup, left)
     gammas = np.array([min(way.gamma, table.depths) for way in ways])[:, None, None]
     limits = np.minimum(left, gammas)  # c b s
-    thresholds = {way.threshold: table.stops(way.threshold) for way in ways}
-    stops = np.stack([thresholds[way.threshold] for way in ways])
-    longest = np.minimum(stops, limits)  # c b s, the most that can be accepted
-    drafted, steps = _drafted(table, ways, limits, stops)
+    drafted = limits.astype(np.float64)
     sums = np.cumsum(table.reach, axis=2, dtype=np.float64) - 1  # b s n+1, expected accepted of drafts of k
-    accepted = _at(sums, longest)
+    steps, accepted = np.where(hits, 0.0, drafted), _at(sums, limits)
     if hits.any():
         accepted, drafted = np.where(hits, looked_up[0], accepted), np.where(hits, looked_up[1], drafted)
-        steps = np.where(hits, 0.0, steps)
     if table.is_certain:
         return Walk(_path(accepted, table.written), accepted, drafted, steps)
     certain = np.where(hits, looked_up[0], -1)
-    return Walk(_visits(table, longest, certain), accepted, drafted, steps)
+    return Walk(_visits(table, limits, certain), accepted, drafted, steps)
 
 
 def agreement(table: Table, way: Drafting, lookup: LookupTable | None = None) -> list[float]:
@@ -84,7 +77,7 @@ def agreement(table: Table, way: Drafting, lookup: LookupTable | None = None) ->
     left = (table.allowed[:, None] - starts - 1).clip(min=0)
     looking, (taken, offered) = _looked_up([way], lookup, left)
     hits, accepted, drafted = looking[0], taken[0], offered[0]
-    longest = np.minimum(table.stops(way.threshold), np.minimum(left, min(way.gamma, table.depths)))
+    longest = np.minimum(left, min(way.gamma, table.depths))
     shares = []
     for place in range(way.longest):
         at = min(place, table.depths - 1)
@@ -116,34 +109,6 @@ def _looked_up(
             accepted[index] = np.minimum(lookup.runs, drafted[index])
             hits[index] = (lookup.matched >= way.lookup.min_ngram) & (drafted[index] > 0)
     return hits, (accepted, drafted)
-
-
-def _drafted(table: Table, ways: Sequence[Drafting], limits: Ints, stops: Ints) -> tuple[Floats, Floats]:
-    """Drafted tokens and passes of the draft expected of a round at every start, `c b s`.
-
-    A draft that went wrong at depth k goes on along a path of its own, for up to `limit - k - 1` steps; each ends it
-    with the same probability as a step on the path.
-    """
-    drafted, steps = limits.astype(np.float64), limits.astype(np.float64)
-    for threshold in {way.threshold for way in ways} - {None}:
-        these = [index for index, way in enumerate(ways) if way.threshold == threshold]
-        survival = 1 - table.hazard(threshold)
-        drafted[these], steps[these] = _with_threshold(table, limits[these], stops[these], survival)
-    return drafted, steps
-
-
-def _with_threshold(table: Table, limits: Ints, stops: Ints, survival: float) -> tuple[Floats, Floats]:
-    further = np.cumsum(survival ** np.arange(table.depths + 1)) - 1  # sum of survival^k over 1 <= k <= index
-    ends = np.minimum(stops, limits)
-    last = _at(table.reach, ends)
-    drafted: Floats = last * ends
-    steps: Floats = last * (ends + (stops < limits))
-    for depth in range(table.depths):
-        wrong = np.where(depth < ends, table.reach[..., depth] - table.reach[..., depth + 1], 0)
-        beyond = (limits - depth - 1).clip(min=0)
-        drafted += wrong * (depth + 1 + further[beyond])
-        steps += wrong * (depth + 1 + np.where(beyond > 0, 1 + further[(beyond - 1).clip(min=0)], 0))
-    return drafted, steps
 
 
 def _path(accepted: Floats, written: Ints) -> Floats:

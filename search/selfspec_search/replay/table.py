@@ -1,4 +1,4 @@
-"""Table: what a replay found at every start and depth; the rounds of every gamma and threshold follow from it."""
+"""Table: what a replay found at every start and depth; the rounds of every draft length follow from it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ from torch import Tensor
 
 from selfspec_search.replay.texts import Text
 
-NEVER = 2**15
-"""A depth that no draft reaches."""
-
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Acceptance and confidence by text, start and depth (`b s n`).
+    """Acceptance by text, start and depth (`b s n`).
 
     A start is the number of tokens written when a round begins. `weight` is the chance that the text's token was an
-    accepted draft, given that those before it in the round were: 0 or 1 for greedy decoding. It is 0 and `confidence`
-    NaN where nothing was replayed: behind a token that was not accepted, and behind the text's end.
+    accepted draft, given that those before it in the round were: 0 or 1 for greedy decoding. It is 0 where
+    nothing was replayed: behind a token that was not accepted, and behind the text's end.
     """
 
     weight: NDArray[np.float32]  # b s n
-    confidence: NDArray[np.float32]  # b s n, the largest softmax of the draft's raw logits
     written: NDArray[np.int64]  # b, tokens in each text
     allowed: NDArray[np.int64]  # b, tokens that its request allowed
 
@@ -37,16 +33,14 @@ class Table:
         shape = (len(texts), int(written.max()), depths)
         return cls(
             weight=np.zeros(shape, dtype=np.float32),
-            confidence=np.full(shape, np.nan, dtype=np.float32),
             written=written,
             allowed=np.array([text.allowed for text in texts]),
         )
 
-    def note(self, texts: Tensor, starts: Tensor, depth: int, weight: Tensor, confidence: Tensor) -> None:
+    def note(self, texts: Tensor, starts: Tensor, depth: int, weight: Tensor) -> None:
         """Enter one depth of some starts, all `a`."""
         rows, columns = texts.numpy(force=True), starts.numpy(force=True)
         self.weight[rows, columns, depth] = weight.numpy(force=True)
-        self.confidence[rows, columns, depth] = confidence.numpy(force=True)
 
     def from_first_depth(self, depths: int | None = None) -> Table:
         """An estimate of `depths` depths: a token drafted at depth d fares as if its round had begun right before it.
@@ -54,15 +48,12 @@ class Table:
         Depth 0 knows every token of the text; that the d tokens before it came from the draft changes little.
         """
         shape = (*self.weight.shape[:2], depths or self.depths)
-        weight, confidence = np.zeros(shape, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
+        weight = np.zeros(shape, dtype=np.float32)
         for depth in range(min(shape[2], shape[1])):
             until = self.weight.shape[1] - depth
             weight[:, :until, depth] = self.weight[:, depth:, 0]
-            confidence[:, :until, depth] = self.confidence[:, depth:, 0]
-        estimate = Table(weight, confidence, self.written, self.allowed)
-        on_path = estimate.reach[..., :-1] > 0
-        confidence[~on_path] = np.nan
-        weight[~on_path] = 0
+        estimate = Table(weight, self.written, self.allowed)
+        weight[estimate.reach[..., :-1] == 0] = 0
         return estimate
 
     def extended(self, depths: int) -> Table:
@@ -72,24 +63,16 @@ class Table:
             return self
         estimate, going = self.from_first_depth(depths), self.reach[..., -1:] > 0
         weight = np.where(going, estimate.weight[..., self.depths :], 0).astype(np.float32)
-        confidence = np.where(going, estimate.confidence[..., self.depths :], np.nan).astype(np.float32)
-        joined = Table(
-            np.concatenate([self.weight, weight], axis=2),
-            np.concatenate([self.confidence, confidence], axis=2),
-            self.written,
-            self.allowed,
-        )
-        joined.confidence[joined.reach[..., :-1] == 0] = np.nan
-        return joined
+        return Table(np.concatenate([self.weight, weight], axis=2), self.written, self.allowed)
 
     def only(self, texts: Sequence[int]) -> Table:
         """Some of the texts."""
         at = list(texts)
-        return Table(self.weight[at], self.confidence[at], self.written[at], self.allowed[at])
+        return Table(self.weight[at], self.written[at], self.allowed[at])
 
     def shallow(self, depths: int) -> Table:
         """The first `depths` depths."""
-        return Table(self.weight[..., :depths], self.confidence[..., :depths], self.written, self.allowed)
+        return Table(self.weight[..., :depths], self.written, self.allowed)
 
     @property
     def texts(self) -> int:
@@ -114,39 +97,16 @@ class Table:
     @property
     def agreement(self) -> float:
         """The share of first drafted tokens that are accepted."""
-        drafted = ~np.isnan(self.confidence[..., 0])
+        ends = np.minimum(self.written, self.allowed - 1)  # the last token allowed is never drafted
+        drafted = np.arange(self.weight.shape[1]) < ends[:, None]
         return float(self.weight[..., 0][drafted].mean()) if drafted.any() else 0.0
 
-    def thresholds(self, count: int) -> list[float]:
-        """Exit thresholds worth trying: midway between observed confidences, at `count` quantiles of them."""
-        observed = np.unique(self.confidence[~np.isnan(self.confidence)])
-        if len(observed) < 2 or count < 1:
-            return []
-        places = np.linspace(0, len(observed) - 1, count + 2)[1:-1].astype(int)
-        midways = (observed[places].astype(float) + observed[np.minimum(places + 1, len(observed) - 1)]) / 2
-        return sorted({float(x) for x in midways if 0 < x < 1})
-
-    def stops(self, threshold: float | None) -> NDArray[np.int64]:
-        """The first depth on the path at which the draft stops for want of confidence, `b s`; `NEVER` if none."""
-        if threshold is None:
-            return np.full(self.weight.shape[:2], NEVER)
-        low = self.confidence < threshold  # False for NaN
-        return np.where(low.any(axis=2), low.argmax(axis=2), NEVER)
-
-    def hazard(self, threshold: float | None) -> float:
-        """The share of the draft's steps on the path that end it for want of confidence."""
-        if threshold is None:
-            return 0.0
-        observed = self.confidence[~np.isnan(self.confidence)]
-        return float((observed < threshold).mean()) if len(observed) else 0.0
-
     def to_bytes(self) -> bytes:
-        """Compressed, for a study's storage: chances and confidences to three digits or so."""
+        """Compressed, for a study's storage: chances to three digits or so."""
         file = BytesIO()
         np.savez_compressed(
             file,
             weight=self.weight.astype(np.float16),
-            confidence=self.confidence.astype(np.float16),
             written=self.written,
             allowed=self.allowed,
         )
@@ -154,13 +114,11 @@ class Table:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Table:
-        """The inverse of `to_bytes`, but for rounding: greedy acceptance is exact, confidences are near enough to
-        choose a threshold by."""
+        """The inverse of `to_bytes`, but for rounding: greedy acceptance is exact."""
         with np.load(BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("weight", "confidence", "written", "allowed")}
+            arrays = {name: file[name] for name in ("weight", "written", "allowed")}
         return cls(
             weight=arrays["weight"].astype(np.float32),
-            confidence=arrays["confidence"].astype(np.float32),
             written=arrays["written"],
             allowed=arrays["allowed"],
         )

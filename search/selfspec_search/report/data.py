@@ -11,11 +11,12 @@ from selfspec.errors import InputError, PlanError
 from selfspec.plan import Plan, PromptLookup
 from selfspec.plan.draft_spec import Recipe
 from selfspec.plan.sublayers import SkipSet
-from selfspec_search.report.pareto import pareto_front
 from selfspec_search.report.words import in_words, lookup_in_words
 
 Sublayer = tuple[str, int]
 DEFAULT_GAMMA_MAX = 8
+Point = tuple[float, float]
+"""(cost, agreement): the less of the first and the more of the second, the better. Both finite."""
 
 
 class Stored(Protocol):
@@ -42,7 +43,6 @@ class Trial:
     draft_cost: float | None = None
     agreement: float | None = None
     gamma: int | None = None
-    threshold: float | None = None
     lookup: str | None = None
     tokens_per_round: float | None = None
     acceptance_rate: float | None = None
@@ -66,7 +66,7 @@ class Trial:
             lookup=None if lookup is None else _lookup_in_words(lookup),
             worker=None if worker is None else str(worker),
             **{name: number(record, name) for name in ("draft_cost", "agreement", "seconds")},
-            **{name: number(prediction, name) for name in ("threshold", *_PREDICTED)},
+            **{name: number(prediction, name) for name in _PREDICTED},
         )
 
     @property
@@ -189,6 +189,22 @@ class ReportData:
     def drafted_with(self) -> Recipe | None:
         """The recipe, where layers draft at all."""
         return None if self.plan is not None and not self.plan.gamma else self.recipe
+
+
+def pareto_front(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other point dominates, by rising cost.
+
+    One point dominates another if it costs no more, agrees no less, and is not equal to it; so of equal points on the
+    front, all are on it, in the order given.
+
+    >>> pareto_front([(0.5, 0.9), (0.4, 0.7), (0.6, 0.8)])
+    [1, 0]
+    """
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[index][1] > points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
 
 
 def _lookup_in_words(lookup: Any) -> str:

@@ -50,7 +50,7 @@ def verdict(data: ReportData) -> str:
         return "No trial was whole, so there is nothing to choose from yet."
     if best.speedup <= 1:
         return "No trial is predicted to decode faster than the plain model."
-    words = drafting(best.recipe, study.num_layers, gamma=best.gamma, threshold=best.threshold, lookup=best.lookup)
+    words = drafting(best.recipe, study.num_layers, gamma=best.gamma, lookup=best.lookup)
     return f"Best of {len(study.trials)} trials: {words}."
 
 

@@ -34,7 +34,7 @@ def read_source(source: str, *, study: str | None = None, plan: str | os.PathLik
         PlanError: a plan that cannot be read.
     """
     if is_storage(source):
-        from selfspec_search.storage_url import without_password
+        from selfspec_search.storage.open import without_password
 
         chosen = Plan.from_pretrained(plan) if plan is not None else None
         return ReportData(source=without_password(source), plan=chosen, study=_read_study(source, study))
@@ -77,7 +77,7 @@ def _read_plan(path: Path, study: str | None) -> ReportData:
 
 
 def _read_study(storage: str, name: str | None) -> StudyData:
-    from selfspec_search.stored import load_study
+    from selfspec_search.storage.study_store import load_study
 
     try:
         stored = load_study(storage, name)

@@ -46,7 +46,9 @@ def lookup_in_words(lookup: PromptLookup) -> str:
     return f"{lookup.min_ngram} to {lookup.max_ngram} tokens, {lookup.gamma} drafted"
 
 
-def drafting(recipe: Recipe, num_layers: int, *, gamma: int | None, threshold: float | None, lookup: str | None) -> str:
+def drafting(
+    recipe: Recipe, num_layers: int, *, gamma: int | None, threshold: float | None = None, lookup: str | None
+) -> str:
     """How a plan or a trial drafts: of what is skipped only how much, for the whole list may take a page."""
     parts = [f"lookup of {lookup}"] if lookup else []
     if gamma != 0:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from math import inf
 
 from transformers import PreTrainedModel
 
@@ -24,6 +24,26 @@ def limits_of(model: PreTrainedModel, settings: SearchSettings) -> Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LimitCheck:
+    """What a draft costs and takes, held against the limits.
+
+    Attributes:
+        draft_cost: of a step, as a share of the whole model's; infinite where the draft has no price here.
+        draft_bytes: that it takes beside the model.
+        excess: by limit, relatively: feasible if at most 0, as Optuna takes constraints.
+    """
+
+    draft_cost: float
+    draft_bytes: int
+    excess: dict[str, float]
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether the draft has a price and is within all limits."""
+        return self.draft_cost < inf and all(excess <= 0 for excess in self.excess.values())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What is feasible.
 
@@ -36,25 +56,12 @@ class Limits:
     cost: float | None = None
     memory: int | None = None
     bytes_of: Callable[[Recipe], int] = lambda recipe: 0
-    _known: dict[Recipe, int] = field(default_factory=dict, init=False)
 
-    def bytes(self, recipe: Recipe) -> int:
-        """What a draft by this recipe takes beside the model."""
-        if recipe not in self._known:
-            self._known[recipe] = self.bytes_of(recipe)
-        return self._known[recipe]
-
-    def excess(self, recipe: Recipe, prices: Prices) -> dict[str, float]:
-        """By limit, relatively: feasible if at most 0, as Optuna takes constraints."""
-        excess = {} if self.cost is None else {"draft_cost": draft_cost(recipe, prices) - self.cost}
+    def check(self, recipe: Recipe, prices: Prices) -> LimitCheck:
+        """Price a draft, and hold it against the limits."""
+        cost = draft_cost(recipe, prices) if prices.costs.knows(recipe) else inf
+        taken = self.bytes_of(recipe)
+        excess = {} if self.cost is None else {"draft_cost": cost - self.cost}
         if self.memory is not None:
-            excess["draft_memory"] = self.bytes(recipe) / max(1, self.memory) - 1
-        return excess
-
-    def allow(self, recipe: Recipe, prices: Prices) -> bool:
-        """Whether a draft may be made like this, and can be priced."""
-        return prices.costs.knows(recipe) and all(excess <= 0 for excess in self.excess(recipe, prices).values())
-
-    def record(self, recipe: Recipe, prices: Prices) -> dict[str, Any]:
-        """What to keep of a recipe beside what came of it."""
-        return {"draft_cost": draft_cost(recipe, prices), "draft_bytes": self.bytes(recipe)}
+            excess["draft_memory"] = taken / max(1, self.memory) - 1
+        return LimitCheck(draft_cost=cost, draft_bytes=taken, excess=excess)

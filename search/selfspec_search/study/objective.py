@@ -19,8 +19,6 @@ from selfspec_search.replay.rounds import Drafting, Walk, walk
 from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text
 
-THRESHOLDS = 6
-"""Exit thresholds tried with every draft length."""
 INDIFFERENCE = 0.002
 """Speedups that differ by less, relatively, count as equal: then the simpler way of drafting is taken."""
 NEAR = 0.02
@@ -50,7 +48,6 @@ class Prediction:
             quantised=recipe.quantised,
             draft_vocabulary=recipe.vocabulary and recipe.vocabulary.code,
             gamma=way.gamma,
-            exit_threshold=way.threshold,
             prompt_lookup=way.lookup,
         )
 
@@ -63,7 +60,6 @@ class Prediction:
         lookup = self.drafting.lookup
         return {
             "gamma": self.drafting.gamma,
-            "threshold": self.drafting.threshold,
             "lookup": lookup.model_dump() if lookup else None,
             **self.figures.model_dump(mode="json"),
         }
@@ -73,7 +69,7 @@ class Prediction:
         """The inverse of `to_dict`."""
         figures = Figures.model_validate({n: data[n] for n in Figures.model_fields if n in data}, strict=False)
         lookup = PromptLookup(**data["lookup"]) if data.get("lookup") else None
-        drafting = Drafting(data["gamma"], data["threshold"], lookup)
+        drafting = Drafting(data["gamma"], lookup)
         return cls(recipe=recipe, drafting=drafting, figures=figures)
 
 
@@ -121,11 +117,11 @@ class Prices:
     def _lookup_alone(self, texts: Sequence[Text]) -> list[Prediction]:
         lengths = range(1, len(self.costs.rounds))
         every = [PromptLookup(gamma=n, min_ngram=m, max_ngram=MAX_NGRAM) for m in MIN_NGRAMS for n in lengths]
-        return predict(Table.empty(texts, 1), self, Recipe(), [Drafting(0, None, lookup) for lookup in every])
+        return predict(Table.empty(texts, 1), self, Recipe(), [Drafting(0, lookup) for lookup in every])
 
     def best_lookup(self, texts: Sequence[Text]) -> Prediction | None:
         """Prompt lookup alone at its best; None where it does not take part."""
-        alone = [Drafting(0, None, lookup) for lookup in self.lookups]
+        alone = [Drafting(0, lookup) for lookup in self.lookups]
         predictions = predict(Table.empty(texts, 1), self, Recipe(), alone) if alone else []
         return max(predictions, key=lambda prediction: prediction.speedup, default=None)
 
@@ -141,13 +137,8 @@ def ranked(predictions: Iterable[Prediction]) -> list[Prediction]:
 
 
 def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:
-    """Every draft length, without a threshold and with each worth trying. Plain decoding is speedup 1.
-
-    A captured draft cannot end early, so where drafts are captured no threshold is tried.
-    """
-    thresholds: list[float | None] = [None, *(() if prices.costs.captured else table.thresholds(THRESHOLDS))]
-    lengths = range(1, min(table.depths, len(prices.costs.rounds) - 1) + 1)
-    return [Drafting(gamma, threshold) for threshold in thresholds for gamma in lengths]
+    """Every draft length. Plain decoding is speedup 1."""
+    return [Drafting(gamma) for gamma in range(1, min(table.depths, len(prices.costs.rounds) - 1) + 1)]
 
 
 def evaluate(table: Table, prices: Prices, recipe: Recipe) -> list[Prediction]:
@@ -164,7 +155,7 @@ def best(table: Table, prices: Prices, recipe: Recipe) -> Prediction:
 
 
 def simplest(predictions: Sequence[Prediction]) -> Prediction:
-    """The first that is as good as the fastest: ways come shortest first, with a threshold later, with lookup last."""
+    """The first that is as good as the fastest: ways come shortest first, with lookup last."""
     fastest = max(prediction.speedup for prediction in predictions)
     return next(p for p in predictions if p.speedup >= fastest * (1 - INDIFFERENCE))
 
@@ -172,12 +163,12 @@ def simplest(predictions: Sequence[Prediction]) -> Prediction:
 def depths_worth_replaying(estimates: Sequence[Prediction]) -> int:
     """One more than the longest draft that may turn out the best way, judging by estimates of every way.
 
-    Of each threshold that comes near the best, the shortest draft counts that is as good as longer ones.
+    With lookup and without, where that comes near the best, the shortest draft counts that is as good as longer ones.
     """
     fastest = max(estimate.speedup for estimate in estimates)
-    alike: dict[tuple[float | None, PromptLookup | None], list[Prediction]] = {}
+    alike: dict[PromptLookup | None, list[Prediction]] = {}
     for estimate in estimates:
-        alike.setdefault((estimate.drafting.threshold, estimate.drafting.lookup), []).append(estimate)
+        alike.setdefault(estimate.drafting.lookup, []).append(estimate)
     deepest = 1
     for ways in alike.values():
         fastest_here = max(way.speedup for way in ways)
@@ -229,7 +220,7 @@ def _pass_seconds(walked: Walk, index: int, way: Drafting, prices: Prices, recip
     """Of one round of all rows, drafting included: rows wait for the one that drafts longest."""
     costs, visits = prices.costs, walked.visits[index].ravel()
     drafted, steps = walked.drafted[index].ravel(), walked.steps[index].ravel()
-    step = costs.draft_step(recipe, threshold=way.threshold is not None)
+    step = costs.draft_step(recipe)
     rounds = costs.round(drafted, way.longest)
     seconds = step * _largest(steps, steps, visits, prices.rows) + _largest(drafted, rounds, visits, prices.rows)
     return seconds + (costs.lookup if way.lookup else 0.0)

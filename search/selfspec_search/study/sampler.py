@@ -10,15 +10,12 @@ from optuna.trial import TrialState
 from selfspec.plan.draft_spec import Recipe
 from selfspec_search.space import Space
 
-POPULATION = 20
-"""Of NSGA-II: a few generations must fit into a search."""
-
 
 class Sampler:
     """Proposes recipes.
 
     Args:
-        name: `tpe`, `gp`, `nsga2` or `random`.
+        name: `tpe`, `gp` or `random`.
         seed: of its choices.
         space: what there is to choose from.
     """
@@ -68,8 +65,6 @@ class Sampler:
 
 
 def _make(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     kinds = {
         "tpe": optuna.samplers.TPESampler,
         "gp": optuna.samplers.GPSampler,

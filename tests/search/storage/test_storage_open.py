@@ -1,4 +1,4 @@
-"""Storages that cannot be used, locks, and connections that are lost: one line each, and nothing lost."""
+"""Opening and retrying: each refusal, lock and lost connection takes one line, and loses nothing."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ import optuna
 import psycopg
 import pytest
 import sqlalchemy
-from selfspec_search import running as running_module
-from selfspec_search import storage as storage_module
-from selfspec_search import storage_file, storage_url
-from selfspec_search.database import AwayError
-from selfspec_search.interrupts import hold_back
-from selfspec_search.running import GRACE_SECONDS, HEARTBEAT_SECONDS
 from selfspec_search.space import seeds
-from selfspec_search.store import Store, StoredTrial, load_study, study_names
-from selfspec_search.watch import Watch
+from selfspec_search.storage import open as opening
+from selfspec_search.storage import retrying, trial
+from selfspec_search.storage.errors import UnavailableError
+from selfspec_search.storage.open import Heartbeat
+from selfspec_search.storage.retrying import defer_interrupt
+from selfspec_search.storage.study_store import Store, StoredTrial, load_study
 
 from selfspec import InputError
 from selfspec.plan.draft_spec import Recipe
@@ -42,24 +40,27 @@ pytest_plugins = ["postgres"]
 LAYERS = 3
 SETS = [Recipe.of(skip_set) for skip_set in seeds(LAYERS)]
 DEADLINE = 120.0
-"""Whatever takes longer does not happen."""
+"""Seconds after which a test gives up."""
 
 
-def join(storage: str | None, name: str | None = "study", lines: list[str] | None = None) -> Store:
+def join(
+    storage: str | None, name: str | None = "study", lines: list[str] | None = None, heartbeat: Heartbeat | None = None
+) -> Store:
     notices = [] if lines is None else lines
-    return Store.open(storage, name, {"model": "tiny"}, num_layers=LAYERS, on_notice=notices.append)
+    identity = {"model": "tiny"}
+    return Store.open(storage, name, identity, num_layers=LAYERS, on_notice=notices.append, heartbeat=heartbeat)
 
 
 def engine_of(store: Store) -> sqlalchemy.Engine:
-    engine = store._ledger.storage.raw._backend.engine  # type: ignore[attr-defined]
-    assert isinstance(engine, sqlalchemy.Engine)
+    engine = store.ledger.storage.engine
+    assert engine is not None
     return engine
 
 
 def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < deadline, "it never came to this"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.02)
 
 
@@ -71,7 +72,7 @@ def after(pauses: int, action: Callable[[], None]) -> Callable[[float], None]:
 
 @contextlib.contextmanager
 def locked(path: Path, how: str = "IMMEDIATE") -> Iterator[Callable[[], None]]:
-    """An SQLite file that another program holds, until it is done or lets go."""
+    """An SQLite file that another program holds, until the block ends or the yielded function is called."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
         other.execute(f"BEGIN {how}")
         yield other.rollback
@@ -114,19 +115,19 @@ def interrupts(action: Callable[[], object], at: int | None = None) -> int:
 
 
 class TestCtrlC:
-    """It may come between any two instructions."""
+    """It may be raised between any two instructions."""
 
     @pytest.fixture(autouse=True)
-    def _listen_to_it(self) -> Iterator[None]:
-        """Whoever starts the tests in the background makes them deaf to it."""
+    def _handle_interrupts(self) -> Iterator[None]:
+        """Tests that are started in the background ignore ctrl-C."""
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
         signal.signal(signal.SIGINT, before)
 
-    def test_at_whatever_call_it_strikes_nothing_stays_locked_or_half_written(
+    def test_at_any_call_nothing_stays_locked_or_half_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.1)
+        monkeypatch.setattr(opening, "SQLITE_LOCK_SECONDS", 0.1)
         path = tmp_path / "plan.db"
         with join(str(path)) as store:
             store.publish("key", b"before")
@@ -139,7 +140,7 @@ class TestCtrlC:
                 store.publish("key", b"before")
             assert store.get("key") == b"before"
 
-    def test_at_whatever_call_it_strikes_no_trial_is_said_to_be_taken_over(self) -> None:
+    def test_at_any_call_no_trial_is_reported_as_failed_by_another_worker(self) -> None:
         lines: list[str] = []
         with join(None, lines=lines) as store:
 
@@ -154,7 +155,7 @@ class TestCtrlC:
             assert {trial.value for trial in store.news()} == {1.5}
         assert lines == []
 
-    def test_in_the_midst_of_a_statement_it_is_not_taken_for_a_lost_connection(
+    def test_inside_a_statement_it_is_not_reported_as_a_lost_connection(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def interrupted(*_: object) -> None:
@@ -169,35 +170,35 @@ class TestCtrlC:
             store.publish("key", b"data")
         assert lines == []
 
-    def test_between_two_tries_of_a_locked_file_it_strikes(
+    def test_it_takes_effect_between_two_tries_of_a_locked_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.01)
+        monkeypatch.setattr(opening, "SQLITE_LOCK_SECONDS", 0.01)
         tries = count(1)
 
-        def strike(*_: object) -> None:
+        def interrupt(*_: object) -> None:
             if next(tries) == 2:
                 signal.raise_signal(signal.SIGINT)
 
         path = tmp_path / "x.db"
         with join(str(path)) as store:
-            sqlalchemy.event.listen(engine_of(store), "before_cursor_execute", strike)
+            sqlalchemy.event.listen(engine_of(store), "before_cursor_execute", interrupt)
             with locked(path), pytest.raises(KeyboardInterrupt):
                 store.begin(SETS[0])
             assert next(tries) == 3  # Optuna would try a new trial five times by itself
 
-    def test_while_a_connection_is_waited_for_it_strikes_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_takes_effect_at_once_while_a_connection_is_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def lose(_: object) -> None:
             raise OSError(errno.EIO, "away")
 
         monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
         with join(None) as store, pytest.raises(KeyboardInterrupt):
-            store._ledger.storage.do(lose)
+            store.ledger.storage.do(lose)
 
-    def test_a_second_one_strikes_at_once(self) -> None:
+    def test_a_second_ctrl_c_takes_effect_at_once(self) -> None:
         reached = []
 
-        @hold_back()
+        @defer_interrupt()
         def twice() -> None:
             signal.raise_signal(signal.SIGINT)
             reached.append("the first waits")
@@ -208,58 +209,85 @@ class TestCtrlC:
             twice()
         assert reached == ["the first waits"]
 
-    def test_afterwards_it_is_what_it_was(self) -> None:
+    def test_the_handler_is_restored(self) -> None:
         usual = signal.getsignal(signal.SIGINT)
-        with hold_back(), hold_back():
+        with defer_interrupt(), defer_interrupt():
             assert signal.getsignal(signal.SIGINT) is not usual
         assert signal.getsignal(signal.SIGINT) is usual
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with hold_back():
+            with defer_interrupt():
                 signal.raise_signal(signal.SIGINT)
         finally:
             signal.signal(signal.SIGINT, usual)
 
-    def test_threads_go_on_unhindered(self) -> None:
-        with ThreadPoolExecutor(1) as pool, hold_back():
+    def test_other_threads_are_not_affected(self) -> None:
+        with ThreadPoolExecutor(1) as pool, defer_interrupt():
 
             def hold() -> bool:
-                with hold_back():
+                with defer_interrupt():
                     return True
 
             assert pool.submit(hold).result()
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("name", ["x.db", "x.journal"])
-    def test_a_directory_that_is_not_there(self, tmp_path: Path, name: str) -> None:
-        assert "there is no directory" in refusal(str(tmp_path / "nowhere" / name))
+    @pytest.mark.parametrize(
+        ("storage", "line"),
+        [
+            ("{}/nowhere/x.db", "there is no directory"),
+            ("{}/nowhere/x.journal", "there is no directory"),
+            ("{}/protected/x.db", "may not be written"),
+            ("{}/protected/x.journal", "may not be written"),
+            ("{}", "is a directory"),
+            ("{}/null", "is a device or a pipe"),
+            ("{}/null.journal", "is a device or a pipe"),
+            ("~no_such_user/x.db", "give the whole path"),
+            ("~no_such_user/x.journal", "give the whole path"),
+            ("sqlite://", "names no file"),
+            ("sqlite:///:memory:", "names no file"),
+            ("journal://", "names no file"),
+            ("", "names no file"),
+            ("redis://localhost", "is no kind of database"),
+            ("pigeon://coop", "is no kind of database"),
+            ("postgresql://me:hush@127.0.0.1:1/db", "refused"),
+            ("postgresql://me:hush@127.0.0.1:port/db", "cannot be read"),
+        ],
+    )
+    @pytest.mark.usefixtures("protected")
+    def test_a_storage_that_cannot_be_used_is_refused_without_its_password(
+        self, tmp_path: Path, storage: str, line: str
+    ) -> None:
+        for name in ("null", "null.journal"):
+            (tmp_path / name).symlink_to("/dev/null")
+        refused = refusal(storage.format(tmp_path))
+        assert line in refused
+        assert "hush" not in refused
 
-    @pytest.mark.parametrize("name", ["x.db", "x.journal"])
-    def test_a_directory_that_is_protected(self, protected: Path, name: str) -> None:
-        assert "may not be written" in refusal(str(protected / name))
-
-    def test_a_directory_in_place_of_a_file(self, tmp_path: Path) -> None:
-        assert "is a directory" in refusal(str(tmp_path))
-
-    def test_a_text_file_is_no_database_and_stays_as_it_is(self, tmp_path: Path) -> None:
-        file = tmp_path / "prompts.txt"
-        file.write_text("Once upon a time there was a file")
-        assert "is no SQLite database" in refusal(str(file))
-        assert file.read_text() == "Once upon a time there was a file"
-
-    @pytest.mark.parametrize("text", ["not JSON\n", "[1, 2]\n", '{"prompt": "hello"}\n', "7\n", "no line end"])
-    def test_another_file_is_no_journal_and_stays_as_it_is(self, tmp_path: Path, text: str) -> None:
-        file = tmp_path / "x.journal"
+    @pytest.mark.parametrize(
+        ("name", "text", "line"),
+        [
+            ("prompts.txt", "Once upon a time there was a file", "is no SQLite database"),
+            *(
+                ("x.journal", text, "is no journal of Optuna's")
+                for text in ("not JSON\n", "[1, 2]\n", '{"prompt": "hello"}\n', "7\n", "no line end")
+            ),
+            *(
+                ("x.journal", text, "is damaged")
+                for text in ('{"op_code":99}\n', '{"op_code":0}\n', '{"op_code":0,"study_name":1,"directions":2}\n')
+            ),
+        ],
+    )
+    def test_another_file_is_refused_and_stays_as_it_is(self, tmp_path: Path, name: str, text: str, line: str) -> None:
+        file = tmp_path / name
         file.write_text(text)
-        assert "is no journal of Optuna's" in refusal(str(file))
+        assert line in refusal(str(file))
         assert file.read_text() == text
 
     def test_another_program_s_database_stays_as_it_is(self, tmp_path: Path) -> None:
         file = tmp_path / "places.db"
-        with sqlite3.connect(file) as connection:
+        with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute("CREATE TABLE bookmarks (id INTEGER)")
-        connection.close()
         before = file.read_bytes()
         assert "another program's database (it has a table 'bookmarks')" in refusal(str(file))
         assert file.read_bytes() == before
@@ -270,41 +298,9 @@ class TestRefusals:
         study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
         assert "was not made by this search; choose another --study" in refusal(url)
 
-    @pytest.mark.parametrize("path", ["/dev/null", "/dev/null.journal"])
-    def test_a_device_in_place_of_a_file(self, tmp_path: Path, path: str) -> None:
-        link = tmp_path / path.removeprefix("/dev/")
-        link.symlink_to("/dev/null")
-        assert "is a device or a pipe" in refusal(str(link))
-
-    @pytest.mark.parametrize("path", ["~no_such_user/x.db", "~no_such_user/x.journal"])
-    def test_the_home_of_a_user_that_nobody_knows(self, path: str) -> None:
-        assert "give the whole path" in refusal(path)
-
-    @pytest.mark.parametrize("line", ['{"op_code":99}', '{"op_code":0}', '{"op_code":0,"study_name":1,"directions":2}'])
-    def test_a_journal_with_a_line_that_means_nothing(self, tmp_path: Path, line: str) -> None:
-        path = tmp_path / "x.journal"
-        path.write_text(f"{line}\n")
-        assert "is damaged" in refusal(str(path))
-
-    def test_a_host_that_refuses(self) -> None:
-        line = refusal("postgresql://me:hush@127.0.0.1:1/db")
-        assert "hush" not in line
-        assert "refused" in line
-
-    def test_a_password_that_cannot_be_read_is_not_shown(self) -> None:
-        assert "hush" not in refusal("postgresql://me:hush@127.0.0.1:port/db")
-
-    @pytest.mark.parametrize("url", ["redis://localhost", "pigeon://coop"])
-    def test_a_kind_of_database_that_nobody_knows(self, url: str) -> None:
-        assert "is no kind of database" in refusal(url)
-
     def test_a_missing_driver_is_named_with_what_installs_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(storage_url, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "psycopg", None)
         assert "pip install 'selfspec[postgresql]'" in refusal("postgresql://me@localhost/db")
-
-    @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "journal://", ""])
-    def test_a_storage_without_a_file(self, url: str) -> None:
-        assert "names no file" in refusal(url)
 
     def test_a_database_that_is_not_there(self, postgres: Server) -> None:
         assert "does not exist" in refusal(postgres.url + "_nowhere")
@@ -331,7 +327,6 @@ class TestReading:
     def test_a_storage_without_studies_of_ours(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path / 'x.db'}"
         optuna.create_study(storage=url, study_name="theirs")
-        assert study_names(url) == []
         with pytest.raises(InputError, match="holds no study of selfspec"):
             load_study(url)
 
@@ -370,7 +365,7 @@ def test_a_half_line_that_a_killed_worker_left_in_a_journal_is_cut_off(tmp_path:
 class TestLocks:
     @pytest.fixture(autouse=True)
     def _tries_are_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(storage_file, "LOCK_SECONDS", 0.05)
+        monkeypatch.setattr(opening, "SQLITE_LOCK_SECONDS", 0.05)
 
     @pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
     def test_a_file_that_stays_locked_is_refused(
@@ -378,7 +373,7 @@ class TestLocks:
     ) -> None:
         path = tmp_path / "x.db"
         join(str(path)).close()
-        monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.2)
+        monkeypatch.setattr(retrying, "RETRY_SECONDS", 0.2)
         with locked(path, how):
             assert "is locked by another program: database is locked" in refusal(str(path))
 
@@ -386,7 +381,7 @@ class TestLocks:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "x.db"
-        monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.2)
+        monkeypatch.setattr(retrying, "RETRY_SECONDS", 0.2)
         with (
             pytest.raises(InputError, match=r"is locked by another program: .*give the same command again") as error,
             join(str(path)) as store,
@@ -409,14 +404,12 @@ class TestLocks:
         if isinstance(opened, Store):
             opened.close()
 
-    def test_only_a_wait_for_long_is_told_and_it_is_told_once(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_only_a_long_wait_is_reported_and_only_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "x.db"
         lines: list[str] = []
         with join(str(path), lines=lines) as store:
             for notice_after in (DEADLINE, 0.0):
-                monkeypatch.setattr(storage_module, "LOCK_NOTICE_SECONDS", notice_after)
+                monkeypatch.setattr(retrying, "LOCK_NOTICE_SECONDS", notice_after)
                 with monkeypatch.context() as patch, locked(path) as let_go:
                     patch.setattr(time, "sleep", after(4, let_go))
                     store.publish("key", b"data")
@@ -424,15 +417,15 @@ class TestLocks:
         assert "is locked by another program: database is locked; trying again for 90 s" in line
         assert "connection" not in line
 
-    def test_a_row_that_a_stopped_worker_holds_is_waited_for(
+    def test_a_row_that_a_stopped_worker_locked_is_waited_for(
         self, postgres: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(storage_url.POSTGRES_SESSION, "lock_timeout", 50)
-        monkeypatch.setattr(storage_module, "LOCK_NOTICE_SECONDS", 0.0)
+        monkeypatch.setitem(opening.POSTGRES_SESSION, "lock_timeout", 50)
+        monkeypatch.setattr(retrying, "LOCK_NOTICE_SECONDS", 0.0)
         lines: list[str] = []
         with join(postgres.url, "row", lines) as store, psycopg.connect(postgres.url) as other:
             other.execute("SELECT * FROM studies FOR UPDATE")
-            monkeypatch.setattr(store._ledger.storage, "on_notice", lambda line: (lines.append(line), other.rollback()))
+            monkeypatch.setattr(store.ledger.storage, "on_notice", lambda line: (lines.append(line), other.rollback()))
             late = threading.Timer(DEADLINE, other.rollback)
             late.start()
             with store.begin(SETS[0]) as running:
@@ -446,22 +439,22 @@ class TestLocks:
         self, postgres: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setitem(storage_url.POSTGRES_SESSION, "idle_in_transaction_session_timeout", 1_000)
+            patch.setitem(opening.POSTGRES_SESSION, "idle_in_transaction_session_timeout", 1_000)
             stopped = join(postgres.url, "stopped")
-        monkeypatch.setitem(storage_url.POSTGRES_SESSION, "lock_timeout", 50)
+        monkeypatch.setitem(opening.POSTGRES_SESSION, "lock_timeout", 50)
         with stopped, join(postgres.url, "stopped") as store:
             connection = engine_of(stopped).connect()
             connection.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
             with store.begin(SETS[0]) as running:
                 running.finish(1.5, {})
-            with contextlib.suppress(AwayError):
+            with contextlib.suppress(UnavailableError):
                 connection.close()
             assert [trial.value for trial in stopped.news()] == [1.5]  # it goes on with another connection
 
     def test_settings_of_a_session_that_the_user_gives_hold(
         self, postgres: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ours = storage_url.POSTGRES_SESSION | {"statement_timeout": 0}
+        ours = opening.POSTGRES_SESSION | {"statement_timeout": 0}
         monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=54321")
         for given, theirs in [
             ("", {"statement_timeout": 54321}),
@@ -469,9 +462,11 @@ class TestLocks:
         ]:
             with join(postgres.url + given, "settings") as store, engine_of(store).connect() as connection:
                 held = connection.exec_driver_sql("SELECT name, setting FROM pg_settings").all()
-            assert {name: int(setting) for name, setting in held if name in ours} == ours | theirs
+            assert {name: setting for name, setting in held if name in ours} == {
+                n: str(v) for n, v in (ours | theirs).items()
+            }
 
-    def test_a_lock_that_a_killed_worker_left_on_a_journal_is_taken_away_before_the_living_look_dead(
+    def test_a_killed_worker_s_lock_on_a_journal_is_removed_before_living_workers_look_dead(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path, passed = tmp_path / "x.journal", 0.0
@@ -485,49 +480,30 @@ class TestLocks:
             Path(f"{path}.lock").touch()
             monkeypatch.setattr(optuna.storages.journal._file, "time", clock)
             store.publish("key", b"data")
-        assert storage_file.JOURNAL_LOCK_SECONDS < passed < GRACE_SECONDS - HEARTBEAT_SECONDS
+        assert opening.JOURNAL_LOCK_SECONDS < passed < Heartbeat().grace - Heartbeat().interval
 
 
 class TestHeartbeats:
-    def test_a_worker_silent_while_nobody_could_write_is_not_taken_for_dead(
-        self, monkeypatch: pytest.MonkeyPatch
+    def test_a_heartbeat_that_hangs_does_not_delay_the_end_of_its_trial(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with join(None) as store:
-            store.begin(SETS[0])  # and never entered, so that no heartbeat comes
-            storage, watch = store._ledger.storage, Watch(store._ledger.storage, grace=30.0)
-            monkeypatch.setattr(running_module, "machine", lambda: "another")
-            trial = store._ledger.trials()[-1]
-            assert not watch.is_dead(trial, now=0.0)
-            with monkeypatch.context() as patch:
-                patch.setattr(storage_module, "STALL_SECONDS", 0.0)
-                storage.do(lambda _: time.sleep(0.01))
-            assert not watch.is_dead(trial, now=31.0)
-            assert watch.is_dead(trial, now=62.0)
-
-    def test_a_heartbeat_that_came_late_shows_that_others_may_come_late(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(running_module, "STALL_SECONDS", 0.0)
-        with Store.open(None, "late", {}, num_layers=LAYERS, heartbeat=0.01) as store, store.begin(SETS[0]):
-            storage = store._ledger.storage
-            until(lambda: storage.outages)
-
-    def test_one_that_hangs_does_not_hold_up_the_end_of_its_trial(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(running_module, "JOIN_SECONDS", 0.05)
+        monkeypatch.setattr(trial, "JOIN_SECONDS", 0.05)
         hangs, goes_on = threading.Event(), threading.Event()
 
         def hang(*_: object) -> None:
             hangs.set()
             goes_on.wait(DEADLINE)
 
-        with Store.open(None, "hangs", {}, num_layers=LAYERS, heartbeat=0.01) as store:
+        with join(str(tmp_path / "x.journal"), heartbeat=Heartbeat(interval=0.01)) as store:
             store.share(dict)
-            monkeypatch.setattr(store._ledger.storage.raw, "set_trial_system_attr", hang)
+            monkeypatch.setattr(store.ledger.storage.raw, "record_heartbeat", hang)
             with store.begin(SETS[0]) as running:
                 assert hangs.wait(DEADLINE)
                 running.finish(1.5, {})
-            ended_first = running._thread.is_alive()
+            (thread,) = [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
             goes_on.set()
-            running._thread.join(DEADLINE)
-        assert ended_first
+            thread.join(DEADLINE)
+        assert [stored.value for stored in load_study(str(tmp_path / "x.journal")).trials] == [1.5]
 
 
 @pytest.mark.slow
@@ -537,7 +513,7 @@ class TestLostConnections:
         postgres: Server,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(storage_module, "PAUSES", (0.2,))
+        monkeypatch.setattr(retrying, "PAUSES_SECONDS", (0.2,))
         lines: list[str] = []
         with join(postgres.url, "comes back", lines) as store:
             with store.begin(SETS[0]) as running:
@@ -568,8 +544,8 @@ class TestLostConnections:
         postgres: Server,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(storage_module, "PAUSES", (0.1,))
-        monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr(retrying, "PAUSES_SECONDS", (0.1,))
+        monkeypatch.setattr(retrying, "RETRY_SECONDS", 0.5)
         lines: list[str] = []
 
         def loses_its_server() -> None:
@@ -585,24 +561,25 @@ class TestLostConnections:
         assert "\n" not in str(error.value)
         assert len(lines) <= 1
 
-    def test_heartbeats_go_on_after_an_outage_and_complain_once(self, postgres: Server) -> None:
+    def test_heartbeats_go_on_after_an_outage_and_complain_once(
+        self, postgres: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         lines: list[str] = []
-        with Store.open(
-            postgres.url, "beats", {}, num_layers=LAYERS, on_notice=lines.append, heartbeat=0.1, grace=DEADLINE
-        ) as store:
+        with join(postgres.url, "beats", lines, Heartbeat(interval=0.1, grace=DEADLINE)) as store:
             store.share(dict)
-
-            def beats() -> int:
-                return int(store._ledger.trials()[-1].system_attrs.get("selfspec:beat", 0))
-
+            beats: list[int] = []
+            record = store.ledger.storage.raw.record_heartbeat  # type: ignore[attr-defined]
+            monkeypatch.setattr(
+                store.ledger.storage.raw, "record_heartbeat", lambda number: beats.append(record(number) or 1)
+            )
             with store.begin(SETS[0]) as running:
-                until(beats)
+                until(lambda: beats)
                 postgres.stop()
                 until(lambda: lines)
                 time.sleep(0.5)  # in which it must not complain again
                 postgres.start()
-                before = beats()
-                until(lambda: beats() > before)
+                before = len(beats)
+                until(lambda: len(beats) > before)
                 running.finish(1.0, {})
         (line,) = [line for line in lines if "no heartbeat" in line]
         assert "\n" not in line
@@ -618,4 +595,4 @@ class TestLostConnections:
     ],
 )
 def test_a_password_is_never_shown(storage: str, shown: str) -> None:
-    assert storage_url.without_password(storage) == shown
+    assert opening.without_password(storage) == shown

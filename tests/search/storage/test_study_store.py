@@ -1,9 +1,10 @@
-"""The store, on every kind of storage."""
+"""The study store, on every kind of storage."""
 
 from __future__ import annotations
 
 import random
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from selfspec_search import ledger as ledger_module
-from selfspec_search import sharing as sharing_module
-from selfspec_search.running import BEAT
+from optuna.trial import TrialState
 from selfspec_search.space import seeds
-from selfspec_search.store import Store, StoredTrial, load_study, study_names
+from selfspec_search.storage import shared_data
+from selfspec_search.storage.open import Heartbeat
+from selfspec_search.storage.study_store import Store, StoredTrial, load_study
+from selfspec_search.storage.trial import OWNER
 
-from selfspec import InputError, SkipSet
+from selfspec import InputError
 from selfspec.plan.draft_spec import Recipe
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ T = TypeVar("T")
 LAYERS = 5
 SETS = [Recipe.of(skip_set) for skip_set in seeds(LAYERS)]
 IDENTITY = {"model": "tiny llama", "gamma_max": 7, "new_tokens": 31}
-AT_ONCE = {"heartbeat": 3600.0, "grace": 0.0}
-"""Whoever has been seen without a heartbeat in between is taken for dead at the next look."""
+SILENT = Heartbeat(interval=3600.0, grace=0.0)
+"""A trial is stale soon after its beginning."""
 
 
 def join(storage: str | None, name: str | None, **options: Any) -> Store:
@@ -41,7 +43,7 @@ def join(storage: str | None, name: str | None, **options: Any) -> Store:
 
 
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """What the calls return, each made by a thread of its own at the same moment."""
+    """The results of calls that start together, each in a thread of its own."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], T]) -> T:
@@ -52,16 +54,17 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
         return list(pool.map(run, calls))
 
 
-def beat_of(store: Store) -> int:
-    """The last heartbeat of the last trial."""
-    return int(store._ledger.trials()[-1].system_attrs.get(BEAT, 0))
-
-
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline, "it never came to this"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.02)
+
+
+def becomes_stale(store: Store) -> bool:
+    """Whether the store no longer counts any recipe as being tried."""
+    assert store.news() == []
+    return store.claimed() == set()
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +73,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at(kind: str, directory: Path, request: pytest.FixtureRequest) -> str | None:
-    """A storage of this kind, the same one for all tests: making tables takes a while."""
+    """A storage of this kind, the same for all tests: creating tables takes a while."""
     if kind == "postgresql":
         server: Server = request.getfixturevalue("postgres")
         return server.url
@@ -80,6 +83,14 @@ def at(kind: str, directory: Path, request: pytest.FixtureRequest) -> str | None
 @pytest.fixture(params=["memory", "sqlite", "journal", "postgresql"])
 def storage(request: pytest.FixtureRequest, directory: Path) -> str | None:
     return at(request.param, directory, request)
+
+
+@pytest.fixture(params=["sqlite", "journal", pytest.param("postgresql", marks=pytest.mark.slow)])
+def shared(request: pytest.FixtureRequest, directory: Path) -> str:
+    """A storage that several workers can open."""
+    storage = at(request.param, directory, request)
+    assert storage is not None
+    return storage
 
 
 @pytest.fixture
@@ -95,7 +106,7 @@ def store(storage: str | None, name: str) -> Iterator[Store]:
 
 
 class TestEveryStorage:
-    def test_a_complete_trial_comes_back_as_it_was_told(self, store: Store) -> None:
+    def test_a_complete_trial_comes_back_as_it_was_written(self, store: Store) -> None:
         record = {"estimate": 1.25, "prediction": {"gamma": 3, "lookup": None}, "table": "x" * 50_000}
         with store.begin(SETS[0]) as running:
             running.finish(1.37, record, {"draft_cost": -0.2})
@@ -106,9 +117,9 @@ class TestEveryStorage:
             running.prune(0.9, {"estimate": 0.9})
         assert store.news() == [StoredTrial(number=1, recipe=SETS[1], value=None, record={"estimate": 0.9})]
 
-    def test_news_are_told_once(self, store: Store) -> None:
-        for skip_set in SETS[:3]:
-            with store.begin(skip_set) as running:
+    def test_a_finished_trial_is_news_once(self, store: Store) -> None:
+        for recipe in SETS[:3]:
+            with store.begin(recipe) as running:
                 running.finish(1.0, {})
         assert [trial.recipe for trial in store.news()] == SETS[:3]
         assert store.news() == []
@@ -116,7 +127,7 @@ class TestEveryStorage:
             running.finish(1.0, {})
             assert [trial.recipe for trial in store.news()] == [SETS[3]]
 
-    def test_a_set_is_claimed_while_it_is_tried(self, store: Store) -> None:
+    def test_a_recipe_is_claimed_while_it_is_tried(self, store: Store) -> None:
         assert store.claimed() == set()
         with store.begin(SETS[2]) as running:
             assert store.claimed() == {SETS[2]}
@@ -132,85 +143,99 @@ class TestEveryStorage:
             breaks()
         assert store.news() == []
         assert store.claimed() == set()
-        assert store.waiting() is None
 
-    def test_the_trial_of_a_living_worker_is_never_handed_out(
-        self, storage: str | None, name: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        minutes = SimpleNamespace(monotonic=count(0, 60).__next__)  # grace is over at the next look without a heartbeat
-        monkeypatch.setattr(ledger_module, "time", minutes)
-        with join(storage, name, heartbeat=0.02) as store, store.begin(SETS[2]):
-            for _ in range(4):
-                assert store.waiting() is None
-                seen = beat_of(store)
-                until(lambda seen=seen: beat_of(store) > seen)
-
-    def test_the_trial_of_a_silent_worker_is_handed_out_once(self, storage: str | None, name: str) -> None:
-        with join(storage, name, **AT_ONCE) as store:
-            store.begin(SETS[2])  # and never entered, so that no heartbeat comes
-            assert [store.waiting() for _ in range(4)] == [None, SETS[2], None, None]
-            with store.begin(SETS[2]) as running:
-                running.finish(1.5, {})
-            assert [trial.recipe for trial in store.news()] == [SETS[2]]
-
-    def test_what_a_worker_given_up_finishes_is_dropped_and_told(self, storage: str | None, name: str) -> None:
-        lines: list[str] = []
-        with join(storage, name, on_notice=lines.append, **AT_ONCE) as store:
-            late = store.begin(SETS[2])
-            assert [store.waiting() for _ in range(2)] == [None, SETS[2]]
-            late.finish(9.0, {})
-            assert store.news() == []
-        (line,) = lines
-        assert line.startswith(f"trial {late.number} was taken over by another worker")
-
-    def test_a_set_that_kills_its_workers_is_given_up(self, storage: str | None, name: str) -> None:
-        handed_out = []
-        with join(storage, name, **AT_ONCE) as store:
-            skip_set: SkipSet | None = SETS[4]
-            while skip_set is not None:
-                store.begin(skip_set)
-                assert store.waiting() is None
-                skip_set = store.waiting()
-                handed_out.append(skip_set)
-        assert handed_out == [SETS[4]] * 3 + [None]
-
-    @pytest.mark.parametrize("size", [0, 100_003])
+    @pytest.mark.parametrize("size", [0, 100_003, 3_000_017])
     def test_a_blob_comes_back_whole(self, store: Store, size: int) -> None:
         assert store.get("texts") is None
         data = random.Random(0).randbytes(size)
         store.publish("texts", data)
         assert store.get("texts") == data
 
-    def test_the_first_worker_makes_what_is_shared(self, store: Store) -> None:
+    def test_the_first_worker_makes_the_shared_data(self, store: Store) -> None:
         assert store.created
         assert store.share(lambda: {"profile": b"mine", "texts": b""}) == {"profile": b"mine", "texts": b""}
         assert store.share(lambda: {"profile": b"again"}) == {"profile": b"mine", "texts": b""}
         assert store.news() == []
         assert store.claimed() == set()
 
+    def test_a_blob_that_an_earlier_release_wrote_in_pieces_is_read(self, store: Store) -> None:
+        store.publish("texts", b"of an earlier release")
+        whole = store.ledger.attrs()["blob:texts"]
+        for index, piece in enumerate([whole[:5], whole[5:]]):
+            store.ledger.set(f"blob:texts:{index}", piece)
+        store.ledger.set("blob:texts", {"sha256": "unused", "pieces": 2})
+        assert store.get("texts") == b"of an earlier release"
 
-@pytest.fixture(params=["sqlite", "journal", pytest.param("postgresql", marks=pytest.mark.slow)])
-def shared(request: pytest.FixtureRequest, directory: Path) -> str:
-    """A storage that several workers can open."""
-    storage = at(request.param, directory, request)
-    assert storage is not None
-    return storage
+
+class TestStaleTrials:
+    def test_the_trial_of_a_silent_worker_is_failed_and_its_recipe_is_free_again(self, shared: str, name: str) -> None:
+        with join(shared, name) as first, join(shared, name, heartbeat=SILENT) as second:
+            first.share(dict)
+            second.begin(SETS[2])
+            assert second.claim(SETS[2]) is None
+            until(lambda: becomes_stale(second))
+            again = first.claim(SETS[2])
+            assert again is not None
+            again.finish(1.5, {})
+            assert [trial.recipe for trial in second.news()] == [SETS[2]]
+
+    def test_the_trial_of_a_process_that_ended_on_this_machine_is_failed_at_once(
+        self, shared: str, name: str, ended_process: int
+    ) -> None:
+        with join(shared, name) as store:
+            store.begin(SETS[2])
+            trial = store.ledger.trials()[-1]
+            owner = {**trial.system_attrs[OWNER], "pid": ended_process}
+            store.ledger.storage.do(lambda raw: raw.set_trial_system_attr(trial._trial_id, OWNER, owner))
+            assert becomes_stale(store)
+
+    def test_a_result_that_comes_after_the_trial_was_failed_is_dropped_with_a_notice(
+        self, shared: str, name: str
+    ) -> None:
+        lines: list[str] = []
+        with join(shared, name, on_notice=lines.append, heartbeat=SILENT) as store:
+            late = store.begin(SETS[2])
+            until(lambda: becomes_stale(store))
+            late.finish(9.0, {})
+            assert store.news() == []
+        (line,) = lines
+        assert line.startswith(f"trial {late.number} was failed by another worker")
+
+    @pytest.mark.slow
+    def test_the_trial_of_a_living_worker_is_never_failed(self, shared: str, name: str) -> None:
+        with (
+            join(shared, name, heartbeat=Heartbeat(interval=0.2, grace=2.5)) as store,
+            store.begin(SETS[2]) as running,
+        ):
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                assert store.news() == []
+                assert store.claimed() == {SETS[2]}
+                time.sleep(0.1)
+            running.finish(1.0, {})
+            assert len(store.news()) == 1
+
+    @pytest.fixture
+    def ended_process(self) -> int:
+        with subprocess.Popen(["true"]) as process:
+            process.wait()
+        return process.pid
 
 
 class TestSharedStorages:
-    def test_who_joins_learns_what_was_found(self, shared: str, name: str) -> None:
+    def test_a_worker_that_joins_learns_the_finished_trials(self, shared: str, name: str) -> None:
         with join(shared, name) as first, first.begin(SETS[0]) as running:
             running.finish(1.25, {"a": [1]})
         with join(shared, name) as second:
             assert second.news() == [StoredTrial(number=1, recipe=SETS[0], value=1.25, record={"a": [1]})]
 
-    def test_who_joins_does_not_make_what_is_shared(self, shared: str, name: str) -> None:
+    def test_a_worker_that_joins_does_not_make_the_shared_data(self, shared: str, name: str) -> None:
         with join(shared, name) as first, join(shared, name) as second:
             assert (first.created, second.created) == (True, False)
             first.share(lambda: {"profile": b"first"})
             assert second.share(lambda: {"profile": b"second"}) == {"profile": b"first"}
 
-    def test_waiting_for_a_maker_ends_in_one_line(self, shared: str, name: str) -> None:
+    def test_waiting_for_the_creator_ends_in_one_line(self, shared: str, name: str) -> None:
         with (
             join(shared, name),
             join(shared, name) as second,
@@ -219,12 +244,12 @@ class TestSharedStorages:
             second.share(lambda: {}, seconds=0.1)
         assert "\n" not in str(e.value)
 
-    def test_who_waits_for_a_maker_that_lives_says_so_once_and_waits_for_as_long_as_it_takes(
+    def test_waiting_for_a_living_creator_is_reported_once_and_has_no_limit(
         self, shared: str, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pauses, lines = count(1), list[str]()
         hours = SimpleNamespace(monotonic=count(0, 3600).__next__, sleep=lambda _: next(pauses) == 5 and made())
-        monkeypatch.setattr(sharing_module, "time", hours)
+        monkeypatch.setattr(shared_data, "time", hours)
         with join(shared, name) as first, join(shared, name, on_notice=lines.append) as second:
 
             def made() -> None:
@@ -233,28 +258,41 @@ class TestSharedStorages:
             assert second.share(lambda: {"profile": b"second"}) == {"profile": b"first"}
         assert lines == ["waiting for the worker that writes texts and measures the profile"]
 
-    def test_what_a_maker_did_not_get_done_another_makes(self, shared: str, name: str) -> None:
+    def test_a_creator_that_leaves_is_replaced(self, shared: str, name: str) -> None:
         with join(shared, name) as first:
             assert first.created
         with join(shared, name) as second:
             assert second.created
             assert second.share(lambda: {"profile": b"second"}) == {"profile": b"second"}
 
-    def test_a_worker_that_waits_takes_over_from_a_maker_that_stops(self, shared: str, name: str) -> None:
+    def test_a_waiting_worker_replaces_a_creator_that_leaves(self, shared: str, name: str) -> None:
         first = join(shared, name)
         with join(shared, name) as second:
             threading.Timer(0.3, first.close).start()
             assert second.share(lambda: {"profile": b"second"}, seconds=30) == {"profile": b"second"}
             assert second.created
 
+    def test_a_creator_that_was_failed_by_mistake_takes_what_its_successor_published(
+        self, shared: str, name: str
+    ) -> None:
+        def make() -> dict[str, bytes]:
+            setup = store.ledger.trials()[0]._trial_id
+            store.ledger.storage.do(lambda raw: raw.set_trial_state_values(setup, TrialState.FAIL))
+            with join(shared, name) as successor:
+                assert successor.created
+                successor.share(lambda: {"profile": b"successor"})
+            return {"profile": b"creator"}
+
+        with join(shared, name) as store:
+            assert store.share(make) == {"profile": b"successor"}
+
     def test_another_identity_is_refused_by_the_parts_that_differ(self, shared: str, name: str) -> None:
         join(shared, name).close()
         other = {**IDENTITY, "gamma_max": 4, "sampling": "greedy"}
         with pytest.raises(InputError) as e:
             Store.open(shared, name, other, num_layers=LAYERS)
-        assert "was made with gamma_max 7 (here 4), sampling unset (here greedy); choose another --study" in str(
-            e.value
-        )
+        expected = "was made with gamma_max 7 (here 4), sampling unset (here greedy); choose another --study"
+        assert expected in str(e.value)
         assert "secret" not in str(e.value)
 
     def test_another_number_of_layers_is_refused(self, shared: str, name: str) -> None:
@@ -262,51 +300,33 @@ class TestSharedStorages:
         with pytest.raises(InputError, match=r"made with layers 5 \(here 6\)"):
             Store.open(shared, name, IDENTITY, num_layers=6)
 
-    def test_without_a_name_studies_are_told_apart_by_what_they_are_about(self, shared: str) -> None:
+    def test_without_a_name_a_study_is_found_by_its_identity(self, shared: str) -> None:
         with join(shared, None) as first, join(shared, None) as second:
             assert first.name == second.name
         with Store.open(shared, None, {**IDENTITY, "gamma_max": 3}, num_layers=LAYERS) as third:
             assert third.name != first.name
 
-    def test_of_many_workers_at_once_one_is_the_maker(self, shared: str, name: str) -> None:
+    def test_of_many_workers_that_join_at_once_one_is_the_creator(self, shared: str, name: str) -> None:
         stores = at_once([lambda: join(shared, name)] * 4)
         assert sorted(store.created for store in stores) == [False, False, False, True]
         for store in stores:
             store.close()
 
-    def test_a_dead_worker_s_trial_goes_to_one_of_those_who_ask_at_once(self, shared: str, name: str) -> None:
-        stores = [join(shared, name, **AT_ONCE) for _ in range(4)]
-        stores[0].begin(SETS[3])
-        assert [store.waiting() for store in stores] == [None] * 4
-        got = at_once([store.waiting for store in stores])
-        assert sorted(got, key=str) == sorted([SETS[3], None, None, None], key=str)
-        for store in stores:
-            store.close()
-
-    def test_of_workers_that_claim_a_set_at_once_the_first_has_it(self, shared: str, name: str) -> None:
+    def test_of_workers_that_claim_a_recipe_at_once_the_first_has_it(self, shared: str, name: str) -> None:
         stores = [join(shared, name) for _ in range(4)]
         got = at_once([lambda store=store: store.claim(SETS[3]) for store in stores])
         (running,) = [each for each in got if each is not None]
         assert stores[0].claimed() == {SETS[3]}
         running.finish(1.0, {})
-        assert stores[1].claim(SETS[3]) is None  # it had not heard of the result
+        assert stores[1].claim(SETS[3]) is None  # this worker did not know the result
         assert [trial.recipe for trial in stores[1].news()] == [SETS[3]]
         again = stores[1].claim(SETS[3])
-        assert again is not None  # who knows the result may still want another
+        assert again is not None  # a worker that knows the result may want another one
         again.fail()
         for store in stores:
             store.close()
 
-    def test_a_dead_worker_s_trial_of_a_set_that_another_has_is_not_handed_out(self, shared: str, name: str) -> None:
-        with join(shared, name, **AT_ONCE) as store:
-            with store.begin(SETS[3]) as running:
-                running.finish(1.0, {})
-            store.begin(SETS[3])  # and never entered, so that no heartbeat comes
-            store.begin(SETS[4])
-            assert [store.waiting() for _ in range(3)] == [None, SETS[4], None]
-            assert store.claimed() == set()
-
-    def test_the_set_of_a_trial_that_failed_can_be_claimed(self, shared: str, name: str) -> None:
+    def test_the_recipe_of_a_failed_trial_can_be_claimed(self, shared: str, name: str) -> None:
         with join(shared, name) as first, join(shared, name) as second:
             first.begin(SETS[3]).fail()
             running = second.claim(SETS[3])
@@ -326,9 +346,8 @@ class TestSharedStorages:
         assert study.num_layers == LAYERS
         assert study.blobs == {"profile": b"p"}
         assert [(trial.recipe, trial.value) for trial in study.trials] == [(SETS[0], 1.25), (SETS[1], None)]
-        assert name in study_names(shared)
 
-    def test_a_study_that_is_not_there_is_refused_with_those_that_are(self, shared: str, name: str) -> None:
+    def test_a_study_that_does_not_exist_is_refused_with_those_that_do(self, shared: str, name: str) -> None:
         join(shared, name).close()
         with pytest.raises(InputError, match=re.escape(f"'{name}'")):
             load_study(shared, "nothing")

@@ -1,12 +1,16 @@
-"""What a search found, on the terminal."""
+"""Tables, bars and figures: what a search found, and how often drafts were right at each position."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
+from selfspec.cli.terminal import ORIGINS
 from selfspec.utils.sizes import in_words
 
 if TYPE_CHECKING:
@@ -23,9 +27,10 @@ PHASES = {
     "confirm": "decoding with the best",
     "rows": "timing other rows",
 }
-
-
 NOTHING_FASTER = "do not speculate: nothing decodes faster than the plain model"
+BLOCKS = "▏▎▍▌▋▊▉█"
+"""One eighth of a column to eight."""
+LONGEST_BAR = 40
 
 
 def in_phases(report: Report) -> OnProgress:
@@ -47,8 +52,13 @@ def report_search(out: Console, result: SearchResult) -> None:
     for row in rows:
         table.add_row(*row.values())
     out.print(table)
+    print_facts(out, facts(result))
+
+
+def print_facts(out: Console, facts: Sequence[tuple[str, str]]) -> None:
+    """Print one line for each (name, text), with all texts in one column."""
     words = Table.grid(padding=(0, 2, 0, 0))
-    for name, text in facts(result):
+    for name, text in facts:
         words.add_row(Text(name, style="bold"), text)
     out.print(words)
 
@@ -114,3 +124,59 @@ def _drafted(winner: Confirmed) -> str:
 
 def _gap(value: float, base: float) -> str:
     return f"{value / base - 1:+.1%}"
+
+
+@dataclass
+class Bar:
+    """One position of the draft, or several: tokens accepted there, in all and by origin, of those that it reached."""
+
+    name: str
+    accepted: int
+    reached: int
+    origins: Counter[str]
+
+    @property
+    def count(self) -> str:
+        """What the bar says, in figures."""
+        share = f"{self.accepted / self.reached:.0%}" if self.reached else "-"
+        return f"{share:>4}  {self.accepted} of {self.reached}"
+
+    def drawn(self, width: int, *, blocks: bool) -> Text:
+        """At most `width` columns long, in the colours of its origins."""
+        bar = Text(bar_of(self.accepted / self.reached if self.reached else 0.0, width, blocks=blocks))
+        end, total = 0, self.origins.total()
+        for origin, style in ORIGINS.items():
+            start, end = end, end + self.origins[origin]
+            if total:
+                bar.stylize(style, round(start / total * len(bar)), round(end / total * len(bar)))
+        bar.pad_right(width - len(bar))
+        return bar
+
+
+def chart(bars: Sequence[Bar], console: Console) -> list[Text]:
+    """A line for each bar, of the console's width at most."""
+    names = max(len(bar.name) for bar in bars)
+    counts = [bar.count for bar in bars]
+    room = console.width - names - max(map(len, counts)) - len("   ") - 1
+    width, blocks = max(1, min(LONGEST_BAR, room)), holds_blocks(console)
+    return [
+        Text(f" {bar.name:>{names}} ") + bar.drawn(width, blocks=blocks) + Text(f" {count}")
+        for bar, count in zip(bars, counts, strict=True)
+    ]
+
+
+def bar_of(share: float, width: int, *, blocks: bool) -> str:
+    """A bar of at most `width` columns: to an eighth of one where `blocks` can be shown, else in plain ASCII."""
+    if not blocks:
+        return "#" * round(share * width)
+    whole, eighths = divmod(round(share * width * len(BLOCKS)), len(BLOCKS))
+    return BLOCKS[-1] * whole + (BLOCKS[eighths - 1] if eighths else "")
+
+
+def holds_blocks(console: Console) -> bool:
+    """Whether the stream's encoding has the characters that bars are drawn with."""
+    try:
+        BLOCKS.encode(getattr(console.file, "encoding", None) or "utf8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

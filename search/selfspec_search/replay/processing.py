@@ -1,0 +1,57 @@
+"""The logits processors that a `Sampling` means for a model, and how they process logits of packed texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from selfspec.decoding.logits_processors import CONTEXT_FREE
+from selfspec.errors import InputError
+
+_CONTEXTUAL = (RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor)
+"""Functions of a text's own tokens and nothing else: neither of its place in a batch nor of where its prompt ended."""
+
+
+def processors_of(options: dict[str, Any], model: PreTrainedModel) -> LogitsProcessorList:
+    """See `Sampling.processors`; `options` are keyword arguments of `generate`."""
+    prepared: list[LogitsProcessorList] = []
+
+    def take(model: PreTrainedModel, input_ids: Tensor, **given: Any) -> Tensor:
+        prepared.append(given["logits_processor"])
+        return input_ids
+
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    given_options = options | {"max_new_tokens": 2**10, "cache_implementation": "dynamic"}
+    try:
+        model.generate(  # type: ignore[operator]
+            prompt, attention_mask=torch.ones_like(prompt), custom_generate=take, **given_options
+        )
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from None
+    for processor in prepared[0]:
+        if type(processor) not in CONTEXT_FREE and type(processor) not in _CONTEXTUAL:
+            raise InputError(
+                f"the model's generation config asks for {type(processor).__name__}, which the search cannot "
+                "replay; remove that setting from the config"
+            )
+    return prepared[0]
+
+
+def process_packed(
+    processors: LogitsProcessorList, logits: Tensor, tokens: Tensor, begins: Tensor, lengths: Tensor
+) -> Tensor:
+    """Processed float32 scores for logits `a v`, each behind its own `tokens[begins : begins + lengths]` (`a` each)."""
+    scores = logits.to(torch.float32, copy=True)
+    for processor in processors:
+        if type(processor) in CONTEXT_FREE:
+            scores = processor(tokens[None, :0], scores)
+            continue
+        for length in lengths.unique().tolist():
+            these = (lengths == length).nonzero()[:, 0]
+            contexts = tokens[begins[these][:, None] + torch.arange(length, device=tokens.device)]
+            scores[these] = processor(contexts, scores[these])
+    return scores

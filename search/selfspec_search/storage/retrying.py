@@ -1,0 +1,131 @@
+"""Retrying: an Optuna storage whose calls are retried after locks and lost connections, and fail in one line."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, repeat
+from types import FrameType
+from typing import TypeVar
+
+from optuna.storages import BaseStorage
+from sqlalchemy import Engine
+
+from selfspec.errors import InputError
+from selfspec_search.storage.errors import STORAGE_ERRORS, describe, is_locked, is_transient, reason_of
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 90.0
+"""Seconds for which a call is retried: a database server restarts, or ends a dead worker's transaction, in less."""
+PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between retries after a lost connection; the last one repeats."""
+LOCK_PAUSE_SECONDS = 0.1
+"""Seconds between retries for a lock: each try has itself waited for the lock."""
+LOCK_NOTICE_SECONDS = 5.0
+"""Seconds after which a lock is reported: many or slow workers normally delay each other for less."""
+
+
+class RetryingStorage:
+    """An Optuna storage whose calls are retried while it is locked or its connection is lost.
+
+    Args:
+        raw: Optuna's storage.
+        label: its name in messages: the path or URL as given, without a password.
+        on_notice: receives one line for each wait that is worth reporting.
+    """
+
+    def __init__(self, raw: BaseStorage, label: str, on_notice: Callable[[str], None]) -> None:
+        self.raw = raw
+        self.label = label
+        self.on_notice = on_notice
+        self._has_failed = False
+
+    @property
+    def engine(self) -> Engine | None:
+        """SQLAlchemy's engine; None for memory and journals."""
+        engine: Engine | None = getattr(getattr(self.raw, "_backend", self.raw), "engine", None)
+        return engine
+
+    def do(self, action: Callable[[BaseStorage], T]) -> T:
+        """Run `action` on the storage; `InputError` if it fails permanently or for longer than `RETRY_SECONDS`."""
+        seconds = 0.0 if self._has_failed else RETRY_SECONDS
+        try:
+            return retry(lambda: action(self.raw), is_transient, self.label, self.on_notice, seconds)
+        except KeyError as error:
+            raise InputError(
+                f"the study is no longer in storage '{self.label}': somebody deleted it; choose another --study"
+            ) from error
+        except STORAGE_ERRORS as error:
+            self._has_failed = True  # the last writes before the exit are tried once
+            raise InputError(
+                f"{describe(self.label, error)}; what was finished is kept: give the same command again to go on"
+            ) from error
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+        if self.engine is not None:
+            self.engine.dispose()
+
+
+def retry(
+    call: Callable[[], T],
+    is_temporary: Callable[[Exception], bool],
+    label: str,
+    on_notice: Callable[[str], None],
+    seconds: float | None = None,
+) -> T:
+    """Return the result of `call`, which is retried after temporary errors; ctrl-C takes effect between tries.
+
+    Args:
+        call: uses a storage; raises one of `STORAGE_ERRORS` on failure.
+        is_temporary: whether the same call may succeed after this error.
+        label: of the storage.
+        on_notice: receives one line, once.
+        seconds: until any error is raised; None for `RETRY_SECONDS`.
+    """
+    seconds = RETRY_SECONDS if seconds is None else seconds
+    began, pauses, reported = time.monotonic(), chain(PAUSES_SECONDS, repeat(PAUSES_SECONDS[-1])), False
+    while True:
+        try:
+            with defer_interrupt():
+                return call()
+        except STORAGE_ERRORS as error:
+            waited, locked = time.monotonic() - began, is_locked(error)
+            if not is_temporary(error) or waited >= seconds:
+                raise
+            if not reported and (waited >= LOCK_NOTICE_SECONDS or not locked):
+                lost = f"the connection to storage '{label}' was lost ({reason_of(error)})"
+                on_notice(f"{describe(label, error) if locked else lost}; trying again for {seconds:g} s")
+                reported = True
+        time.sleep(LOCK_PAUSE_SECONDS if locked else next(pauses))
+
+
+@contextmanager
+def defer_interrupt() -> Iterator[None]:
+    """Delay a ctrl-C until the end of the block; a second ctrl-C takes effect at once.
+
+    `KeyboardInterrupt` may be raised between any two instructions. Inside a transaction it would leave a lock that all
+    workers, this process included, wait for until the traceback is freed.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield  # ctrl-C reaches another thread, or is ignored
+        return
+    deferred: list[FrameType | None] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if deferred:
+            usual(number, frame)
+        deferred.append(frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if deferred:
+            usual(signal.SIGINT, deferred[0])

@@ -1,0 +1,270 @@
+"""Study store: a study's trials and shared data, for the workers of the study and for later readers.
+
+It is not the sampler's study: asking Optuna through a database reads and writes once per sub-layer, which takes longer
+than a trial. Here a trial is written when it begins and when it ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from selfspec.errors import InputError
+from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.sublayers import SkipSet
+from selfspec_search.space import Space
+from selfspec_search.storage.ledger import Ledger, blob_of, blobs_of
+from selfspec_search.storage.open import Heartbeat, open_storage
+from selfspec_search.storage.shared_data import CREATOR_SECONDS, STUDY, SharedData
+from selfspec_search.storage.trial import RECORD, Running
+
+SPACE = "space"
+"""The key of the study's space among the shared data."""
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTrial:
+    """A finished trial.
+
+    Attributes:
+        number: of the trial in its study.
+        recipe: what was tried.
+        value: the predicted speedup; None if the trial was pruned.
+        record: what the study noted about it.
+    """
+
+    number: int
+    recipe: Recipe
+    value: float | None
+    record: Mapping[str, Any]
+
+    @property
+    def skip_set(self) -> SkipSet:
+        return self.recipe.skip_set
+
+    @classmethod
+    def of(cls, trial: FrozenTrial, space: Space) -> StoredTrial:
+        """From Optuna's own."""
+        return cls(
+            number=trial.number,
+            recipe=space.from_params(trial.params),
+            value=trial.value if trial.state == TrialState.COMPLETE else None,
+            record=trial.user_attrs.get(RECORD, {}),
+        )
+
+
+class Store:
+    """A worker's access to a study, as a context manager. `Store.open` opens it.
+
+    Attributes:
+        name: of the study.
+        space: what the trials choose from; set again before the first trial where there is more to choose.
+        ledger: the study's trials and attributes, as Optuna stores them.
+    """
+
+    def __init__(self, ledger: Ledger, shared_data: SharedData, num_layers: int, name: str) -> None:
+        self.name = name
+        self.space = Space(num_layers=num_layers)
+        self.ledger = ledger
+        self._shared_data = shared_data
+        self._known_numbers: set[int] = set()
+
+    @classmethod
+    def open(
+        cls,
+        storage: str | None,
+        name: str | None,
+        identity: Mapping[str, Any],
+        *,
+        num_layers: int,
+        on_notice: Callable[[str], None] = lambda line: None,
+        heartbeat: Heartbeat | None = None,
+    ) -> Store:
+        """Create a study, or join it.
+
+        Args:
+            storage: None for memory, a path for an SQLite file, a path ending in '.journal' or 'journal://PATH' for a
+                journal on a shared file system, or a URL such as 'postgresql://USER:PASSWORD@HOST/DATABASE'.
+            name: of the study; None for a name made from what the study is about.
+            identity: what all workers must agree on for their trials to be compared, by readable names.
+            num_layers: of the model.
+            on_notice: receives one line for each wait for a lost connection.
+            heartbeat: of running trials.
+
+        Raises:
+            InputError: the storage cannot be used, or holds another study of this name.
+        """
+        about = json.loads(json.dumps({"identity": identity, "num_layers": num_layers}, sort_keys=True, default=str))
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        name = name or f"selfspec-{digest}"
+        opened = open_storage(storage, on_notice=on_notice, heartbeat=heartbeat)
+        try:
+            ledger = Ledger(opened, name)
+            return cls(ledger, SharedData(ledger, about), num_layers, name)
+        except BaseException:
+            opened.close()
+            raise
+
+    @property
+    def created(self) -> bool:
+        """Whether this worker is, or was, the study's creator: the first worker, or the first one still alive."""
+        return self._shared_data.created
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(InputError) if error else nullcontext():  # the user must see the first error
+            self.close()
+
+    def close(self) -> None:
+        """Leave the study: another worker makes the shared data if this worker has not."""
+        try:
+            self._shared_data.leave()
+        finally:
+            self.ledger.storage.close()
+
+    def share(self, make: Callable[[], Mapping[str, bytes]], seconds: float = CREATOR_SECONDS) -> dict[str, bytes]:
+        """What all workers of a study must have in common: made by its creator, for which the others wait.
+
+        If the creator dies before it has published everything, another worker becomes the creator.
+
+        Args:
+            make: returns the shared data by key; called in the creator only.
+            seconds: to wait for the creator.
+
+        Raises:
+            InputError: the creator is alive but has not published in time.
+        """
+        return self._shared_data.share(make, seconds)
+
+    def publish(self, key: str, data: bytes) -> None:
+        """Store bytes with the study, for all its workers and for later readers."""
+        self.ledger.set_blob(key, data)
+
+    def get(self, key: str) -> bytes | None:
+        """What was published under `key`; None if nothing was."""
+        return blob_of(self.ledger.attrs(), key)
+
+    def begin(self, recipe: Recipe) -> Running:
+        """Begin a trial, which the other workers see at once; use it as a context manager."""
+        return self.ledger.start(recipe, self.space.to_params(recipe), self.space.distributions)
+
+    def claim(self, recipe: Recipe) -> Running | None:
+        """Begin a trial, unless another worker began one of this recipe that this worker could not know of yet.
+
+        Workers that propose at the same moment may propose the same recipe: the trial with the lowest number goes on.
+        """
+        running = self.begin(recipe)
+        params = self.space.to_params(recipe)
+        for trial in self.ledger.trials()[: running.number]:
+            unknown = trial.state in FINISHED and trial.number not in self._known_numbers
+            if trial.params == params and (unknown or trial.state == TrialState.RUNNING):
+                running.fail()
+                return None
+        return running
+
+    def claimed(self) -> set[Recipe]:
+        """What all workers are trying now, this worker included."""
+        trials = [trial for trial in self.ledger.trials() if trial.state == TrialState.RUNNING]
+        return {self.space.from_params(trial.params) for trial in trials if self._is_ours(trial)}
+
+    def news(self) -> list[StoredTrial]:
+        """Trials of all workers that were completed or pruned since the last call; at the first call, all of them.
+
+        Trials whose workers died are failed, so that their recipes may be tried again.
+        """
+        self.ledger.fail_stale()
+        fresh = [
+            StoredTrial.of(trial, self.space)
+            for trial in self.ledger.trials()
+            if trial.state in FINISHED and trial.number not in self._known_numbers and self._is_ours(trial)
+        ]
+        self._known_numbers.update(trial.number for trial in fresh)
+        return fresh
+
+    def _is_ours(self, trial: FrozenTrial) -> bool:
+        return set(trial.params) == set(self.space.choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredStudy:
+    """A study, as a storage holds it.
+
+    Attributes:
+        name: of the study.
+        identity: what its workers agree on.
+        space: what there was to choose from.
+        trials: the finished ones, by number.
+        blobs: what its workers share, or found out for all.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+    space: Space
+    trials: list[StoredTrial]
+    blobs: Mapping[str, bytes] = field(repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        return self.space.num_layers
+
+
+def load_study(storage: str, name: str | None = None) -> StoredStudy:
+    """Read a study; nothing is written.
+
+    Args:
+        storage: as `Store.open` takes it.
+        name: of the study; None if the storage holds just one.
+
+    Raises:
+        InputError: the storage cannot be read, or holds no such study; the message names those it holds.
+    """
+    opened = open_storage(storage, on_notice=lambda _: None, create=False)
+    try:
+        chosen = _choose(opened.do(_names), name, opened.label)
+        return opened.do(lambda raw: _read(raw, chosen))
+    finally:
+        opened.close()
+
+
+def _names(raw: BaseStorage) -> list[str]:
+    return [study.study_name for study in raw.get_all_studies() if STUDY in study.user_attrs]
+
+
+def _choose(names: list[str], name: str | None, label: str) -> str:
+    held = ", ".join(f"'{each}'" for each in names)
+    if not names:
+        raise InputError(f"storage '{label}' holds no study of selfspec search; give the storage of a search")
+    if name is None and len(names) > 1:
+        raise InputError(f"storage '{label}' holds several studies: {held}; choose one with --study")
+    if name is not None and name not in names:
+        raise InputError(f"storage '{label}' has no study '{name}'; it holds {held}: choose one with --study")
+    return name or names[0]
+
+
+def _read(raw: BaseStorage, name: str) -> StoredStudy:
+    study_id = raw.get_study_id_from_name(name)
+    attrs = raw.get_study_user_attrs(study_id)
+    blobs = blobs_of(attrs)
+    about = attrs[STUDY]
+    space = Space.from_bytes(blobs[SPACE]) if SPACE in blobs else Space(num_layers=about["num_layers"])
+    trials = [t for t in raw.get_all_trials(study_id, deepcopy=False, states=FINISHED) if t.params]
+    return StoredStudy(
+        name=name,
+        identity=about["identity"],
+        space=space,
+        trials=[StoredTrial.of(trial, space) for trial in trials],
+        blobs=blobs,
+    )

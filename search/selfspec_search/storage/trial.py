@@ -1,0 +1,168 @@
+"""Trial: a running trial of this worker, with heartbeats for the other workers, and the record of its owner."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import TrialState
+
+from selfspec.errors import InputError
+from selfspec.plan.draft_spec import Recipe
+from selfspec_search.storage.errors import STORAGE_ERRORS, reason_of
+from selfspec_search.storage.retrying import RetryingStorage, defer_interrupt
+
+HEARTBEAT_RETRY_SECONDS = 1.0
+"""Seconds until a failed heartbeat is retried: the grace period may soon be over."""
+JOIN_SECONDS = 2.0
+"""Seconds that an ended trial waits for its heartbeat thread, which may hang in a last heartbeat."""
+RECORD = "record"
+OWNER = "selfspec:owner"
+
+
+class Running:
+    """A trial in state RUNNING, as a context manager: without `finish` or `prune` inside, the trial fails.
+
+    Heartbeats come from a separate thread, so also while the main thread is inside torch.
+
+    Args:
+        storage: of the trial.
+        trial_id: Optuna's.
+        recipe: what is tried.
+    """
+
+    def __init__(self, storage: RetryingStorage, trial_id: int, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._storage = storage
+        self._trial_id = trial_id
+        self._ending: set[TrialState] = set()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    @cached_property
+    def number(self) -> int:
+        """Of the trial in its study."""
+        return self._storage.do(lambda raw: raw.get_trial_number_from_id(self._trial_id))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(InputError) if error else nullcontext():  # the user must see the first error
+            if not self._ended.is_set():
+                self.fail()
+        self._stop()
+
+    def finish(self, value: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
+        """Complete the trial.
+
+        Args:
+            value: the objective.
+            record: what the study notes about the trial; anything that JSON can hold.
+            constraints: values that are feasible if at most 0, as Optuna stores them.
+        """
+        self._note(record, constraints)
+        self._end(TrialState.COMPLETE, [value])
+
+    def prune(self, estimate: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
+        """End the trial early; `estimate` is the objective as estimated after the first depth."""
+        self._note(record, constraints)
+        self._write(lambda raw: raw.set_trial_intermediate_value(self._trial_id, 0, estimate))
+        self._end(TrialState.PRUNED)
+
+    def fail(self) -> None:
+        """End the trial without a result; its recipe may be tried again."""
+        self._end(TrialState.FAIL)
+
+    def _note(self, record: Mapping[str, Any], constraints: Mapping[str, float] | None) -> None:
+        def write(raw: BaseStorage) -> None:
+            for name, value in (constraints or {}).items():
+                raw.set_trial_system_attr(self._trial_id, f"constraints:{name}", value)
+            raw.set_trial_user_attr(self._trial_id, RECORD, dict(record))
+
+        self._write(write)
+
+    def _end(self, state: TrialState, values: Sequence[float] | None = None) -> None:
+        self._ending.add(state)
+        self._write(lambda raw: raw.set_trial_state_values(self._trial_id, state, values))
+        self._stop()
+
+    def _write(self, action: Callable[[BaseStorage], object]) -> None:
+        """Run `action`, unless another worker failed this trial because its heartbeats had stopped."""
+        if self._ended.is_set():
+            return
+        try:
+            self._storage.do(action)
+        except UpdateFinishedTrialError:
+            # After a lost connection, or a ctrl-C behind the write, the trial may have ended as this worker wanted.
+            if self._storage.do(lambda raw: raw.get_trial(self._trial_id)).state not in self._ending:
+                self._storage.on_notice(
+                    f"trial {self.number} was failed by another worker, because no heartbeat of this worker arrived; "
+                    "its result is dropped"
+                )
+            self._stop()
+
+    def _stop(self) -> None:
+        with defer_interrupt():  # inside, a ctrl-C would leave the event locked
+            self._ended.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_SECONDS)
+
+    def _beat(self) -> None:
+        raw = self._storage.raw
+        if not isinstance(raw, BaseHeartbeat):  # memory has one worker
+            return
+        interval = float(raw.get_heartbeat_interval() or 0)
+        pause, last, reported = interval, time.monotonic(), False
+        while not self._ended.wait(pause):
+            try:
+                raw.record_heartbeat(self._trial_id)  # without retries: the main thread waits for a lost connection
+                pause, last, reported = interval, time.monotonic(), False
+            except (UpdateFinishedTrialError, KeyError):
+                return  # the main thread finds out when it writes
+            except STORAGE_ERRORS as error:
+                if not reported and time.monotonic() - last > 2 * interval:
+                    label = self._storage.label
+                    self._storage.on_notice(f"no heartbeat reaches storage '{label}': {reason_of(error)}; trying on")
+                    reported = True
+                pause = min(interval, HEARTBEAT_RETRY_SECONDS)
+
+
+def owner() -> dict[str, Any]:
+    """The worker that begins a trial; the token is unique to the trial."""
+    return {"machine": machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+
+
+def machine() -> str:
+    """The name of the machine, and of the container in which process numbers hold."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def is_gone(worker: Mapping[str, Any]) -> bool:
+    """Whether a trial's owner ran on this machine and its process has ended: known at once, without heartbeats."""
+    if worker.get("machine") != machine():
+        return False
+    try:
+        os.kill(worker["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,53 @@
+"""DecodeOptions: how a model is decoded, whatever its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from selfspec.errors import InputError
+from selfspec.utils.settings import Described
+from selfspec.utils.sizes import parse_size
+
+PolicyName = Literal["adaptive", "fixed"]
+
+Backend = Annotated[
+    str | None,
+    Described("Attention backend: flash-attn, torch-flash or sdpa; by default the best that this device has."),
+]
+Compile = Annotated[
+    bool | None, Described("Fuse passes with torch.compile: slower to start, faster to run; by default on CUDA.")
+]
+DRAFT_MEMORY = Described(
+    "The most that the draft's own layers may take beside the model, such as 512M or 4G.", is_size=True
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What `wrap` takes beside the model, the plan and the draft model; `wrap` explains each option.
+
+    Raises:
+        InputError: the policy is unknown, or `draft_memory` is no size.
+    """
+
+    backend: Backend = None
+    compile: Compile = None
+    graphs: bool | None = None
+    policy: Annotated[
+        PolicyName,
+        Described("Whether who drafts, and how far, follows the text (adaptive) or stays as the plan says (fixed)."),
+    ] = "adaptive"
+    draft_memory: Annotated[int | str | None, DRAFT_MEMORY] = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(PolicyName):
+            raise InputError(f"policy '{self.policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
+        self.draft_memory_bytes  # noqa: B018  # raises where the size cannot be read
+
+    @property
+    def draft_memory_bytes(self) -> int | None:
+        """`draft_memory` in bytes; None for no limit."""
+        if isinstance(self.draft_memory, str):
+            return parse_size(self.draft_memory, "draft_memory")
+        return self.draft_memory

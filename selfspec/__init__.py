@@ -22,7 +22,7 @@ _MODULES = {
     "PromptLookup": "plan",
     "Quantised": "plan.draft_spec",
     "QuantisedSet": "plan.sublayers",
-    "Recipe": "plan.draft_spec",
+    "DraftSpec": "plan.draft_spec",
     "SelfSpeculator": "speculator",
     "SelfspecError": "errors",
     "SkipSet": "plan.sublayers",

@@ -33,7 +33,7 @@ from selfspec.huggingface.options import with_stop_strings
 from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import copied_bytes, obstacles
 from selfspec.plan import Padding, Plan
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.policy import drafter_for, too_many_rows
 from selfspec.runtime.runtime import Runtime, device_name
 
@@ -86,7 +86,7 @@ def wrap(
 def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
     """What the draft's own layers take beside the model, before they are made; 0 for a plan that only skips."""
     plan.check_fits(model.config)
-    return copied_bytes(model, plan.recipe) if plan.gamma else 0
+    return copied_bytes(model, plan.draft_spec) if plan.gamma else 0
 
 
 class SelfSpeculator:
@@ -110,9 +110,9 @@ class SelfSpeculator:
         self.model = model
         self.runtime = Runtime(model, backend=options.backend, compile=options.compile, graphs=options.graphs)
         self.plan.check_fits(model.config)
-        recipe = self.plan.recipe if self.plan.gamma else Recipe()  # what never drafts needs no copies
+        draft_spec = self.plan.draft_spec if self.plan.gamma else DraftSpec()  # what never drafts needs no copies
         self.runtime.draft_memory = options.draft_memory_bytes
-        self.runtime.draft_with(recipe)
+        self.runtime.draft_with(draft_spec)
         self.draft_runtime: Runtime | None = None
         """Where a draft model runs, if there is one."""
         if draft_model is not None:
@@ -312,7 +312,7 @@ class SelfSpeculator:
             stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
             if self.draft_runtime.compile_obstacle not in (None, runtime.compile_obstacle):
                 stats.slower_paths.append(f"the draft model runs eagerly: {self.draft_runtime.compile_obstacle}")
-        stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.recipe)]
+        stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.draft_spec)]
         if runtime.compile_obstacle is not None:
             stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")
         if runtime.capture_obstacle is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfspec import InputError, Quantised, QuantisedSet, Recipe, SkipSet, SubVocabulary
+from selfspec import DraftSpec, InputError, Quantised, QuantisedSet, SkipSet, SubVocabulary
 from selfspec.models.draft_weights import copied_bytes
 from selfspec.models.quantised_linear import QuantisedWeight
 from selfspec.plan.draft_spec import INT4, INT8
@@ -98,7 +98,7 @@ def test_a_draft_s_pass_is_padded_where_that_is_clearly_faster_and_nothing_is_qu
     assert best_length(times) == 3
     assert best_length({1: times[1], 2: times[2]}) == 1  # 3 % is noise
     model = TOY_LLAMA.build(CPU, 0)
-    skipping, quantised_too = Recipe(skip_set=SkipSet(attn={1})), Recipe(quantised=Quantised.everything(INT4, 7))
+    skipping, quantised_too = DraftSpec(skip_set=SkipSet(attn={1})), DraftSpec(quantised=Quantised.everything(INT4, 7))
     assert lengths_of(Runtime(model, skipping)) == (1, 2, 3)
     assert lengths_of(Runtime(model, quantised_too)) == (1,)
 
@@ -246,7 +246,7 @@ def test_a_draft_that_skips_more_needs_no_new_copies(bench: Bench) -> None:
     few = bench.spec.runtime.copies._made
     assert 0 < len(few) < len(made)
     assert all(few[key] is made[key] for key in few)
-    assert bench.spec.plan.recipe == bench.spec.runtime.recipe == with_skips(INT4, 7, bench.subject.skip_set)
+    assert bench.spec.plan.draft_spec == bench.spec.runtime.draft_spec == with_skips(INT4, 7, bench.subject.skip_set)
 
 
 def test_a_cell_with_skips_begins_where_a_higher_agreement_was_found() -> None:
@@ -301,13 +301,13 @@ def test_a_stand_in_for_copies_is_the_layer_with_rounded_weights() -> None:
 def test_a_draft_reads_what_it_keeps_in_16_bits_and_what_it_quantised_in_fewer() -> None:
     model, (attn, mlp, head) = small_model(), (64 * 192, 3 * 64 * 96, 48 * 64)
     whole = 3 * (attn + mlp) + head
-    assert read_share(model, Recipe(), None) == 1
-    skipping = Recipe(skip_set=SkipSet(attn={0}, mlp={1, 2}))
+    assert read_share(model, DraftSpec(), None) == 1
+    skipping = DraftSpec(skip_set=SkipSet(attn={0}, mlp={1, 2}))
     assert read_share(model, skipping, None) == pytest.approx((2 * attn + mlp + head) / whole)
     some = Quantised(format=INT4, sublayers=QuantisedSet(attn={1}, mlp={0}))
-    quantised_too = Recipe(skip_set=skipping.skip_set, quantised=some)
+    quantised_too = DraftSpec(skip_set=skipping.skip_set, quantised=some)
     assert read_share(model, quantised_too, 5.0) == pytest.approx((attn + (attn + mlp) * 5 / 16 + head) / whole)
-    trimmed = Recipe(quantised=Quantised.everything(INT4, 3), vocabulary=SubVocabulary.of(range(16), 48))
+    trimmed = DraftSpec(quantised=Quantised.everything(INT4, 3), vocabulary=SubVocabulary.of(range(16), 48))
     assert read_share(model, trimmed, 5.0) == pytest.approx((3 * (attn + mlp) + head / 3) * 5 / 16 / whole)
 
 
@@ -431,7 +431,7 @@ def test_the_toy_run_on_a_cpu_measures_passes_and_decodes_at_set_agreements(tmp_
     names = {f"{name}{part}" for name in ("int8", "int4") for part in ("", " and head", ", head of 128 tokens")}
     assert names | {"bf16", "bf16, 43% skipped"} < set(shape["passes"]["drafts"])
     model = TOY_LLAMA.build(CPU, 0)
-    everything = Recipe(quantised=Quantised.everything(INT4, 7))
+    everything = DraftSpec(quantised=Quantised.everything(INT4, 7))
     assert shape["passes"]["drafts"][with_head(INT4)]["bytes"] == copied_bytes(model, everything)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.plan import Outlook, Plan
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 
 
@@ -39,12 +39,12 @@ def find_plans(
     texts = [text for _, text in sorted(write_texts(Runtime(model), calibration, settings.new_tokens))]
     prices = Prices.of(found.profile, texts).with_lookups(texts)
     drafting = next(one.prediction for one in found.confirmed if one.prediction.drafting.gamma)
-    table = Replay(model, texts, settings.gamma_max).run(drafting.recipe)
+    table = Replay(model, texts, settings.gamma_max).run(drafting.draft_spec)
     assert table is not None
     ways = ways_to_draft(table, prices)
-    layers = simplest(predict(table, prices, drafting.recipe, ways))
+    layers = simplest(predict(table, prices, drafting.draft_spec, ways))
     both = [replace(way, lookup=lookup) for lookup in prices.lookups for way in ways]
-    cascade = simplest(predict(table, prices, drafting.recipe, both))
+    cascade = simplest(predict(table, prices, drafting.draft_spec, both))
     lookup = prices.best_lookup(texts)
     assert lookup is not None
     fixed = {
@@ -55,7 +55,9 @@ def find_plans(
     }
     adaptive = found.plan
     if adaptive.outlook is None or not adaptive.gamma:  # where plain decoding won, or a plan that cannot adapt
-        adaptive = cascade.plan.model_copy(update={"outlook": _outlook(found.profile, drafting.recipe, table, texts)})
+        adaptive = cascade.plan.model_copy(
+            update={"outlook": _outlook(found.profile, drafting.draft_spec, table, texts)}
+        )
     padding = found.profile.padding
     return Plans(
         fixed={name: plan.model_copy(update={"padding": padding}) for name, plan in fixed.items()},
@@ -65,13 +67,13 @@ def find_plans(
     )
 
 
-def _outlook(profile: Profile, recipe: Recipe, table: Table, texts: Sequence[Text]) -> Outlook:
+def _outlook(profile: Profile, draft_spec: DraftSpec, table: Table, texts: Sequence[Text]) -> Outlook:
     """What the policy starts from, at the search's prices."""
     prices = Prices.of(profile, texts)
     assert prices.lookup is not None
     return Outlook(
         rows=profile.rows,
-        draft_step=prices.costs.draft_step(recipe),
+        draft_step=prices.costs.draft_step(draft_spec),
         rounds=list(prices.costs.rounds),
         agreement=seen(agreement(table, Drafting(table.depths))),
         looking=prices.costs.lookup,

@@ -57,7 +57,7 @@ def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
     adaptive = plans.adaptive
     scene = Scene(
         model=loaded.model,
-        recipe=adaptive.recipe,
+        draft_spec=adaptive.draft_spec,
         texts=plans.texts,
         sampling=Sampling(),
         backend=None,

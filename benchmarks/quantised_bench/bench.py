@@ -11,7 +11,7 @@ from quantised_bench.drafts import with_skips
 from quantised_bench.effort import Effort
 from quantised_bench.passes import Passes
 from quantised_bench.subject import Subject
-from selfspec import Format, Plan, Quantised, Recipe, SkipSet
+from selfspec import DraftSpec, Format, Plan, Quantised, SkipSet
 from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
 from selfspec.plan import Padding
 
@@ -31,7 +31,7 @@ class Bench:
     def __init__(self, subject: Subject, format: Format, effort: Effort) -> None:
         self.subject, self.format, self.effort = subject, format, effort
         subject.restore()
-        self.everything = Recipe(quantised=Quantised.everything(format, subject.num_layers))
+        self.everything = DraftSpec(quantised=Quantised.everything(format, subject.num_layers))
         self.passes: Passes | None = None
         self.spec = selfspec.wrap(subject.model, self._plan(self.everything, PROBING), policy="fixed")
         self.dial = Dial(subject, format, keep=subject.device.type == "cpu")
@@ -44,10 +44,10 @@ class Bench:
 
         The copies stay: made anew, they would take a minute on a CPU, and be those of another target.
         """
-        recipe = with_skips(self.format, self.subject.num_layers, skip_set) if skip_set else self.everything
-        if recipe != self.spec.runtime.recipe:
-            self.spec.runtime.draft_with(recipe)
-        self.spec.plan = self._plan(recipe, gamma)
+        draft_spec = with_skips(self.format, self.subject.num_layers, skip_set) if skip_set else self.everything
+        if draft_spec != self.spec.runtime.draft_spec:
+            self.spec.runtime.draft_with(draft_spec)
+        self.spec.plan = self._plan(draft_spec, gamma)
 
     def agreement(self) -> float:
         """By real decoding of the prompts."""
@@ -81,5 +81,5 @@ class Bench:
             self._plain[name] = Ours(name, selfspec.wrap(self.subject.model, plan))
         return self._plain[name]
 
-    def _plan(self, recipe: Recipe, gamma: int) -> Plan:
-        return Plan(skip_set=recipe.skip_set, quantised=recipe.quantised, gamma=gamma, padding=self._padding)
+    def _plan(self, draft_spec: DraftSpec, gamma: int) -> Plan:
+        return Plan(skip_set=draft_spec.skip_set, quantised=draft_spec.quantised, gamma=gamma, padding=self._padding)

@@ -21,7 +21,7 @@ from quantised_bench.read import read_share
 from quantised_bench.replayed import GAMMA, Rightness, by_sensitivity, most_dispensable, rightness, texts_of
 from quantised_bench.rounding import BITS, OVERHEAD, RoundedCopies
 from quantised_bench.tables import rightness_table
-from selfspec import Quantised, Recipe, SkipSet, SubVocabulary
+from selfspec import DraftSpec, Quantised, SkipSet, SubVocabulary
 from selfspec.demo import calibration_prompts, held_out_prompts
 from selfspec.huggingface.loading import Loaded, load
 from selfspec.huggingface.prompts import load_prompts
@@ -109,23 +109,23 @@ class Embedded:
 
     def by_bits(self) -> Iterator[Row]:
         """Everything rounded, the head too: to the nearest in groups, and in the formats that have kernels."""
-        everything = Recipe(quantised=Quantised.everything(INT4, self.num_layers))
+        everything = DraftSpec(quantised=Quantised.everything(INT4, self.num_layers))
         for bits in BITS:
             copies = RoundedCopies(self.model, bits)
             yield self._row(f"{bits} bits, to the nearest", everything, bits=bits + OVERHEAD, copies=copies)
         yield self._row("int4, steps fitted (ours)", everything, bits=INT4_BITS)
-        every_byte = Recipe(quantised=Quantised.everything(INT8, self.num_layers))
+        every_byte = DraftSpec(quantised=Quantised.everything(INT8, self.num_layers))
         yield self._row("int8, by output (ours)", every_byte, bits=INT8_BITS)
 
     def by_skips(self) -> Iterator[Row]:
         for share, skip_set in self._skip_sets():
-            yield self._row(f"{share:.1%} skipped", Recipe(skip_set=skip_set))
+            yield self._row(f"{share:.1%} skipped", DraftSpec(skip_set=skip_set))
 
     def by_both(self) -> Iterator[Row]:
         for share, skip_set in self._skip_sets():
             quantised = Quantised.everything(INT4, self.num_layers, skip_set=skip_set)
-            recipe = Recipe(skip_set=skip_set, quantised=quantised)
-            yield self._row(f"int4, {share:.1%} skipped", recipe, bits=INT4_BITS)
+            draft_spec = DraftSpec(skip_set=skip_set, quantised=quantised)
+            yield self._row(f"int4, {share:.1%} skipped", draft_spec, bits=INT4_BITS)
 
     def by_trimming(self) -> Iterator[Row]:
         """With the tokens that are the most frequent in calibration texts."""
@@ -134,7 +134,7 @@ class Embedded:
         for share in (1, *TRIMMED):
             few = SubVocabulary.of(ranking[: vocabulary // share], vocabulary) if share > 1 else None
             covered = self._covered(ranking[: vocabulary // share])
-            yield self._row(f"{vocabulary // share:,} tokens ({covered:.1%})", Recipe(vocabulary=few))
+            yield self._row(f"{vocabulary // share:,} tokens ({covered:.1%})", DraftSpec(vocabulary=few))
 
     def _skip_sets(self) -> Iterator[tuple[float, SkipSet]]:
         for share in SKIP_SHARES:
@@ -145,11 +145,11 @@ class Embedded:
         written = torch.cat([text.tokens[text.prompt :] for text in self.replay.texts])
         return float(torch.isin(written, torch.tensor(tokens)).float().mean())
 
-    def _row(self, name: str, recipe: Recipe, *, bits: float | None = None, copies: Copies | None = None) -> Row:
+    def _row(self, name: str, draft_spec: DraftSpec, *, bits: float | None = None, copies: Copies | None = None) -> Row:
         return Row(
             name=name,
             bits=bits,
-            skipped=len(recipe.skip_set) / (2 * self.num_layers),
-            read=read_share(self.model, recipe, bits),
-            right=rightness(self.replay, recipe, copies),
+            skipped=len(draft_spec.skip_set) / (2 * self.num_layers),
+            read=read_share(self.model, draft_spec, bits),
+            right=rightness(self.replay, draft_spec, copies),
         )

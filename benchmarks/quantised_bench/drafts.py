@@ -1,10 +1,10 @@
-"""Drafts: the recipes whose passes are timed, by name."""
+"""Drafts: the draft specs whose passes are timed, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from selfspec import Format, Quantised, Recipe, SkipSet, SubVocabulary
+from selfspec import DraftSpec, Format, Quantised, SkipSet, SubVocabulary
 
 FULL = "bf16"
 """The target's own weights: a draft that is never wrong, and saves nothing."""
@@ -12,27 +12,27 @@ FULL = "bf16"
 
 def drafts_for(
     formats: Sequence[Format], num_layers: int, vocabulary: int, trimmed: int, skip_set: SkipSet
-) -> dict[str, Recipe]:
+) -> dict[str, DraftSpec]:
     """In full precision and in each format: without and with the head, with a trimmed one, and with skips on top."""
     skipped = share_skipped(skip_set, num_layers)
-    drafts = {FULL: Recipe(), f"{FULL}, {skipped}": Recipe(skip_set=skip_set)}
+    drafts = {FULL: DraftSpec(), f"{FULL}, {skipped}": DraftSpec(skip_set=skip_set)}
     for format in formats:
         drafts |= dict(_in_format(format, num_layers, vocabulary, trimmed))
         drafts[f"{with_head(format)}, {skipped}"] = with_skips(format, num_layers, skip_set)
     return drafts
 
 
-def _in_format(format: Format, num_layers: int, vocabulary: int, trimmed: int) -> Iterator[tuple[str, Recipe]]:
+def _in_format(format: Format, num_layers: int, vocabulary: int, trimmed: int) -> Iterator[tuple[str, DraftSpec]]:
     everything = Quantised.everything(format, num_layers)
     few = SubVocabulary.of(range(trimmed), vocabulary)  # which ones, a pass's time does not tell
-    yield format.name, Recipe(quantised=Quantised(format=format, sublayers=everything.sublayers))
-    yield with_head(format), Recipe(quantised=everything)
-    yield f"{format.name}, head of {trimmed:,} tokens", Recipe(quantised=everything, vocabulary=few)
+    yield format.name, DraftSpec(quantised=Quantised(format=format, sublayers=everything.sublayers))
+    yield with_head(format), DraftSpec(quantised=everything)
+    yield f"{format.name}, head of {trimmed:,} tokens", DraftSpec(quantised=everything, vocabulary=few)
 
 
-def with_skips(format: Format, num_layers: int, skip_set: SkipSet) -> Recipe:
+def with_skips(format: Format, num_layers: int, skip_set: SkipSet) -> DraftSpec:
     """All in one format but what is skipped."""
-    return Recipe(skip_set=skip_set, quantised=Quantised.everything(format, num_layers, skip_set=skip_set))
+    return DraftSpec(skip_set=skip_set, quantised=Quantised.everything(format, num_layers, skip_set=skip_set))
 
 
 def with_head(format: Format) -> str:

@@ -15,7 +15,7 @@ from selfspec_search.profile.padding import DRAFT_LENGTHS, LEAST_GAIN, target_pa
 from quantised_bench.effort import Effort
 from quantised_bench.subject import Subject
 from quantised_bench.times import Times, take_turns
-from selfspec import Recipe
+from selfspec import DraftSpec
 from selfspec.models.draft_weights import Copies, copied_bytes
 from selfspec.plan import Padding
 from selfspec.runtime.runtime import Runtime
@@ -90,10 +90,10 @@ class Passes:
 
 
 @torch.inference_mode()
-def measure_passes(subject: Subject, drafts: Mapping[str, Recipe], copies: Copies, effort: Effort) -> Passes:
+def measure_passes(subject: Subject, drafts: Mapping[str, DraftSpec], copies: Copies, effort: Effort) -> Passes:
     """All in turn, each by a runtime of its own behind a filled cache; on CUDA as graphs, so that no launch counts."""
     target = Runtime(subject.model)
-    runtimes = {name: Runtime(subject.model, recipe, copies=copies) for name, recipe in drafts.items()}
+    runtimes = {name: Runtime(subject.model, draft_spec, copies=copies) for name, draft_spec in drafts.items()}
     for runtime in (target, *runtimes.values()):
         fill(runtime, effort.context, max(*effort.lengths, *DRAFT_LENGTHS))
     tokens = subject.prompts(1, max(*effort.lengths, *DRAFT_LENGTHS))[0][None]
@@ -112,7 +112,7 @@ def measure_passes(subject: Subject, drafts: Mapping[str, Recipe], copies: Copie
         target={t: timed["target", t] for t in effort.lengths},
         drafts={name: timed[name, t] for name, t in best.items()},
         padded={name: t for name, t in best.items() if t > 1},
-        bytes={name: copied_bytes(subject.model, recipe) for name, recipe in drafts.items()},
+        bytes={name: copied_bytes(subject.model, draft_spec) for name, draft_spec in drafts.items()},
     )
 
 
@@ -124,7 +124,7 @@ def fill(runtime: Runtime, context: int, longest: int) -> None:
 
 def lengths_of(runtime: Runtime) -> tuple[int, ...]:
     """To how many tokens a draft's pass over one may be padded: as a search has it, quantised ones never."""
-    return (1,) if runtime.static or runtime.recipe.quantised else DRAFT_LENGTHS
+    return (1,) if runtime.static or runtime.draft_spec.quantised else DRAFT_LENGTHS
 
 
 def best_length(timed: Mapping[int, Times]) -> int:

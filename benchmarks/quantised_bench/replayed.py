@@ -14,7 +14,7 @@ from selfspec_search.space import Sublayer, skip_set_of, sublayers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec import Recipe, SkipSet
+from selfspec import DraftSpec, SkipSet
 from selfspec.models.draft_weights import Copies, branch
 from selfspec.runtime.runtime import Runtime
 
@@ -50,12 +50,12 @@ def texts_of(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int)
     return [text for _, text in write_texts(Runtime(model), prompts, new_tokens)]
 
 
-def rightness(replay: Replay, recipe: Recipe, copies: Copies | None = None) -> Rightness:
-    """Of a draft by this recipe, its copies made in another way if any are given."""
+def rightness(replay: Replay, draft_spec: DraftSpec, copies: Copies | None = None) -> Rightness:
+    """Of a draft by this draft spec, its copies made in another way if any are given."""
     if copies is not None:
         replay = copy(replay)
         replay.copies = copies
-    table, way = replay.run(recipe), Drafting(GAMMA)
+    table, way = replay.run(draft_spec), Drafting(GAMMA)
     assert table is not None
     walked = walk(table, [way])
     rounds, drafted = walked.visits.sum(), (walked.visits * walked.drafted).sum()

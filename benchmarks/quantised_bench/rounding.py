@@ -27,7 +27,7 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 
 
 class RoundedCopies(Copies):
-    """Stands in for quantised copies: ordinary layers with rounded weights, whatever format a recipe names."""
+    """Stands in for quantised copies: ordinary layers with rounded weights, whatever format a draft spec names."""
 
     def __init__(self, model: PreTrainedModel, bits: int) -> None:
         super().__init__(model, many_tokens=True)

@@ -18,7 +18,7 @@ from rivals.context import JUDGED, Context, Select
 from selfspec.benchmark.contenders import PLAIN, Ours
 from selfspec.benchmark.measure import Measurement, Ratio, measure
 from selfspec.plan import Plan
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec.speculator import SelfSpeculator
 
@@ -77,12 +77,12 @@ def predicted_speedup(replay: Replay, context: Context, plan: Plan) -> float:
     if not plan.speculates:
         return 1.0
     ways = [Drafting(plan.gamma)]
-    return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.recipe, ways)[0].speedup
+    return predict(_table(replay, plan.skip_set), Prices(costs=context.costs), plan.draft_spec, ways)[0].speedup
 
 
 def price(replay: Replay, context: Context, skip_set: SkipSet) -> Prediction:
     """A set with the draft length that suits it best."""
-    return best(_table(replay, skip_set), Prices(costs=context.costs), Recipe.of(skip_set))
+    return best(_table(replay, skip_set), Prices(costs=context.costs), DraftSpec.of(skip_set))
 
 
 def _table(replay: Replay, skip_set: SkipSet) -> Table:

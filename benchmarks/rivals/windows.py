@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from selfspec.models.attention_hook import AttentionArgs, additive_mask, masked_attention
-from selfspec.models.draft_view import change_recipe, draft_view
+from selfspec.models.draft_view import change_draft, draft_view
 from selfspec.models.support import ProbePass
 from selfspec.models.views import run_view, target_view
 from selfspec.plan.sublayers import SkipSet
@@ -75,7 +75,7 @@ class Windows:
         Args:
             view: a draft view, whose skip set is changed.
         """
-        change_recipe(view, skip_set)
+        change_draft(view, skip_set)
         logits = run_view(view, self.tokens, self.positions, WindowPass(self, alone=False))  # b t v
         return float((logits.argmax(dim=-1) == self.following)[self.counted].float().mean())
 
@@ -144,7 +144,7 @@ class Stack:
         def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        change_recipe(self.view, skip_set)
+        change_draft(self.view, skip_set)
         module = self.layers[layer]
         hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
         try:

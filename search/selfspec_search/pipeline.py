@@ -87,8 +87,8 @@ class _Search:
         check_prompts(model, calibration, "calibration")
         check_prompts(model, held_out, "held-out")
         self.model, self.settings = model, settings or SearchSettings()
-        for recipe in self.settings.start_from:
-            recipe.validate(model.config.num_hidden_layers)
+        for draft_spec in self.settings.start_from:
+            draft_spec.validate(model.config.num_hidden_layers)
         self.prompts, self.calibration = [*calibration, *held_out], len(calibration)
         self.phases = Phases(on_progress=on_progress or (lambda progress: None))
         self.on_notice = on_notice or (lambda line: None)

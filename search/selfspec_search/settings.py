@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from selfspec.decode_options import DRAFT_MEMORY, Backend, Compile
-from selfspec.plan.draft_spec import MOST_DRAFTED, Recipe
+from selfspec.plan.draft_spec import MOST_DRAFTED, DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec.utils.settings import Described, SettingError, check_settings
 from selfspec_search.replay.sampling_settings import Sampling
@@ -51,8 +51,8 @@ class SearchSettings:
         Described("The most that a step of the draft may cost, as a share of the model's.", above=0, most=1),
     ] = None
     start_from: Annotated[
-        Sequence[Recipe | SkipSet],
-        Described("Recipes or skip sets to try first, such as the best of an earlier search."),
+        Sequence[DraftSpec | SkipSet],
+        Described("Draft specs or skip sets to try first, such as the best of an earlier search."),
     ] = ()
     lookup: Annotated[bool, Described("Let prompt lookup take part.")] = True
     gamma_max: Annotated[

@@ -1,4 +1,5 @@
-"""Space: what may become of every sub-layer and of the head; where the search starts, and what lies beside a recipe."""
+"""Space: what may become of every sub-layer and of the head; where the search starts, and what lies beside a draft
+spec."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.distributions import CategoricalDistribution
 
-from selfspec.plan.draft_spec import Format, Quantised, Recipe, SubVocabulary
+from selfspec.plan.draft_spec import DraftSpec, Format, Quantised, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet, SkipSet
 
 Sublayer = tuple[str, int]
@@ -38,7 +39,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All recipes of a search.
+    """All draft specs of a search.
 
     Args:
         num_layers: of the model.
@@ -74,22 +75,22 @@ class Space:
         """How many combinations of choices there are."""
         return prod(len(choices) for choices in self.choices.values())
 
-    def to_params(self, recipe: Recipe | SkipSet) -> dict[str, str]:
-        """A recipe as an Optuna trial's parameters; what the space does not offer is kept as it is in the model."""
-        recipe = Recipe.of(recipe)
-        code = recipe.format.code if recipe.format is not None else None
+    def to_params(self, draft_spec: DraftSpec | SkipSet) -> dict[str, str]:
+        """A draft spec as an Optuna trial's parameters; what the space does not offer is kept as it is in the model."""
+        draft_spec = DraftSpec.of(draft_spec)
+        code = draft_spec.format.code if draft_spec.format is not None else None
         code = code if code in self.formats else next(iter(self.formats), None)
-        params = {sublayer_name((kind, layer)): recipe.choice(kind, layer) for kind, layer in self.sublayers()}
+        params = {sublayer_name((kind, layer)): draft_spec.choice(kind, layer) for kind, layer in self.sublayers()}
         offered = self.choices
         found = {name: choice if choice in offered[name] else KEEP for name, choice in params.items()}
         if FORMAT in offered:
             found[FORMAT] = str(code)
         if HEAD in offered:
-            mine = Head(recipe.quantised is not None and recipe.quantised.head, recipe.vocabulary)
+            mine = Head(draft_spec.quantised is not None and draft_spec.quantised.head, draft_spec.vocabulary)
             found[HEAD] = next((name for name, head in self.heads.items() if head == mine), OWN_HEAD)
         return found
 
-    def from_params(self, params: Mapping[str, Any]) -> Recipe:
+    def from_params(self, params: Mapping[str, Any]) -> DraftSpec:
         """The inverse of `to_params`. What is quantised in a format that does not gain from it is kept."""
         code = params.get(FORMAT, next(iter(self.formats), None))
         head = self.heads[params.get(HEAD, OWN_HEAD)]
@@ -99,25 +100,25 @@ class Space:
             by_choice[_OF_OLD_STUDIES.get(choice, choice)][kind].append(layer)
         skip_set = SkipSet(**by_choice[SKIP])
         if code is None:
-            return Recipe(skip_set=skip_set, vocabulary=head.vocabulary)
+            return DraftSpec(skip_set=skip_set, vocabulary=head.vocabulary)
         gain, asked = self.formats[code], by_choice[QUANTISE]
         sublayers = QuantisedSet(attn=gain.attn & {*asked["attn"]}, mlp=gain.mlp & {*asked["mlp"]})
         quantised = Quantised(format=Format.parse(code), sublayers=sublayers, head=head.quantised)
-        return Recipe(
+        return DraftSpec(
             skip_set=skip_set,
             quantised=quantised if sublayers or head.quantised else None,
             vocabulary=head.vocabulary,
         )
 
-    def nearest(self, recipe: Recipe | SkipSet) -> Recipe:
-        """The recipe, as far as the space offers it."""
-        return self.from_params(self.to_params(recipe))
+    def nearest(self, draft_spec: DraftSpec | SkipSet) -> DraftSpec:
+        """The draft spec, as far as the space offers it."""
+        return self.from_params(self.to_params(draft_spec))
 
-    def suggest(self, trial: optuna.Trial) -> Recipe:
+    def suggest(self, trial: optuna.Trial) -> DraftSpec:
         """Let an Optuna trial choose."""
         return self.from_params({name: trial.suggest_categorical(name, c) for name, c in self.choices.items()})
 
-    def every(self) -> Iterator[Recipe]:
+    def every(self) -> Iterator[DraftSpec]:
         """All there are, those that change least first where there is little to choose: for models that have few."""
         names = list(self.choices)
         combined = list(product(*self.choices.values()))
@@ -126,34 +127,35 @@ class Space:
 
     # --- Where to start ---
 
-    def quantised(self, code: str, skip_set: SkipSet | None = None, head: Head | None = None) -> Recipe:
+    def quantised(self, code: str, skip_set: SkipSet | None = None, head: Head | None = None) -> DraftSpec:
         """All that gains from it in this format, but for what is skipped, and the best head there is for it."""
         gain, skipped = self.formats[code], skip_set or SkipSet()
         head = head or next((head for head in self.heads.values() if head.quantised), Head())
         kept = QuantisedSet(attn=gain.attn - skipped.attn, mlp=gain.mlp - skipped.mlp)
         quantised = Quantised(format=Format.parse(code), sublayers=kept, head=head.quantised)
-        return self.nearest(Recipe(skip_set=skipped, quantised=quantised, vocabulary=head.vocabulary))
+        return self.nearest(DraftSpec(skip_set=skipped, quantised=quantised, vocabulary=head.vocabulary))
 
-    def seeds(self) -> Iterator[Recipe]:
-        """Recipes that are known to be good for some model: everything quantised, with each head; then skip sets."""
+    def seeds(self) -> Iterator[DraftSpec]:
+        """Draft specs that are known to be good for some model: everything quantised, with each head; then skip
+        sets."""
         for code in self.formats:
             yield self.quantised(code)
         for head in self.heads.values():
             yield from (self.quantised(code, None, head) for code in self.formats)
         if self.skips:
-            yield from (Recipe(skip_set=skip_set) for skip_set in seeds(self.num_layers))
-        yield Recipe()
+            yield from (DraftSpec(skip_set=skip_set) for skip_set in seeds(self.num_layers))
+        yield DraftSpec()
 
-    # --- What lies beside a recipe ---
+    # --- What lies beside a draft spec ---
 
-    def changes(self, recipe: Recipe) -> list[Change]:
+    def changes(self, draft_spec: DraftSpec) -> list[Change]:
         """Every change of one parameter."""
-        now = self.to_params(recipe)
+        now = self.to_params(draft_spec)
         return [(name, now[name], other) for name, some in self.choices.items() for other in some if other != now[name]]
 
-    def changed(self, recipe: Recipe, *changes: Change) -> Recipe:
-        """The recipe with these parameters changed."""
-        return self.from_params(self.to_params(recipe) | {name: after for name, _, after in changes})
+    def changed(self, draft_spec: DraftSpec, *changes: Change) -> DraftSpec:
+        """The draft spec with these parameters changed."""
+        return self.from_params(self.to_params(draft_spec) | {name: after for name, _, after in changes})
 
     # --- On file ---
 

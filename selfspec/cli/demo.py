@@ -71,7 +71,7 @@ def demo(
     with progress_bar("searching", quiet=quiet) as report:
         result = selfspec_search.search(loaded.model, calibration, confirming, settings, in_phases(report))
     report_search(console, result)
-    console.print(result.plan.recipe.strip(layers), markup=False)
+    console.print(result.plan.draft_spec.strip(layers), markup=False)
     if file is not None:
         result.plan.save(file)
         console.print(f"wrote {file}", markup=False, soft_wrap=True)

@@ -104,7 +104,7 @@ def _rounds(winner: Confirmed) -> str:
         return f"{figures}, sampled"
     differing = f"{winner.differing_texts} texts differ from the plain model's"
     equal = f"equal in all {winner.rounds} rounds" if winner.rounds_equal else "NOT equal in every round"
-    if not winner.rounds_equal and winner.prediction.recipe.quantised is not None:
+    if not winner.rounds_equal and winner.prediction.draft_spec.quantised is not None:
         equal += ", as may be where copies round"
     return f"{figures}: {equal}; {differing}"
 

@@ -103,7 +103,7 @@ def search(
     known = [Plan.from_pretrained(path) for path in start_from or ()]
     settings = replace(
         settings,
-        start_from=[plan.recipe for plan in known],
+        start_from=[plan.draft_spec for plan in known],
         sampling=Sampling(**sampling.arguments),
         storage=storage,
         study_name=study,

@@ -16,7 +16,7 @@ from selfspec.errors import InputError, UnsupportedModelError
 from selfspec.models.rope import longrope_switch
 from selfspec.models.support import check_supported
 from selfspec.plan import Plan
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 
 WIDEST = 16
@@ -200,9 +200,9 @@ def check_pair(model: PreTrainedModel, draft_model: PreTrainedModel) -> None:
 def check_plan(plan: Plan, draft_memory: int | str | None = None) -> None:
     """Raise `InputError` unless a draft model can draft by this plan."""
     advice = "Plan(skip_set=SkipSet(), gamma=4) is a plan for a draft model"
-    if plan.recipe != Recipe():
+    if plan.draft_spec != DraftSpec():
         raise InputError(
-            f"the plan drafts with layers of the model itself ({plan.recipe}), so a draft model has nothing to do; "
+            f"the plan drafts with layers of the model itself ({plan.draft_spec}), so a draft model has nothing to do; "
             f"leave one of them out: {advice}"
         )
     if not plan.gamma:

@@ -1,4 +1,4 @@
-"""The draft view: what a recipe leaves out, and what it runs in copies of its own.
+"""The draft view: what a draft spec leaves out, and what it runs in copies of its own.
 
 A skipped `self_attn` or `mlp` is replaced by a module that returns zeros (in every supported family a branch is added
 to the residual stream, so zeros are a skip), and a layer that loses both is dropped. In a quantised sub-layer each
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import Copies, linears
 from selfspec.models.views import decoder_layers, view_of
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 
 
@@ -35,11 +35,11 @@ class SkippedMLP(nn.Module):
 
 
 def draft_view(
-    model: PreTrainedModel, recipe: Recipe | SkipSet | None = None, copies: Copies | None = None
+    model: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None = None, copies: Copies | None = None
 ) -> PreTrainedModel:
-    """`model` as a recipe makes it, sharing every tensor with `model` but those of `copies`."""
+    """`model` as a draft spec makes it, sharing every tensor with `model` but those of `copies`."""
     view = view_of(model)
-    change_recipe(view, recipe, copies)
+    change_draft(view, draft_spec, copies)
     return view
 
 
@@ -55,7 +55,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _FullStack:
-    """What a draft view was before anything was left out, so that its recipe can change without another copy."""
+    """What a draft view was before anything was left out, so that its draft spec can change without another copy."""
 
     layers: tuple[nn.Module, ...]
     branches: tuple[dict[str, nn.Module], ...]
@@ -64,25 +64,25 @@ class _FullStack:
     config: dict[str, Any]
 
 
-def change_recipe(view: PreTrainedModel, recipe: Recipe | SkipSet | None, copies: Copies | None = None) -> None:
-    """Make the draft by `recipe`, and nothing else, from now on; what it quantises or trims comes from `copies`.
+def change_draft(view: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None, copies: Copies | None = None) -> None:
+    """Make the draft by `draft_spec`, and nothing else, from now on; what it quantises or trims comes from `copies`.
 
     Costs microseconds where the copies are there: a search calls it per trial. Dropped layers take their entries of
     every per-layer list in the config with them: gemma3 and olmo3 pick RoPE and mask by position in such a list, so an
     unfiltered one would draft with the wrong layer's.
     """
-    recipe = Recipe.of(recipe)
+    draft_spec = DraftSpec.of(draft_spec)
     decoder, config = view.get_decoder(), vars(view.config.get_text_config())
     full: _FullStack | None = getattr(view, "selfspec_full_stack", None)
     if full is None:
         full = _full_stack(view)
         object.__setattr__(view, "selfspec_full_stack", full)
-    recipe.validate(len(full.layers))
-    skip_set = recipe.skip_set
+    draft_spec.validate(len(full.layers))
+    skip_set = draft_spec.skip_set
     for index, (layer, own) in enumerate(zip(full.layers, full.branches, strict=True)):
         layer.self_attn = SkippedAttention() if index in skip_set.attn else own["attn"]
         layer.mlp = SkippedMLP() if index in skip_set.mlp else own["mlp"]
-    _place_copies(view, full, recipe, copies)
+    _place_copies(view, full, draft_spec, copies)
     kept = [index for index in range(len(full.layers)) if index not in skip_set.dropped_layers()]
     decoder.layers = nn.ModuleList(full.layers[index] for index in kept)
     # Through vars(): a config that validates itself would refuse the states between these assignments.
@@ -105,21 +105,21 @@ def _full_stack(view: PreTrainedModel) -> _FullStack:
     return _FullStack(layers, branches, places, view.lm_head, lists)  # type: ignore[arg-type]
 
 
-def _place_copies(view: PreTrainedModel, full: _FullStack, recipe: Recipe, copies: Copies | None) -> None:
+def _place_copies(view: PreTrainedModel, full: _FullStack, draft_spec: DraftSpec, copies: Copies | None) -> None:
     for (kind, layer), places in full.places.items():
-        quantise = recipe.quantised is not None and recipe.choice(kind, layer) == "quantise"
+        quantise = draft_spec.quantised is not None and draft_spec.choice(kind, layer) == "quantise"
         for place in places:
             copy = None
             if quantise:
-                assert copies is not None, "a recipe that quantises needs copies"
-                assert recipe.format is not None
-                copy = copies.linear(kind, layer, place.name, recipe.format)
+                assert copies is not None, "a draft spec that quantises needs copies"
+                assert draft_spec.format is not None
+                copy = copies.linear(kind, layer, place.name, draft_spec.format)
             setattr(place.parent, place.child, copy or place.own)
     view.lm_head = full.head
-    if recipe.head_is_own:
-        assert copies is not None, "a recipe with a head of its own needs copies"
-        format = recipe.format if recipe.quantised is not None and recipe.quantised.head else None
-        head = copies.head(format, recipe.vocabulary)
+    if draft_spec.head_is_own:
+        assert copies is not None, "a draft spec with a head of its own needs copies"
+        format = draft_spec.format if draft_spec.quantised is not None and draft_spec.quantised.head else None
+        head = copies.head(format, draft_spec.vocabulary)
         view.lm_head = full.head if head is copies.model.lm_head else head
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError, PlanError
 from selfspec.models.quantised_linear import device_obstacle, linear_obstacle, quantise, quantised_bytes
-from selfspec.plan.draft_spec import Format, Recipe, SubVocabulary
+from selfspec.plan.draft_spec import DraftSpec, Format, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec.utils.sizes import in_words
 
@@ -20,7 +20,7 @@ Key = tuple[Any, ...]
 
 
 class Copies:
-    """Layers that the draft runs in the place of the model's, each made when a recipe first asks for it.
+    """Layers that the draft runs in the place of the model's, each made when a draft spec first asks for it.
 
     They are made of the weights as they are then: a model that is trained on drafts by what it was, until its views
     are built anew.
@@ -57,9 +57,9 @@ class Copies:
             self._made[key] = self._trimmed(own, format, vocabulary)
         return self._made[key]
 
-    def keep_only(self, recipe: Recipe) -> None:
-        """Let go of all that this recipe has no use for."""
-        wanted = set(_keys(self.model, recipe))
+    def keep_only(self, draft_spec: DraftSpec) -> None:
+        """Let go of all that this draft spec has no use for."""
+        wanted = set(_keys(self.model, draft_spec))
         self._made = {key: module for key, module in self._made.items() if key in wanted}
 
     def drop(self, format: Format) -> None:
@@ -161,19 +161,22 @@ def quantisable(model: PreTrainedModel, format: Format) -> QuantisedSet:
     return QuantisedSet(**found)
 
 
-def obstacles(model: PreTrainedModel, recipe: Recipe) -> list[str]:
-    """What of a recipe stays in full precision, and why: one line for each reason."""
-    if recipe.quantised is None:
+def obstacles(model: PreTrainedModel, draft_spec: DraftSpec) -> list[str]:
+    """What of a draft spec stays in full precision, and why: one line for each reason."""
+    if draft_spec.quantised is None:
         return []
-    format, left = recipe.quantised.format, dict[str, list[str]]()
-    for kind, layer in recipe.quantised.sublayers:
+    format, left = draft_spec.quantised.format, dict[str, list[str]]()
+    for kind, layer in draft_spec.quantised.sublayers:
         parts = list(linears(branch(model, kind, layer)))
         if not parts:
             left.setdefault("it has no linear layers", []).append(f"{kind} {layer}")
         for name, part in parts:
             if (reason := obstacle(part, format, model.device)) is not None:
                 left.setdefault(reason, []).append(f"{kind} {layer}'s {name}")
-    if recipe.quantised.head and (reason := obstacle(_like_head(model, recipe), format, model.device)) is not None:
+    if (
+        draft_spec.quantised.head
+        and (reason := obstacle(_like_head(model, draft_spec), format, model.device)) is not None
+    ):
         left.setdefault(reason, []).append("the head")
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} not in {format.name}: {reason}"
@@ -181,46 +184,46 @@ def obstacles(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     ]
 
 
-def copied_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
-    """What a draft by this recipe takes beside the model, before it is taken."""
+def copied_bytes(model: PreTrainedModel, draft_spec: DraftSpec) -> int:
+    """What a draft by this draft spec takes beside the model, before it is taken."""
     total = 0
-    for kind, layer, name, format in _linear_keys(model, recipe):
+    for kind, layer, name, format in _linear_keys(model, draft_spec):
         outputs, inputs = _weight_and_bias(branch(model, kind, layer).get_submodule(name))[0].shape
         total += quantised_bytes(outputs, inputs, format)
-    if not recipe.head_is_own:
+    if not draft_spec.head_is_own:
         return total
     weight, bias = _weight_and_bias(model.lm_head)  # type: ignore[arg-type]
-    outputs = weight.shape[0] if recipe.vocabulary is None else len(recipe.vocabulary)
-    total += 0 if recipe.vocabulary is None else outputs * (8 + (0 if bias is None else bias.itemsize))
-    own_format = recipe.format if recipe.quantised and recipe.quantised.head else None
-    like = _like_head(model, recipe)
+    outputs = weight.shape[0] if draft_spec.vocabulary is None else len(draft_spec.vocabulary)
+    total += 0 if draft_spec.vocabulary is None else outputs * (8 + (0 if bias is None else bias.itemsize))
+    own_format = draft_spec.format if draft_spec.quantised and draft_spec.quantised.head else None
+    like = _like_head(model, draft_spec)
     if own_format is not None and obstacle(like, own_format, model.device) is None:
         return total + quantised_bytes(outputs, weight.shape[1], own_format)
-    return total + (0 if recipe.vocabulary is None else outputs * weight.shape[1] * weight.itemsize)
+    return total + (0 if draft_spec.vocabulary is None else outputs * weight.shape[1] * weight.itemsize)
 
 
-def _like_head(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+def _like_head(model: PreTrainedModel, draft_spec: DraftSpec) -> nn.Module:
     """The layer that the draft's head would be a copy of: one without weights for a trimmed one, else the model's."""
     head: nn.Module = model.lm_head  # type: ignore[assignment]
-    if recipe.vocabulary is None or type(head) is not nn.Linear:
+    if draft_spec.vocabulary is None or type(head) is not nn.Linear:
         return head
-    return nn.Linear(head.in_features, len(recipe.vocabulary), device="meta", dtype=head.weight.dtype)
+    return nn.Linear(head.in_features, len(draft_spec.vocabulary), device="meta", dtype=head.weight.dtype)
 
 
-def check_memory(model: PreTrainedModel, recipe: Recipe, limit: int | None) -> None:
+def check_memory(model: PreTrainedModel, draft_spec: DraftSpec, limit: int | None) -> None:
     """Raise `InputError` if the draft would take more than `limit` bytes beside the model, before any is taken."""
-    if limit is not None and (needed := copied_bytes(model, recipe)) > limit:
+    if limit is not None and (needed := copied_bytes(model, draft_spec)) > limit:
         raise InputError(
             f"the draft's own layers take {in_words(needed)} beside the model, but draft_memory allows "
             f"{in_words(limit)}; allow more, or search for a smaller draft with that limit"
         )
 
 
-def check_vocabulary(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise `PlanError` if the recipe's head proposes what the model's does not."""
-    if recipe.vocabulary is None:
+def check_vocabulary(model: PreTrainedModel, draft_spec: DraftSpec) -> None:
+    """Raise `PlanError` if the draft spec's head proposes what the model's does not."""
+    if draft_spec.vocabulary is None:
         return
-    most, tokens = _weight_and_bias(model.lm_head)[0].shape[0], recipe.vocabulary.tokens  # type: ignore[arg-type]
+    most, tokens = _weight_and_bias(model.lm_head)[0].shape[0], draft_spec.vocabulary.tokens  # type: ignore[arg-type]
     if not tokens or tokens[-1] >= most:
         has = f"token {tokens[-1]}" if tokens else "no token"
         raise PlanError(
@@ -228,19 +231,19 @@ def check_vocabulary(model: PreTrainedModel, recipe: Recipe) -> None:
         )
 
 
-def _keys(model: PreTrainedModel, recipe: Recipe) -> Iterator[Key]:
-    yield from _linear_keys(model, recipe)
-    head = recipe.format if recipe.quantised and recipe.quantised.head else None
-    yield (HEAD, head) if recipe.vocabulary is None else (HEAD, head, recipe.vocabulary)
+def _keys(model: PreTrainedModel, draft_spec: DraftSpec) -> Iterator[Key]:
+    yield from _linear_keys(model, draft_spec)
+    head = draft_spec.format if draft_spec.quantised and draft_spec.quantised.head else None
+    yield (HEAD, head) if draft_spec.vocabulary is None else (HEAD, head, draft_spec.vocabulary)
 
 
-def _linear_keys(model: PreTrainedModel, recipe: Recipe) -> Iterator[tuple[str, int, str, Format]]:
-    if recipe.quantised is None:
+def _linear_keys(model: PreTrainedModel, draft_spec: DraftSpec) -> Iterator[tuple[str, int, str, Format]]:
+    if draft_spec.quantised is None:
         return
-    for kind, layer in recipe.quantised.sublayers:
+    for kind, layer in draft_spec.quantised.sublayers:
         for name, part in linears(branch(model, kind, layer)):
-            if obstacle(part, recipe.quantised.format, model.device) is None:
-                yield kind, layer, name, recipe.quantised.format
+            if obstacle(part, draft_spec.quantised.format, model.device) is None:
+                yield kind, layer, name, draft_spec.quantised.format
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Recipe: what the draft is made of: sub-layers kept, quantised or skipped, and its head."""
+"""DraftSpec: what the draft is made of: sub-layers kept, quantised or skipped, and its head."""
 
 from __future__ import annotations
 
@@ -132,10 +132,11 @@ class SubVocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class DraftSpec:
     """What the draft is made of. With nothing but a skip set it takes no memory beside the model.
 
-    >>> str(Recipe(skip_set=SkipSet(attn={1}), quantised=Quantised(format=INT8, sublayers=QuantisedSet(mlp={0, 1}))))
+    >>> quantised = Quantised(format=INT8, sublayers=QuantisedSet(mlp={0, 1}))
+    >>> str(DraftSpec(skip_set=SkipSet(attn={1}), quantised=quantised))
     'skip attn 1; int8: mlp 0-1'
     """
 
@@ -152,9 +153,9 @@ class Recipe:
                 raise PlanError(f"{kind} layer {min(both)} is both skipped and quantised; choose one")
 
     @classmethod
-    def of(cls, recipe: Recipe | SkipSet | None) -> Recipe:
-        """A skip set alone is a recipe, and so is nothing."""
-        return recipe if isinstance(recipe, Recipe) else cls(skip_set=recipe or SkipSet())
+    def of(cls, draft_spec: DraftSpec | SkipSet | None) -> DraftSpec:
+        """A skip set alone is a draft spec, and so is nothing."""
+        return draft_spec if isinstance(draft_spec, DraftSpec) else cls(skip_set=draft_spec or SkipSet())
 
     def validate(self, num_layers: int) -> None:
         """Raise `PlanError` if it names a layer that a model of `num_layers` layers does not have."""
@@ -183,7 +184,7 @@ class Recipe:
     def strip(self, num_layers: int) -> str:
         """Two rows of blocks for the terminal, one column per layer: full = runs, half = quantised, light = skipped.
 
-        >>> print(Recipe(skip_set=SkipSet(attn={0, 2}, mlp={3})).strip(5))
+        >>> print(DraftSpec(skip_set=SkipSet(attn={0, 2}, mlp={3})).strip(5))
         attn ░█░██
         mlp  ███░█
         """

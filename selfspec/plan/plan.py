@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError
 
 from selfspec.errors import PlanError
-from selfspec.plan.draft_spec import Recipe, SubVocabulary
+from selfspec.plan.draft_spec import DraftSpec, SubVocabulary
 from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.provenance import ModelIdentity, Provenance
 from selfspec.plan.retired import without_retired_parts
@@ -70,11 +70,11 @@ class Plan(Strict):
             super().__init__(**data)
         except ValidationError as error:
             raise PlanError(first_problem(error)) from None
-        recipe = self.recipe
-        if recipe.vocabulary is not None and not recipe.vocabulary.tokens:
+        draft_spec = self.draft_spec
+        if draft_spec.vocabulary is not None and not draft_spec.vocabulary.tokens:
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
-            recipe.validate(self.model.num_layers)
+            draft_spec.validate(self.model.num_layers)
         self._check_outlooks()
 
     def _check_outlooks(self) -> None:
@@ -98,10 +98,10 @@ class Plan(Strict):
         return cls(skip_set=SkipSet(), gamma=0, **data)
 
     @property
-    def recipe(self) -> Recipe:
+    def draft_spec(self) -> DraftSpec:
         """What the draft is made of."""
         vocabulary = None if self.draft_vocabulary is None else SubVocabulary(self.draft_vocabulary)
-        return Recipe(skip_set=self.skip_set, quantised=self.quantised, vocabulary=vocabulary)
+        return DraftSpec(skip_set=self.skip_set, quantised=self.quantised, vocabulary=vocabulary)
 
     @property
     def rows(self) -> list[int]:
@@ -134,12 +134,12 @@ class Plan(Strict):
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
-            parts.append(f"{self.recipe}; gamma {self.gamma}{threshold}")
+            parts.append(f"{self.draft_spec}; gamma {self.gamma}{threshold}")
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:
         """Raise `PlanError` if this plan was made for another model."""
-        self.recipe.validate(config.num_hidden_layers)
+        self.draft_spec.validate(config.num_hidden_layers)
         if self.model is None:
             return
         given = ModelIdentity.of(config)

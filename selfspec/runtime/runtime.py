@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.models.draft_view import attention_modules, change_recipe, draft_view
+from selfspec.models.draft_view import attention_modules, change_draft, draft_view
 from selfspec.models.draft_weights import Copies, check_memory, check_vocabulary
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import check_supported, probe
 from selfspec.models.views import decoder_layers, run_view, state_of, target_view
 from selfspec.plan import Padding
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.attention.choose import choose_backend
 from selfspec.runtime.compiling import (
@@ -41,12 +41,12 @@ PREFILL_TOKENS = 8192
 class Runtime:
     """Runs passes of the target and of the draft over one shared cache.
 
-    Adds the cache to the model's memory, and what the recipe quantises or trims: both views share every weight with
+    Adds the cache to the model's memory, and what the draft spec quantises or trims: both views share every weight with
     `model`.
 
     Args:
         model: a supported causal language model, whole on one device.
-        recipe: what the draft is made of, a skip set alone or more; `draft_with` changes it later.
+        draft spec: what the draft is made of, a skip set alone or more; `draft_with` changes it later.
         backend: an attention backend by name; by default the first that serves this model.
         compile: fuse passes with `torch.compile`, by default on CUDA; where that is not possible, passes run eagerly,
             and `compile_obstacle` says why.
@@ -57,7 +57,7 @@ class Runtime:
     def __init__(
         self,
         model: PreTrainedModel,
-        recipe: Recipe | SkipSet | None = None,
+        draft_spec: DraftSpec | SkipSet | None = None,
         *,
         backend: str | None = None,
         compile: bool | None = None,
@@ -70,7 +70,7 @@ class Runtime:
         self.compile_obstacle = compile_obstacle(model.device) if wanted else None
         self.compile = wanted and self.compile_obstacle is None
         self._graphs_wanted = graphs
-        self.recipe = Recipe.of(recipe)
+        self.draft_spec = DraftSpec.of(draft_spec)
         self._padding: Padding | None = None
         self.draft_memory: int | None = None
         """The most bytes that copies of its own may take; None for no limit."""
@@ -79,8 +79,8 @@ class Runtime:
         self._build()
 
     def _build(self) -> None:
-        check_memory(self.model, self.recipe, self.draft_memory)
-        check_vocabulary(self.model, self.recipe)
+        check_memory(self.model, self.draft_spec, self.draft_memory)
+        check_vocabulary(self.model, self.draft_spec)
         self._state: tuple[object, ...] = ()  # until all is built: what is refused midway must be built anew
         self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
         self.views: dict[ViewName, PreTrainedModel] = {}
@@ -88,7 +88,7 @@ class Runtime:
         self.copies = self._shared_copies or Copies(self.model)
         self.views = {
             "target": target_view(self.model),
-            "draft": draft_view(self.model, self.recipe, self.copies),
+            "draft": draft_view(self.model, self.draft_spec, self.copies),
         }
         recorded = probe(self.model, self.views["target"])
         self.layer_shapes, self._masks = recorded.shapes, recorded.masks
@@ -190,21 +190,21 @@ class Runtime:
             for attention in attention_modules(view):
                 KVCache.detach(attention)
 
-    def draft_with(self, recipe: Recipe | SkipSet) -> None:
-        """Draft by this recipe from now on."""
-        recipe = Recipe.of(recipe)
-        recipe.validate(self.model.config.num_hidden_layers)  # all that may be refused, before anything is changed
-        check_memory(self.model, recipe, self.draft_memory)
-        check_vocabulary(self.model, recipe)
-        self.recipe = recipe
+    def draft_with(self, draft_spec: DraftSpec | SkipSet) -> None:
+        """Draft by this draft spec from now on."""
+        draft_spec = DraftSpec.of(draft_spec)
+        draft_spec.validate(self.model.config.num_hidden_layers)  # all that may be refused, before anything is changed
+        check_memory(self.model, draft_spec, self.draft_memory)
+        check_vocabulary(self.model, draft_spec)
+        self.draft_spec = draft_spec
         self._detach_cache()  # what no longer runs must not keep a replaced cache alive
         try:
-            change_recipe(self.views["draft"], self.recipe, self.copies)
+            change_draft(self.views["draft"], self.draft_spec, self.copies)
         finally:
             if self._cache is not None:
                 self._attach_cache()
         if self._shared_copies is None:
-            self.copies.keep_only(self.recipe)
+            self.copies.keep_only(self.draft_spec)
         self._passes = {key: run for key, run in self._passes.items() if key[0] == "target"}
         if self.graphs is not None:
             self.graphs.drop()

@@ -50,7 +50,7 @@ def decode_rounds(
     runtime: Runtime, texts: Sequence[Text], way: Drafting, sampling: Sampling | None = None
 ) -> tuple[list[Tensor], Rounds]:
     """What the real loop writes behind the texts' prompts, in one ragged batch, and in which rounds."""
-    plan = Plan(skip_set=runtime.recipe.skip_set, gamma=way.gamma, prompt_lookup=way.lookup)
+    plan = Plan(skip_set=runtime.draft_spec.skip_set, gamma=way.gamma, prompt_lookup=way.lookup)
     prompts = [text.tokens[: text.prompt] for text in texts]
     written, stats = decode_batch(runtime, drafter_of(plan, runtime), prompts, texts[0].allowed, sampling)
     rounds: Rounds = [[] for _ in texts]

@@ -394,12 +394,12 @@ def test_the_host_reads_once_a_round_and_nothing_else_reads(
 
 
 @pytest.mark.slow
-def test_another_recipe_drops_the_graphs(llama: PreTrainedModel) -> None:
+def test_another_draft_spec_drops_the_graphs(llama: PreTrainedModel) -> None:
     spec, given, histories = taped(llama, drafting(INT4)), few_prompts(11), []
     options = GREEDY | {"max_new_tokens": 13}
     expected = llama.generate(**given, **options)
     for plan in (drafting(INT8), drafting(INT4, trimmed=True), drafting(INT8)):
-        spec.runtime.draft_with(plan.recipe)
+        spec.runtime.draft_with(plan.draft_spec)
         assert len(spec.runtime.graphs or ()) == 0
         fresh = fixed_widths(llama, plan)
         fresh.generate(**given, **options)
@@ -475,7 +475,7 @@ def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
 def kinds(model: PreTrainedModel, plan: Plan) -> int:
     """How many layers differ in more than their weights, in a draft by this plan."""
     windows = getattr(model.config, "layer_types", None) or [None] * LAYERS
-    choices = [(plan.recipe.choice("attn", layer), plan.recipe.choice("mlp", layer)) for layer in range(LAYERS)]
+    choices = [(plan.draft_spec.choice("attn", layer), plan.draft_spec.choice("mlp", layer)) for layer in range(LAYERS)]
     return len(
         {
             (attn != "skip" and window, attn, mlp)

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 import selfspec.models.draft_weights
 from selfspec import (
+    DraftSpec,
     Format,
     InputError,
     Plan,
     PlanError,
     Quantised,
     QuantisedSet,
-    Recipe,
     SelfSpeculator,
     SkipSet,
     SubVocabulary,
@@ -31,7 +31,7 @@ from selfspec import (
     wrap,
 )
 from selfspec.errors import UnsupportedModelError
-from selfspec.models.draft_view import change_recipe, draft_view
+from selfspec.models.draft_view import change_draft, draft_view
 from selfspec.models.draft_weights import (
     Copies,
     TrimmedHead,
@@ -49,19 +49,19 @@ from selfspec.runtime.runtime import Runtime
 
 GREEDY = {"do_sample": False, "max_new_tokens": 19}
 FORMATS = [INT4, INT8]
-EVERYTHING = Recipe(quantised=Quantised.everything(INT4, LAYERS))
-RECIPES = {
-    "sub-layers": drafting(head=False).recipe,
-    "sub-layers and head": drafting(INT8).recipe,
-    "sub-layers and trimmed head": drafting(trimmed=True).recipe,
-    "sub-layers, and a head that is only trimmed": drafting(INT8, head=False, trimmed=True).recipe,
-    "head": Recipe(quantised=Quantised(format=INT4, head=True)),
-    "trimmed head": Recipe(vocabulary=PROPOSED),
-    "a trimmed head that no kernel takes": Recipe(
+EVERYTHING = DraftSpec(quantised=Quantised.everything(INT4, LAYERS))
+DRAFT_SPECS = {
+    "sub-layers": drafting(head=False).draft_spec,
+    "sub-layers and head": drafting(INT8).draft_spec,
+    "sub-layers and trimmed head": drafting(trimmed=True).draft_spec,
+    "sub-layers, and a head that is only trimmed": drafting(INT8, head=False, trimmed=True).draft_spec,
+    "head": DraftSpec(quantised=Quantised(format=INT4, head=True)),
+    "trimmed head": DraftSpec(vocabulary=PROPOSED),
+    "a trimmed head that no kernel takes": DraftSpec(
         quantised=Quantised(format=INT8, head=True), vocabulary=SubVocabulary.of(range(0, TOKENS, 7), TOKENS)
     ),
     "everything": EVERYTHING,
-    "nothing": Recipe(quantised=Quantised(format=INT4)),
+    "nothing": DraftSpec(quantised=Quantised(format=INT4)),
 }
 
 
@@ -114,34 +114,34 @@ class Rounded(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
-def with_rounded_weights(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+def with_rounded_weights(model: PreTrainedModel, draft_spec: DraftSpec) -> PreTrainedModel:
     """The user's model, its linear layers replaced one by one and its skipped branches zeroed."""
     model = copy.deepcopy(model)
-    assert recipe.quantised is not None
-    for kind, index in recipe.quantised.sublayers:
+    assert draft_spec.quantised is not None
+    for kind, index in draft_spec.quantised.sublayers:
         branch = model.get_decoder().layers[index].get_submodule("self_attn" if kind == "attn" else "mlp")
         for name, part in list(branch.named_modules()):
             if type(part) is nn.Linear:
-                branch.set_submodule(name, Rounded(part, recipe.quantised.format))
-    if recipe.quantised.head:
-        model.lm_head = Rounded(model.lm_head, recipe.quantised.format)
-    zero_skipped_branches(model, recipe.skip_set)
+                branch.set_submodule(name, Rounded(part, draft_spec.quantised.format))
+    if draft_spec.quantised.head:
+        model.lm_head = Rounded(model.lm_head, draft_spec.quantised.format)
+    zero_skipped_branches(model, draft_spec.skip_set)
     return model
 
 
 @torch.inference_mode()
-def assert_draft_is_exact(model: PreTrainedModel, recipe: Recipe) -> None:
+def assert_draft_is_exact(model: PreTrainedModel, draft_spec: DraftSpec) -> None:
     tokens = few_prompts(19, 19)["input_ids"]
-    expected = with_rounded_weights(model, recipe)(tokens).logits
-    skipped = Recipe(skip_set=recipe.skip_set)
+    expected = with_rounded_weights(model, draft_spec)(tokens).logits
+    skipped = DraftSpec(skip_set=draft_spec.skip_set)
     runtime = Runtime(model, skipped)
     without = draft_logits(runtime, tokens)
     changed = (expected - without).abs().mean()
     assert changed > 0.001 * without.abs().mean(), "quantising changes nothing, so proves nothing"
-    runtime.draft_with(recipe)
+    runtime.draft_with(draft_spec)
     ours = draft_logits(runtime, tokens)
-    if recipe.vocabulary is not None:
-        proposed = torch.tensor(recipe.vocabulary.tokens)
+    if draft_spec.vocabulary is not None:
+        proposed = torch.tensor(draft_spec.vocabulary.tokens)
         ours, expected = ours[..., proposed], expected[..., proposed]
     # A sum in another order may round to the next bfloat16, which later layers see.
     assert (ours - expected).abs().mean() < 0.1 * changed
@@ -160,27 +160,27 @@ FAMILIES = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_draft_computes_the_model_with_its_weights_rounded(family: str) -> None:
     model = quantisable_model(family)
-    assert_draft_is_exact(model, drafting(INT4).recipe)
-    assert_draft_is_exact(model, drafting(INT8, trimmed=True).recipe)
+    assert_draft_is_exact(model, drafting(INT4).draft_spec)
+    assert_draft_is_exact(model, drafting(INT8, trimmed=True).draft_spec)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_everything_may_be_quantised_in_any_format(format: Format) -> None:
     model = quantisable_model("phi")
-    recipe = Recipe(quantised=Quantised.everything(format, LAYERS))
+    draft_spec = DraftSpec(quantised=Quantised.everything(format, LAYERS))
     if (reason := device_obstacle(format, model.device)) is not None:
         pytest.skip(reason)
-    runtime = Runtime(model, recipe)
+    runtime = Runtime(model, draft_spec)
     view = runtime.views["draft"]
     assert all(isinstance(part, QuantisedLinear) for part in linears_of(view))
-    assert_draft_is_exact(model, recipe)
+    assert_draft_is_exact(model, draft_spec)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_embeddings_are_looked_up_as_they_are_though_the_head_is_quantised(tied: bool) -> None:
     model = quantisable_model("llama", tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
-    assert_draft_is_exact(model, drafting(INT4).recipe)
+    assert_draft_is_exact(model, drafting(INT4).draft_spec)
     view = Runtime(model, EVERYTHING).views["draft"]
     assert view.get_input_embeddings().weight is model.get_input_embeddings().weight
 
@@ -194,7 +194,7 @@ def test_a_trimmed_head_gives_the_heads_logits_of_its_tokens_and_none_of_others(
     tokens = few_prompts(19)["input_ids"]
     runtime = Runtime(model)
     whole = draft_logits(runtime, tokens)
-    runtime.draft_with(Recipe(vocabulary=PROPOSED))
+    runtime.draft_with(DraftSpec(vocabulary=PROPOSED))
     trimmed = draft_logits(runtime, tokens)
     assert trimmed.dtype == dtype
     proposed = torch.zeros(TOKENS, dtype=torch.bool)
@@ -210,7 +210,7 @@ def test_a_head_trimmed_to_everything_is_the_head() -> None:
     tokens = few_prompts(19)["input_ids"]
     runtime = Runtime(model)
     whole = draft_logits(runtime, tokens)
-    runtime.draft_with(Recipe(vocabulary=SubVocabulary.of(range(TOKENS), TOKENS)))
+    runtime.draft_with(DraftSpec(vocabulary=SubVocabulary.of(range(TOKENS), TOKENS)))
     torch.testing.assert_close(draft_logits(runtime, tokens), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -227,12 +227,12 @@ def test_copies_for_many_tokens_draft_nearly_the_same() -> None:
     assert (few - plain).abs().max() > 0.05 * plain.abs().max()
 
 
-def test_changing_recipes_back_and_forth_equals_fresh_drafts(model: PreTrainedModel) -> None:
+def test_changing_draft_specs_back_and_forth_equals_fresh_drafts(model: PreTrainedModel) -> None:
     tokens = few_prompts(19)["input_ids"]
     changed = Runtime(model)
     for name in ("everything", "sub-layers and trimmed head", "head", "trimmed head", "sub-layers", "everything"):
-        changed.draft_with(RECIPES[name])
-        fresh = Runtime(model, RECIPES[name])
+        changed.draft_with(DRAFT_SPECS[name])
+        fresh = Runtime(model, DRAFT_SPECS[name])
         assert torch.equal(draft_logits(changed, tokens), draft_logits(fresh, tokens)), name
 
 
@@ -240,9 +240,9 @@ def test_with_nothing_skipped_quantised_or_trimmed_the_draft_is_the_model_bit_fo
     tokens = few_prompts(19)["input_ids"]
     runtime = Runtime(model)
     plain = draft_logits(runtime, tokens)
-    for recipe in RECIPES.values():
-        runtime.draft_with(recipe)
-        runtime.draft_with(Recipe())
+    for draft_spec in DRAFT_SPECS.values():
+        runtime.draft_with(draft_spec)
+        runtime.draft_with(DraftSpec())
         assert torch.equal(draft_logits(runtime, tokens), plain)
         runtime.cache.reset()
         assert torch.equal(runtime.run("target", tokens), plain)
@@ -263,7 +263,7 @@ def test_the_users_model_is_untouched_and_usable_beside_a_quantised_draft(model:
     assert torch.equal(model.generate(**given, **GREEDY), before)
     spec.generate(**given, **GREEDY)
     spec.runtime.draft_with(EVERYTHING)
-    spec.runtime.draft_with(Recipe())
+    spec.runtime.draft_with(DraftSpec())
 
     assert torch.equal(model.generate(**given, **GREEDY), before)
     assert model.config.to_dict() == config
@@ -284,47 +284,55 @@ def test_the_target_is_never_quantised(model: PreTrainedModel) -> None:
 # --- Made once, shared, let go of ---
 
 
-def test_copies_are_made_once_whatever_recipes_come_and_go(model: PreTrainedModel, made: list[nn.Module]) -> None:
+def test_copies_are_made_once_whatever_draft_specs_come_and_go(model: PreTrainedModel, made: list[nn.Module]) -> None:
     copies = Copies(model)
-    runtime = Runtime(model, drafting().recipe, copies=copies)
+    runtime = Runtime(model, drafting().draft_spec, copies=copies)
     linears = 3 * 4 + 3 * 3
     assert len(made) == linears + 1
-    for recipe in (Recipe(), drafting(head=False).recipe, Recipe(skip_set=SKIPPED), drafting().recipe):
-        runtime.draft_with(recipe)
+    for draft_spec in (
+        DraftSpec(),
+        drafting(head=False).draft_spec,
+        DraftSpec(skip_set=SKIPPED),
+        drafting().draft_spec,
+    ):
+        runtime.draft_with(draft_spec)
     assert len(made) == linears + 1
-    runtime.draft_with(drafting(trimmed=True).recipe)
+    runtime.draft_with(drafting(trimmed=True).draft_spec)
     assert len(made) == linears + 2
 
 
 def test_runtimes_share_the_copies_that_they_are_given(model: PreTrainedModel, made: list[nn.Module]) -> None:
     copies = Copies(model)
-    one, other = Runtime(model, drafting().recipe, copies=copies), Runtime(model, drafting().recipe, copies=copies)
+    one, other = (
+        Runtime(model, drafting().draft_spec, copies=copies),
+        Runtime(model, drafting().draft_spec, copies=copies),
+    )
     assert one.copies is other.copies is copies
     quantised = [{id(m) for m in runtime.views["draft"].modules() if m in made} for runtime in (one, other)]
     assert quantised[0] == quantised[1] == {id(module) for module in made}
-    one.draft_with(Recipe())
-    assert copies.nbytes == copied_bytes(model, drafting().recipe), "the other one has a use for them"
+    one.draft_with(DraftSpec())
+    assert copies.nbytes == copied_bytes(model, drafting().draft_spec), "the other one has a use for them"
     assert sum(isinstance(m, QuantisedLinear) for m in other.views["draft"].modules()) == len(made)
 
 
-def test_a_runtime_of_its_own_lets_go_of_what_its_recipe_has_no_use_for(
+def test_a_runtime_of_its_own_lets_go_of_what_its_draft_spec_has_no_use_for(
     model: PreTrainedModel, made: list[nn.Module]
 ) -> None:
-    runtime = Runtime(model, drafting(INT4).recipe)
+    runtime = Runtime(model, drafting(INT4).draft_spec)
     layers = [weakref.ref(module) for module in made]
     buffers = [weakref.ref(buffer) for module in made for buffer in module.buffers()]
     made.clear()
     gc.collect()
     assert all(ref() is not None for ref in layers)
-    runtime.draft_with(drafting(INT4, head=False).recipe)
+    runtime.draft_with(drafting(INT4, head=False).draft_spec)
     gc.collect()
     assert sum(ref() is None for ref in layers) == 1, "the head alone"
-    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT4, head=False).recipe)
-    runtime.draft_with(drafting(INT8).recipe)
+    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT4, head=False).draft_spec)
+    runtime.draft_with(drafting(INT8).draft_spec)
     made.clear()
     gc.collect()
     assert [ref() for ref in layers + buffers] == [None] * len(layers + buffers)
-    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT8).recipe)
+    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT8).draft_spec)
     runtime.draft_with(SKIPPED)
     assert runtime.copies.nbytes == 0
 
@@ -332,9 +340,9 @@ def test_a_runtime_of_its_own_lets_go_of_what_its_recipe_has_no_use_for(
 def test_copies_of_one_format_can_be_dropped(model: PreTrainedModel) -> None:
     copies = Copies(model)
     for plan in (drafting(INT4), drafting(INT8), drafting(INT8, trimmed=True)):
-        Runtime(model, plan.recipe, copies=copies)
+        Runtime(model, plan.draft_spec, copies=copies)
     copies.drop(INT8)
-    assert copies.nbytes == copied_bytes(model, drafting(INT4).recipe)
+    assert copies.nbytes == copied_bytes(model, drafting(INT4).draft_spec)
 
 
 def test_a_plan_that_only_skips_takes_no_memory(model: PreTrainedModel, made: list[nn.Module]) -> None:
@@ -356,14 +364,14 @@ def test_a_plan_that_never_drafts_makes_no_copies(model: PreTrainedModel, monkey
 # --- Memory ---
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DRAFT_SPECS)
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "starcoder2", "qwen3_moe"])
 @pytest.mark.slow
 def test_bytes_foretold_are_bytes_taken(family: str, name: str) -> None:
-    model, recipe = quantisable_model(family), RECIPES[name]
+    model, draft_spec = quantisable_model(family), DRAFT_SPECS[name]
     for many_tokens in (False, True):
         copies = Copies(model, many_tokens=many_tokens)
-        view = draft_view(model, recipe, copies)
+        view = draft_view(model, draft_spec, copies)
         ours = {id(tensor): tensor for tensor in reachable_tensors(view)}
         shared = {tensor.untyped_storage().data_ptr() for tensor in reachable_tensors(model)}
         own = {
@@ -371,8 +379,8 @@ def test_bytes_foretold_are_bytes_taken(family: str, name: str) -> None:
             for tensor in ours.values()
             if tensor.untyped_storage().data_ptr() not in shared
         }
-        assert sum(own.values()) == copies.nbytes == copied_bytes(model, recipe)
-    assert (copied_bytes(model, recipe) > 0) == (name != "nothing")
+        assert sum(own.values()) == copies.nbytes == copied_bytes(model, draft_spec)
+    assert (copied_bytes(model, draft_spec) > 0) == (name != "nothing")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -382,7 +390,7 @@ def test_bytes_foretold_are_bytes_taken_in_every_format_and_dtype(format: Format
     for head, trimmed in ((True, False), (False, False), (True, True), (False, True)):
         plan = drafting(format, head=head, trimmed=trimmed)
         spec = wrap(model, plan)
-        assert spec.runtime.copies.nbytes == draft_bytes(model, plan) == copied_bytes(model, plan.recipe) > 0
+        assert spec.runtime.copies.nbytes == draft_bytes(model, plan) == copied_bytes(model, plan.draft_spec) > 0
         spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=2)
         assert spec.stats.draft_bytes == draft_bytes(model, plan)
 
@@ -421,7 +429,7 @@ def test_a_limit_that_is_just_enough_is_kept(model: PreTrainedModel) -> None:
     assert wrap(model, plan, draft_memory="1G").runtime.copies.nbytes == needed
     with pytest.raises(InputError, match="draft_memory allows"):
         wrap(model, plan, draft_memory=needed - 1)
-    check_memory(model, plan.recipe, None)
+    check_memory(model, plan.draft_spec, None)
 
 
 @pytest.mark.parametrize("limit", ["much", "", "-1K", "0"])
@@ -443,26 +451,26 @@ def test_experts_stay_as_they_are_and_stats_say_so() -> None:
     assert spec.stats.slower_paths == ["of the draft, mlp 0 and 5 more not in int4: it has no linear layers"]
     mlp = decoder_layers(spec.runtime.views["draft"])[0].get_submodule("mlp")
     assert type(mlp) is type(decoder_layers(model)[0].get_submodule("mlp"))
-    assert spec.stats.draft_bytes == draft_bytes(model, plan) == copied_bytes(model, plan.recipe)
+    assert spec.stats.draft_bytes == draft_bytes(model, plan) == copied_bytes(model, plan.draft_spec)
 
 
 def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so() -> None:
     model = damped_model("llama", intermediate_size=80, vocab_size=211)
     plan = drafting(INT4)
     assert quantisable(model, INT4) == QuantisedSet(attn=range(LAYERS), mlp=range(LAYERS)), "gate and up fit"
-    assert obstacles(model, plan.recipe) == [
+    assert obstacles(model, plan.draft_spec) == [
         "mlp 1's down_proj and 2 more not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of "
         "16, and it has 80 and 96",
         "the head not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, and it has 96 "
         "and 211",
     ]
-    assert len(obstacles(model, drafting(INT8).recipe)) == 1
-    assert obstacles(model, drafting(INT4, head=False).recipe) == obstacles(model, plan.recipe)[:1]
-    assert obstacles(model, Recipe(skip_set=SKIPPED)) == []
+    assert len(obstacles(model, drafting(INT8).draft_spec)) == 1
+    assert obstacles(model, drafting(INT4, head=False).draft_spec) == obstacles(model, plan.draft_spec)[:1]
+    assert obstacles(model, DraftSpec(skip_set=SKIPPED)) == []
     spec = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    assert spec.stats.slower_paths == [f"of the draft, {line}" for line in obstacles(model, plan.recipe)]
+    assert spec.stats.slower_paths == [f"of the draft, {line}" for line in obstacles(model, plan.draft_spec)]
     assert spec.runtime.copies.nbytes == draft_bytes(model, plan)
     assert type(spec.runtime.views["draft"].lm_head) is nn.Linear
 
@@ -472,25 +480,25 @@ def test_no_kernel_is_called_for_a_size_that_it_does_not_take(made: list[nn.Modu
     model = quantisable_model("llama", intermediate_size=40, vocab_size=211, hidden_size=72, head_dim=20)
     assert quantisable(model, INT4) == quantisable(model, INT8) == QuantisedSet()
     for format in FORMATS:
-        recipe = Recipe(quantised=Quantised.everything(format, LAYERS))
-        assert len(obstacles(model, recipe)) >= 1
-        assert copied_bytes(model, recipe) == 0
-        spec = wrap(model, Plan(skip_set=SkipSet(), quantised=recipe.quantised, gamma=2))
+        draft_spec = DraftSpec(quantised=Quantised.everything(format, LAYERS))
+        assert len(obstacles(model, draft_spec)) >= 1
+        assert copied_bytes(model, draft_spec) == 0
+        spec = wrap(model, Plan(skip_set=SkipSet(), quantised=draft_spec.quantised, gamma=2))
         spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=5)
     assert made == []
 
 
 def test_a_head_trimmed_to_a_size_that_no_kernel_takes_is_trimmed_alone(made: list[nn.Module]) -> None:
     model = quantisable_model("llama")
-    recipe = RECIPES["a trimmed head that no kernel takes"]
-    head = Runtime(model, recipe).views["draft"].lm_head
+    draft_spec = DRAFT_SPECS["a trimmed head that no kernel takes"]
+    head = Runtime(model, draft_spec).views["draft"].lm_head
     assert isinstance(head, TrimmedHead)
     assert made == []
 
 
 def test_a_trimmed_head_that_stays_in_full_precision_is_told_of() -> None:
     model = quantisable_model("llama")
-    assert obstacles(model, RECIPES["a trimmed head that no kernel takes"]) != []
+    assert obstacles(model, DRAFT_SPECS["a trimmed head that no kernel takes"]) != []
 
 
 # --- What the user does to the model after wrapping ---
@@ -516,7 +524,7 @@ def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed:
     if dtype == torch.float64:
         assert torch.equal(ours, model.generate(**given, **GREEDY))
         assert torch.equal(ours, first)
-    fresh = Runtime(model, plan.recipe)
+    fresh = Runtime(model, plan.draft_spec)
     tokens = given["input_ids"]
     assert torch.equal(draft_logits(spec.runtime, tokens), draft_logits(fresh, tokens))
     assert draft_logits(fresh, tokens).dtype == dtype
@@ -549,20 +557,22 @@ def test_weights_that_change_in_place_leave_the_output_right(model: PreTrainedMo
     ("tokens", "has"), [([3, TOKENS], "token 208"), (range(TOKENS + 80), f"token {TOKENS + 79}"), ([], "no token")]
 )
 def test_a_vocabulary_beyond_the_models_is_refused(tokens: Any, has: str, model: PreTrainedModel) -> None:
-    recipe = Recipe(vocabulary=SubVocabulary.of(tokens, 1000))
+    draft_spec = DraftSpec(vocabulary=SubVocabulary.of(tokens, 1000))
     message = rf"^draft_vocabulary has {has}, but this model has 0\.\.207; run 'selfspec search' on this model$"
     attempts: list[Callable[[], Any]] = [
-        lambda: check_vocabulary(model, recipe),
-        lambda: Runtime(model, recipe),
-        lambda: Runtime(model).draft_with(recipe),
+        lambda: check_vocabulary(model, draft_spec),
+        lambda: Runtime(model, draft_spec),
+        lambda: Runtime(model).draft_with(draft_spec),
     ]
     if tokens:
-        attempts.append(lambda: wrap(model, Plan(skip_set=SkipSet(), gamma=2, draft_vocabulary=recipe.vocabulary.code)))
+        attempts.append(
+            lambda: wrap(model, Plan(skip_set=SkipSet(), gamma=2, draft_vocabulary=draft_spec.vocabulary.code))
+        )
     for attempt in attempts:
         with pytest.raises(PlanError, match=message):
             attempt()
-    check_vocabulary(model, Recipe(vocabulary=SubVocabulary.of([TOKENS - 1], 1000)))
-    check_vocabulary(model, Recipe())
+    check_vocabulary(model, DraftSpec(vocabulary=SubVocabulary.of([TOKENS - 1], 1000)))
+    check_vocabulary(model, DraftSpec())
 
 
 def test_a_quantised_layer_beyond_the_models_is_refused(model: PreTrainedModel) -> None:
@@ -573,33 +583,33 @@ def test_a_quantised_layer_beyond_the_models_is_refused(model: PreTrainedModel) 
         draft_bytes(model, plan)
 
 
-def test_a_recipe_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
+def test_a_draft_spec_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
     copies = Copies(model)
-    view = draft_view(model, drafting().recipe, copies)
+    view = draft_view(model, drafting().draft_spec, copies)
     modules = [id(module) for module in view.modules()]
     with pytest.raises(PlanError, match=r"quantised set names attn layer 9, but this model has 7"):
-        change_recipe(view, Recipe(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={9}))), copies)
+        change_draft(view, DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={9}))), copies)
     assert [id(module) for module in view.modules()] == modules
 
 
-def test_a_recipe_that_is_refused_leaves_the_draft_as_it_was(model: PreTrainedModel) -> None:
+def test_a_draft_spec_that_is_refused_leaves_the_draft_as_it_was(model: PreTrainedModel) -> None:
     plan = drafting(INT8)
     spec: SelfSpeculator = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     spec.generate(**given, **GREEDY)
     history, memory = spec.stats.history, spec.runtime.copies.nbytes
     for bad in (
-        Recipe(vocabulary=SubVocabulary.of([TOKENS], 1000)),
-        Recipe(quantised=Quantised(format=INT4, sublayers=QuantisedSet(attn={9}))),
+        DraftSpec(vocabulary=SubVocabulary.of([TOKENS], 1000)),
+        DraftSpec(quantised=Quantised(format=INT4, sublayers=QuantisedSet(attn={9}))),
         SkipSet(mlp={7}),
     ):
         with pytest.raises(PlanError):
             spec.runtime.draft_with(bad)
-        assert spec.runtime.recipe == plan.recipe
+        assert spec.runtime.draft_spec == plan.draft_spec
     spec.generate(**given, **GREEDY)
     assert spec.stats.history == history
     assert spec.runtime.copies.nbytes == memory
-    model.to(torch.float64)  # the views are built anew, by the recipe that was there
+    model.to(torch.float64)  # the views are built anew, by the draft spec that was there
     spec.generate(**given, **GREEDY)
     assert spec.runtime.copies.nbytes == memory
 

@@ -14,7 +14,7 @@ from transformers import T5ForConditionalGeneration as T5
 
 import selfspec.runtime.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, UnsupportedModelError, wrap
-from selfspec.models.draft_view import attention_modules, change_recipe, draft_view
+from selfspec.models.draft_view import attention_modules, change_draft, draft_view
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import probe
 from selfspec.models.views import decoder_layers, reachable_tensors, target_view
@@ -169,7 +169,7 @@ def draft_logits(runtime: Runtime, tokens: Tensor) -> Tensor:
 def test_a_skip_set_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
     view = draft_view(model, ENDS_SKIPPED)
     with pytest.raises(selfspec.PlanError, match=r"mlp layer 7, but this model has 7 \(0\.\.6\)"):
-        change_recipe(view, SkipSet(mlp={7}))
+        change_draft(view, SkipSet(mlp={7}))
     assert len(decoder_layers(view)) == LAYERS - 2
 
 

@@ -63,7 +63,7 @@ def test_a_plan_can_be_built_in_code_and_handed_to_wrap() -> None:
     plan = Plan(skip_set=SkipSet(attn={1, 3}, mlp={2}), gamma=4)
     spec = wrap(tiny_model("llama"), plan)
     assert spec.plan is plan
-    assert spec.runtime.recipe.skip_set == plan.skip_set
+    assert spec.runtime.draft_spec.skip_set == plan.skip_set
     assert selfspec.plan.Plan is selfspec.Plan
 
 

@@ -36,7 +36,7 @@ from selfspec_search.storage.study_store import Store
 from selfspec import Plan, SkipSet
 from selfspec.errors import InputError, PlanError
 from selfspec.plan import PLAN_FILE, Conditions, Figures, ModelIdentity, PromptLookup, Provenance
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 
 LAYERS = 5
 LOOKUP = {"gamma": 7, "min_ngram": 2}
@@ -50,7 +50,7 @@ HOSTILE = "<script>alert('$x^{')</script>\"&"
 @dataclass(frozen=True)
 class Stored:
     number: int
-    recipe: Recipe
+    draft_spec: DraftSpec
     value: float | None
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ def stored(index: int) -> Stored:
     """Every third one pruned; the best is number 5."""
     pruned = index % 3 == 1
     skip_set = SkipSet(attn=range(index % LAYERS), mlp=[index % LAYERS])
-    return Stored(index, Recipe.of(skip_set), None if pruned else 1 + index / 10, record(index, pruned=pruned))
+    return Stored(index, DraftSpec.of(skip_set), None if pruned else 1 + index / 10, record(index, pruned=pruned))
 
 
 def study(count: int = 7, **changes: Any) -> StudyData:
@@ -373,7 +373,7 @@ def test_the_caption_names_only_the_lines_that_are_drawn() -> None:
 
 def test_lookup_is_told_in_words_where_it_is_one() -> None:
     told = [
-        Trial.of(Stored(0, Recipe(), 1.0, {"prediction": {"lookup": given}})).lookup for given in (LOOKUP, {"x": 1})
+        Trial.of(Stored(0, DraftSpec(), 1.0, {"prediction": {"lookup": given}})).lookup for given in (LOOKUP, {"x": 1})
     ]
     assert told == ["2 to 8 tokens, 7 drafted", "x 1"]
 
@@ -415,21 +415,21 @@ def test_a_study_whose_trials_all_ended_early_says_that_there_is_nothing_to_choo
 
 def test_records_that_are_not_what_they_should_be_are_left_out() -> None:
     odd = {"estimate": "fast", "draft_cost": float("nan"), "agreement": True, "prediction": [1], "worker": 7}
-    trial = Trial.of(Stored(0, Recipe(), float("inf"), odd))
+    trial = Trial.of(Stored(0, DraftSpec(), float("inf"), odd))
     assert (trial.speedup, trial.estimate, trial.point, trial.gamma, trial.worker) == (None, None, None, None, "7")
     assert drawn(ReportData(source="s", study=study(trials=[trial], sensitivity={}))) == []
 
 
 def test_trials_that_were_refused_unreplayed_do_not_stand_at_zero_in_the_history() -> None:
-    refused = Trial.of(Stored(0, Recipe(), None, {"estimate": 0.0, "draft_cost": 0.9}))
+    refused = Trial.of(Stored(0, DraftSpec(), None, {"estimate": 0.0, "draft_cost": 0.9}))
     assert refused.speedup_or_estimate is None
-    assert gains([refused, replace(refused, recipe=Recipe.of(SkipSet(attn={0})))], num_layers=1) == {}
+    assert gains([refused, replace(refused, draft_spec=DraftSpec.of(SkipSet(attn={0})))], num_layers=1) == {}
 
 
 def deep(layers: int) -> ReportData:
     """Of a model in which every second sub-layer is skipped, so that its list is as long as can be."""
     every_second = SkipSet(attn=range(0, layers, 2), mlp=range(1, layers, 2))
-    trials = [Trial.of(replace(stored(index), recipe=Recipe.of(every_second))) for index in range(7)]
+    trials = [Trial.of(replace(stored(index), draft_spec=DraftSpec.of(every_second))) for index in range(7)]
     matters = {(kind, layer): 0.83 + 0.17 * layer / layers for kind in ("attn", "mlp") for layer in range(layers)}
     searched = study(trials=trials, num_layers=layers, sensitivity=matters)
     return ReportData(source="plan.json", plan=plan(every_second, layers=layers), study=searched)
@@ -495,7 +495,7 @@ def test_without_recorded_sensitivity_it_comes_from_the_trials_and_says_so() -> 
 
 def test_gains_are_mean_speedups_with_a_sublayer_skipped_less_those_with_it_run() -> None:
     made = {SkipSet(attn={0}): 1.5, SkipSet(attn={0}, mlp={1}): 1.3, SkipSet(mlp={1}): 1.0, SkipSet(): 1.0}
-    trials = [Trial(number=i, recipe=Recipe.of(s), speedup=v) for i, (s, v) in enumerate(made.items())]
+    trials = [Trial(number=i, draft_spec=DraftSpec.of(s), speedup=v) for i, (s, v) in enumerate(made.items())]
     found = gains(trials, num_layers=2)
     assert found == {("attn", 0): pytest.approx(0.4), ("mlp", 1): pytest.approx(-0.1)}
 
@@ -503,7 +503,8 @@ def test_gains_are_mean_speedups_with_a_sublayer_skipped_less_those_with_it_run(
 def test_the_best_trials_are_ten_different_sets_the_smaller_draft_first_among_equals() -> None:
     values = [(SkipSet(attn=range(i % 13)), 1 + (i // 2) / 100) for i in range(26)]
     ranked = study(
-        trials=[Trial(number=i, recipe=Recipe.of(s), speedup=v) for i, (s, v) in enumerate(values)], num_layers=13
+        trials=[Trial(number=i, draft_spec=DraftSpec.of(s), speedup=v) for i, (s, v) in enumerate(values)],
+        num_layers=13,
     )
     best = ranked.best(10)
     assert len({trial.skip_set for trial in best}) == 10
@@ -543,7 +544,7 @@ def fill(storage: Path, name: str = "night", count: int = 5) -> Path:
         store.share(lambda: {"sensitivity": json.dumps({"attn_3": 0.75, "mlp_0": 0.5, "other": 1}).encode()})
         for index in range(count):
             trial = stored(index)
-            with store.begin(trial.recipe) as running:
+            with store.begin(trial.draft_spec) as running:
                 if trial.value is None:
                     running.prune(trial.record["estimate"], trial.record)
                 else:
@@ -564,7 +565,7 @@ def test_a_study_is_read_from_a_file_and_from_a_url(storage: Path, scheme: str) 
     read = read_source(f"{scheme}{storage}").study
     assert read is not None
     assert (read.name, read.num_layers, read.identity["model"]) == ("night", LAYERS, "tiny-llama")
-    assert [trial.skip_set for trial in read.trials] == [stored(index).recipe.skip_set for index in range(5)]
+    assert [trial.skip_set for trial in read.trials] == [stored(index).draft_spec.skip_set for index in range(5)]
     assert [trial.speedup for trial in read.trials] == [stored(index).value for index in range(5)]
     assert read.sensitivity == {("attn", 3): 0.75, ("mlp", 0): 0.5}
 
@@ -616,12 +617,12 @@ def test_the_command_writes_the_page_beside_the_storage_and_the_figures_where_to
 
 
 def test_a_plan_is_reported_with_the_study_that_lies_beside_it(storage: Path, tmp_path: Path) -> None:
-    saved = Plan(skip_set=stored(3).recipe.skip_set, gamma=2).save(tmp_path / "plan.json")
+    saved = Plan(skip_set=stored(3).draft_spec.skip_set, gamma=2).save(tmp_path / "plan.json")
     assert read_source(str(saved)).study is None
     (tmp_path / "plan.db").write_bytes(storage.read_bytes())
     chosen = read_source(str(saved)).chosen_trial
     assert chosen is not None
-    assert chosen.skip_set == stored(3).recipe.skip_set
+    assert chosen.skip_set == stored(3).draft_spec.skip_set
 
 
 def test_a_directory_that_holds_a_plan_is_reported_into_it(tmp_path: Path) -> None:
@@ -631,7 +632,7 @@ def test_a_directory_that_holds_a_plan_is_reported_into_it(tmp_path: Path) -> No
 
 
 def test_a_study_is_reported_with_a_plan_that_is_named(storage: Path, tmp_path: Path) -> None:
-    chosen = Plan(skip_set=stored(2).recipe.skip_set, gamma=2).save(tmp_path / "other.json")
+    chosen = Plan(skip_set=stored(2).draft_spec.skip_set, gamma=2).save(tmp_path / "other.json")
     out = tmp_path / "page.html"
     assert run(storage, "--plan", chosen, "--out", out).exit_code == 0
     assert "The ring marks the chosen plan" in out.read_text("utf8")

@@ -170,8 +170,8 @@ def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
 ) -> None:
     findings = Findings(prices=Prices(costs=CHEAP_DRAFTS.costs[0]), largest_gap=gap)
     figures = Figures(tokens_per_round=2.0, acceptance_rate=0.5, tokens_per_second=9.0, speedup=1.2, texts=1)
-    found = [Prediction(recipe=s, drafting=Drafting(1), figures=figures) for s in Space(num_layers=2).every()]
-    findings.found = {prediction.recipe: prediction for prediction in found[:5]}
+    found = [Prediction(draft_spec=s, drafting=Drafting(1), figures=figures) for s in Space(num_layers=2).every()]
+    findings.found = {prediction.draft_spec: prediction for prediction in found[:5]}
     assert findings.is_hopeless(estimate) is hopeless
     findings.found.popitem()
     assert not findings.is_hopeless(estimate), "too few have run whole to know the gap"
@@ -214,7 +214,9 @@ def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_pat
         result = search(model, CALIBRATION, HELD_OUT, settings, seen.append)
         assert result.trials_complete + result.trials_pruned == trials
         assert sum(progress.phase == "trials" for progress in seen) == added + 1
-        assert len({trial.recipe for trial in load_study(storage, "again").trials}) == trials, "a set was tried twice"
+        assert len({trial.draft_spec for trial in load_study(storage, "again").trials}) == trials, (
+            "a set was tried twice"
+        )
     assert all(progress.phase not in ("texts", "profile") for progress in seen), "both are kept in the study"
 
 
@@ -365,7 +367,7 @@ def test_a_model_with_few_sublayers_has_every_set_tried_once(tmp_path: Path, mon
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *_, **__: profile)
     small = tiny_model("llama", num_hidden_layers=2)
     result = search(small, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 40}, storage=storage))
-    tried = [trial.recipe for trial in load_study(storage).trials]
+    tried = [trial.draft_spec for trial in load_study(storage).trials]
     assert len(tried) == len(set(tried)) == result.trials_complete + result.trials_pruned == 2**4
     assert set(tried) == set(Space(num_layers=2).every())
 

@@ -21,11 +21,11 @@ from selfspec_search.study.objective import (
 )
 
 from selfspec.plan import PromptLookup
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 
 LAYERS = 7
-HALF = Recipe.of(SkipSet.early_exit(4, LAYERS))
+HALF = DraftSpec.of(SkipSet.early_exit(4, LAYERS))
 
 
 def costs(*, layer: float = 0.1, fixed: float = 0.2, compiled: bool = False) -> Costs:

@@ -23,7 +23,7 @@ from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.formatting import facts
 from selfspec.cli.token_view import Show
 from selfspec.plan import Outlook
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.policy.estimates import MATCHES
 
 KNOWN = Outlook(
@@ -104,7 +104,7 @@ def test_an_outlook_for_other_rows_has_their_prices_and_the_same_expectations(
     texts = [Text(tokens=prompt, prompt=len(prompt) - 2, allowed=2) for prompt in random_prompts(5, 11, 7)]
     scene = Scene(
         model=model,
-        recipe=Recipe.of(FIRST_DROPPED),
+        draft_spec=DraftSpec.of(FIRST_DROPPED),
         texts=texts,
         sampling=Sampling(),
         backend=None,

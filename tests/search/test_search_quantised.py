@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from selfspec import InputError, QuantisedSet, SkipSet, SubVocabulary, draft_bytes, wrap
 from selfspec.plan import Padding
-from selfspec.plan.draft_spec import INT4, INT8, Quantised, Recipe
+from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Quantised
 
 LAYERS = 7
 SETTINGS = {"trials": 12, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}
@@ -80,22 +80,22 @@ def test_a_step_costs_what_is_run_without_padding_less_what_copies_save() -> Non
     assert COSTS.draft_step(skip_set) == pytest.approx(bare)
     copied = Quantised(format=INT4, sublayers=QuantisedSet(attn={0, 3, 4}, mlp={5}))
     unpadded = 1.25 * bare - 3 * 0.002 - 0.0015
-    assert COSTS.draft_step(Recipe(skip_set=skip_set, quantised=copied)) == pytest.approx(unpadded)
+    assert COSTS.draft_step(DraftSpec(skip_set=skip_set, quantised=copied)) == pytest.approx(unpadded)
     with_head = Quantised(format=INT4, sublayers=copied.sublayers, head=True)
-    assert COSTS.draft_step(Recipe(skip_set=skip_set, quantised=with_head)) == pytest.approx(unpadded - 0.003)
+    assert COSTS.draft_step(DraftSpec(skip_set=skip_set, quantised=with_head)) == pytest.approx(unpadded - 0.003)
     quarter = SubVocabulary.of(range(TOKENS // 4), TOKENS)
-    trimmed = Recipe(skip_set=skip_set, quantised=with_head, vocabulary=quarter)
+    trimmed = DraftSpec(skip_set=skip_set, quantised=with_head, vocabulary=quarter)
     assert COSTS.draft_step(trimmed) == pytest.approx(unpadded - 0.003 - 0.75 * 0.001)
-    own_head = Recipe(skip_set=skip_set, quantised=copied, vocabulary=quarter)
+    own_head = DraftSpec(skip_set=skip_set, quantised=copied, vocabulary=quarter)
     assert COSTS.draft_step(own_head) == pytest.approx(unpadded - 0.75 * 0.004)
-    assert COSTS.draft_step(Recipe(vocabulary=quarter)) == pytest.approx(
-        COSTS.draft_step(Recipe()) - 0.75 * 0.004 / 1.25
+    assert COSTS.draft_step(DraftSpec(vocabulary=quarter)) == pytest.approx(
+        COSTS.draft_step(DraftSpec()) - 0.75 * 0.004 / 1.25
     )
 
 
 def test_savings_beyond_the_step_leave_something_of_it() -> None:
     absurd = COSTS.model_copy(update={"formats": {INT4.code: SAVINGS.model_copy(update={"mlp": 1.0})}})
-    assert absurd.draft_step(Recipe(quantised=Quantised.everything(INT4, LAYERS))) > 0
+    assert absurd.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) > 0
 
 
 def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
@@ -104,8 +104,8 @@ def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
     steps |= {"int4/32 attention": 0.0085, "int4/32 MLPs": 0.007, "int4/32 head": 0.0095, "int4/32 everything": 0.004}
     fitted = fit_copies(model, [INT4], steps)
     costs = COSTS.model_copy(update={"fixed": 0.001, "layer": 0.0, "attention": 0.0005, "mlp": 0.0005} | fitted)
-    assert costs.draft_step(Recipe()) == pytest.approx(0.008)
-    assert costs.draft_step(Recipe(quantised=Quantised.everything(INT4, LAYERS))) == pytest.approx(0.004)
+    assert costs.draft_step(DraftSpec()) == pytest.approx(0.008)
+    assert costs.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) == pytest.approx(0.004)
     savings = fitted["formats"]["int4/32"]
     assert savings.mlp / savings.attention == pytest.approx(2), "each in proportion to what it saved by itself"
 
@@ -172,10 +172,14 @@ def test_trimmed_heads_keep_the_tokens_that_are_frequent_in_the_texts(model: Pre
 
 def test_limits_are_those_of_cost_and_memory(model: PreTrainedModel) -> None:
     prices = Prices(costs=COSTS)
-    small, large = (Recipe(quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp=m))) for m in ({0}, range(7)))
-    taken = {small: 500, large: 3000, Recipe(): 0}
-    limits = Limits(memory=1000, bytes_of=lambda recipe: taken[recipe])
-    assert [limits.check(recipe, prices).is_feasible for recipe in (Recipe(), small, large)] == [True, True, False]
+    small, large = (DraftSpec(quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp=m))) for m in ({0}, range(7)))
+    taken = {small: 500, large: 3000, DraftSpec(): 0}
+    limits = Limits(memory=1000, bytes_of=lambda draft_spec: taken[draft_spec])
+    assert [limits.check(draft_spec, prices).is_feasible for draft_spec in (DraftSpec(), small, large)] == [
+        True,
+        True,
+        False,
+    ]
     assert limits.check(large, prices).excess == {"draft_memory": 2.0}
     assert limits.check(small, prices).draft_bytes == 500
     unknown = Prices(costs=COSTS.model_copy(update={"formats": {}}))
@@ -204,9 +208,9 @@ def test_a_search_that_quantises_confirms_what_replay_foretold(model: PreTrained
     assert all(not confirmed.prediction.skip_set for confirmed in result.confirmed)
     assert any(confirmed.draft_bytes > 0 for confirmed in result.confirmed)
     study = load_study(storage)
-    assert study.trials[0].recipe == study.space.quantised(INT4.code), "everything quantised is tried first"
-    assert {trial.recipe.format for trial in study.trials} >= {INT4, INT8}
-    assert all(trial.record["draft_bytes"] > 0 for trial in study.trials if trial.recipe.quantised)
+    assert study.trials[0].draft_spec == study.space.quantised(INT4.code), "everything quantised is tried first"
+    assert {trial.draft_spec.format for trial in study.trials} >= {INT4, INT8}
+    assert all(trial.record["draft_bytes"] > 0 for trial in study.trials if trial.draft_spec.quantised)
     plan = result.confirmed[0].prediction.plan
     spec, given = wrap(model, plan), HELD_OUT[0][None]
     expected = model.generate(given, max_new_tokens=17, do_sample=False)
@@ -217,18 +221,18 @@ def test_a_search_that_quantises_confirms_what_replay_foretold(model: PreTrained
 @pytest.mark.slow
 def test_drafts_that_quantise_and_skip_are_tried_and_found_again(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")
-    given = Recipe(skip_set=SkipSet(attn={3}), quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp={1, 3})))
+    given = DraftSpec(skip_set=SkipSet(attn={3}), quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp={1, 3})))
     settings: dict[str, Any] = SETTINGS | {"lookup": False, "storage": storage, "start_from": [given], "trials": 16}
     search(model, CALIBRATION, HELD_OUT, SearchSettings(**settings))
     trials = load_study(storage).trials
-    assert trials[0].recipe == given
-    assert any(trial.recipe.quantised and trial.recipe.skip_set for trial in trials[1:])
+    assert trials[0].draft_spec == given
+    assert any(trial.draft_spec.quantised and trial.draft_spec.skip_set for trial in trials[1:])
     again = search(model, CALIBRATION, HELD_OUT, SearchSettings(**settings | {"trials": 19}))
-    recipes = [trial.recipe for trial in load_study(storage).trials]
-    assert len(recipes) == len(set(recipes)) == 19
+    draft_specs = [trial.draft_spec for trial in load_study(storage).trials]
+    assert len(draft_specs) == len(set(draft_specs)) == 19
     assert again.trials_complete + again.trials_pruned == 19
     picked = repick(model, load_study(storage), SearchSettings(**SETTINGS | {"lookup": False}))
-    assert {c.prediction.recipe for c in picked.confirmed} == {c.prediction.recipe for c in again.confirmed}
+    assert {c.prediction.draft_spec for c in picked.confirmed} == {c.prediction.draft_spec for c in again.confirmed}
 
 
 @pytest.mark.usefixtures("profiled")

@@ -19,7 +19,7 @@ from selfspec.decoding.stats import Stats
 from selfspec.drafters.build import drafter_of
 from selfspec.models.draft_weights import Copies, copied_bytes
 from selfspec.plan import Figures, Padding
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import Ratio, interleaved, speed_ratio, wait_for
 from selfspec_search.replay.replay import Replay
@@ -220,9 +220,9 @@ def confirm(
     ]
 
 
-def padding_of(recipe: Recipe, padding: Padding | None) -> Padding | None:
+def padding_of(draft_spec: DraftSpec, padding: Padding | None) -> Padding | None:
     """The padding of passes where a draft is made like this: kernels of quantised weights are best with one token."""
-    if padding is None or recipe.quantised is None:
+    if padding is None or draft_spec.quantised is None:
         return padding
     return padding.model_copy(update={"draft": 1})
 
@@ -247,9 +247,9 @@ def _contender(
     padding: Padding | None,
     copies: Copies,
 ) -> _Contender:
-    recipe = prediction.recipe if prediction.drafting.gamma else Recipe()
-    runtime = Runtime(model, recipe, backend=settings.backend, compile=settings.compile, copies=copies)
-    runtime.padding = padding_of(prediction.recipe, padding)
+    draft_spec = prediction.draft_spec if prediction.drafting.gamma else DraftSpec()
+    runtime = Runtime(model, draft_spec, backend=settings.backend, compile=settings.compile, copies=copies)
+    runtime.padding = padding_of(prediction.draft_spec, padding)
     return _Contender(runtime, drafter_of(prediction.plan, runtime), settings)
 
 
@@ -261,7 +261,7 @@ def _compare(
     prices: Prices,
     decoded: Sequence[int],
 ) -> Confirmed:
-    table = replay.run(prediction.recipe) if prediction.drafting.gamma else Table.empty(replay.texts, 1)
+    table = replay.run(prediction.draft_spec) if prediction.drafting.gamma else Table.empty(replay.texts, 1)
     assert table is not None
     here = prices.only(decoded)
     walked = walk(table.only(decoded), [prediction.drafting], here.lookup)
@@ -282,14 +282,14 @@ def _compare(
         rounds_equal=rounds == walked.rounds(0) if greedy else None,
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
-        draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.recipe),
+        draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.draft_spec),
         samples=not greedy,
         by_layers=agreement(table, Drafting(table.depths)) if prediction.drafting.gamma else [],
     )
 
 
 def _expected(prediction: Prediction, table: Table, prices: Prices) -> Figures:
-    (expected,) = predict(table, prices, prediction.recipe, [prediction.drafting])
+    (expected,) = predict(table, prices, prediction.draft_spec, [prediction.drafting])
     by_position = agreement(table, prediction.drafting, prices.lookup)
     return expected.figures.model_copy(update={"agreement": by_position})
 

@@ -133,7 +133,7 @@ class Finish:
                 "provenance": provenance,
                 "outlook": outlook,
                 "other_rows": self._other_rows(winner.prediction, outlook, texts),
-                "padding": padding_of(winner.prediction.recipe, self.profile.padding),
+                "padding": padding_of(winner.prediction.draft_spec, self.profile.padding),
             }
             plan = winner.prediction.plan.model_copy(update=changes)
         return SearchResult(
@@ -190,7 +190,7 @@ class Finish:
         matches = [] if prices.lookup is None else match_shares(texts, prices.lookup, self.profile.gamma_max)
         return Outlook(
             rows=self.profile.rows,
-            draft_step=costs.draft_step(winner.prediction.recipe),
+            draft_step=costs.draft_step(winner.prediction.draft_spec),
             rounds=list(costs.rounds),
             agreement=seen(winner.by_layers),
             looking=costs.lookup if matches else 0.0,
@@ -204,12 +204,12 @@ class Finish:
             return []
         scene = Scene(
             model=self.model,
-            recipe=prediction.recipe,
+            draft_spec=prediction.draft_spec,
             texts=texts,
             sampling=self.settings.sampling,
             backend=self.settings.backend,
             compile=self.settings.compile,
-            padding=padding_of(prediction.recipe, self.profile.padding),
+            padding=padding_of(prediction.draft_spec, self.profile.padding),
         )
         found: list[Outlook] = []
         with self.phases.phase("rows"):

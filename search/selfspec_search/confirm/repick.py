@@ -64,12 +64,12 @@ def repick(
         prices = Prices.of(profile, texts[:calibration], lookup=settings.lookup).with_lookups(texts[:calibration])
         # Sets that were too expensive to be tried at all have no table.
         priced = [trial for trial in study.trials if "table" in trial.record]
-        # A recipe that was tried twice counts once.
-        tables, limits = {trial.recipe: trial for trial in priced}, limits_of(model, settings)
+        # A draft spec that was tried twice counts once.
+        tables, limits = {trial.draft_spec: trial for trial in priced}, limits_of(model, settings)
         found = [
-            best(table_of(trial, settings.gamma_max), prices, recipe)
-            for recipe, trial in tables.items()
-            if limits.check(recipe, prices).is_feasible
+            best(table_of(trial, settings.gamma_max), prices, draft_spec)
+            for draft_spec, trial in tables.items()
+            if limits.check(draft_spec, prices).is_feasible
         ]
     if not found:
         raise InputError(f"no trial of study '{study.name}' can be used here: {_why_none(settings, profile)}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.plan import Outlook, Padding
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.policy.estimates import MATCHES, match_class
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
@@ -53,7 +53,7 @@ class Scene:
     """What outlooks for other numbers of rows are measured with: the plan's draft, on texts like these."""
 
     model: PreTrainedModel
-    recipe: Recipe
+    draft_spec: DraftSpec
     texts: Sequence[Text]
     sampling: Sampling
     backend: str | None
@@ -64,7 +64,7 @@ class Scene:
     def outlook(self, known: Outlook, rows: int) -> Outlook:
         """The same outlook at the prices of so many rows, measured here and now."""
         longest = len(known.rounds) - 1
-        runtime = Runtime(self.model, self.recipe, backend=self.backend, compile=self.compile)
+        runtime = Runtime(self.model, self.draft_spec, backend=self.backend, compile=self.compile)
         if self.padding is not None:  # what is faster padded may not be so with other numbers of rows
             runtime.padding = self.padding.model_copy(update={"rows": rows, "target": []})
         prompts = self._prompts(rows)

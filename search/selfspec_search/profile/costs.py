@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -61,28 +61,30 @@ class Costs(Record):
     formats: dict[str, Savings] = {}
     measured: dict[str, Seconds] = {}
 
-    def draft_step(self, recipe: Recipe | SkipSet) -> float:
-        """Seconds per drafted token of a draft by this recipe; its format must be one of `formats`."""
-        recipe = Recipe.of(recipe)
-        bare = float(counts_of(recipe.skip_set, self.num_layers) @ self._fitted)
-        return max(bare * self._lengthened(recipe) - self._saved_by_copies(recipe), LEAST * bare)
+    def draft_step(self, draft_spec: DraftSpec | SkipSet) -> float:
+        """Seconds per drafted token of a draft by this draft spec; its format must be one of `formats`."""
+        draft_spec = DraftSpec.of(draft_spec)
+        bare = float(counts_of(draft_spec.skip_set, self.num_layers) @ self._fitted)
+        return max(bare * self._lengthened(draft_spec) - self._saved_by_copies(draft_spec), LEAST * bare)
 
-    def _lengthened(self, recipe: Recipe) -> float:
-        return self.unpadded if recipe.quantised is not None else 1.0
+    def _lengthened(self, draft_spec: DraftSpec) -> float:
+        return self.unpadded if draft_spec.quantised is not None else 1.0
 
-    def _saved_by_copies(self, recipe: Recipe) -> float:
-        left_out = 1 - len(recipe.vocabulary) / self.vocabulary if recipe.vocabulary and self.vocabulary else 0.0
-        if recipe.quantised is None:
+    def _saved_by_copies(self, draft_spec: DraftSpec) -> float:
+        left_out = (
+            1 - len(draft_spec.vocabulary) / self.vocabulary if draft_spec.vocabulary and self.vocabulary else 0.0
+        )
+        if draft_spec.quantised is None:
             return left_out * self.vocabulary_saved / self.unpadded
-        savings, sublayers = self.formats[recipe.quantised.format.code], recipe.quantised.sublayers
+        savings, sublayers = self.formats[draft_spec.quantised.format.code], draft_spec.quantised.sublayers
         saved = len(sublayers.attn) * savings.attention + len(sublayers.mlp) * savings.mlp
-        if recipe.quantised.head:
+        if draft_spec.quantised.head:
             return saved + savings.head + left_out * savings.vocabulary
         return saved + left_out * self.vocabulary_saved
 
-    def knows(self, recipe: Recipe) -> bool:
-        """Whether the recipe's format was measured, and is faster than none."""
-        return recipe.format is None or recipe.format.code in self.formats
+    def knows(self, draft_spec: DraftSpec) -> bool:
+        """Whether the draft spec's format was measured, and is faster than none."""
+        return draft_spec.format is None or draft_spec.format.code in self.formats
 
     def saved(self, kind: str) -> float:
         """Seconds that skipping one more attention (`attn`) or MLP (`mlp`) saves a step; half a layer with it."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import quantisable
 from selfspec.models.quantised_linear import device_obstacle
-from selfspec.plan.draft_spec import INT4, INT8, Format, Quantised, Recipe, SubVocabulary
+from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Format, Quantised, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
@@ -31,7 +31,7 @@ FORMATS = (INT8, INT4)
 
 
 def copies_that_gain(
-    full: Runtime, bench: Bench, formats: Sequence[Format], runtime_of: Callable[[Recipe], Runtime]
+    full: Runtime, bench: Bench, formats: Sequence[Format], runtime_of: Callable[[DraftSpec], Runtime]
 ) -> tuple[list[Format], dict[str, str]]:
     """The formats in which the whole draft is faster than in full precision; and why the others are not looked at."""
     gaining, slower = list[Format](), dict[str, str]()
@@ -39,7 +39,7 @@ def copies_that_gain(
         if (obstacle := _obstacle(full.model, format)) is not None:
             slower[format.code] = obstacle
             continue
-        quantised = runtime_of(Recipe(quantised=_everything(full.model, format)))
+        quantised = runtime_of(DraftSpec(quantised=_everything(full.model, format)))
         quantised.adopt_cache(full)
         calls = {"full": bench.draft(full), "quantised": bench.draft(quantised)}
         seconds = median_seconds(calls, full.model.device, repeats=CYCLES)
@@ -61,21 +61,21 @@ def _everything(model: PreTrainedModel, format: Format) -> Quantised:
     return Quantised(format=format, sublayers=quantisable(model, format), head=True)
 
 
-def copied_variants(model: PreTrainedModel, formats: Sequence[Format]) -> dict[str, Recipe]:
+def copied_variants(model: PreTrainedModel, formats: Sequence[Format]) -> dict[str, DraftSpec]:
     """Drafts by whose steps the savings of each format are told apart; none where no format gains."""
     if not formats:
         return {}
     some = SubVocabulary.of(range(0, vocabulary_of(model), TRIMMED), vocabulary_of(model))
-    found = {UNPADDED: Recipe(), TRIMMED_HEAD: Recipe(vocabulary=some)}
+    found = {UNPADDED: DraftSpec(), TRIMMED_HEAD: DraftSpec(vocabulary=some)}
     for format in formats:
         every = quantisable(model, format)
         attention, mlp = QuantisedSet(attn=every.attn), QuantisedSet(mlp=every.mlp)
         found |= {
-            f"{format.code} attention": Recipe(quantised=Quantised(format=format, sublayers=attention)),
-            f"{format.code} MLPs": Recipe(quantised=Quantised(format=format, sublayers=mlp)),
-            f"{format.code} head": Recipe(quantised=Quantised(format=format, head=True)),
-            f"{format.code} everything": Recipe(quantised=_everything(model, format)),
-            f"{format.code} everything, a quarter of the head": Recipe(
+            f"{format.code} attention": DraftSpec(quantised=Quantised(format=format, sublayers=attention)),
+            f"{format.code} MLPs": DraftSpec(quantised=Quantised(format=format, sublayers=mlp)),
+            f"{format.code} head": DraftSpec(quantised=Quantised(format=format, head=True)),
+            f"{format.code} everything": DraftSpec(quantised=_everything(model, format)),
+            f"{format.code} everything, a quarter of the head": DraftSpec(
                 quantised=_everything(model, format), vocabulary=some
             ),
         }

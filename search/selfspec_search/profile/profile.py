@@ -17,7 +17,7 @@ from selfspec.errors import InputError
 from selfspec.huggingface.loading import processor_name, versions
 from selfspec.models.draft_weights import Copies
 from selfspec.plan import Padding
-from selfspec.plan.draft_spec import Format, Recipe
+from selfspec.plan.draft_spec import DraftSpec, Format
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime, device_name
 from selfspec.utils.statistics import median_seconds
@@ -226,8 +226,8 @@ class _Subject:
         # One cache for all: growing would replace it.
         slots = max(settings.slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)
 
-        def runtime_of(recipe: Recipe | SkipSet) -> Runtime:
-            return Runtime(model, recipe, backend=settings.backend, compile=settings.compile, copies=copies)
+        def runtime_of(draft_spec: DraftSpec | SkipSet) -> Runtime:
+            return Runtime(model, draft_spec, backend=settings.backend, compile=settings.compile, copies=copies)
 
         runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
         share_cache(runtimes.values(), rows, slots)
@@ -237,7 +237,7 @@ class _Subject:
         # A format must be faster than the padded passes that it replaces.
         full.padding = Padding(rows=rows, target=[], draft=draft_length)
         gaining, slower = copies_that_gain(full, benches[base], settings.formats, runtime_of)
-        runtimes |= {name: runtime_of(recipe) for name, recipe in copied_variants(model, gaining).items()}
+        runtimes |= {name: runtime_of(draft_spec) for name, draft_spec in copied_variants(model, gaining).items()}
         share_cache(runtimes.values(), rows, slots)
         for name in variants(model.config.num_hidden_layers):
             runtimes[name].padding = Padding(rows=rows, target=[], draft=draft_length)

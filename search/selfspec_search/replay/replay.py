@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
-from selfspec.models.draft_view import change_recipe, draft_view
+from selfspec.models.draft_view import change_draft, draft_view
 from selfspec.models.draft_weights import Copies
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.views import run_view, target_view
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.processing import process_packed
@@ -44,7 +44,7 @@ LEAST_CHANCE = 1e-3
 
 
 class Replay:
-    """Replays drafts of one model on texts that it wrote. One draft view and one recording serve every recipe.
+    """Replays drafts of one model on texts that it wrote. One draft view and one recording serve every draft spec.
 
     Args:
         model: the model that wrote the texts.
@@ -54,7 +54,8 @@ class Replay:
         memory: bytes that keys, values and passes of drafts may take beside the model; None for `Memory.default`. The
             passes that record the texts, one batch of few tokens at a time, come on top while the replay is made, and
             so do quantised copies.
-        copies: the draft's own layers, for passes over many tokens; by default they are made as recipes ask for them,
+        copies: the draft's own layers, for passes over many tokens; by default they are made as draft specs ask for
+            them,
             and kept.
 
     Raises:
@@ -94,13 +95,13 @@ class Replay:
         kept = len(self.chunks) <= self._threads
         self._first_steps = [Step.of(self.recordings, chunk, 0) if kept else None for chunk in self.chunks]
 
-    def run(self, recipe: Recipe | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
-        """The table for a draft by this recipe.
+    def run(self, draft_spec: DraftSpec | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
+        """The table for a draft by this draft spec.
 
         `how_deep` sees an estimate from depth 0 alone (`Table.from_first_depth`), says how many depths are worth
         replaying, and may end the trial by 0: then None is returned.
         """
-        change_recipe(self.view, recipe, self.copies)
+        change_draft(self.view, draft_spec, self.copies)
         table, depths = Table.empty(self.texts, self.depths), self.depths
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:
@@ -133,7 +134,7 @@ class Replay:
         for depth in range(1, depths):
             alive = self._advance(alive, depth, table, None)
 
-    def first_depth(self, recipe: Recipe | SkipSet) -> Table:
+    def first_depth(self, draft_spec: DraftSpec | SkipSet) -> Table:
         """The estimate from depth 0 alone."""
         seen: list[Table] = []
 
@@ -141,7 +142,7 @@ class Replay:
             seen.append(first)
             return 0
 
-        self.run(recipe, stop)
+        self.run(draft_spec, stop)
         return seen[0]
 
     def only(self, indices: Sequence[int]) -> Replay:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from selfspec.errors import InputError, PlanError
 from selfspec.plan import Plan, PromptLookup
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.words import in_words, lookup_in_words
 
@@ -25,7 +25,7 @@ class Stored(Protocol):
     @property
     def number(self) -> int: ...
     @property
-    def recipe(self) -> Recipe: ...
+    def draft_spec(self) -> DraftSpec: ...
     @property
     def value(self) -> float | None: ...
     @property
@@ -37,7 +37,7 @@ class Trial:
     """One finished trial. All figures are predicted; None where they were not recorded, or the trial ended early."""
 
     number: int
-    recipe: Recipe
+    draft_spec: DraftSpec
     speedup: float | None = None
     estimate: float | None = None
     draft_cost: float | None = None
@@ -59,7 +59,7 @@ class Trial:
         gamma, lookup, worker = number(prediction, "gamma"), prediction.get("lookup"), record.get("worker")
         return cls(
             number=stored.number,
-            recipe=stored.recipe,
+            draft_spec=stored.draft_spec,
             speedup=_finite(stored.value),
             estimate=estimate if estimate else None,  # 0 stands for a set that was refused unreplayed
             gamma=None if gamma is None else int(gamma),
@@ -71,7 +71,7 @@ class Trial:
 
     @property
     def skip_set(self) -> SkipSet:
-        return self.recipe.skip_set
+        return self.draft_spec.skip_set
 
     @property
     def is_pruned(self) -> bool:
@@ -120,9 +120,9 @@ class StudyData:
     def best(self, count: int) -> list[Trial]:
         """The complete trials of the highest predicted speedup; of equals the smaller draft, as the search ranks."""
         ranked = sorted(self.complete, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
-        unique: dict[Recipe, Trial] = {}
+        unique: dict[DraftSpec, Trial] = {}
         for trial in ranked:
-            unique.setdefault(trial.recipe, trial)
+            unique.setdefault(trial.draft_spec, trial)
         return list(unique.values())[:count]
 
     def front(self) -> list[Trial]:
@@ -131,9 +131,9 @@ class StudyData:
         known = [(trial, point) for trial, point in placed if point is not None]
         return [known[index][0] for index in pareto_front([point for _, point in known])]
 
-    def trial_of(self, recipe: Recipe) -> Trial | None:
-        """The trial that tried this recipe, if one did; a complete one before a pruned one."""
-        same = [trial for trial in self.trials if trial.recipe == recipe]
+    def trial_of(self, draft_spec: DraftSpec) -> Trial | None:
+        """The trial that tried this draft spec, if one did; a complete one before a pruned one."""
+        same = [trial for trial in self.trials if trial.draft_spec == draft_spec]
         return min(same, key=lambda trial: (trial.is_pruned, trial.number), default=None)
 
 
@@ -154,17 +154,17 @@ class ReportData:
                 f"the plan is for a model of {named} layers, but study '{self.study.name}' searched one of "
                 f"{self.study.num_layers}; give a plan and a study of the same model"
             )
-        self.plan.recipe.validate(self.study.num_layers)
+        self.plan.draft_spec.validate(self.study.num_layers)
 
     @property
     def num_layers(self) -> int:
-        """The model's; as far as the recipe reaches, where neither plan nor study says."""
+        """The model's; as far as the draft spec reaches, where neither plan nor study says."""
         if self.study is not None:
             return self.study.num_layers
         if self.plan is not None and self.plan.model is not None:
             return self.plan.model.num_layers
-        recipe = self.recipe or Recipe()
-        named = [*recipe.skip_set, *(recipe.quantised.sublayers if recipe.quantised else ())]
+        draft_spec = self.draft_spec or DraftSpec()
+        named = [*draft_spec.skip_set, *(draft_spec.quantised.sublayers if draft_spec.quantised else ())]
         return max((layer for _, layer in named), default=-1) + 1
 
     @property
@@ -173,22 +173,22 @@ class ReportData:
 
     @property
     def chosen_trial(self) -> Trial | None:
-        """The trial of the plan's recipe; without a plan the best one; None where layers do not draft."""
+        """The trial of the plan's draft spec; without a plan the best one; None where layers do not draft."""
         if self.plan is None:
             return self.best_trial
-        return self.study.trial_of(self.plan.recipe) if self.study and self.plan.gamma else None
+        return self.study.trial_of(self.plan.draft_spec) if self.study and self.plan.gamma else None
 
     @property
-    def recipe(self) -> Recipe | None:
+    def draft_spec(self) -> DraftSpec | None:
         """The plan's, without a plan the best trial's."""
         if self.plan is not None:
-            return self.plan.recipe
-        return self.best_trial.recipe if self.best_trial else None
+            return self.plan.draft_spec
+        return self.best_trial.draft_spec if self.best_trial else None
 
     @property
-    def drafted_with(self) -> Recipe | None:
-        """The recipe, where layers draft at all."""
-        return None if self.plan is not None and not self.plan.gamma else self.recipe
+    def drafted_with(self) -> DraftSpec | None:
+        """The draft spec, where layers draft at all."""
+        return None if self.plan is not None and not self.plan.gamma else self.draft_spec
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:

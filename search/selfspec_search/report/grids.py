@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.canvas import INK, KEPT, PAPER, QUANTISED, SKIPPED, WIDTH, legend_above, new_figure
 from selfspec_search.report.data import Sublayer
@@ -30,17 +30,17 @@ _MATTERS = LinearSegmentedColormap.from_list("matters", ["#8a2f14", "#dd8452", "
 _HELPS = LinearSegmentedColormap.from_list("helps", ["#a63a1b", "#f7f5f2", "#1f5f8b"])
 
 
-def strip(recipe: Recipe, num_layers: int) -> Figure:
+def strip(draft_spec: DraftSpec, num_layers: int) -> Figure:
     """Two rows of cells, one column a layer: dark runs in the draft, lighter in a quantised copy, light is skipped."""
     figure, (axes,) = new_figure(_strip_height(num_layers) + 0.3)
     _cells(axes, num_layers)
     for y, kind in enumerate(KINDS):
         for layer in range(num_layers):
-            choice = recipe.choice(kind, layer)
+            choice = draft_spec.choice(kind, layer)
             axes.add_patch(_cell(layer, y, _FACES[choice], hatch="////" if choice == "skip" else None))
     named = {"keep": "runs", "skip": "skipped"}
-    if recipe.format is not None:
-        named = {"keep": "runs", "quantise": f"runs in {recipe.format.name}", "skip": "skipped"}
+    if draft_spec.format is not None:
+        named = {"keep": "runs", "quantise": f"runs in {draft_spec.format.name}", "skip": "skipped"}
     marks = [
         Patch(facecolor=_FACES[choice], edgecolor=_HATCH, hatch="////" if choice == "skip" else None, linewidth=0.0)
         for choice in named

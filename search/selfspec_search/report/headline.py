@@ -50,7 +50,7 @@ def verdict(data: ReportData) -> str:
         return "No trial was whole, so there is nothing to choose from yet."
     if best.speedup <= 1:
         return "No trial is predicted to decode faster than the plain model."
-    words = drafting(best.recipe, study.num_layers, gamma=best.gamma, lookup=best.lookup)
+    words = drafting(best.draft_spec, study.num_layers, gamma=best.gamma, lookup=best.lookup)
     return f"Best of {len(study.trials)} trials: {words}."
 
 
@@ -58,7 +58,7 @@ def _drafting_of_plan(data: ReportData) -> str:
     plan = data.plan
     assert plan is not None
     lookup = lookup_in_words(plan.prompt_lookup) if plan.prompt_lookup else None
-    return drafting(plan.recipe, data.num_layers, gamma=plan.gamma, threshold=plan.exit_threshold, lookup=lookup)
+    return drafting(plan.draft_spec, data.num_layers, gamma=plan.gamma, threshold=plan.exit_threshold, lookup=lookup)
 
 
 def tiles(data: ReportData) -> list[Tile]:

@@ -48,19 +48,19 @@ def provenance_figures(data: ReportData) -> dict[str, Figures]:
 
 
 def _strip(data: ReportData) -> Panel | None:
-    recipe, layers = data.drafted_with, data.num_layers
-    if recipe is None or not layers:
+    draft_spec, layers = data.drafted_with, data.num_layers
+    if draft_spec is None or not layers:
         return None
-    skip_set = recipe.skip_set
+    skip_set = draft_spec.skip_set
     lost = len(skip_set.dropped_layers())
     dropped = f"; {counted(lost, 'layer')} in whole" if lost else ""
     whose = "The plan" if data.plan else "The best trial"
     return Panel(
         key="skipped",
-        title="What the draft is made of" if recipe.quantised else "What the draft leaves out",
-        figure=grids.strip(recipe, layers),
+        title="What the draft is made of" if draft_spec.quantised else "What the draft leaves out",
+        figure=grids.strip(draft_spec, layers),
         caption=f"{whose} skips {len(skip_set.attn)} of {layers} attention and {len(skip_set.mlp)} of {layers} MLP "
-        f"sub-layers{dropped}{copies_of(recipe)}. Every token is still checked by the whole model.",
+        f"sub-layers{dropped}{copies_of(draft_spec)}. Every token is still checked by the whole model.",
     )
 
 
@@ -192,7 +192,7 @@ def _sensitivity(data: ReportData) -> Panel | None:
     study = data.study
     if study is None:
         return None
-    dotted = data.recipe.skip_set if data.recipe is not None else SkipSet()
+    dotted = data.draft_spec.skip_set if data.draft_spec is not None else SkipSet()
     dots = " Dots are what the " + ("plan" if data.plan else "best trial") + " skips." if dotted else ""
     if study.sensitivity:
         values, differences = study.sensitivity, False

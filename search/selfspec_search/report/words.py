@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfspec.plan import PromptLookup
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 
 MISSING = "—"
@@ -47,14 +47,14 @@ def lookup_in_words(lookup: PromptLookup) -> str:
 
 
 def drafting(
-    recipe: Recipe, num_layers: int, *, gamma: int | None, threshold: float | None = None, lookup: str | None
+    draft_spec: DraftSpec, num_layers: int, *, gamma: int | None, threshold: float | None = None, lookup: str | None
 ) -> str:
     """How a plan or a trial drafts: of what is skipped only how much, for the whole list may take a page."""
     parts = [f"lookup of {lookup}"] if lookup else []
     if gamma != 0:
         exits = "" if threshold is None else f", exit below {threshold:.3f}"
         length = "" if gamma is None else f"; gamma {gamma}{exits}"
-        parts.append(f"skip {skipped_of(recipe.skip_set, num_layers)}{copies_of(recipe)}{length}")
+        parts.append(f"skip {skipped_of(draft_spec.skip_set, num_layers)}{copies_of(draft_spec)}{length}")
     return "; on a miss ".join(parts)
 
 
@@ -64,19 +64,19 @@ def skipped_of(skip_set: SkipSet, num_layers: int) -> str:
     return f"{len(skip_set.attn)} of {num_layers} attention and {len(skip_set.mlp)} of {num_layers} MLP sub-layers"
 
 
-def copies_of(recipe: Recipe) -> str:
+def copies_of(draft_spec: DraftSpec) -> str:
     """What of the draft is its own, to go on a sentence with; nothing where it only skips."""
     parts = []
-    if recipe.quantised is not None:
-        named = [f"{len(recipe.quantised.sublayers)} sub-layers"] * bool(recipe.quantised.sublayers)
-        named += ["the head"] * recipe.quantised.head
-        runs = "run" if recipe.quantised.sublayers else "runs"
-        parts.append(f"{' and '.join(named)} {runs} in {recipe.quantised.format}")
-    if recipe.vocabulary is not None:
-        parts.append(f"it proposes {len(recipe.vocabulary)} tokens")
+    if draft_spec.quantised is not None:
+        named = [f"{len(draft_spec.quantised.sublayers)} sub-layers"] * bool(draft_spec.quantised.sublayers)
+        named += ["the head"] * draft_spec.quantised.head
+        runs = "run" if draft_spec.quantised.sublayers else "runs"
+        parts.append(f"{' and '.join(named)} {runs} in {draft_spec.quantised.format}")
+    if draft_spec.vocabulary is not None:
+        parts.append(f"it proposes {len(draft_spec.vocabulary)} tokens")
     return "".join(f"; {part}" for part in parts)
 
 
-def listed(recipe: Recipe) -> str:
+def listed(draft_spec: DraftSpec) -> str:
     """The whole list, with places where a line may end."""
-    return str(recipe).removeprefix("skip ").replace(",", ", ")
+    return str(draft_spec).removeprefix("skip ").replace(",", ", ")

@@ -15,7 +15,7 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.storage.retrying import RetryingStorage
 from selfspec_search.storage.trial import OWNER, Running, is_gone, owner
 
@@ -48,7 +48,7 @@ class Ledger:
 
     def start(
         self,
-        recipe: Recipe,
+        draft_spec: DraftSpec,
         params: Mapping[str, str],
         distributions: Mapping[str, CategoricalDistribution],
         attrs: Mapping[str, Any] | None = None,
@@ -70,7 +70,7 @@ class Ledger:
             tried = True
             return raw.create_new_trial(self._study_id, template) if known is None else known._trial_id
 
-        return Running(self.storage, self.storage.do(create), recipe)
+        return Running(self.storage, self.storage.do(create), draft_spec)
 
     def fail_stale(self) -> None:
         """Fail the running trials whose workers died.

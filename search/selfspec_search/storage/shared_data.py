@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from selfspec.errors import InputError
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.storage.ledger import Ledger, blob_of
 from selfspec_search.storage.trial import Running
 
@@ -80,7 +80,7 @@ class SharedData:
         """Become the creator, unless all is shared or another creator is alive."""
         if self._keys() is not None or self._creators():
             return
-        setup = self._ledger.start(Recipe(), {}, {}, attrs={SETUP: self._about}).__enter__()
+        setup = self._ledger.start(DraftSpec(), {}, {}, attrs={SETUP: self._about}).__enter__()
         creators = self._creators()
         if self._keys() is not None or creators[:1] != [setup.number]:
             setup.fail()

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.space import Space
 from selfspec_search.storage.ledger import Ledger, blob_of, blobs_of
@@ -37,26 +37,26 @@ class StoredTrial:
 
     Attributes:
         number: of the trial in its study.
-        recipe: what was tried.
+        draft spec: what was tried.
         value: the predicted speedup; None if the trial was pruned.
         record: what the study noted about it.
     """
 
     number: int
-    recipe: Recipe
+    draft_spec: DraftSpec
     value: float | None
     record: Mapping[str, Any]
 
     @property
     def skip_set(self) -> SkipSet:
-        return self.recipe.skip_set
+        return self.draft_spec.skip_set
 
     @classmethod
     def of(cls, trial: FrozenTrial, space: Space) -> StoredTrial:
         """From Optuna's own."""
         return cls(
             number=trial.number,
-            recipe=space.from_params(trial.params),
+            draft_spec=space.from_params(trial.params),
             value=trial.value if trial.state == TrialState.COMPLETE else None,
             record=trial.user_attrs.get(RECORD, {}),
         )
@@ -157,17 +157,17 @@ class Store:
         """What was published under `key`; None if nothing was."""
         return blob_of(self.ledger.attrs(), key)
 
-    def begin(self, recipe: Recipe) -> Running:
+    def begin(self, draft_spec: DraftSpec) -> Running:
         """Begin a trial, which the other workers see at once; use it as a context manager."""
-        return self.ledger.start(recipe, self.space.to_params(recipe), self.space.distributions)
+        return self.ledger.start(draft_spec, self.space.to_params(draft_spec), self.space.distributions)
 
-    def claim(self, recipe: Recipe) -> Running | None:
-        """Begin a trial, unless another worker began one of this recipe that this worker could not know of yet.
+    def claim(self, draft_spec: DraftSpec) -> Running | None:
+        """Begin a trial, unless another worker began one of this draft spec that this worker could not know of yet.
 
-        Workers that propose at the same moment may propose the same recipe: the trial with the lowest number goes on.
-        """
-        running = self.begin(recipe)
-        params = self.space.to_params(recipe)
+        Workers that propose at the same moment may propose the same draft spec: the trial with the lowest number goes
+        on."""
+        running = self.begin(draft_spec)
+        params = self.space.to_params(draft_spec)
         for trial in self.ledger.trials()[: running.number]:
             unknown = trial.state in FINISHED and trial.number not in self._known_numbers
             if trial.params == params and (unknown or trial.state == TrialState.RUNNING):
@@ -175,7 +175,7 @@ class Store:
                 return None
         return running
 
-    def claimed(self) -> set[Recipe]:
+    def claimed(self) -> set[DraftSpec]:
         """What all workers are trying now, this worker included."""
         trials = [trial for trial in self.ledger.trials() if trial.state == TrialState.RUNNING]
         return {self.space.from_params(trial.params) for trial in trials if self._is_ours(trial)}
@@ -183,7 +183,7 @@ class Store:
     def news(self) -> list[StoredTrial]:
         """Trials of all workers that were completed or pruned since the last call; at the first call, all of them.
 
-        Trials whose workers died are failed, so that their recipes may be tried again.
+        Trials whose workers died are failed, so that their draft specs may be tried again.
         """
         self.ledger.fail_stale()
         fresh = [

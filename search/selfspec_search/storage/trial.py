@@ -19,7 +19,7 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import TrialState
 
 from selfspec.errors import InputError
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.storage.errors import STORAGE_ERRORS, reason_of
 from selfspec_search.storage.retrying import RetryingStorage, defer_interrupt
 
@@ -39,11 +39,11 @@ class Running:
     Args:
         storage: of the trial.
         trial_id: Optuna's.
-        recipe: what is tried.
+        draft spec: what is tried.
     """
 
-    def __init__(self, storage: RetryingStorage, trial_id: int, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, storage: RetryingStorage, trial_id: int, draft_spec: DraftSpec) -> None:
+        self.draft_spec = draft_spec
         self._storage = storage
         self._trial_id = trial_id
         self._ending: set[TrialState] = set()
@@ -85,7 +85,7 @@ class Running:
         self._end(TrialState.PRUNED)
 
     def fail(self) -> None:
-        """End the trial without a result; its recipe may be tried again."""
+        """End the trial without a result; its draft spec may be tried again."""
         self._end(TrialState.FAIL)
 
     def _note(self, record: Mapping[str, Any], constraints: Mapping[str, float] | None) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
 from selfspec.models.draft_weights import copied_bytes, quantisable
-from selfspec.plan.draft_spec import Format, Quantised, Recipe, SubVocabulary
+from selfspec.plan.draft_spec import DraftSpec, Format, Quantised, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec_search.profile.costs import Costs
 from selfspec_search.profile.draft_costs import FORMATS, vocabulary_of
@@ -35,7 +35,7 @@ def formats_for(draft: DraftName) -> list[Format]:
 def most_copied(model: PreTrainedModel, formats: Sequence[Format]) -> int:
     """Bytes that a search with these formats takes for copies, at most."""
     layers = model.config.num_hidden_layers
-    return sum(copied_bytes(model, Recipe(quantised=Quantised.everything(format, layers))) for format in formats)
+    return sum(copied_bytes(model, DraftSpec(quantised=Quantised.everything(format, layers))) for format in formats)
 
 
 def space_of(model: PreTrainedModel, profile: Profile, texts: Sequence[Text], draft: DraftName) -> Space:
@@ -77,7 +77,7 @@ def slower(profile: Profile) -> str:
 
 def _heads(model: PreTrainedModel, costs: Costs, texts: Sequence[Text]) -> dict[str, Head]:
     """The model's own, and those that save time: quantised, trimmed to frequent tokens, or both."""
-    step, heads = costs.draft_step(Recipe()), {OWN_HEAD: Head()}
+    step, heads = costs.draft_step(DraftSpec()), {OWN_HEAD: Head()}
     quantised = any(savings.head > LEAST_GAIN * step for savings in costs.formats.values())
     if quantised:
         heads["quantised"] = Head(quantised=True)

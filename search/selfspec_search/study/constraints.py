@@ -9,7 +9,7 @@ from math import inf
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import copied_bytes
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.settings import SearchSettings
 from selfspec_search.study.objective import Prices, draft_cost
 
@@ -19,7 +19,7 @@ def limits_of(model: PreTrainedModel, settings: SearchSettings) -> Limits:
     return Limits(
         cost=settings.max_draft_cost,
         memory=settings.draft_memory,
-        bytes_of=lambda recipe: copied_bytes(model, recipe),
+        bytes_of=lambda draft_spec: copied_bytes(model, draft_spec),
     )
 
 
@@ -50,17 +50,17 @@ class Limits:
     Args:
         cost: the most that a step of the draft may cost, as a share of the whole model's; None for no limit.
         memory: bytes that its own layers may take; None for no limit.
-        bytes_of: what a recipe takes.
+        bytes_of: what a draft spec takes.
     """
 
     cost: float | None = None
     memory: int | None = None
-    bytes_of: Callable[[Recipe], int] = lambda recipe: 0
+    bytes_of: Callable[[DraftSpec], int] = lambda draft_spec: 0
 
-    def check(self, recipe: Recipe, prices: Prices) -> LimitCheck:
+    def check(self, draft_spec: DraftSpec, prices: Prices) -> LimitCheck:
         """Price a draft, and hold it against the limits."""
-        cost = draft_cost(recipe, prices) if prices.costs.knows(recipe) else inf
-        taken = self.bytes_of(recipe)
+        cost = draft_cost(draft_spec, prices) if prices.costs.knows(draft_spec) else inf
+        taken = self.bytes_of(draft_spec)
         excess = {} if self.cost is None else {"draft_cost": cost - self.cost}
         if self.memory is not None:
             excess["draft_memory"] = taken / max(1, self.memory) - 1

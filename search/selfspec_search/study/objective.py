@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfspec.plan import Figures, Plan, PromptLookup
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.profile.costs import Costs
 from selfspec_search.profile.profile import Profile
@@ -29,24 +29,24 @@ COMBINED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One recipe with one way of drafting, and what it is predicted to bring on the texts of a table."""
+    """One draft spec with one way of drafting, and what it is predicted to bring on the texts of a table."""
 
-    recipe: Recipe
+    draft_spec: DraftSpec
     drafting: Drafting
     figures: Figures
 
     @property
     def skip_set(self) -> SkipSet:
-        return self.recipe.skip_set
+        return self.draft_spec.skip_set
 
     @property
     def plan(self) -> Plan:
         """The plan that drafts this way."""
-        recipe, way = self.recipe, self.drafting
+        draft_spec, way = self.draft_spec, self.drafting
         return Plan(
-            skip_set=recipe.skip_set,
-            quantised=recipe.quantised,
-            draft_vocabulary=recipe.vocabulary and recipe.vocabulary.code,
+            skip_set=draft_spec.skip_set,
+            quantised=draft_spec.quantised,
+            draft_vocabulary=draft_spec.vocabulary and draft_spec.vocabulary.code,
             gamma=way.gamma,
             prompt_lookup=way.lookup,
         )
@@ -56,7 +56,7 @@ class Prediction:
         return self.figures.speedup
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the recipe, ready for JSON."""
+        """All but the draft spec, ready for JSON."""
         lookup = self.drafting.lookup
         return {
             "gamma": self.drafting.gamma,
@@ -65,12 +65,12 @@ class Prediction:
         }
 
     @classmethod
-    def from_dict(cls, recipe: Recipe, data: Mapping[str, Any]) -> Prediction:
+    def from_dict(cls, draft_spec: DraftSpec, data: Mapping[str, Any]) -> Prediction:
         """The inverse of `to_dict`."""
         figures = Figures.model_validate({n: data[n] for n in Figures.model_fields if n in data}, strict=False)
         lookup = PromptLookup(**data["lookup"]) if data.get("lookup") else None
         drafting = Drafting(data["gamma"], lookup)
-        return cls(recipe=recipe, drafting=drafting, figures=figures)
+        return cls(draft_spec=draft_spec, drafting=drafting, figures=figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +117,18 @@ class Prices:
     def _lookup_alone(self, texts: Sequence[Text]) -> list[Prediction]:
         lengths = range(1, len(self.costs.rounds))
         every = [PromptLookup(gamma=n, min_ngram=m, max_ngram=MAX_NGRAM) for m in MIN_NGRAMS for n in lengths]
-        return predict(Table.empty(texts, 1), self, Recipe(), [Drafting(0, lookup) for lookup in every])
+        return predict(Table.empty(texts, 1), self, DraftSpec(), [Drafting(0, lookup) for lookup in every])
 
     def best_lookup(self, texts: Sequence[Text]) -> Prediction | None:
         """Prompt lookup alone at its best; None where it does not take part."""
         alone = [Drafting(0, lookup) for lookup in self.lookups]
-        predictions = predict(Table.empty(texts, 1), self, Recipe(), alone) if alone else []
+        predictions = predict(Table.empty(texts, 1), self, DraftSpec(), alone) if alone else []
         return max(predictions, key=lambda prediction: prediction.speedup, default=None)
 
 
-def draft_cost(recipe: Recipe | SkipSet, prices: Prices) -> float:
+def draft_cost(draft_spec: DraftSpec | SkipSet, prices: Prices) -> float:
     """What a step of the draft costs, as a share of the whole model's."""
-    return prices.costs.draft_step(recipe) / prices.costs.draft_step(Recipe())
+    return prices.costs.draft_step(draft_spec) / prices.costs.draft_step(DraftSpec())
 
 
 def ranked(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -141,17 +141,17 @@ def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:
     return [Drafting(gamma) for gamma in range(1, min(table.depths, len(prices.costs.rounds) - 1) + 1)]
 
 
-def evaluate(table: Table, prices: Prices, recipe: Recipe) -> list[Prediction]:
-    """Every way of drafting by `recipe`, then the best of them with prompt lookup before it."""
-    by_layers = predict(table, prices, recipe, ways_to_draft(table, prices))
+def evaluate(table: Table, prices: Prices, draft_spec: DraftSpec) -> list[Prediction]:
+    """Every way of drafting by `draft_spec`, then the best of them with prompt lookup before it."""
+    by_layers = predict(table, prices, draft_spec, ways_to_draft(table, prices))
     fastest = sorted(by_layers, key=lambda prediction: -prediction.speedup)[:COMBINED]
     combined = [replace(p.drafting, lookup=lookup) for lookup in prices.lookups for p in fastest]
-    return by_layers + (predict(table, prices, recipe, combined) if combined else [])
+    return by_layers + (predict(table, prices, draft_spec, combined) if combined else [])
 
 
-def best(table: Table, prices: Prices, recipe: Recipe) -> Prediction:
-    """The fastest way of drafting by `recipe`; where it is below 1, plain decoding is faster."""
-    return simplest(evaluate(table, prices, recipe))
+def best(table: Table, prices: Prices, draft_spec: DraftSpec) -> Prediction:
+    """The fastest way of drafting by `draft_spec`; where it is below 1, plain decoding is faster."""
+    return simplest(evaluate(table, prices, draft_spec))
 
 
 def simplest(predictions: Sequence[Prediction]) -> Prediction:
@@ -178,8 +178,8 @@ def depths_worth_replaying(estimates: Sequence[Prediction]) -> int:
     return deepest + 1
 
 
-def predict(table: Table, prices: Prices, recipe: Recipe, ways: Sequence[Drafting]) -> list[Prediction]:
-    """Figures for each of these ways of drafting by `recipe`.
+def predict(table: Table, prices: Prices, draft_spec: DraftSpec, ways: Sequence[Drafting]) -> list[Prediction]:
+    """Figures for each of these ways of drafting by `draft_spec`.
 
     Rows of a batch are done when the last one is. When sampling, that is told from each row's expected rounds, which is
     somewhat early.
@@ -194,7 +194,7 @@ def predict(table: Table, prices: Prices, recipe: Recipe, ways: Sequence[Draftin
     predictions = []
     for index, way in enumerate(ways):
         passes = float(rounds[index][batches].max(axis=1).sum())
-        seconds = passes * _pass_seconds(walked, index, way, prices, recipe) + prefill
+        seconds = passes * _pass_seconds(walked, index, way, prices, draft_spec) + prefill
         figures = Figures(
             tokens_per_round=int(table.written.sum()) / float(rounds[index].sum()),
             acceptance_rate=float(accepted[index] / drafted[index]) if drafted[index] else 0.0,
@@ -202,13 +202,13 @@ def predict(table: Table, prices: Prices, recipe: Recipe, ways: Sequence[Draftin
             speedup=plain / seconds,
             texts=table.texts,
         )
-        predictions.append(Prediction(recipe=recipe, drafting=way, figures=figures))
+        predictions.append(Prediction(draft_spec=draft_spec, drafting=way, figures=figures))
     return predictions
 
 
 def plain_figures(table: Table, prices: Prices) -> Figures:
     """What plain decoding is predicted to bring."""
-    return predict(table, prices, Recipe(), [Drafting(0)])[0].figures
+    return predict(table, prices, DraftSpec(), [Drafting(0)])[0].figures
 
 
 def _batches(texts: int, rows: int) -> NDArray[np.int64]:
@@ -216,11 +216,11 @@ def _batches(texts: int, rows: int) -> NDArray[np.int64]:
     return np.arange(-(-texts // rows) * rows).reshape(-1, rows) % texts
 
 
-def _pass_seconds(walked: Walk, index: int, way: Drafting, prices: Prices, recipe: Recipe) -> float:
+def _pass_seconds(walked: Walk, index: int, way: Drafting, prices: Prices, draft_spec: DraftSpec) -> float:
     """Of one round of all rows, drafting included: rows wait for the one that drafts longest."""
     costs, visits = prices.costs, walked.visits[index].ravel()
     drafted, steps = walked.drafted[index].ravel(), walked.steps[index].ravel()
-    step = costs.draft_step(recipe)
+    step = costs.draft_step(draft_spec)
     rounds = costs.round(drafted, way.longest)
     seconds = step * _largest(steps, steps, visits, prices.rows) + _largest(drafted, rounds, visits, prices.rows)
     return seconds + (costs.lookup if way.lookup else 0.0)

@@ -1,4 +1,5 @@
-"""Sampler: one of Optuna's, on a study in memory: it proposes recipes, and learns what came of them and of others."""
+"""Sampler: one of Optuna's, on a study in memory: it proposes draft specs, and learns what came of them and of
+others."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from collections.abc import Mapping
 import optuna
 from optuna.trial import TrialState
 
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.space import Space
 
 
 class Sampler:
-    """Proposes recipes.
+    """Proposes draft specs.
 
     Args:
         name: `tpe`, `gp` or `random`.
@@ -23,23 +24,25 @@ class Sampler:
     def __init__(self, name: str, seed: int, space: Space) -> None:
         self.space = space
         self._study = optuna.create_study(direction="maximize", sampler=_make(name, seed))
-        self._asked: dict[Recipe, optuna.Trial] = {}
+        self._asked: dict[DraftSpec, optuna.Trial] = {}
 
-    def propose(self) -> Recipe:
+    def propose(self) -> DraftSpec:
         """One that looks promising; `tell` or `decline` answers."""
         trial = self._study.ask()
-        recipe = self.space.suggest(trial)
-        self.decline(recipe)  # proposed before, and never answered
-        self._asked[recipe] = trial
-        return recipe
+        draft_spec = self.space.suggest(trial)
+        self.decline(draft_spec)  # proposed before, and never answered
+        self._asked[draft_spec] = trial
+        return draft_spec
 
-    def decline(self, recipe: Recipe) -> None:
+    def decline(self, draft_spec: DraftSpec) -> None:
         """Leave a proposal without a result, as where it is known already."""
-        if (asked := self._asked.pop(recipe, None)) is not None:
+        if (asked := self._asked.pop(draft_spec, None)) is not None:
             self._study.tell(asked, state=TrialState.FAIL)
 
-    def tell(self, recipe: Recipe, value: float | None, *, estimate: float, constraints: Mapping[str, float]) -> None:
-        """What came of a recipe, proposed here or not.
+    def tell(
+        self, draft_spec: DraftSpec, value: float | None, *, estimate: float, constraints: Mapping[str, float]
+    ) -> None:
+        """What came of a draft spec, proposed here or not.
 
         Args:
             value: the objective; None if the trial was ended early.
@@ -47,9 +50,9 @@ class Sampler:
             constraints: feasible if at most 0.
         """
         state = TrialState.PRUNED if value is None else TrialState.COMPLETE
-        if (asked := self._asked.pop(recipe, None)) is None:
+        if (asked := self._asked.pop(draft_spec, None)) is None:
             trial = optuna.create_trial(
-                params=self.space.to_params(recipe),
+                params=self.space.to_params(draft_spec),
                 distributions={**self.space.distributions},
                 state=state,
                 value=value,

@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.table import Table
 from selfspec_search.settings import SearchSettings
@@ -46,8 +46,8 @@ class Study:
         """Run trials until there were enough, time is up, or the user interrupts; what was found until then stays."""
         deadline = time.monotonic() + (float("inf") if self.settings.timeout is None else self.settings.timeout)
         try:
-            for recipe in self._proposals.recipes():
-                self._try(recipe)
+            for draft_spec in self._proposals.draft_specs():
+                self._try(draft_spec)
                 self._learn(self.store.news())
                 self.on_trial(self.findings.trials, self.findings.best)
                 if self.findings.trials >= self.settings.trials or time.monotonic() > deadline:
@@ -56,28 +56,28 @@ class Study:
             self.interrupted = True
             self._learn(self.store.news())  # a trial may have ended and not have been noted
 
-    def _try(self, recipe: Recipe) -> None:
-        if (running := self.store.claim(recipe)) is None:
+    def _try(self, draft_spec: DraftSpec) -> None:
+        if (running := self.store.claim(draft_spec)) is None:
             return  # another worker was first: its result is among the next news
-        check = self.findings.check(recipe)
+        check = self.findings.check(draft_spec)
         record = _record(check)
         with running:
             if check.is_feasible:
-                self._replay(recipe, running, record)
+                self._replay(draft_spec, running, record)
             else:
                 running.prune(0.0, {**record, "estimate": 0.0}, check.excess)
 
-    def _replay(self, recipe: Recipe, running: Running, record: dict[str, Any]) -> None:
+    def _replay(self, draft_spec: DraftSpec, running: Running, record: dict[str, Any]) -> None:
         start, first_depth, estimate = time.monotonic(), None, 0.0
-        excess = self.findings.check(recipe).excess
+        excess = self.findings.check(draft_spec).excess
 
         def how_deep(first: Table) -> int:
             nonlocal first_depth, estimate
-            estimates = evaluate(first, self.prices, recipe)
+            estimates = evaluate(first, self.prices, draft_spec)
             first_depth, estimate = first, max(way.speedup for way in estimates)
             return 0 if self.findings.is_hopeless(estimate) else depths_worth_replaying(estimates)
 
-        table = self.replay.run(recipe, how_deep)
+        table = self.replay.run(draft_spec, how_deep)
         assert first_depth is not None
         kept = table or first_depth.shallow(1)
         record |= {
@@ -89,7 +89,7 @@ class Study:
         if table is None:
             running.prune(estimate, record, excess)
             return
-        prediction = best(table, self.prices, recipe)
+        prediction = best(table, self.prices, draft_spec)
         record["prediction"] = prediction.to_dict()
         running.finish(prediction.speedup, record, excess)
 
@@ -97,9 +97,12 @@ class Study:
         """Take in what this worker, others and earlier runs found."""
         for trial in news:
             prediction, estimate = prediction_of(trial), trial.record["estimate"]
-            self.findings.note(trial.recipe, prediction, estimate)
-            value, excess = None if prediction is None else prediction.speedup, self.findings.check(trial.recipe).excess
-            self._sampler.tell(trial.recipe, value, estimate=estimate, constraints=excess)
+            self.findings.note(trial.draft_spec, prediction, estimate)
+            value, excess = (
+                None if prediction is None else prediction.speedup,
+                self.findings.check(trial.draft_spec).excess,
+            )
+            self._sampler.tell(trial.draft_spec, value, estimate=estimate, constraints=excess)
 
 
 def _record(check: LimitCheck) -> dict[str, Any]:
@@ -112,4 +115,4 @@ def prediction_of(trial: StoredTrial) -> Prediction | None:
     """What a trial of a study predicted; None if it was pruned."""
     if trial.value is None:
         return None
-    return Prediction.from_dict(trial.recipe, trial.record["prediction"])
+    return Prediction.from_dict(trial.draft_spec, trial.record["prediction"])

@@ -30,7 +30,7 @@ from selfspec_search.storage.retrying import defer_interrupt
 from selfspec_search.storage.study_store import Store, StoredTrial, load_study
 
 from selfspec import InputError
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["postgres"]
 
 LAYERS = 3
-SETS = [Recipe.of(skip_set) for skip_set in seeds(LAYERS)]
+SETS = [DraftSpec.of(skip_set) for skip_set in seeds(LAYERS)]
 DEADLINE = 120.0
 """Seconds after which a test gives up."""
 
@@ -522,7 +522,7 @@ class TestLostConnections:
                 back.start()
                 running.finish(1.25, {"a": 1})
             back.join()
-            assert store.news() == [StoredTrial(number=running.number, recipe=SETS[0], value=1.25, record={"a": 1})]
+            assert store.news() == [StoredTrial(number=running.number, draft_spec=SETS[0], value=1.25, record={"a": 1})]
         (line,) = lines
         assert "the connection to storage" in line
         assert line.endswith("; trying again for 90 s")

@@ -151,7 +151,7 @@ def kill(worker: subprocess.Popen[str]) -> None:
 
 def contents(study: StoredStudy) -> dict[int, str]:
     """All that is stored of each finished trial, as text."""
-    return {t.number: json.dumps([str(t.recipe), t.value, t.record], sort_keys=True) for t in study.trials}
+    return {t.number: json.dumps([str(t.draft_spec), t.value, t.record], sort_keys=True) for t in study.trials}
 
 
 def assert_lossless(out: str) -> None:
@@ -183,7 +183,7 @@ def test_of_three_workers_on_one_database_the_creator_is_killed_and_the_others_f
 
     study = load_study(storage, STUDY)
     assert TRIALS <= len(study.trials) <= TRIALS + 1  # both may be in their last trial
-    assert Counter(trial.recipe for trial in study.trials).most_common(1)[0][1] == 1
+    assert Counter(trial.draft_spec for trial in study.trials).most_common(1)[0][1] == 1
     assert all_trials(storage)[lost.number].state == TrialState.FAIL
     assert {trial.record["worker"].partition(":")[2] for trial in study.trials} == {str(w.pid) for w in workers}
 
@@ -256,7 +256,7 @@ def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c_until_exactly_al
     killed, interrupted, complete = map(contents, story.studies)
     assert 2 <= len(killed) < len(interrupted) < len(complete) == TRIALS
     assert killed.items() <= interrupted.items() <= complete.items()
-    assert len({trial.recipe for trial in story.studies[-1].trials}) == TRIALS
+    assert len({trial.draft_spec for trial in story.studies[-1].trials}) == TRIALS
     assert {trial.state for trial in all_trials(story.storage)} <= {*FINISHED, TrialState.FAIL}
 
 

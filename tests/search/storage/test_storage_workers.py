@@ -19,7 +19,7 @@ from selfspec_search.storage import trial as trial_module
 from selfspec_search.storage.open import Heartbeat
 from selfspec_search.storage.study_store import Store, load_study
 
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 JOURNAL_LOCK_SECONDS = 3
 """A worker may be killed while it holds the lock: tests wait for the lock less long than users."""
 LAYERS = 4
-SETS = [Recipe.of(skip_set_of([sublayer])) for sublayer in sublayers(LAYERS)]
+SETS = [DraftSpec.of(skip_set_of([sublayer])) for sublayer in sublayers(LAYERS)]
 DEADLINE = 240.0
 
 
@@ -121,15 +121,15 @@ def dies_in_making(storage: str, at_it: Any) -> None:
         store.share(make)
 
 
-def works(storage: str, machine: str, dies_on: Recipe | None, dying: Any) -> None:
-    """Try recipes that nobody tries until all are finished; die in the trial of `dies_on`, before others begin."""
+def works(storage: str, machine: str, dies_on: DraftSpec | None, dying: Any) -> None:
+    """Try draft specs that nobody tries until all are finished; die in the trial of `dies_on`, before others begin."""
     trial_module.machine = lambda: machine
-    finished = set[Recipe]()
+    finished = set[DraftSpec]()
     with join(storage, heartbeat=Heartbeat(interval=0.1, grace=5.0)) as store:
         store.share(dict)
         assert dies_on or dying.wait(DEADLINE)
         while finished != set(SETS):
-            free = [recipe for recipe in SETS if recipe not in finished | store.claimed()]
+            free = [draft_spec for draft_spec in SETS if draft_spec not in finished | store.claimed()]
             if free and (running := store.claim(dies_on or free[0])) is not None:
                 with running:
                     if dies_on:
@@ -137,7 +137,7 @@ def works(storage: str, machine: str, dies_on: Recipe | None, dying: Any) -> Non
                         time.sleep(DEADLINE)
                     running.finish(1.0, {"by": machine})
             time.sleep(0.02)
-            finished.update(trial.recipe for trial in store.news())
+            finished.update(trial.draft_spec for trial in store.news())
 
 
 def works_until_killed(storage: str, seed: int, at_it: Any) -> None:
@@ -169,7 +169,7 @@ def test_a_search_resumed_after_a_kill_has_all_finished_trials_and_fails_the_los
     process.kill()
     process.join()
     with join(shared) as store:
-        assert [trial.recipe for trial in store.news()] == SETS[:2]
+        assert [trial.draft_spec for trial in store.news()] == SETS[:2]
         assert store.claimed() == set()
         running = store.claim(SETS[2])
         assert running is not None
@@ -191,7 +191,7 @@ def test_a_creator_that_is_killed_is_replaced_at_once(
         assert store.share(lambda: {"profile": b"new"}, seconds=5) == {"profile": b"new"}
 
 
-def test_of_three_workers_one_is_killed_and_the_others_finish_all_recipes_once(
+def test_of_three_workers_one_is_killed_and_the_others_finish_all_draft_specs_once(
     workers: Workers, shared: str, processes: ForkServerContext
 ) -> None:
     dying = processes.Event()
@@ -203,7 +203,7 @@ def test_of_three_workers_one_is_killed_and_the_others_finish_all_recipes_once(
     victim.join()
     workers.wait()
     trials = load_study(shared).trials
-    assert Counter(trial.recipe for trial in trials) == Counter(SETS)
+    assert Counter(trial.draft_spec for trial in trials) == Counter(SETS)
     assert {trial.record["by"] for trial in trials} <= {"machine 0", "machine 1"}
 
 

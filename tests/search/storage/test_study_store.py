@@ -23,7 +23,7 @@ from selfspec_search.storage.study_store import Store, StoredTrial, load_study
 from selfspec_search.storage.trial import OWNER
 
 from selfspec import InputError
-from selfspec.plan.draft_spec import Recipe
+from selfspec.plan.draft_spec import DraftSpec
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -32,7 +32,7 @@ pytest_plugins = ["postgres"]
 
 T = TypeVar("T")
 LAYERS = 5
-SETS = [Recipe.of(skip_set) for skip_set in seeds(LAYERS)]
+SETS = [DraftSpec.of(skip_set) for skip_set in seeds(LAYERS)]
 IDENTITY = {"model": "tiny llama", "gamma_max": 7, "new_tokens": 31}
 SILENT = Heartbeat(interval=3600.0, grace=0.0)
 """A trial is stale soon after its beginning."""
@@ -62,7 +62,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def becomes_stale(store: Store) -> bool:
-    """Whether the store no longer counts any recipe as being tried."""
+    """Whether the store no longer counts any draft spec as being tried."""
     assert store.news() == []
     return store.claimed() == set()
 
@@ -110,24 +110,24 @@ class TestEveryStorage:
         record = {"estimate": 1.25, "prediction": {"gamma": 3, "lookup": None}, "table": "x" * 50_000}
         with store.begin(SETS[0]) as running:
             running.finish(1.37, record, {"draft_cost": -0.2})
-        assert store.news() == [StoredTrial(number=1, recipe=SETS[0], value=1.37, record=record)]
+        assert store.news() == [StoredTrial(number=1, draft_spec=SETS[0], value=1.37, record=record)]
 
     def test_a_pruned_trial_comes_back_without_a_value(self, store: Store) -> None:
         with store.begin(SETS[1]) as running:
             running.prune(0.9, {"estimate": 0.9})
-        assert store.news() == [StoredTrial(number=1, recipe=SETS[1], value=None, record={"estimate": 0.9})]
+        assert store.news() == [StoredTrial(number=1, draft_spec=SETS[1], value=None, record={"estimate": 0.9})]
 
     def test_a_finished_trial_is_news_once(self, store: Store) -> None:
-        for recipe in SETS[:3]:
-            with store.begin(recipe) as running:
+        for draft_spec in SETS[:3]:
+            with store.begin(draft_spec) as running:
                 running.finish(1.0, {})
-        assert [trial.recipe for trial in store.news()] == SETS[:3]
+        assert [trial.draft_spec for trial in store.news()] == SETS[:3]
         assert store.news() == []
         with store.begin(SETS[3]) as running:
             running.finish(1.0, {})
-            assert [trial.recipe for trial in store.news()] == [SETS[3]]
+            assert [trial.draft_spec for trial in store.news()] == [SETS[3]]
 
-    def test_a_recipe_is_claimed_while_it_is_tried(self, store: Store) -> None:
+    def test_a_draft_spec_is_claimed_while_it_is_tried(self, store: Store) -> None:
         assert store.claimed() == set()
         with store.begin(SETS[2]) as running:
             assert store.claimed() == {SETS[2]}
@@ -168,7 +168,9 @@ class TestEveryStorage:
 
 
 class TestStaleTrials:
-    def test_the_trial_of_a_silent_worker_is_failed_and_its_recipe_is_free_again(self, shared: str, name: str) -> None:
+    def test_the_trial_of_a_silent_worker_is_failed_and_its_draft_spec_is_free_again(
+        self, shared: str, name: str
+    ) -> None:
         with join(shared, name) as first, join(shared, name, heartbeat=SILENT) as second:
             first.share(dict)
             second.begin(SETS[2])
@@ -177,7 +179,7 @@ class TestStaleTrials:
             again = first.claim(SETS[2])
             assert again is not None
             again.finish(1.5, {})
-            assert [trial.recipe for trial in second.news()] == [SETS[2]]
+            assert [trial.draft_spec for trial in second.news()] == [SETS[2]]
 
     def test_the_trial_of_a_process_that_ended_on_this_machine_is_failed_at_once(
         self, shared: str, name: str, ended_process: int
@@ -227,7 +229,7 @@ class TestSharedStorages:
         with join(shared, name) as first, first.begin(SETS[0]) as running:
             running.finish(1.25, {"a": [1]})
         with join(shared, name) as second:
-            assert second.news() == [StoredTrial(number=1, recipe=SETS[0], value=1.25, record={"a": [1]})]
+            assert second.news() == [StoredTrial(number=1, draft_spec=SETS[0], value=1.25, record={"a": [1]})]
 
     def test_a_worker_that_joins_does_not_make_the_shared_data(self, shared: str, name: str) -> None:
         with join(shared, name) as first, join(shared, name) as second:
@@ -312,21 +314,21 @@ class TestSharedStorages:
         for store in stores:
             store.close()
 
-    def test_of_workers_that_claim_a_recipe_at_once_the_first_has_it(self, shared: str, name: str) -> None:
+    def test_of_workers_that_claim_a_draft_spec_at_once_the_first_has_it(self, shared: str, name: str) -> None:
         stores = [join(shared, name) for _ in range(4)]
         got = at_once([lambda store=store: store.claim(SETS[3]) for store in stores])
         (running,) = [each for each in got if each is not None]
         assert stores[0].claimed() == {SETS[3]}
         running.finish(1.0, {})
         assert stores[1].claim(SETS[3]) is None  # this worker did not know the result
-        assert [trial.recipe for trial in stores[1].news()] == [SETS[3]]
+        assert [trial.draft_spec for trial in stores[1].news()] == [SETS[3]]
         again = stores[1].claim(SETS[3])
         assert again is not None  # a worker that knows the result may want another one
         again.fail()
         for store in stores:
             store.close()
 
-    def test_the_recipe_of_a_failed_trial_can_be_claimed(self, shared: str, name: str) -> None:
+    def test_the_draft_spec_of_a_failed_trial_can_be_claimed(self, shared: str, name: str) -> None:
         with join(shared, name) as first, join(shared, name) as second:
             first.begin(SETS[3]).fail()
             running = second.claim(SETS[3])
@@ -345,7 +347,7 @@ class TestSharedStorages:
         assert study.identity == IDENTITY
         assert study.num_layers == LAYERS
         assert study.blobs == {"profile": b"p"}
-        assert [(trial.recipe, trial.value) for trial in study.trials] == [(SETS[0], 1.25), (SETS[1], None)]
+        assert [(trial.draft_spec, trial.value) for trial in study.trials] == [(SETS[0], 1.25), (SETS[1], None)]
 
     def test_a_study_that_does_not_exist_is_refused_with_those_that_do(self, shared: str, name: str) -> None:
         join(shared, name).close()

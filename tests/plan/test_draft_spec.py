@@ -1,4 +1,5 @@
-"""Recipes: what the draft skips, quantises and proposes; and formats and sub-vocabularies, which they are made of."""
+"""Draft specs: what the draft skips, quantises and proposes; and formats and sub-vocabularies, which they are made
+of."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfspec import Format, Plan, PlanError, Quantised, QuantisedSet, Recipe, SkipSet, SubVocabulary
+from selfspec import DraftSpec, Format, Plan, PlanError, Quantised, QuantisedSet, SkipSet, SubVocabulary
 from selfspec.plan import ModelIdentity
 from selfspec.plan.draft_spec import GROUP_SIZES, INT4, INT8
 
@@ -93,7 +94,7 @@ def test_everything_is_all_that_is_not_skipped_and_the_head() -> None:
     everything = Quantised.everything(INT8, 5, skip_set=skip_set)
     assert everything.sublayers == QuantisedSet(attn={1, 2, 4}, mlp={0, 1, 2, 3})
     assert everything.head
-    Recipe(skip_set=skip_set, quantised=everything)  # nothing is named twice
+    DraftSpec(skip_set=skip_set, quantised=everything)  # nothing is named twice
     assert len(Quantised.everything(INT8, 5).sublayers) == 10
 
 
@@ -185,50 +186,50 @@ def test_a_vocabulary_of_no_token_is_refused_in_a_plan() -> None:
         Plan(skip_set=SkipSet(), gamma=2, draft_vocabulary=nothing)
 
 
-# --- Recipes ---
+# --- Draft specs ---
 
-RECIPE = Recipe(
+DRAFT_SPEC = DraftSpec(
     skip_set=SkipSet(attn={0, 1}, mlp={2}),
     quantised=Quantised(format=Format("int4", 64), sublayers=QuantisedSet(attn={2}, mlp={0, 1}), head=True),
     vocabulary=SubVocabulary.of([3, 5, 8], 11),
 )
 
 
-def test_a_recipe_says_what_becomes_of_every_sub_layer() -> None:
-    assert [RECIPE.choice("attn", layer) for layer in range(4)] == ["skip", "skip", "quantise", "keep"]
-    assert [RECIPE.choice("mlp", layer) for layer in range(4)] == ["quantise", "quantise", "skip", "keep"]
-    assert Recipe().choice("attn", 0) == "keep"
+def test_a_draft_spec_says_what_becomes_of_every_sub_layer() -> None:
+    assert [DRAFT_SPEC.choice("attn", layer) for layer in range(4)] == ["skip", "skip", "quantise", "keep"]
+    assert [DRAFT_SPEC.choice("mlp", layer) for layer in range(4)] == ["quantise", "quantise", "skip", "keep"]
+    assert DraftSpec().choice("attn", 0) == "keep"
 
 
-def test_a_recipe_in_words() -> None:
-    assert str(RECIPE) == "skip attn 0-1 | mlp 2; int4 in groups of 64: attn 2 | mlp 0-1 | head; 3 tokens"
-    assert str(Recipe()) == "skip nothing skipped"
-    only_head = Recipe(quantised=Quantised(format=INT8, head=True))
+def test_a_draft_spec_in_words() -> None:
+    assert str(DRAFT_SPEC) == "skip attn 0-1 | mlp 2; int4 in groups of 64: attn 2 | mlp 0-1 | head; 3 tokens"
+    assert str(DraftSpec()) == "skip nothing skipped"
+    only_head = DraftSpec(quantised=Quantised(format=INT8, head=True))
     assert str(only_head) == "skip nothing skipped; int8: head"
     assert str(Quantised(format=INT8)) == "int8: nothing"
 
 
-def test_a_skip_set_alone_is_a_recipe_and_so_is_nothing() -> None:
+def test_a_skip_set_alone_is_a_draft_spec_and_so_is_nothing() -> None:
     skip_set = SkipSet(mlp={1})
-    assert Recipe.of(skip_set) == Recipe(skip_set=skip_set)
-    assert Recipe.of(None) == Recipe()
-    assert Recipe.of(RECIPE) is RECIPE
+    assert DraftSpec.of(skip_set) == DraftSpec(skip_set=skip_set)
+    assert DraftSpec.of(None) == DraftSpec()
+    assert DraftSpec.of(DRAFT_SPEC) is DRAFT_SPEC
 
 
 def test_the_head_is_the_drafts_own_where_it_is_quantised_or_trimmed() -> None:
-    assert not Recipe(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={1}))).head_is_own
-    assert Recipe(quantised=Quantised(format=INT8, head=True)).head_is_own
-    assert Recipe(vocabulary=RECIPE.vocabulary).head_is_own
-    assert Recipe(vocabulary=RECIPE.vocabulary).format is None
+    assert not DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={1}))).head_is_own
+    assert DraftSpec(quantised=Quantised(format=INT8, head=True)).head_is_own
+    assert DraftSpec(vocabulary=DRAFT_SPEC.vocabulary).head_is_own
+    assert DraftSpec(vocabulary=DRAFT_SPEC.vocabulary).format is None
 
 
-def test_equal_recipes_have_equal_hashes() -> None:
-    again = Recipe(
+def test_equal_draft_specs_have_equal_hashes() -> None:
+    again = DraftSpec(
         skip_set=SkipSet(attn=[1, 0], mlp=[2]),
-        quantised=Quantised.from_dict(RECIPE.quantised.to_dict() if RECIPE.quantised else {}),
+        quantised=Quantised.from_dict(DRAFT_SPEC.quantised.to_dict() if DRAFT_SPEC.quantised else {}),
         vocabulary=SubVocabulary.of((8, 3, 5), 11),
     )
-    assert {again: 1}[RECIPE] == 1
+    assert {again: 1}[DRAFT_SPEC] == 1
 
 
 @pytest.mark.parametrize("kind", ["attn", "mlp"])
@@ -236,7 +237,7 @@ def test_a_sub_layer_both_skipped_and_quantised_is_refused(kind: str) -> None:
     skip_set, sublayers = SkipSet(**{kind: {5, 3, 1}}), QuantisedSet(**{kind: {2, 3, 5}})
     message = f"{kind} layer 3 is both skipped and quantised; choose one"
     with pytest.raises(PlanError, match=message) as error:
-        Recipe(skip_set=skip_set, quantised=Quantised(format=INT8, sublayers=sublayers))
+        DraftSpec(skip_set=skip_set, quantised=Quantised(format=INT8, sublayers=sublayers))
     assert one_line(error) == message
     data = {"format": "int8", kind: [2, 3, 5]}
     edited = {"selfspec_version": 1, "skip_set": {kind: [1, 3, 5]}, "gamma": 4, "quantised": data}
@@ -245,26 +246,28 @@ def test_a_sub_layer_both_skipped_and_quantised_is_refused(kind: str) -> None:
 
 
 def test_attention_may_be_quantised_where_the_mlp_is_skipped() -> None:
-    recipe = Recipe(skip_set=SkipSet(mlp={3}), quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={3})))
-    assert (recipe.choice("attn", 3), recipe.choice("mlp", 3)) == ("quantise", "skip")
+    draft_spec = DraftSpec(
+        skip_set=SkipSet(mlp={3}), quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={3}))
+    )
+    assert (draft_spec.choice("attn", 3), draft_spec.choice("mlp", 3)) == ("quantise", "skip")
 
 
 def test_validation_names_the_quantised_layer_that_the_model_does_not_have() -> None:
-    RECIPE.validate(3)
+    DRAFT_SPEC.validate(3)
     message = r"^quantised set names attn layer 2, but this model has 2 \(0\.\.1\)$"
-    recipe = Recipe(quantised=RECIPE.quantised)
+    draft_spec = DraftSpec(quantised=DRAFT_SPEC.quantised)
     with pytest.raises(PlanError, match=message):
-        recipe.validate(2)
+        draft_spec.validate(2)
     identity = ModelIdentity(model_type="llama", num_layers=2, fingerprint="0")
     with pytest.raises(PlanError, match=message):
-        Plan(skip_set=SkipSet(), quantised=RECIPE.quantised, gamma=2, model=identity)
+        Plan(skip_set=SkipSet(), quantised=DRAFT_SPEC.quantised, gamma=2, model=identity)
 
 
 # --- In a plan ---
 
 
 @given(quantised, st.none() | st.sets(st.integers(0, VOCABULARY - 1), min_size=1), st.integers(0, 9))
-def test_a_plan_keeps_its_recipe_through_json(some: Quantised, tokens: set[int] | None, gamma: int) -> None:
+def test_a_plan_keeps_its_draft_spec_through_json(some: Quantised, tokens: set[int] | None, gamma: int) -> None:
     vocabulary = None if tokens is None else SubVocabulary.of(tokens, VOCABULARY)
     plan = Plan(
         skip_set=SkipSet(attn={41}, mlp={42}),
@@ -274,16 +277,23 @@ def test_a_plan_keeps_its_recipe_through_json(some: Quantised, tokens: set[int] 
     )
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    assert again.recipe == plan.recipe == Recipe(skip_set=plan.skip_set, quantised=some, vocabulary=vocabulary)
+    assert (
+        again.draft_spec == plan.draft_spec == DraftSpec(skip_set=plan.skip_set, quantised=some, vocabulary=vocabulary)
+    )
 
 
 def test_a_plan_that_only_skips_has_no_key_of_the_rest() -> None:
     plan = Plan(skip_set=SkipSet(attn={1}), gamma=2)
     assert json.loads(plan.to_json()).keys() == {"selfspec_version", "skip_set", "gamma"}
-    assert plan.recipe == Recipe.of(plan.skip_set)
+    assert plan.draft_spec == DraftSpec.of(plan.skip_set)
 
 
-def test_a_plan_in_words_tells_its_recipe() -> None:
-    plan = Plan(skip_set=RECIPE.skip_set, quantised=RECIPE.quantised, draft_vocabulary=RECIPE.vocabulary.code, gamma=4)
-    assert str(plan) == f"{RECIPE}; gamma 4"
+def test_a_plan_in_words_tells_its_draft_spec() -> None:
+    plan = Plan(
+        skip_set=DRAFT_SPEC.skip_set,
+        quantised=DRAFT_SPEC.quantised,
+        draft_vocabulary=DRAFT_SPEC.vocabulary.code,
+        gamma=4,
+    )
+    assert str(plan) == f"{DRAFT_SPEC}; gamma 4"
     assert re.search("int4 in groups of 64: attn 2 .* head; 3 tokens; gamma 4$", str(plan))

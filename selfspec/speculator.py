@@ -31,7 +31,7 @@ from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedO
 from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_hugging_face
 from selfspec.huggingface.options import with_stop_strings
 from selfspec.huggingface.streamer import Streamed
-from selfspec.models.draft_weights import copied_bytes, obstacles
+from selfspec.models.draft_weights import draft_weight_bytes, obstacles
 from selfspec.plan import Padding, Plan
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.policy import drafter_for, too_many_rows
@@ -86,7 +86,7 @@ def wrap(
 def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
     """What the draft's own layers take beside the model, before they are made; 0 for a plan that only skips."""
     plan.check_fits(model.config)
-    return copied_bytes(model, plan.draft_spec) if plan.gamma else 0
+    return draft_weight_bytes(model, plan.draft_spec) if plan.gamma else 0
 
 
 class SelfSpeculator:
@@ -307,7 +307,7 @@ class SelfSpeculator:
     def _tell_paths(self, request: Request) -> None:
         """Write to the stats what was compiled and captured, and why the rest was not."""
         runtime, stats = self.runtime, self.stats
-        stats.compiled, stats.draft_bytes = runtime.compile, runtime.copies.nbytes
+        stats.compiled, stats.draft_bytes = runtime.compile, runtime.draft_weights.nbytes
         if self.draft_runtime is not None:
             stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
             if self.draft_runtime.compile_obstacle not in (None, runtime.compile_obstacle):

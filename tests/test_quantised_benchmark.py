@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfspec import DraftSpec, InputError, Quantised, QuantisedSet, SkipSet, SubVocabulary
-from selfspec.models.draft_weights import copied_bytes
+from selfspec.models.draft_weights import draft_weight_bytes
 from selfspec.models.quantised_linear import QuantisedWeight
 from selfspec.plan.draft_spec import INT4, INT8
 from selfspec.runtime.runtime import Runtime
@@ -227,8 +227,8 @@ def bench() -> Bench:
 
 
 def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(bench: Bench) -> None:
-    copies = bench.spec.runtime.copies
-    made = dict(copies._made)
+    draft_weights = bench.spec.runtime.draft_weights
+    made = dict(draft_weights._made)
     bench.draft_by(None, 3)
     agreements = []
     for scale in (0.0, 16.0):
@@ -236,14 +236,14 @@ def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(be
         agreements.append(bench.agreement())
     bench.subject.restore()
     assert agreements[0] > 0.9 > 0.5 > agreements[1]
-    assert bench.spec.runtime.copies is copies
-    assert copies._made == made
+    assert bench.spec.runtime.draft_weights is draft_weights
+    assert draft_weights._made == made
 
 
 def test_a_draft_that_skips_more_needs_no_new_copies(bench: Bench) -> None:
-    made = dict(bench.spec.runtime.copies._made)
+    made = dict(bench.spec.runtime.draft_weights._made)
     bench.draft_by(bench.subject.skip_set, 2)
-    few = bench.spec.runtime.copies._made
+    few = bench.spec.runtime.draft_weights._made
     assert 0 < len(few) < len(made)
     assert all(few[key] is made[key] for key in few)
     assert bench.spec.plan.draft_spec == bench.spec.runtime.draft_spec == with_skips(INT4, 7, bench.subject.skip_set)
@@ -289,13 +289,15 @@ def small_model() -> LlamaForCausalLM:
 
 def test_a_stand_in_for_copies_is_the_layer_with_rounded_weights() -> None:
     model, inputs = small_model(), torch.randn(5, 64)
-    copies = RoundedCopies(model, 3)
-    gate = copies.linear("mlp", 1, "gate_proj", INT4)
+    draft_weights = RoundedCopies(model, 3)
+    gate = draft_weights.linear("mlp", 1, "gate_proj", INT4)
     weight: Tensor = model.model.layers[1].mlp.gate_proj.weight  # type: ignore[assignment]
     torch.testing.assert_close(gate(inputs), inputs @ round_to_nearest(weight, 3).T)
-    assert copies.linear("mlp", 1, "gate_proj", INT8) is gate
-    assert copies.head(None, None) is model.lm_head
-    torch.testing.assert_close(copies.head(INT4, None)(inputs), inputs @ round_to_nearest(model.lm_head.weight, 3).T)
+    assert draft_weights.linear("mlp", 1, "gate_proj", INT8) is gate
+    assert draft_weights.head(None, None) is model.lm_head
+    torch.testing.assert_close(
+        draft_weights.head(INT4, None)(inputs), inputs @ round_to_nearest(model.lm_head.weight, 3).T
+    )
 
 
 def test_a_draft_reads_what_it_keeps_in_16_bits_and_what_it_quantised_in_fewer() -> None:
@@ -432,7 +434,7 @@ def test_the_toy_run_on_a_cpu_measures_passes_and_decodes_at_set_agreements(tmp_
     assert names | {"bf16", "bf16, 43% skipped"} < set(shape["passes"]["drafts"])
     model = TOY_LLAMA.build(CPU, 0)
     everything = DraftSpec(quantised=Quantised.everything(INT4, 7))
-    assert shape["passes"]["drafts"][with_head(INT4)]["bytes"] == copied_bytes(model, everything)
+    assert shape["passes"]["drafts"][with_head(INT4)]["bytes"] == draft_weight_bytes(model, everything)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class Candidate:
         )
 
     @property
-    def copies(self) -> bool:
+    def draft_weights(self) -> bool:
         """Whether the model copied the function, as the editing workload wants it."""
         return self.faithful >= FAITHFUL
 
@@ -107,7 +107,7 @@ def least_looping(loaded: Loaded, prompts: Sequence[str], count: int) -> list[st
 
 def chosen(found: Sequence[Candidate], count: int) -> list[Candidate]:
     """Of those that copy, the most faithful ones: one of each name, as the same method stands in many files."""
-    copying = sorted((c for c in found if c.copies), key=lambda c: (-c.faithful, c.function.prompt))
+    copying = sorted((c for c in found if c.draft_weights), key=lambda c: (-c.faithful, c.function.prompt))
     return _first_of_each_name(copying, count)
 
 

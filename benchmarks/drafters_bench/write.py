@@ -67,7 +67,7 @@ def choice(found: Sequence[Candidate], kept: Sequence[Candidate], changes: Seque
         "candidates": len(found),
         "mean_faithful_of_all": round(sum(c.faithful for c in found) / len(found), 4),
         "least_faithful": FAITHFUL,
-        "copying": sum(c.copies for c in found),
+        "copying": sum(c.draft_weights for c in found),
         "changing": sum(c.changes for c in found),
         "editing": [c.to_dict() for c in kept],
         "mixed": [c.to_dict() for c in changes],

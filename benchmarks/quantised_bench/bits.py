@@ -25,7 +25,7 @@ from selfspec import DraftSpec, Quantised, SkipSet, SubVocabulary
 from selfspec.demo import calibration_prompts, held_out_prompts
 from selfspec.huggingface.loading import Loaded, load
 from selfspec.huggingface.prompts import load_prompts
-from selfspec.models.draft_weights import Copies
+from selfspec.models.draft_weights import DraftWeights
 from selfspec.plan.draft_spec import INT4, INT8
 
 SKIP_SHARES = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
@@ -111,8 +111,10 @@ class Embedded:
         """Everything rounded, the head too: to the nearest in groups, and in the formats that have kernels."""
         everything = DraftSpec(quantised=Quantised.everything(INT4, self.num_layers))
         for bits in BITS:
-            copies = RoundedCopies(self.model, bits)
-            yield self._row(f"{bits} bits, to the nearest", everything, bits=bits + OVERHEAD, copies=copies)
+            draft_weights = RoundedCopies(self.model, bits)
+            yield self._row(
+                f"{bits} bits, to the nearest", everything, bits=bits + OVERHEAD, draft_weights=draft_weights
+            )
         yield self._row("int4, steps fitted (ours)", everything, bits=INT4_BITS)
         every_byte = DraftSpec(quantised=Quantised.everything(INT8, self.num_layers))
         yield self._row("int8, by output (ours)", every_byte, bits=INT8_BITS)
@@ -145,11 +147,13 @@ class Embedded:
         written = torch.cat([text.tokens[text.prompt :] for text in self.replay.texts])
         return float(torch.isin(written, torch.tensor(tokens)).float().mean())
 
-    def _row(self, name: str, draft_spec: DraftSpec, *, bits: float | None = None, copies: Copies | None = None) -> Row:
+    def _row(
+        self, name: str, draft_spec: DraftSpec, *, bits: float | None = None, draft_weights: DraftWeights | None = None
+    ) -> Row:
         return Row(
             name=name,
             bits=bits,
             skipped=len(draft_spec.skip_set) / (2 * self.num_layers),
             read=read_share(self.model, draft_spec, bits),
-            right=rightness(self.replay, draft_spec, copies),
+            right=rightness(self.replay, draft_spec, draft_weights),
         )

@@ -16,7 +16,7 @@ from quantised_bench.effort import Effort
 from quantised_bench.subject import Subject
 from quantised_bench.times import Times, take_turns
 from selfspec import DraftSpec
-from selfspec.models.draft_weights import Copies, copied_bytes
+from selfspec.models.draft_weights import DraftWeights, draft_weight_bytes
 from selfspec.plan import Padding
 from selfspec.runtime.runtime import Runtime
 
@@ -90,10 +90,14 @@ class Passes:
 
 
 @torch.inference_mode()
-def measure_passes(subject: Subject, drafts: Mapping[str, DraftSpec], copies: Copies, effort: Effort) -> Passes:
+def measure_passes(
+    subject: Subject, drafts: Mapping[str, DraftSpec], draft_weights: DraftWeights, effort: Effort
+) -> Passes:
     """All in turn, each by a runtime of its own behind a filled cache; on CUDA as graphs, so that no launch counts."""
     target = Runtime(subject.model)
-    runtimes = {name: Runtime(subject.model, draft_spec, copies=copies) for name, draft_spec in drafts.items()}
+    runtimes = {
+        name: Runtime(subject.model, draft_spec, draft_weights=draft_weights) for name, draft_spec in drafts.items()
+    }
     for runtime in (target, *runtimes.values()):
         fill(runtime, effort.context, max(*effort.lengths, *DRAFT_LENGTHS))
     tokens = subject.prompts(1, max(*effort.lengths, *DRAFT_LENGTHS))[0][None]
@@ -112,7 +116,7 @@ def measure_passes(subject: Subject, drafts: Mapping[str, DraftSpec], copies: Co
         target={t: timed["target", t] for t in effort.lengths},
         drafts={name: timed[name, t] for name, t in best.items()},
         padded={name: t for name, t in best.items() if t > 1},
-        bytes={name: copied_bytes(subject.model, draft_spec) for name, draft_spec in drafts.items()},
+        bytes={name: draft_weight_bytes(subject.model, draft_spec) for name, draft_spec in drafts.items()},
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import DraftSpec, SkipSet
-from selfspec.models.draft_weights import Copies, branch
+from selfspec.models.draft_weights import DraftWeights, branch
 from selfspec.runtime.runtime import Runtime
 
 GAMMA = 4
@@ -50,11 +50,11 @@ def texts_of(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int)
     return [text for _, text in write_texts(Runtime(model), prompts, new_tokens)]
 
 
-def rightness(replay: Replay, draft_spec: DraftSpec, copies: Copies | None = None) -> Rightness:
+def rightness(replay: Replay, draft_spec: DraftSpec, draft_weights: DraftWeights | None = None) -> Rightness:
     """Of a draft by this draft spec, its copies made in another way if any are given."""
-    if copies is not None:
+    if draft_weights is not None:
         replay = copy(replay)
-        replay.copies = copies
+        replay.draft_weights = draft_weights
     table, way = replay.run(draft_spec), Drafting(GAMMA)
     assert table is not None
     walked = walk(table, [way])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec import Format, SubVocabulary
-from selfspec.models.draft_weights import Copies, branch
+from selfspec.models.draft_weights import DraftWeights, branch
 
 BITS = (2, 3, 4, 8)
 GROUP = 32
@@ -26,7 +26,7 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return rearrange(rounded, "n g i -> n (g i)").to(weight.dtype)
 
 
-class RoundedCopies(Copies):
+class RoundedCopies(DraftWeights):
     """Stands in for quantised copies: ordinary layers with rounded weights, whatever format a draft spec names."""
 
     def __init__(self, model: PreTrainedModel, bits: int) -> None:

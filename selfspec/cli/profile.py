@@ -160,12 +160,12 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
         ("verify", f"a pass of {longest} tokens costs so many plain passes: {verify}"),
         ("skip an attention", f"saves of a draft step: {saved['attn']}"),
         ("skip an MLP", f"saves of a draft step: {saved['mlp']}"),
-        *_copies(profile),
+        *_draft_weights(profile),
         *([("padding", _padding(profile.padding))] if profile.padding else []),
     ]
 
 
-def _copies(profile: Profile) -> Iterator[tuple[str, str]]:
+def _draft_weights(profile: Profile) -> Iterator[tuple[str, str]]:
     """What quantised copies of everything make of a draft step, or why a format was left out."""
     costs = profile.costs[len(profile.costs) // 2]
     for code, savings in costs.formats.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfspec.models.draft_weights import Copies, linears
+from selfspec.models.draft_weights import DraftWeights, linears
 from selfspec.models.views import decoder_layers, view_of
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
@@ -35,11 +35,11 @@ class SkippedMLP(nn.Module):
 
 
 def draft_view(
-    model: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None = None, copies: Copies | None = None
+    model: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None = None, draft_weights: DraftWeights | None = None
 ) -> PreTrainedModel:
-    """`model` as a draft spec makes it, sharing every tensor with `model` but those of `copies`."""
+    """`model` as a draft spec makes it, sharing every tensor with `model` but those of `draft_weights`."""
     view = view_of(model)
-    change_draft(view, draft_spec, copies)
+    change_draft(view, draft_spec, draft_weights)
     return view
 
 
@@ -64,8 +64,11 @@ class _FullStack:
     config: dict[str, Any]
 
 
-def change_draft(view: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None, copies: Copies | None = None) -> None:
-    """Make the draft by `draft_spec`, and nothing else, from now on; what it quantises or trims comes from `copies`.
+def change_draft(
+    view: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None, draft_weights: DraftWeights | None = None
+) -> None:
+    """Make the draft by `draft_spec`, and nothing else, from now on; what it quantises or trims comes from
+    `draft_weights`.
 
     Costs microseconds where the copies are there: a search calls it per trial. Dropped layers take their entries of
     every per-layer list in the config with them: gemma3 and olmo3 pick RoPE and mask by position in such a list, so an
@@ -82,7 +85,7 @@ def change_draft(view: PreTrainedModel, draft_spec: DraftSpec | SkipSet | None, 
     for index, (layer, own) in enumerate(zip(full.layers, full.branches, strict=True)):
         layer.self_attn = SkippedAttention() if index in skip_set.attn else own["attn"]
         layer.mlp = SkippedMLP() if index in skip_set.mlp else own["mlp"]
-    _place_copies(view, full, draft_spec, copies)
+    _place_draft_weights(view, full, draft_spec, draft_weights)
     kept = [index for index in range(len(full.layers)) if index not in skip_set.dropped_layers()]
     decoder.layers = nn.ModuleList(full.layers[index] for index in kept)
     # Through vars(): a config that validates itself would refuse the states between these assignments.
@@ -105,22 +108,24 @@ def _full_stack(view: PreTrainedModel) -> _FullStack:
     return _FullStack(layers, branches, places, view.lm_head, lists)  # type: ignore[arg-type]
 
 
-def _place_copies(view: PreTrainedModel, full: _FullStack, draft_spec: DraftSpec, copies: Copies | None) -> None:
+def _place_draft_weights(
+    view: PreTrainedModel, full: _FullStack, draft_spec: DraftSpec, draft_weights: DraftWeights | None
+) -> None:
     for (kind, layer), places in full.places.items():
         quantise = draft_spec.quantised is not None and draft_spec.choice(kind, layer) == "quantise"
         for place in places:
             copy = None
             if quantise:
-                assert copies is not None, "a draft spec that quantises needs copies"
+                assert draft_weights is not None, "a draft spec that quantises needs copies"
                 assert draft_spec.format is not None
-                copy = copies.linear(kind, layer, place.name, draft_spec.format)
+                copy = draft_weights.linear(kind, layer, place.name, draft_spec.format)
             setattr(place.parent, place.child, copy or place.own)
     view.lm_head = full.head
     if draft_spec.head_is_own:
-        assert copies is not None, "a draft spec with a head of its own needs copies"
+        assert draft_weights is not None, "a draft spec with a head of its own needs copies"
         format = draft_spec.format if draft_spec.quantised is not None and draft_spec.quantised.head else None
-        head = copies.head(format, draft_spec.vocabulary)
-        view.lm_head = full.head if head is copies.model.lm_head else head
+        head = draft_weights.head(format, draft_spec.vocabulary)
+        view.lm_head = full.head if head is draft_weights.model.lm_head else head
 
 
 def attention_modules(view: PreTrainedModel) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Copies: the draft's own layers: quantised linear layers, and heads that are quantised or trimmed."""
+"""DraftWeights: the draft's own layers: quantised linear layers, and heads that are quantised or trimmed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD = "head"
 Key = tuple[Any, ...]
 
 
-class Copies:
+class DraftWeights:
     """Layers that the draft runs in the place of the model's, each made when a draft spec first asks for it.
 
     They are made of the weights as they are then: a model that is trained on drafts by what it was, until its views
@@ -184,7 +184,7 @@ def obstacles(model: PreTrainedModel, draft_spec: DraftSpec) -> list[str]:
     ]
 
 
-def copied_bytes(model: PreTrainedModel, draft_spec: DraftSpec) -> int:
+def draft_weight_bytes(model: PreTrainedModel, draft_spec: DraftSpec) -> int:
     """What a draft by this draft spec takes beside the model, before it is taken."""
     total = 0
     for kind, layer, name, format in _linear_keys(model, draft_spec):
@@ -212,7 +212,7 @@ def _like_head(model: PreTrainedModel, draft_spec: DraftSpec) -> nn.Module:
 
 def check_memory(model: PreTrainedModel, draft_spec: DraftSpec, limit: int | None) -> None:
     """Raise `InputError` if the draft would take more than `limit` bytes beside the model, before any is taken."""
-    if limit is not None and (needed := copied_bytes(model, draft_spec)) > limit:
+    if limit is not None and (needed := draft_weight_bytes(model, draft_spec)) > limit:
         raise InputError(
             f"the draft's own layers take {in_words(needed)} beside the model, but draft_memory allows "
             f"{in_words(limit)}; allow more, or search for a smaller draft with that limit"

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
-from selfspec.models.draft_weights import Copies, check_memory, check_vocabulary
+from selfspec.models.draft_weights import DraftWeights, check_memory, check_vocabulary
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import check_supported, probe
 from selfspec.models.views import decoder_layers, run_view, state_of, target_view
@@ -62,7 +62,7 @@ class Runtime:
         backend: str | None = None,
         compile: bool | None = None,
         graphs: bool | None = None,
-        copies: Copies | None = None,
+        draft_weights: DraftWeights | None = None,
     ) -> None:
         check_supported(model)
         self.model = model
@@ -74,7 +74,7 @@ class Runtime:
         self._padding: Padding | None = None
         self.draft_memory: int | None = None
         """The most bytes that copies of its own may take; None for no limit."""
-        self._shared_copies = copies
+        self._shared_draft_weights = draft_weights
         self._backend_name = backend
         self._build()
 
@@ -85,10 +85,10 @@ class Runtime:
         self._cache: KVCache | None = None  # what is replaced must go before what replaces it comes
         self.views: dict[ViewName, PreTrainedModel] = {}
         self._passes: dict[tuple[ViewName, int], PassFunction] = {}
-        self.copies = self._shared_copies or Copies(self.model)
+        self.draft_weights = self._shared_draft_weights or DraftWeights(self.model)
         self.views = {
             "target": target_view(self.model),
-            "draft": draft_view(self.model, self.draft_spec, self.copies),
+            "draft": draft_view(self.model, self.draft_spec, self.draft_weights),
         }
         recorded = probe(self.model, self.views["target"])
         self.layer_shapes, self._masks = recorded.shapes, recorded.masks
@@ -102,7 +102,7 @@ class Runtime:
         """Build the views anew if the user moved, cast or re-adapted the model since."""
         if state_of(self.model) != self._state:
             check_supported(self.model)
-            self._shared_copies = None  # they are of what the model was
+            self._shared_draft_weights = None  # they are of what the model was
             self._build()
 
     @property
@@ -199,12 +199,12 @@ class Runtime:
         self.draft_spec = draft_spec
         self._detach_cache()  # what no longer runs must not keep a replaced cache alive
         try:
-            change_draft(self.views["draft"], self.draft_spec, self.copies)
+            change_draft(self.views["draft"], self.draft_spec, self.draft_weights)
         finally:
             if self._cache is not None:
                 self._attach_cache()
-        if self._shared_copies is None:
-            self.copies.keep_only(self.draft_spec)
+        if self._shared_draft_weights is None:
+            self.draft_weights.keep_only(self.draft_spec)
         self._passes = {key: run for key, run in self._passes.items() if key[0] == "target"}
         if self.graphs is not None:
             self.graphs.drop()

@@ -12,7 +12,7 @@ from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchSettings, load_study, repick, search
 from selfspec_search.profile.costs import Costs, Savings
-from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, copied_variants, fit_copies
+from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, copied_variants, fit_draft_weights
 from selfspec_search.profile.padding import target_padding
 from selfspec_search.replay.texts import Text
 from selfspec_search.report import make_page, read_source
@@ -102,7 +102,7 @@ def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
     model = quantisable_model("llama")
     steps = dict.fromkeys(copied_variants(model, [INT4]), 0.009) | {"nothing": 0.008, UNPADDED: 0.010}
     steps |= {"int4/32 attention": 0.0085, "int4/32 MLPs": 0.007, "int4/32 head": 0.0095, "int4/32 everything": 0.004}
-    fitted = fit_copies(model, [INT4], steps)
+    fitted = fit_draft_weights(model, [INT4], steps)
     costs = COSTS.model_copy(update={"fixed": 0.001, "layer": 0.0, "attention": 0.0005, "mlp": 0.0005} | fitted)
     assert costs.draft_step(DraftSpec()) == pytest.approx(0.008)
     assert costs.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) == pytest.approx(0.004)

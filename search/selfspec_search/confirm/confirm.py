@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.build import drafter_of
-from selfspec.models.draft_weights import Copies, copied_bytes
+from selfspec.models.draft_weights import DraftWeights, draft_weight_bytes
 from selfspec.plan import Figures, Padding
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
@@ -194,8 +194,8 @@ def confirm(
     """
     batches = _batches(replay.texts, settings)
     plain = _Contender(Runtime(model, backend=settings.backend, compile=settings.compile), NoDrafter(), settings)
-    plain.runtime.padding, copies = padding, Copies(model)
-    contenders = [_contender(model, prediction, settings, padding, copies) for prediction in predictions]
+    plain.runtime.padding, draft_weights = padding, DraftWeights(model)
+    contenders = [_contender(model, prediction, settings, padding, draft_weights) for prediction in predictions]
     everyone = [plain, *contenders]
     room = max(text.prompt + text.allowed for text in replay.texts) + settings.longest_draft + 1
     texts = [[replay.texts[index] for index in batch] for batch in batches]
@@ -245,10 +245,12 @@ def _contender(
     prediction: Prediction,
     settings: SearchSettings,
     padding: Padding | None,
-    copies: Copies,
+    draft_weights: DraftWeights,
 ) -> _Contender:
     draft_spec = prediction.draft_spec if prediction.drafting.gamma else DraftSpec()
-    runtime = Runtime(model, draft_spec, backend=settings.backend, compile=settings.compile, copies=copies)
+    runtime = Runtime(
+        model, draft_spec, backend=settings.backend, compile=settings.compile, draft_weights=draft_weights
+    )
     runtime.padding = padding_of(prediction.draft_spec, padding)
     return _Contender(runtime, drafter_of(prediction.plan, runtime), settings)
 
@@ -282,7 +284,7 @@ def _compare(
         rounds_equal=rounds == walked.rounds(0) if greedy else None,
         differing_texts=sum(not torch.equal(ours, theirs) for ours, theirs in outputs) if greedy else 0,
         is_faster=contender.is_faster_than(plain),
-        draft_bytes=copied_bytes(plain.runtime.model, contender.runtime.draft_spec),
+        draft_bytes=draft_weight_bytes(plain.runtime.model, contender.runtime.draft_spec),
         samples=not greedy,
         by_layers=agreement(table, Drafting(table.depths)) if prediction.drafting.gamma else [],
     )

@@ -89,8 +89,8 @@ class Scene:
         """Tokens `b t` that stand in the cache: as many as texts have on average while they are written."""
         context = int(np.mean([text.prompt + text.written / 2 for text in self.texts]))
         joined = torch.cat([text.tokens.cpu() for text in self.texts])
-        copies = -(-rows * (context + 1) // len(joined))
-        return joined.repeat(copies)[: rows * (context + 1)].view(rows, -1)
+        draft_weights = -(-rows * (context + 1) // len(joined))
+        return joined.repeat(draft_weights)[: rows * (context + 1)].view(rows, -1)
 
 
 def seen(agreement: Sequence[float]) -> list[float]:

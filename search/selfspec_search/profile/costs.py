@@ -65,12 +65,12 @@ class Costs(Record):
         """Seconds per drafted token of a draft by this draft spec; its format must be one of `formats`."""
         draft_spec = DraftSpec.of(draft_spec)
         bare = float(counts_of(draft_spec.skip_set, self.num_layers) @ self._fitted)
-        return max(bare * self._lengthened(draft_spec) - self._saved_by_copies(draft_spec), LEAST * bare)
+        return max(bare * self._lengthened(draft_spec) - self._saved_by_draft_weights(draft_spec), LEAST * bare)
 
     def _lengthened(self, draft_spec: DraftSpec) -> float:
         return self.unpadded if draft_spec.quantised is not None else 1.0
 
-    def _saved_by_copies(self, draft_spec: DraftSpec) -> float:
+    def _saved_by_draft_weights(self, draft_spec: DraftSpec) -> float:
         left_out = (
             1 - len(draft_spec.vocabulary) / self.vocabulary if draft_spec.vocabulary and self.vocabulary else 0.0
         )

@@ -30,7 +30,7 @@ FORMATS = (INT8, INT4)
 """The formats that a search considers."""
 
 
-def copies_that_gain(
+def draft_weights_that_gain(
     full: Runtime, bench: Bench, formats: Sequence[Format], runtime_of: Callable[[DraftSpec], Runtime]
 ) -> tuple[list[Format], dict[str, str]]:
     """The formats in which the whole draft is faster than in full precision; and why the others are not looked at."""
@@ -47,7 +47,7 @@ def copies_that_gain(
             gaining.append(format)
         else:
             slower[format.code] = f"{seconds['quantised'] / seconds['full']:.2f} of the time of full precision"
-            full.copies.drop(format)
+            full.draft_weights.drop(format)
     return gaining, slower
 
 
@@ -87,7 +87,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def fit_copies(model: PreTrainedModel, formats: Sequence[Format], steps: Timed) -> dict[str, Any]:
+def fit_draft_weights(model: PreTrainedModel, formats: Sequence[Format], steps: Timed) -> dict[str, Any]:
     """Fields of `Costs`, from the steps of `copied_variants` and that of the full draft, `nothing`.
 
     Savings of a format are scaled to add up to what its draft as a whole saves, as it was timed.

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
 from selfspec.huggingface.loading import processor_name, versions
-from selfspec.models.draft_weights import Copies
+from selfspec.models.draft_weights import DraftWeights
 from selfspec.plan import Padding
 from selfspec.plan.draft_spec import DraftSpec, Format
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime, device_name
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Costs, Record, at_another_context, fit_step, variants
-from selfspec_search.profile.draft_costs import copied_variants, copies_that_gain, fit_copies
+from selfspec_search.profile.draft_costs import copied_variants, draft_weights_that_gain, fit_draft_weights
 from selfspec_search.profile.padding import draft_padding, target_padding
 from selfspec_search.profile.timing import STEPS, Bench, Call, share_cache
 from selfspec_search.replay.sampling_settings import Sampling
@@ -182,7 +182,7 @@ def measure(
     base, full, padding = subject.base, subject.full, subject.padding(timed, gamma_max)
     found = costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, padding=padding)
     steps = {name: timed[base, name] / STEPS for name in (FULL, *copied_variants(model, subject.gaining))}
-    changes = {"captured": subject.benches[base].captures(full), **fit_copies(model, subject.gaining, steps)}
+    changes = {"captured": subject.benches[base].captures(full), **fit_draft_weights(model, subject.gaining, steps)}
     return Profile(
         device=device_name(model.device),
         processor=processor_name(),
@@ -222,12 +222,14 @@ class _Subject:
         gamma_max: int,
         settings: ProfileSettings,
     ) -> _Subject:
-        rows, base, copies = settings.rows, contexts[len(contexts) // 2], Copies(model)
+        rows, base, draft_weights = settings.rows, contexts[len(contexts) // 2], DraftWeights(model)
         # One cache for all: growing would replace it.
         slots = max(settings.slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)
 
         def runtime_of(draft_spec: DraftSpec | SkipSet) -> Runtime:
-            return Runtime(model, draft_spec, backend=settings.backend, compile=settings.compile, copies=copies)
+            return Runtime(
+                model, draft_spec, backend=settings.backend, compile=settings.compile, draft_weights=draft_weights
+            )
 
         runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
         share_cache(runtimes.values(), rows, slots)
@@ -236,7 +238,7 @@ class _Subject:
         draft_length = draft_padding(full, benches[base])
         # A format must be faster than the padded passes that it replaces.
         full.padding = Padding(rows=rows, target=[], draft=draft_length)
-        gaining, slower = copies_that_gain(full, benches[base], settings.formats, runtime_of)
+        gaining, slower = draft_weights_that_gain(full, benches[base], settings.formats, runtime_of)
         runtimes |= {name: runtime_of(draft_spec) for name, draft_spec in copied_variants(model, gaining).items()}
         share_cache(runtimes.values(), rows, slots)
         for name in variants(model.config.num_hidden_layers):

@@ -36,9 +36,9 @@ class Memory:
         vocabulary, hidden = model.get_output_embeddings().weight.shape
         # Logits, their float32 copies for processors and softmax, and what top-p sorts and sums; a layer's activations;
         # keys and values of all depths, twice while starts are dropped.
-        copies = item + (32 if sampled else 12)
+        draft_weights = item + (32 if sampled else 12)
         activations = 12 * hidden + _mlp_activations(config, hidden)
-        self._per_start: int = vocabulary * copies + activations * item + 2 * depths * self.per_token
+        self._per_start: int = vocabulary * draft_weights + activations * item + 2 * depths * self.per_token
         self._heads = int(config.num_attention_heads)
         # Those of depth 0: for windows and without, for every query head that shares a key, laid out with padding.
         groups = -(-self._heads // min(shape.heads for shape in shapes))

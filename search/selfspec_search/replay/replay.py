@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
 from selfspec.models.draft_view import change_draft, draft_view
-from selfspec.models.draft_weights import Copies
+from selfspec.models.draft_weights import DraftWeights
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.views import run_view, target_view
 from selfspec.plan.draft_spec import DraftSpec
@@ -70,13 +70,13 @@ class Replay:
         *,
         sampling: Sampling | None = None,
         memory: int | None = None,
-        copies: Copies | None = None,
+        draft_weights: DraftWeights | None = None,
     ) -> None:
         self.texts, self.depths = texts, depths
         self._only: Sequence[int] | None = None
         self.sampling = sampling or Sampling()
         self.processors = self.sampling.processors(model)
-        self.copies = copies or Copies(model, many_tokens=True)
+        self.draft_weights = draft_weights or DraftWeights(model, many_tokens=True)
         self.view = draft_view(model)
         target = target_view(model)
         _pin_longrope(model, texts, (self.view, target), depths)
@@ -101,7 +101,7 @@ class Replay:
         `how_deep` sees an estimate from depth 0 alone (`Table.from_first_depth`), says how many depths are worth
         replaying, and may end the trial by 0: then None is returned.
         """
-        change_draft(self.view, draft_spec, self.copies)
+        change_draft(self.view, draft_spec, self.draft_weights)
         table, depths = Table.empty(self.texts, self.depths), self.depths
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:

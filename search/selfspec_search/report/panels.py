@@ -13,7 +13,7 @@ from selfspec.plan import Figures, Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report import figures, grids
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial
-from selfspec_search.report.words import copies_of, counted, interval
+from selfspec_search.report.words import counted, draft_weights_of, interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def _strip(data: ReportData) -> Panel | None:
         title="What the draft is made of" if draft_spec.quantised else "What the draft leaves out",
         figure=grids.strip(draft_spec, layers),
         caption=f"{whose} skips {len(skip_set.attn)} of {layers} attention and {len(skip_set.mlp)} of {layers} MLP "
-        f"sub-layers{dropped}{copies_of(draft_spec)}. Every token is still checked by the whole model.",
+        f"sub-layers{dropped}{draft_weights_of(draft_spec)}. Every token is still checked by the whole model.",
     )
 
 

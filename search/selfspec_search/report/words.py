@@ -54,7 +54,7 @@ def drafting(
     if gamma != 0:
         exits = "" if threshold is None else f", exit below {threshold:.3f}"
         length = "" if gamma is None else f"; gamma {gamma}{exits}"
-        parts.append(f"skip {skipped_of(draft_spec.skip_set, num_layers)}{copies_of(draft_spec)}{length}")
+        parts.append(f"skip {skipped_of(draft_spec.skip_set, num_layers)}{draft_weights_of(draft_spec)}{length}")
     return "; on a miss ".join(parts)
 
 
@@ -64,7 +64,7 @@ def skipped_of(skip_set: SkipSet, num_layers: int) -> str:
     return f"{len(skip_set.attn)} of {num_layers} attention and {len(skip_set.mlp)} of {num_layers} MLP sub-layers"
 
 
-def copies_of(draft_spec: DraftSpec) -> str:
+def draft_weights_of(draft_spec: DraftSpec) -> str:
     """What of the draft is its own, to go on a sentence with; nothing where it only skips."""
     parts = []
     if draft_spec.quantised is not None:

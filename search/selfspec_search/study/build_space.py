@@ -9,7 +9,7 @@ from itertools import chain
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
-from selfspec.models.draft_weights import copied_bytes, quantisable
+from selfspec.models.draft_weights import draft_weight_bytes, quantisable
 from selfspec.plan.draft_spec import DraftSpec, Format, Quantised, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec_search.profile.costs import Costs
@@ -35,7 +35,9 @@ def formats_for(draft: DraftName) -> list[Format]:
 def most_copied(model: PreTrainedModel, formats: Sequence[Format]) -> int:
     """Bytes that a search with these formats takes for copies, at most."""
     layers = model.config.num_hidden_layers
-    return sum(copied_bytes(model, DraftSpec(quantised=Quantised.everything(format, layers))) for format in formats)
+    return sum(
+        draft_weight_bytes(model, DraftSpec(quantised=Quantised.everything(format, layers))) for format in formats
+    )
 
 
 def space_of(model: PreTrainedModel, profile: Profile, texts: Sequence[Text], draft: DraftName) -> Space:

@@ -8,7 +8,7 @@ from math import inf
 
 from transformers import PreTrainedModel
 
-from selfspec.models.draft_weights import copied_bytes
+from selfspec.models.draft_weights import draft_weight_bytes
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.settings import SearchSettings
 from selfspec_search.study.objective import Prices, draft_cost
@@ -19,7 +19,7 @@ def limits_of(model: PreTrainedModel, settings: SearchSettings) -> Limits:
     return Limits(
         cost=settings.max_draft_cost,
         memory=settings.draft_memory,
-        bytes_of=lambda draft_spec: copied_bytes(model, draft_spec),
+        bytes_of=lambda draft_spec: draft_weight_bytes(model, draft_spec),
     )
 
 

@@ -1,4 +1,4 @@
-"""Copies: the draft computes what it says, the user's model stays as it was, and memory is what was foretold."""
+"""DraftWeights: the draft computes what it says, the user's model stays as it was, and memory is what was foretold."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from selfspec import (
 from selfspec.errors import UnsupportedModelError
 from selfspec.models.draft_view import change_draft, draft_view
 from selfspec.models.draft_weights import (
-    Copies,
+    DraftWeights,
     TrimmedHead,
     check_memory,
     check_vocabulary,
-    copied_bytes,
+    draft_weight_bytes,
     obstacles,
     quantisable,
 )
@@ -219,7 +219,7 @@ def test_copies_for_many_tokens_draft_nearly_the_same() -> None:
     model = quantisable_model("llama")
     tokens = few_prompts(19)["input_ids"]
     few, many = (
-        draft_logits(Runtime(model, EVERYTHING, copies=Copies(model, many_tokens=many_tokens)), tokens)
+        draft_logits(Runtime(model, EVERYTHING, draft_weights=DraftWeights(model, many_tokens=many_tokens)), tokens)
         for many_tokens in (False, True)
     )
     plain = model(tokens).logits
@@ -285,8 +285,8 @@ def test_the_target_is_never_quantised(model: PreTrainedModel) -> None:
 
 
 def test_copies_are_made_once_whatever_draft_specs_come_and_go(model: PreTrainedModel, made: list[nn.Module]) -> None:
-    copies = Copies(model)
-    runtime = Runtime(model, drafting().draft_spec, copies=copies)
+    draft_weights = DraftWeights(model)
+    runtime = Runtime(model, drafting().draft_spec, draft_weights=draft_weights)
     linears = 3 * 4 + 3 * 3
     assert len(made) == linears + 1
     for draft_spec in (
@@ -302,16 +302,16 @@ def test_copies_are_made_once_whatever_draft_specs_come_and_go(model: PreTrained
 
 
 def test_runtimes_share_the_copies_that_they_are_given(model: PreTrainedModel, made: list[nn.Module]) -> None:
-    copies = Copies(model)
+    draft_weights = DraftWeights(model)
     one, other = (
-        Runtime(model, drafting().draft_spec, copies=copies),
-        Runtime(model, drafting().draft_spec, copies=copies),
+        Runtime(model, drafting().draft_spec, draft_weights=draft_weights),
+        Runtime(model, drafting().draft_spec, draft_weights=draft_weights),
     )
-    assert one.copies is other.copies is copies
+    assert one.draft_weights is other.draft_weights is draft_weights
     quantised = [{id(m) for m in runtime.views["draft"].modules() if m in made} for runtime in (one, other)]
     assert quantised[0] == quantised[1] == {id(module) for module in made}
     one.draft_with(DraftSpec())
-    assert copies.nbytes == copied_bytes(model, drafting().draft_spec), "the other one has a use for them"
+    assert draft_weights.nbytes == draft_weight_bytes(model, drafting().draft_spec), "the other one has a use for them"
     assert sum(isinstance(m, QuantisedLinear) for m in other.views["draft"].modules()) == len(made)
 
 
@@ -327,22 +327,22 @@ def test_a_runtime_of_its_own_lets_go_of_what_its_draft_spec_has_no_use_for(
     runtime.draft_with(drafting(INT4, head=False).draft_spec)
     gc.collect()
     assert sum(ref() is None for ref in layers) == 1, "the head alone"
-    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT4, head=False).draft_spec)
+    assert runtime.draft_weights.nbytes == draft_weight_bytes(model, drafting(INT4, head=False).draft_spec)
     runtime.draft_with(drafting(INT8).draft_spec)
     made.clear()
     gc.collect()
     assert [ref() for ref in layers + buffers] == [None] * len(layers + buffers)
-    assert runtime.copies.nbytes == copied_bytes(model, drafting(INT8).draft_spec)
+    assert runtime.draft_weights.nbytes == draft_weight_bytes(model, drafting(INT8).draft_spec)
     runtime.draft_with(SKIPPED)
-    assert runtime.copies.nbytes == 0
+    assert runtime.draft_weights.nbytes == 0
 
 
 def test_copies_of_one_format_can_be_dropped(model: PreTrainedModel) -> None:
-    copies = Copies(model)
+    draft_weights = DraftWeights(model)
     for plan in (drafting(INT4), drafting(INT8), drafting(INT8, trimmed=True)):
-        Runtime(model, plan.draft_spec, copies=copies)
-    copies.drop(INT8)
-    assert copies.nbytes == copied_bytes(model, drafting(INT4).draft_spec)
+        Runtime(model, plan.draft_spec, draft_weights=draft_weights)
+    draft_weights.drop(INT8)
+    assert draft_weights.nbytes == draft_weight_bytes(model, drafting(INT4).draft_spec)
 
 
 def test_a_plan_that_only_skips_takes_no_memory(model: PreTrainedModel, made: list[nn.Module]) -> None:
@@ -370,8 +370,8 @@ def test_a_plan_that_never_drafts_makes_no_copies(model: PreTrainedModel, monkey
 def test_bytes_foretold_are_bytes_taken(family: str, name: str) -> None:
     model, draft_spec = quantisable_model(family), DRAFT_SPECS[name]
     for many_tokens in (False, True):
-        copies = Copies(model, many_tokens=many_tokens)
-        view = draft_view(model, draft_spec, copies)
+        draft_weights = DraftWeights(model, many_tokens=many_tokens)
+        view = draft_view(model, draft_spec, draft_weights)
         ours = {id(tensor): tensor for tensor in reachable_tensors(view)}
         shared = {tensor.untyped_storage().data_ptr() for tensor in reachable_tensors(model)}
         own = {
@@ -379,8 +379,8 @@ def test_bytes_foretold_are_bytes_taken(family: str, name: str) -> None:
             for tensor in ours.values()
             if tensor.untyped_storage().data_ptr() not in shared
         }
-        assert sum(own.values()) == copies.nbytes == copied_bytes(model, draft_spec)
-    assert (copied_bytes(model, draft_spec) > 0) == (name != "nothing")
+        assert sum(own.values()) == draft_weights.nbytes == draft_weight_bytes(model, draft_spec)
+    assert (draft_weight_bytes(model, draft_spec) > 0) == (name != "nothing")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -390,7 +390,12 @@ def test_bytes_foretold_are_bytes_taken_in_every_format_and_dtype(format: Format
     for head, trimmed in ((True, False), (False, False), (True, True), (False, True)):
         plan = drafting(format, head=head, trimmed=trimmed)
         spec = wrap(model, plan)
-        assert spec.runtime.copies.nbytes == draft_bytes(model, plan) == copied_bytes(model, plan.draft_spec) > 0
+        assert (
+            spec.runtime.draft_weights.nbytes
+            == draft_bytes(model, plan)
+            == draft_weight_bytes(model, plan.draft_spec)
+            > 0
+        )
         spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=2)
         assert spec.stats.draft_bytes == draft_bytes(model, plan)
 
@@ -425,8 +430,8 @@ def test_a_draft_beyond_the_limit_is_refused_before_anything_is_made(
 def test_a_limit_that_is_just_enough_is_kept(model: PreTrainedModel) -> None:
     plan = drafting()
     needed = draft_bytes(model, plan)
-    assert wrap(model, plan, draft_memory=needed).runtime.copies.nbytes == needed
-    assert wrap(model, plan, draft_memory="1G").runtime.copies.nbytes == needed
+    assert wrap(model, plan, draft_memory=needed).runtime.draft_weights.nbytes == needed
+    assert wrap(model, plan, draft_memory="1G").runtime.draft_weights.nbytes == needed
     with pytest.raises(InputError, match="draft_memory allows"):
         wrap(model, plan, draft_memory=needed - 1)
     check_memory(model, plan.draft_spec, None)
@@ -451,7 +456,7 @@ def test_experts_stay_as_they_are_and_stats_say_so() -> None:
     assert spec.stats.slower_paths == ["of the draft, mlp 0 and 5 more not in int4: it has no linear layers"]
     mlp = decoder_layers(spec.runtime.views["draft"])[0].get_submodule("mlp")
     assert type(mlp) is type(decoder_layers(model)[0].get_submodule("mlp"))
-    assert spec.stats.draft_bytes == draft_bytes(model, plan) == copied_bytes(model, plan.draft_spec)
+    assert spec.stats.draft_bytes == draft_bytes(model, plan) == draft_weight_bytes(model, plan.draft_spec)
 
 
 def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so() -> None:
@@ -471,7 +476,7 @@ def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so(
     given = few_prompts(13, 7, 10)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert spec.stats.slower_paths == [f"of the draft, {line}" for line in obstacles(model, plan.draft_spec)]
-    assert spec.runtime.copies.nbytes == draft_bytes(model, plan)
+    assert spec.runtime.draft_weights.nbytes == draft_bytes(model, plan)
     assert type(spec.runtime.views["draft"].lm_head) is nn.Linear
 
 
@@ -482,7 +487,7 @@ def test_no_kernel_is_called_for_a_size_that_it_does_not_take(made: list[nn.Modu
     for format in FORMATS:
         draft_spec = DraftSpec(quantised=Quantised.everything(format, LAYERS))
         assert len(obstacles(model, draft_spec)) >= 1
-        assert copied_bytes(model, draft_spec) == 0
+        assert draft_weight_bytes(model, draft_spec) == 0
         spec = wrap(model, Plan(skip_set=SkipSet(), quantised=draft_spec.quantised, gamma=2))
         spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=5)
     assert made == []
@@ -514,12 +519,12 @@ def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed:
     spec = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     first = spec.generate(**given, **GREEDY)
-    old = weakref.ref(spec.runtime.copies)
+    old = weakref.ref(spec.runtime.draft_weights)
     model.to(dtype)
     ours = spec.generate(**given, **GREEDY)
     gc.collect()
     assert old() is None
-    assert spec.runtime.copies.nbytes == draft_bytes(model, plan)
+    assert spec.runtime.draft_weights.nbytes == draft_bytes(model, plan)
     assert 0 < spec.stats.accepted < spec.stats.drafted
     if dtype == torch.float64:
         assert torch.equal(ours, model.generate(**given, **GREEDY))
@@ -532,10 +537,10 @@ def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed:
 
 def test_copies_are_kept_while_nothing_changes(model: PreTrainedModel, made: list[nn.Module]) -> None:
     spec = wrap(model, drafting())
-    count, copies = len(made), spec.runtime.copies
+    count, draft_weights = len(made), spec.runtime.draft_weights
     for seed in range(3):
         spec.generate(**few_prompts(11, 5, seed=seed), **GREEDY)
-    assert spec.runtime.copies is copies
+    assert spec.runtime.draft_weights is draft_weights
     assert len(made) == count
 
 
@@ -584,11 +589,11 @@ def test_a_quantised_layer_beyond_the_models_is_refused(model: PreTrainedModel) 
 
 
 def test_a_draft_spec_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
-    copies = Copies(model)
-    view = draft_view(model, drafting().draft_spec, copies)
+    draft_weights = DraftWeights(model)
+    view = draft_view(model, drafting().draft_spec, draft_weights)
     modules = [id(module) for module in view.modules()]
     with pytest.raises(PlanError, match=r"quantised set names attn layer 9, but this model has 7"):
-        change_draft(view, DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={9}))), copies)
+        change_draft(view, DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={9}))), draft_weights)
     assert [id(module) for module in view.modules()] == modules
 
 
@@ -597,7 +602,7 @@ def test_a_draft_spec_that_is_refused_leaves_the_draft_as_it_was(model: PreTrain
     spec: SelfSpeculator = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     spec.generate(**given, **GREEDY)
-    history, memory = spec.stats.history, spec.runtime.copies.nbytes
+    history, memory = spec.stats.history, spec.runtime.draft_weights.nbytes
     for bad in (
         DraftSpec(vocabulary=SubVocabulary.of([TOKENS], 1000)),
         DraftSpec(quantised=Quantised(format=INT4, sublayers=QuantisedSet(attn={9}))),
@@ -608,10 +613,10 @@ def test_a_draft_spec_that_is_refused_leaves_the_draft_as_it_was(model: PreTrain
         assert spec.runtime.draft_spec == plan.draft_spec
     spec.generate(**given, **GREEDY)
     assert spec.stats.history == history
-    assert spec.runtime.copies.nbytes == memory
+    assert spec.runtime.draft_weights.nbytes == memory
     model.to(torch.float64)  # the views are built anew, by the draft spec that was there
     spec.generate(**given, **GREEDY)
-    assert spec.runtime.copies.nbytes == memory
+    assert spec.runtime.draft_weights.nbytes == memory
 
 
 class Adapted(torch.nn.Module):
@@ -636,7 +641,7 @@ def test_layers_that_carry_adapters_stay_as_they_are(rank: int) -> None:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj, rank)
     spec, given = wrap(model, drafting(INT4)), few_prompts(13, 7, 10)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    copied = {key[2] for key in spec.runtime.copies._made if key[0] == "attn"}
+    copied = {key[2] for key in spec.runtime.draft_weights._made if key[0] == "attn"}
     assert copied == {"k_proj", "v_proj", "o_proj"}
 
 

@@ -31,7 +31,7 @@ from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedO
 from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_hugging_face
 from selfspec.huggingface.options import with_stop_strings
 from selfspec.huggingface.streamer import Streamed
-from selfspec.models.draft_weights import draft_weight_bytes, obstacles
+from selfspec.models.draft_weights import draft_weight_bytes, unsupported_reasons
 from selfspec.plan import Padding, Plan
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.policy import drafter_for, too_many_rows
@@ -310,13 +310,13 @@ class SelfSpeculator:
         stats.compiled, stats.draft_bytes = runtime.compile, runtime.draft_weights.nbytes
         if self.draft_runtime is not None:
             stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
-            if self.draft_runtime.compile_obstacle not in (None, runtime.compile_obstacle):
-                stats.slower_paths.append(f"the draft model runs eagerly: {self.draft_runtime.compile_obstacle}")
-        stats.slower_paths += [f"of the draft, {line}" for line in obstacles(self.model, runtime.draft_spec)]
-        if runtime.compile_obstacle is not None:
-            stats.slower_paths.append(f"passes run eagerly: {runtime.compile_obstacle}")
-        if runtime.capture_obstacle is not None:
-            stats.slower_paths.append(f"rounds are not captured: {runtime.capture_obstacle}")
+            if self.draft_runtime.uncompiled_reason not in (None, runtime.uncompiled_reason):
+                stats.slower_paths.append(f"the draft model runs eagerly: {self.draft_runtime.uncompiled_reason}")
+        stats.slower_paths += [f"of the draft, {line}" for line in unsupported_reasons(self.model, runtime.draft_spec)]
+        if runtime.uncompiled_reason is not None:
+            stats.slower_paths.append(f"passes run eagerly: {runtime.uncompiled_reason}")
+        if runtime.uncaptured_reason is not None:
+            stats.slower_paths.append(f"rounds are not captured: {runtime.uncaptured_reason}")
         elif runtime.graphs is not None and is_captured(runtime, request):
             stats.captured, stats.graph_bytes = True, runtime.graphs.nbytes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantised_bench.subject import Subject
 from selfspec import Format, SkipSet
-from selfspec.models.quantised_linear import QuantisedWeight, linear_obstacle
+from selfspec.models.quantised_linear import QuantisedWeight, linear_unsupported_reason
 
 ROWS_AT_ONCE, MANY_ROWS = 256, 4096
 """On a CPU rounding is several times as fast where what it computes stays in the caches; a GPU wants more at once."""
@@ -31,7 +31,7 @@ class Dial:
     def __init__(self, subject: Subject, format: Format, *, keep: bool) -> None:
         self.subject, self.format, self.keep = subject, format, keep
         linears = subject.linears()
-        self.names = [name for name, linear in linears.items() if linear_obstacle(linear, format) is None]
+        self.names = [name for name, linear in linears.items() if linear_unsupported_reason(linear, format) is None]
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()

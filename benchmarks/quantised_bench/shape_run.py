@@ -23,7 +23,7 @@ from quantised_bench.passes import measure_passes
 from quantised_bench.subject import Subject
 from quantised_bench.tables import ceilings_table, cell_table, drafts_table, target_table
 from selfspec import Format
-from selfspec.models.quantised_linear import device_obstacle
+from selfspec.models.quantised_linear import device_unsupported_reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class ShapeRun:
     def measure(self, shape: Shape, format: Format, estimates: Estimates, *, beside: Sequence[Format] = ()) -> None:
         """All stages of a shape with drafts in one format; passes of drafts in others may be timed `beside` theirs."""
         name = f"{shape.name}, {format.name}"
-        if (obstacle := device_obstacle(format, self.device)) is not None:
-            self.budget.skip(name, obstacle)
+        if (unsupported_reason := device_unsupported_reason(format, self.device)) is not None:
+            self.budget.skip(name, unsupported_reason)
             return
-        timed = [other for other in beside if device_obstacle(other, self.device) is None]
+        timed = [other for other in beside if device_unsupported_reason(other, self.device) is None]
         make = partial(self._bench, shape, format, [*timed, format])
         bench = self.budget.run(f"{name}: passes", estimates.passes, make, kind=f"passes of {shape.name}")
         if bench is None:

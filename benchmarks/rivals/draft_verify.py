@@ -51,7 +51,7 @@ class AdaptiveExit(Drafter):
     """
 
     key = "adaptive exit"
-    capture_obstacle = "every drafted token's confidence is read"
+    uncaptured_reason = "every drafted token's confidence is read"
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.gamma, self.threshold = runtime, LONGEST_DRAFT, FIRST_THRESHOLD

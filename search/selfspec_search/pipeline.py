@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
-from selfspec.models.quantised_linear import device_obstacle
+from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.models.support import check_supported
 from selfspec.plan.draft_spec import Format
 from selfspec.runtime.compiling import will_compile
@@ -170,10 +170,10 @@ class _Search:
     def _check_formats(self, space: Space) -> None:
         """Raise `InputError` where this device cannot replay what others of the study may draft with."""
         for code in space.formats:
-            if (obstacle := device_obstacle(Format.parse(code), self.model.device)) is not None:
+            if (unsupported_reason := device_unsupported_reason(Format.parse(code), self.model.device)) is not None:
                 raise InputError(
-                    f"the study tries drafts in {Format.parse(code)}, which this worker cannot replay: {obstacle}; "
-                    "give another --study, or --repick its trials here"
+                    f"the study tries drafts in {Format.parse(code)}, which this worker cannot replay: "
+                    f"{unsupported_reason}; give another --study, or --repick its trials here"
                 )
 
     def _write(self) -> list[Text]:

@@ -62,11 +62,11 @@ def profile(
     from selfspec_search.profile.draft_costs import FORMATS
     from selfspec_search.profile.profile import ProfileSettings, measure
 
-    from selfspec.runtime.compiling import compile_obstacle, will_compile
+    from selfspec.runtime.compiling import uncompiled_reason, will_compile
 
     where = loaded.model.device
-    if will_compile(compile, where) and (obstacle := compile_obstacle(where)):
-        asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
+    if will_compile(compile, where) and (unsupported_reason := uncompiled_reason(where)):
+        asides().print(f"passes run eagerly: {unsupported_reason}", style="yellow", markup=False)
     with progress_bar("timing passes", quiet=quiet) as report:
         measured = measure(
             loaded.model,

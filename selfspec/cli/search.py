@@ -166,7 +166,7 @@ def _search(
     import selfspec_search
 
     from selfspec.huggingface.prompts import encode_prompts
-    from selfspec.runtime.compiling import compile_obstacle, will_compile
+    from selfspec.runtime.compiling import uncompiled_reason, will_compile
 
     first, second = (
         encode_prompts(
@@ -175,8 +175,8 @@ def _search(
         for some in (calibration, confirmation)
     )
     where = loaded.model.device
-    if will_compile(settings.compile, where) and (obstacle := compile_obstacle(where)):
-        asides().print(f"passes run eagerly: {obstacle}", style="yellow", markup=False)
+    if will_compile(settings.compile, where) and (unsupported_reason := uncompiled_reason(where)):
+        asides().print(f"passes run eagerly: {unsupported_reason}", style="yellow", markup=False)
     with progress_bar("searching", quiet=quiet) as report:
         return selfspec_search.search(loaded.model, first, second, settings, in_phases(report), _notice)
 

@@ -19,7 +19,7 @@ class Drafter(ABC):
     """
 
     gamma: int
-    capture_obstacle: str | None = None
+    uncaptured_reason: str | None = None
     """Why what it does cannot be captured, or None if it can."""
     looks = False
     """Whether `look` does anything."""
@@ -40,7 +40,7 @@ class Drafter(ABC):
     def draft(self, request: Request, n: int) -> Draft:
         """Write up to `n` drafted tokens behind the committed ones in `request.sequences`, and return them, `b n`.
 
-        Leaves the cache's lengths as it found them. Reads the device only if `capture_obstacle` says so.
+        Leaves the cache's lengths as it found them. Reads the device only if `uncaptured_reason` says so.
         """
 
     def begin(self, request: Request) -> None:  # noqa: B027  # most drafters keep nothing of their own

@@ -122,7 +122,7 @@ def _bound(processor: logits_process.LogitsProcessor, pads: Tensor) -> logits_pr
     return bound
 
 
-def capture_obstacle(processors: LogitsProcessorList) -> str | None:
+def uncaptured_reason(processors: LogitsProcessorList) -> str | None:
     """Why what these processors do cannot be captured in a CUDA graph, or None if it can."""
     for processor in processors:
         if type(processor) not in _CAPTURABLE:

@@ -12,11 +12,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from selfspec.decoding.acceptance import Acceptance, Draft
 from selfspec.decoding.logits_processors import (
-    capture_obstacle,
     has_stop_token,
     ignoring_padding,
     looking_at,
     settings_of,
+    uncaptured_reason,
 )
 from selfspec.errors import InputError
 from selfspec.runtime.row_buffers import STOP_TOKENS, RowBuffers
@@ -66,7 +66,7 @@ class Request:
         self.begin_in(RowBuffers(b, self.max_length + self.room, device, len(self._stop_tokens)))
 
     def begin_captured_in(self, buffers: RowBuffers) -> None:
-        """Begin in buffers that outlive the request; only where `capture_obstacle` has nothing against it."""
+        """Begin in buffers that outlive the request; only where `uncaptured_reason` has nothing against it."""
         self.begin_in(buffers)
         self.is_captured = True
         self.processors = looking_at(self.processors, buffers.pads)
@@ -101,13 +101,13 @@ class Request:
         self.known_ends = [width] * self.rows
         self.stopped_at: list[int | None] = [None] * self.rows
 
-    def capture_obstacle(self) -> str | None:
+    def uncaptured_reason(self) -> str | None:
         """Why its rounds cannot be captured, or None if they can."""
         if self.lockstep:
             return "rows advance one token at a time"
         if len(self._stop_tokens) > STOP_TOKENS:
             return f"there are {len(self._stop_tokens)} stop tokens, and captured rounds have room for {STOP_TOKENS}"
-        return capture_obstacle(self.processors)
+        return uncaptured_reason(self.processors)
 
     @property
     def capture_key(self) -> tuple[object, ...]:

@@ -22,8 +22,8 @@ from selfspec.utils.statistics import wait_for
 def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> Iterator[list[Committed]]:
     """Decode a request, round by round; yields what each round committed in every unfinished row."""
     with stats.timed("total"), stats.timed("prefill"):
-        if (obstacle := settle(runtime, drafter, request)) is not None:
-            stats.slower_paths.append(f"rounds are not captured: {obstacle}")
+        if (unsupported_reason := settle(runtime, drafter, request)) is not None:
+            stats.slower_paths.append(f"rounds are not captured: {unsupported_reason}")
         prefill(runtime, request)
         drafter.begin(request)
         look_ahead(drafter, request)
@@ -38,10 +38,10 @@ def settle(runtime: Runtime, drafter: Drafter, request: Request) -> str | None:
     """Let the request begin where captured work finds it; or, where its rounds cannot be captured, say why."""
     if runtime.graphs is None:
         return None
-    obstacle = drafter.capture_obstacle or request.capture_obstacle()
-    if obstacle is None:
+    unsupported_reason = drafter.uncaptured_reason or request.uncaptured_reason()
+    if unsupported_reason is None:
         request.begin_captured_in(runtime.row_buffers)
-    return obstacle
+    return unsupported_reason
 
 
 def look_ahead(drafter: Drafter, request: Request) -> None:
@@ -137,7 +137,7 @@ def read(told: Tensor) -> list[list[int]]:
 def is_captured(runtime: Runtime, request: Request) -> bool:
     """Whether the request lives in the buffers that captured work knows."""
     graphs = runtime.graphs
-    return graphs is not None and graphs.obstacle is None and request.buffers is runtime.row_buffers
+    return graphs is not None and graphs.unsupported_reason is None and request.buffers is runtime.row_buffers
 
 
 def _run(runtime: Runtime, request: Request, key: Hashable, work: Callable[[], Any]) -> Any:

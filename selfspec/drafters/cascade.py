@@ -23,7 +23,7 @@ class LookupFirstDrafter(Drafter):
     def __init__(self, lookup: PromptLookupDrafter, second: StepwiseDrafter) -> None:
         self.lookup, self.second = lookup, second
         self.gamma = max(lookup.gamma, second.gamma)
-        self.capture_obstacle = second.capture_obstacle
+        self.uncaptured_reason = second.uncaptured_reason
 
     @property
     def key(self) -> Hashable:

@@ -27,7 +27,7 @@ class StepwiseDrafter(Drafter):
     def __init__(self, runtime: Runtime, gamma: int, exit_threshold: float | None = None) -> None:
         self.runtime, self.gamma, self.exit_threshold = runtime, gamma, exit_threshold
         if exit_threshold is not None:
-            self.capture_obstacle = "with an exit threshold, drafts end when the device says so"
+            self.uncaptured_reason = "with an exit threshold, drafts end when the device says so"
 
     @abstractmethod
     def _logits(self, request: Request, token: Tensor, step: int) -> Tensor:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError, PlanError
-from selfspec.models.quantised_linear import device_obstacle, linear_obstacle, quantise, quantised_bytes
+from selfspec.models.quantised_linear import (
+    device_unsupported_reason,
+    linear_unsupported_reason,
+    quantise,
+    quantised_bytes,
+)
 from selfspec.plan.draft_spec import DraftSpec, Format, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec.utils.sizes import in_words
@@ -42,7 +47,7 @@ class DraftWeights:
     def linear(self, kind: str, layer: int, name: str, format: Format) -> nn.Module | None:
         """The quantised copy of a linear layer of a sub-layer, by its name there; None if it cannot have one."""
         original = branch(self.model, kind, layer).get_submodule(name)
-        if obstacle(original, format, self.model.device) is not None:
+        if unsupported_reason(original, format, self.model.device) is not None:
             return None
         return self._get((kind, layer, name, format), original, format)
 
@@ -50,7 +55,7 @@ class DraftWeights:
         """A head for these tokens, all by default, quantised or not; the model's own where that is the same."""
         own: nn.Module = self.model.lm_head  # type: ignore[assignment]
         if vocabulary is None:
-            can = format is not None and obstacle(own, format, self.model.device) is None
+            can = format is not None and unsupported_reason(own, format, self.model.device) is None
             return self._get((HEAD, format), own, format) if can and format else own
         key = (HEAD, format, vocabulary)
         if key not in self._made:
@@ -78,7 +83,7 @@ class DraftWeights:
         some = nn.Linear(weight.shape[1], len(tokens), bias=False, device="meta")
         some.weight = nn.Parameter(weight.detach()[tokens], requires_grad=False)
         head: nn.Module = _BareLinear(some.weight.detach())
-        if format is not None and obstacle(some, format, weight.device) is None:
+        if format is not None and unsupported_reason(some, format, weight.device) is None:
             head = quantise(some.weight, None, format, many_tokens=self.many_tokens)
         return TrimmedHead(head, tokens, None if bias is None else bias.detach()[tokens], weight.shape[0])
 
@@ -142,9 +147,9 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield from ((f"{name}.{inner}", linear) for inner, linear in linears(part))
 
 
-def obstacle(linear: nn.Module, format: Format, device: torch.device) -> str | None:
+def unsupported_reason(linear: nn.Module, format: Format, device: torch.device) -> str | None:
     """Why a module cannot have a copy in this format on this device, or None if it can."""
-    return linear_obstacle(linear, format) or device_obstacle(format, device)
+    return linear_unsupported_reason(linear, format) or device_unsupported_reason(format, device)
 
 
 def quantisable(model: PreTrainedModel, format: Format) -> QuantisedSet:
@@ -154,14 +159,17 @@ def quantisable(model: PreTrainedModel, format: Format) -> QuantisedSet:
         kind: [
             layer
             for layer in layers
-            if any(obstacle(part, format, model.device) is None for _, part in linears(branch(model, kind, layer)))
+            if any(
+                unsupported_reason(part, format, model.device) is None
+                for _, part in linears(branch(model, kind, layer))
+            )
         ]
         for kind in ("attn", "mlp")
     }
     return QuantisedSet(**found)
 
 
-def obstacles(model: PreTrainedModel, draft_spec: DraftSpec) -> list[str]:
+def unsupported_reasons(model: PreTrainedModel, draft_spec: DraftSpec) -> list[str]:
     """What of a draft spec stays in full precision, and why: one line for each reason."""
     if draft_spec.quantised is None:
         return []
@@ -171,11 +179,11 @@ def obstacles(model: PreTrainedModel, draft_spec: DraftSpec) -> list[str]:
         if not parts:
             left.setdefault("it has no linear layers", []).append(f"{kind} {layer}")
         for name, part in parts:
-            if (reason := obstacle(part, format, model.device)) is not None:
+            if (reason := unsupported_reason(part, format, model.device)) is not None:
                 left.setdefault(reason, []).append(f"{kind} {layer}'s {name}")
     if (
         draft_spec.quantised.head
-        and (reason := obstacle(_like_head(model, draft_spec), format, model.device)) is not None
+        and (reason := unsupported_reason(_like_head(model, draft_spec), format, model.device)) is not None
     ):
         left.setdefault(reason, []).append("the head")
     return [
@@ -197,7 +205,7 @@ def draft_weight_bytes(model: PreTrainedModel, draft_spec: DraftSpec) -> int:
     total += 0 if draft_spec.vocabulary is None else outputs * (8 + (0 if bias is None else bias.itemsize))
     own_format = draft_spec.format if draft_spec.quantised and draft_spec.quantised.head else None
     like = _like_head(model, draft_spec)
-    if own_format is not None and obstacle(like, own_format, model.device) is None:
+    if own_format is not None and unsupported_reason(like, own_format, model.device) is None:
         return total + quantised_bytes(outputs, weight.shape[1], own_format)
     return total + (0 if draft_spec.vocabulary is None else outputs * weight.shape[1] * weight.itemsize)
 
@@ -242,7 +250,7 @@ def _linear_keys(model: PreTrainedModel, draft_spec: DraftSpec) -> Iterator[tupl
         return
     for kind, layer in draft_spec.quantised.sublayers:
         for name, part in linears(branch(model, kind, layer)):
-            if obstacle(part, draft_spec.quantised.format, model.device) is None:
+            if unsupported_reason(part, draft_spec.quantised.format, model.device) is None:
                 yield kind, layer, name, draft_spec.quantised.format
 
 

@@ -216,7 +216,7 @@ _KERNELS: dict[str, type[QuantisedLinear]] = {"int4": Int4Linear, "int8": Int8Li
 def quantise(weight: Tensor, bias: Tensor | None, format: Format, *, many_tokens: bool = False) -> QuantisedLinear:
     """A quantised copy of a linear layer; for passes over few tokens, or over `many_tokens`.
 
-    The caller has asked `linear_obstacle` and `device_obstacle` before.
+    The caller has asked `linear_unsupported_reason` and `device_unsupported_reason` before.
     """
     rounded = QuantisedWeight.of(weight, format)
     if many_tokens:
@@ -231,7 +231,7 @@ def quantised_bytes(outputs: int, inputs: int, format: Format) -> int:
     return outputs * inputs + COMPUTE.itemsize * outputs
 
 
-def linear_obstacle(linear: nn.Module, format: Format) -> str | None:
+def linear_unsupported_reason(linear: nn.Module, format: Format) -> str | None:
     """Why a module cannot have a copy in this format, or None if it can."""
     if type(linear) is not nn.Linear or type(linear.weight) not in (Tensor, nn.Parameter):
         return "it is no ordinary linear layer"
@@ -245,7 +245,7 @@ def linear_obstacle(linear: nn.Module, format: Format) -> str | None:
 
 
 @cache
-def device_obstacle(format: Format, device: torch.device) -> str | None:
+def device_unsupported_reason(format: Format, device: torch.device) -> str | None:
     """Why this device cannot multiply in a format, or None if it can: a small product is tried."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     size = max(128, format.group_size or 0)

@@ -9,7 +9,7 @@ from selfspec.policy.adaptive import AdaptivePolicy
 from selfspec.policy.choice import Choice, Choices, Row
 from selfspec.policy.drafter import AdaptiveDrafter
 from selfspec.policy.estimates import AgreementEstimate, MatchEstimate
-from selfspec.policy.serving import drafter_for, longest_draft, obstacle_to_adapting, too_many_rows
+from selfspec.policy.serving import drafter_for, longest_draft, reason_not_to_adapt, too_many_rows
 
 __all__ = [
     "AdaptiveDrafter",
@@ -21,6 +21,6 @@ __all__ = [
     "Row",
     "drafter_for",
     "longest_draft",
-    "obstacle_to_adapting",
+    "reason_not_to_adapt",
     "too_many_rows",
 ]

@@ -32,11 +32,13 @@ def drafter_for(
     policy. More rows than have a price are decoded plainly: what pays for few may lose for many."""
     if policy == "adaptive" and draft_runtime is None and (reason := too_many_rows(plan, rows)) is not None:
         return NoDrafter(), f"none: {reason}"
-    obstacle = obstacle_to_adapting(plan, runtime, rows)
+    unsupported_reason = reason_not_to_adapt(plan, runtime, rows)
     if draft_runtime is not None:
-        obstacle = "a draft model's costs are not in the plan"
-    if policy == "fixed" or obstacle is not None:
-        return drafter_of(plan, runtime, draft_runtime), "fixed" if policy == "fixed" else f"fixed: {obstacle}"
+        unsupported_reason = "a draft model's costs are not in the plan"
+    if policy == "fixed" or unsupported_reason is not None:
+        return drafter_of(
+            plan, runtime, draft_runtime
+        ), "fixed" if policy == "fixed" else f"fixed: {unsupported_reason}"
     outlook = plan.outlook_for(rows)
     assert outlook is not None
     return adaptive_drafter(plan, runtime, outlook), "adaptive"
@@ -71,7 +73,7 @@ def lookup_of(plan: Plan, outlook: Outlook) -> PromptLookupDrafter | None:
     return PromptLookupDrafter(PromptLookup(gamma=longest, min_ngram=1, max_ngram=MATCH))
 
 
-def obstacle_to_adapting(plan: Plan, runtime: Runtime, rows: int) -> str | None:
+def reason_not_to_adapt(plan: Plan, runtime: Runtime, rows: int) -> str | None:
     """Why this plan drafts as it says, or None if it may adapt."""
     device = runtime.model.device
     if not longest_draft(plan):

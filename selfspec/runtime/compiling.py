@@ -34,7 +34,7 @@ def fuses_layers(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def compile_obstacle(device: torch.device) -> str | None:
+def uncompiled_reason(device: torch.device) -> str | None:
     """Why `torch.compile` cannot serve this device, or None if it can."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton

@@ -21,7 +21,7 @@ class Backend(Protocol):
     """Whether it asks the pass for masks."""
 
     @staticmethod
-    def obstacle(needs: AttentionNeeds) -> str | None:
+    def unsupported_reason(needs: AttentionNeeds) -> str | None:
         """Why this backend cannot serve, or None if it can."""
 
     @staticmethod

@@ -20,10 +20,10 @@ from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.attention.choose import choose_backend
 from selfspec.runtime.compiling import (
     FusedLayers,
-    compile_obstacle,
     compile_pass,
     fuses_layers,
     or_eager,
+    uncompiled_reason,
     will_compile,
 )
 from selfspec.runtime.cuda_graphs import graphs_for
@@ -49,8 +49,8 @@ class Runtime:
         draft spec: what the draft is made of, a skip set alone or more; `draft_with` changes it later.
         backend: an attention backend by name; by default the first that serves this model.
         compile: fuse passes with `torch.compile`, by default on CUDA; where that is not possible, passes run eagerly,
-            and `compile_obstacle` says why.
-        graphs: capture rounds as CUDA graphs, by default where the device has them; `capture_obstacle` says why not.
+            and `uncompiled_reason` says why.
+        graphs: capture rounds as CUDA graphs, by default where the device has them; `uncaptured_reason` says why not.
         copies: shared with other runtimes of the model; by default this one has its own, and none that it does not use.
     """
 
@@ -67,8 +67,8 @@ class Runtime:
         check_supported(model)
         self.model = model
         wanted = will_compile(compile, model.device)
-        self.compile_obstacle = compile_obstacle(model.device) if wanted else None
-        self.compile = wanted and self.compile_obstacle is None
+        self.uncompiled_reason = uncompiled_reason(model.device) if wanted else None
+        self.compile = wanted and self.uncompiled_reason is None
         self._graphs_wanted = graphs
         self.draft_spec = DraftSpec.of(draft_spec)
         self._padding: Padding | None = None
@@ -122,10 +122,10 @@ class Runtime:
         return self._cache
 
     @property
-    def capture_obstacle(self) -> str | None:
+    def uncaptured_reason(self) -> str | None:
         """Why rounds are not captured though they were asked for; None where they are, or were not asked for."""
         if self.graphs is not None:
-            return self.graphs.obstacle
+            return self.graphs.unsupported_reason
         return f"CUDA graphs need a GPU, the model is on {self.model.device.type}" if self._graphs_wanted else None
 
     @property
@@ -297,7 +297,7 @@ class Runtime:
         return or_eager(compile_pass(forward), forward, self._stop_compiling)
 
     def _stop_compiling(self, reason: str) -> None:
-        self.compile, self.compile_obstacle = False, reason
+        self.compile, self.uncompiled_reason = False, reason
 
 
 def device_name(device: torch.device) -> str:

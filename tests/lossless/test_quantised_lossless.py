@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 import selfspec.decoding.round
 from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, SubVocabulary, wrap
 from selfspec.benchmark.lossless import compare
-from selfspec.models.quantised_linear import device_obstacle
+from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import Outlook, PromptLookup
 from selfspec.plan.draft_spec import INT4, INT8
@@ -74,7 +74,7 @@ def test_greedy_output_of_unequal_prompts_is_model_generates(family: str, format
 def test_greedy_output_with_a_trimmed_head_is_model_generates(
     head: bool, format: Format, llama: PreTrainedModel
 ) -> None:
-    if (reason := device_obstacle(format, llama.device)) is not None:
+    if (reason := device_unsupported_reason(format, llama.device)) is not None:
         pytest.skip(reason)
     given = few_prompts(13, 7, 10)
     spec = assert_lossless(llama, drafting(format, head=head, trimmed=True), given)

@@ -38,10 +38,10 @@ from selfspec.models.draft_weights import (
     check_memory,
     check_vocabulary,
     draft_weight_bytes,
-    obstacles,
     quantisable,
+    unsupported_reasons,
 )
-from selfspec.models.quantised_linear import QuantisedLinear, QuantisedWeight, device_obstacle
+from selfspec.models.quantised_linear import QuantisedLinear, QuantisedWeight, device_unsupported_reason
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.models.views import decoder_layers, reachable_tensors
 from selfspec.plan.draft_spec import INT4, INT8
@@ -168,7 +168,7 @@ def test_a_draft_computes_the_model_with_its_weights_rounded(family: str) -> Non
 def test_everything_may_be_quantised_in_any_format(format: Format) -> None:
     model = quantisable_model("phi")
     draft_spec = DraftSpec(quantised=Quantised.everything(format, LAYERS))
-    if (reason := device_obstacle(format, model.device)) is not None:
+    if (reason := device_unsupported_reason(format, model.device)) is not None:
         pytest.skip(reason)
     runtime = Runtime(model, draft_spec)
     view = runtime.views["draft"]
@@ -463,19 +463,22 @@ def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so(
     model = damped_model("llama", intermediate_size=80, vocab_size=211)
     plan = drafting(INT4)
     assert quantisable(model, INT4) == QuantisedSet(attn=range(LAYERS), mlp=range(LAYERS)), "gate and up fit"
-    assert obstacles(model, plan.draft_spec) == [
+    assert unsupported_reasons(model, plan.draft_spec) == [
         "mlp 1's down_proj and 2 more not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of "
         "16, and it has 80 and 96",
         "the head not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, and it has 96 "
         "and 211",
     ]
-    assert len(obstacles(model, drafting(INT8).draft_spec)) == 1
-    assert obstacles(model, drafting(INT4, head=False).draft_spec) == obstacles(model, plan.draft_spec)[:1]
-    assert obstacles(model, DraftSpec(skip_set=SKIPPED)) == []
+    assert len(unsupported_reasons(model, drafting(INT8).draft_spec)) == 1
+    assert (
+        unsupported_reasons(model, drafting(INT4, head=False).draft_spec)
+        == unsupported_reasons(model, plan.draft_spec)[:1]
+    )
+    assert unsupported_reasons(model, DraftSpec(skip_set=SKIPPED)) == []
     spec = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    assert spec.stats.slower_paths == [f"of the draft, {line}" for line in obstacles(model, plan.draft_spec)]
+    assert spec.stats.slower_paths == [f"of the draft, {line}" for line in unsupported_reasons(model, plan.draft_spec)]
     assert spec.runtime.draft_weights.nbytes == draft_bytes(model, plan)
     assert type(spec.runtime.views["draft"].lm_head) is nn.Linear
 
@@ -486,7 +489,7 @@ def test_no_kernel_is_called_for_a_size_that_it_does_not_take(made: list[nn.Modu
     assert quantisable(model, INT4) == quantisable(model, INT8) == QuantisedSet()
     for format in FORMATS:
         draft_spec = DraftSpec(quantised=Quantised.everything(format, LAYERS))
-        assert len(obstacles(model, draft_spec)) >= 1
+        assert len(unsupported_reasons(model, draft_spec)) >= 1
         assert draft_weight_bytes(model, draft_spec) == 0
         spec = wrap(model, Plan(skip_set=SkipSet(), quantised=draft_spec.quantised, gamma=2))
         spec.generate(**few_prompts(5), do_sample=False, max_new_tokens=5)
@@ -503,7 +506,7 @@ def test_a_head_trimmed_to_a_size_that_no_kernel_takes_is_trimmed_alone(made: li
 
 def test_a_trimmed_head_that_stays_in_full_precision_is_told_of() -> None:
     model = quantisable_model("llama")
-    assert obstacles(model, DRAFT_SPECS["a trimmed head that no kernel takes"]) != []
+    assert unsupported_reasons(model, DRAFT_SPECS["a trimmed head that no kernel takes"]) != []
 
 
 # --- What the user does to the model after wrapping ---

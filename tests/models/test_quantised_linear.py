@@ -21,8 +21,8 @@ from selfspec.models.quantised_linear import (
     Int4Linear,
     Int8Linear,
     QuantisedWeight,
-    device_obstacle,
-    linear_obstacle,
+    device_unsupported_reason,
+    linear_unsupported_reason,
     quantise,
     quantised_bytes,
 )
@@ -282,13 +282,13 @@ def test_weights_of_zeros_and_groups_of_equal_ones_give_finite_products(format: 
 def test_sizes_that_kernels_do_not_take_are_known_before(
     outputs: int, inputs: int, format: Format, reason: str | None
 ) -> None:
-    obstacle = linear_obstacle(nn.Linear(inputs, outputs), format)
+    unsupported_reason = linear_unsupported_reason(nn.Linear(inputs, outputs), format)
     if reason is None:
-        assert obstacle is None
+        assert unsupported_reason is None
     else:
-        assert obstacle is not None
-        assert obstacle.endswith(reason) or obstacle.startswith(reason)
-        assert "\n" not in obstacle
+        assert unsupported_reason is not None
+        assert unsupported_reason.endswith(reason) or unsupported_reason.startswith(reason)
+        assert "\n" not in unsupported_reason
 
 
 @pytest.mark.parametrize("format", ALL, ids=str)
@@ -296,7 +296,7 @@ def test_the_least_sizes_that_are_let_through_are_multiplied_rightly(format: For
     least = format.group_size or 16
     for outputs, inputs in ((16, least), (48, least), (16, 5 * least), (112, 7 * least)):
         linear = nn.Linear(inputs, outputs, bias=False)
-        assert linear_obstacle(linear, format) is None
+        assert linear_unsupported_reason(linear, format) is None
         rows, rounded = random(3, inputs), QuantisedWeight.of(linear.weight, format).dequantised()
         read = as_read(rows)
         ours = quantise(linear.weight, None, format)(rows)
@@ -318,13 +318,13 @@ class Adapted(nn.Linear):
 )
 def test_what_is_no_ordinary_linear_layer_has_no_copy(module: nn.Module, reason: str) -> None:
     for format in (INT4, INT8):
-        assert linear_obstacle(module, format) == reason
+        assert linear_unsupported_reason(module, format) == reason
 
 
 def test_a_weight_of_integers_has_no_copy() -> None:
     linear = nn.Linear(32, 16)
     linear.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
-    assert linear_obstacle(linear, INT8) == "its weight is torch.int8 already"
+    assert linear_unsupported_reason(linear, INT8) == "its weight is torch.int8 already"
 
 
 def test_a_weight_that_is_a_tensor_of_another_kind_has_no_copy() -> None:
@@ -334,12 +334,12 @@ def test_a_weight_that_is_a_tensor_of_another_kind_has_no_copy() -> None:
     linear = nn.Linear(32, 16)
     del linear.weight
     linear.weight = torch.zeros(16, 32).as_subclass(Packed)  # type: ignore[assignment]
-    assert linear_obstacle(linear, INT8) == "it is no ordinary linear layer"
+    assert linear_unsupported_reason(linear, INT8) == "it is no ordinary linear layer"
 
 
 def test_every_device_says_whether_it_multiplies_in_a_format() -> None:
     for format in ALL:
-        assert device_obstacle(format, CPU) is None
+        assert device_unsupported_reason(format, CPU) is None
 
 
 def test_a_device_without_a_product_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,10 +347,10 @@ def test_a_device_without_a_product_says_so_in_a_line(monkeypatch: pytest.Monkey
         raise NotImplementedError("Could not run 'aten::_weight_int8pack_mm'\nand a page of backends")
 
     monkeypatch.setattr(selfspec.models.quantised_linear, "quantise", missing)
-    device_obstacle.cache_clear()
+    device_unsupported_reason.cache_clear()
     try:
-        reason = device_obstacle(INT8, CPU)
+        reason = device_unsupported_reason(INT8, CPU)
     finally:
-        device_obstacle.cache_clear()
+        device_unsupported_reason.cache_clear()
     assert reason is not None
     assert reason.endswith("has no product in int8 on cpu: Could not run 'aten::_weight_int8pack_mm'")

@@ -24,7 +24,7 @@ from selfspec.policy import (
     MatchEstimate,
     Row,
     drafter_for,
-    obstacle_to_adapting,
+    reason_not_to_adapt,
 )
 from selfspec.policy.adaptive import FIRST_PROBE, PROBING, Seen
 from selfspec.policy.estimates import MATCHES, PRIOR, match_class
@@ -419,12 +419,12 @@ def test_it_adapts_only_where_the_plans_costs_hold(
     changes: dict[str, object], reason: str | None, llama: PreTrainedModel
 ) -> None:
     runtime = Runtime(llama, FIRST_DROPPED)
-    obstacle = obstacle_to_adapting(plan(**changes), runtime, rows=1)
-    assert (obstacle is None) == (reason is None)
-    assert reason is None or reason in str(obstacle)
+    unsupported_reason = reason_not_to_adapt(plan(**changes), runtime, rows=1)
+    assert (unsupported_reason is None) == (reason is None)
+    assert reason is None or reason in str(unsupported_reason)
     drafter, words = drafter_for(plan(**changes), runtime, 1, "adaptive")
     assert isinstance(drafter, AdaptiveDrafter) == (reason is None)
-    assert words == ("adaptive" if reason is None else f"fixed: {obstacle}")
+    assert words == ("adaptive" if reason is None else f"fixed: {unsupported_reason}")
     drafter, words = drafter_for(plan(**changes), runtime, 1, "fixed")
     assert not isinstance(drafter, AdaptiveDrafter)
     assert words == "fixed"

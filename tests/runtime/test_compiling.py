@@ -98,7 +98,7 @@ def test_a_compiled_pass_gets_its_tokens_in_one_layout(model: PreTrainedModel, m
         return run
 
     monkeypatch.setattr("selfspec.runtime.runtime.compile_pass", of_its_first_call)
-    monkeypatch.setattr("selfspec.runtime.runtime.compile_obstacle", lambda device: None)
+    monkeypatch.setattr("selfspec.runtime.runtime.uncompiled_reason", lambda device: None)
     spec = selfspec.wrap(model, PLAN, compile=True)
     given, mask = prompts(7, 5)
     options = {"attention_mask": mask, "max_new_tokens": 19, **OPTIONS}
@@ -226,7 +226,7 @@ def test_layers_that_call_the_flash_attn_package_are_compiled_too(
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("selfspec.runtime.attention.flash._flash_obstacle", lambda needs: None)  # of this CPU
+    monkeypatch.setattr("selfspec.runtime.attention.flash._flash_unsupported_reason", lambda needs: None)  # of this CPU
     model = damped_model("gemma3_text", FIRST_DROPPED)
     spec = selfspec.wrap(model, FUSED, compile=True, backend="flash-attn")
     tokens, mask = prompts(11, 5)

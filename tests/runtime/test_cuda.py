@@ -8,7 +8,7 @@ What of the CUDA-only code each test reaches:
   `test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held`.
 - The packing of 4-bit weights, and the choice of kernels: `test_the_kernels_of_quantised_weights_...`, and captured in
   `test_quantised_drafts_are_captured`.
-- `fuses_layers`, `compile_obstacle`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
+- `fuses_layers`, `uncompiled_reason`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
 - `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
 - `Runtime.prefill_chunk`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
   `loading.describe_device`: `test_devices_are_named`.
@@ -46,11 +46,11 @@ from selfspec.decoding.round import read
 from selfspec.decoding.stats import Laps
 from selfspec.drafters.build import drafter_of
 from selfspec.huggingface.loading import AUTO, _device, describe_device
-from selfspec.models.quantised_linear import QuantisedWeight, device_obstacle, quantise
+from selfspec.models.quantised_linear import QuantisedWeight, device_unsupported_reason, quantise
 from selfspec.plan import PromptLookup
 from selfspec.plan.draft_spec import INT4, INT8, Format
 from selfspec.runtime.attention.flash import TorchFlash
-from selfspec.runtime.compiling import compile_obstacle
+from selfspec.runtime.compiling import uncompiled_reason
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work
 from selfspec.runtime.runtime import PREFILL_CHUNK, device_name
 from selfspec.utils.statistics import timed_task
@@ -171,8 +171,8 @@ QUANTISED = [INT4, INT8]
 def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_for(
     format: Format, device: torch.device
 ) -> None:
-    if (obstacle := device_obstacle(format, device)) is not None:
-        pytest.skip(obstacle)
+    if (unsupported_reason := device_unsupported_reason(format, device)) is not None:
+        pytest.skip(unsupported_reason)
     generator = torch.Generator().manual_seed(0)
     weight, inputs = (torch.randn(n, 256, generator=generator).to(device) for n in (176, 7))
     product = quantise(weight, None, format)(inputs)
@@ -184,8 +184,8 @@ def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_f
 @BOTH
 @pytest.mark.parametrize("format", QUANTISED, ids=str)
 def test_quantised_drafts_are_captured(format: Format, device: torch.device) -> None:
-    if (obstacle := device_obstacle(format, device)) is not None:
-        pytest.skip(obstacle)
+    if (unsupported_reason := device_unsupported_reason(format, device)) is not None:
+        pytest.skip(unsupported_reason)
     model, plan = quantised_models.damped_model("llama").to(device), drafting(format, trimmed=True)
     spec, given = captured(model, plan), {name: t.to(device) for name, t in few_prompts(11, 5, 7).items()}
     expected = model.generate(**given, **GREEDY)
@@ -244,7 +244,7 @@ def test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held(device:
             held.append(graphs.run("plus one", plus_one).tensor)
             assert held[-1].item() == number.item() + 1
             number += 1
-        assert len(graphs) == 1, graphs.obstacle
+        assert len(graphs) == 1, graphs.unsupported_reason
         graphs.drop()
 
 
@@ -415,7 +415,7 @@ def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeyp
 
 
 @BOTH
-def test_interrupted_captures_are_no_obstacle(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_captures_are_no_reason_to_stop(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
     spec, given = captured(model), batch(device, 11, 5, 7)
     recorder = graphs_of(spec).recorder
@@ -497,7 +497,7 @@ def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.d
     ("family", "dtype"), [("llama", torch.float32), ("gemma3_text", torch.float32), ("llama", torch.bfloat16)]
 )
 def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
-    assert compile_obstacle(cuda) is None
+    assert uncompiled_reason(cuda) is None
     model = model_on(cuda, family, dtype=dtype, head_dim=32)
     spec, given = wrap(model, PLAN), batch(cuda, 11, 5, 7)
     for _ in range(3):
@@ -508,7 +508,7 @@ def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torc
         assert torch.equal(got, model.generate(**given, **GREEDY))
     else:
         assert isinstance(spec.runtime.backend.backend, TorchFlash) or spec.stats.backend == "flash-attn"
-    assert spec.runtime.compile_obstacle is None
+    assert spec.runtime.uncompiled_reason is None
 
 
 # --- All that asks which device it is ---

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import quantisable
-from selfspec.models.quantised_linear import device_obstacle
+from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Format, Quantised, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec.runtime.runtime import Runtime
@@ -36,8 +36,8 @@ def draft_weights_that_gain(
     """The formats in which the whole draft is faster than in full precision; and why the others are not looked at."""
     gaining, slower = list[Format](), dict[str, str]()
     for format in formats:
-        if (obstacle := _obstacle(full.model, format)) is not None:
-            slower[format.code] = obstacle
+        if (unsupported_reason := _unsupported_reason(full.model, format)) is not None:
+            slower[format.code] = unsupported_reason
             continue
         quantised = runtime_of(DraftSpec(quantised=_everything(full.model, format)))
         quantised.adopt_cache(full)
@@ -51,9 +51,9 @@ def draft_weights_that_gain(
     return gaining, slower
 
 
-def _obstacle(model: PreTrainedModel, format: Format) -> str | None:
-    if (obstacle := device_obstacle(format, model.device)) is not None:
-        return obstacle
+def _unsupported_reason(model: PreTrainedModel, format: Format) -> str | None:
+    if (unsupported_reason := device_unsupported_reason(format, model.device)) is not None:
+        return unsupported_reason
     return None if quantisable(model, format) else "no linear layer of this model fits it"
 
 

@@ -26,13 +26,13 @@ def choose_backend(needs: AttentionNeeds, name: str | None = None) -> BackendCho
     if name is not None:
         if name not in BACKENDS:
             raise InputError(f"no attention backend is called '{name}'; choose one of {', '.join(BACKENDS)}")
-        if obstacle := BACKENDS[name].obstacle(needs):
-            raise InputError(f"attention backend '{name}' cannot be used: {obstacle}; choose another or none")
+        if unsupported_reason := BACKENDS[name].unsupported_reason(needs):
+            raise InputError(f"attention backend '{name}' cannot be used: {unsupported_reason}; choose another or none")
         return BackendChoice(BACKENDS[name](), "asked for by name")
     passed_over: list[str] = []
     for candidate in BACKENDS.values():
-        obstacle = candidate.obstacle(needs)
-        if obstacle is None:
+        unsupported_reason = candidate.unsupported_reason(needs)
+        if unsupported_reason is None:
             return BackendChoice(candidate(), "; ".join(passed_over) or "first choice")
-        passed_over.append(f"{candidate.name}: {obstacle}")
+        passed_over.append(f"{candidate.name}: {unsupported_reason}")
     raise AssertionError("the reference backend serves everything")

@@ -20,10 +20,10 @@ class FlashAttn:
     masks = False
 
     @staticmethod
-    def obstacle(needs: AttentionNeeds) -> str | None:
+    def unsupported_reason(needs: AttentionNeeds) -> str | None:
         if importlib.util.find_spec("flash_attn") is None:
             return "flash-attn is not installed"
-        return _flash_obstacle(needs)
+        return _flash_unsupported_reason(needs)
 
     @staticmethod
     def prepare(step: Pass) -> tuple[Tensor, ...]:
@@ -82,12 +82,12 @@ class TorchFlash:
     masks = False
 
     @staticmethod
-    def obstacle(needs: AttentionNeeds) -> str | None:
+    def unsupported_reason(needs: AttentionNeeds) -> str | None:
         if needs.has_softcap:
             return "PyTorch's flash kernel has no soft cap"
         if not hasattr(torch.ops.aten, "_flash_attention_forward"):
             return "this PyTorch has no flash kernel"
-        return _flash_obstacle(needs)
+        return _flash_unsupported_reason(needs)
 
     @staticmethod
     def prepare(step: Pass) -> tuple[Tensor, ...]:
@@ -121,7 +121,7 @@ class TorchFlash:
         return result
 
 
-def _flash_obstacle(needs: AttentionNeeds) -> str | None:
+def _flash_unsupported_reason(needs: AttentionNeeds) -> str | None:
     if needs.device.type != "cuda":
         return f"flash kernels need CUDA, the model is on {needs.device.type}"
     if torch.cuda.get_device_capability(needs.device) < (8, 0):

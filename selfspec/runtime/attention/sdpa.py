@@ -15,7 +15,7 @@ class Sdpa:
     masks = True
 
     @staticmethod
-    def obstacle(needs: AttentionNeeds) -> str | None:
+    def unsupported_reason(needs: AttentionNeeds) -> str | None:
         return None
 
     @staticmethod

@@ -59,7 +59,7 @@ class Drafter(ABC):
         device."""
         return None
 
-    def hear(self, told: Sequence[Sequence[int]]) -> None:  # noqa: B027
+    def receive(self, host_values: Sequence[Sequence[int]]) -> None:  # noqa: B027
         """On the host, what the last look found in every row."""
 
     def observe(self, committed: Sequence[Committed]) -> None:  # noqa: B027

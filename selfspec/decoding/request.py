@@ -153,21 +153,21 @@ class Request:
         counts, new = self._counts_and_tokens(draft, acceptance)
         unusable = self._unusable(scores, counts)
         columns = (self.ends, counts, draft.lengths, acceptance.accepted, self.finished, unusable)
-        told = torch.cat([torch.stack([column.long() for column in columns], dim=1), new], dim=1)
+        host_values = torch.cat([torch.stack([column.long() for column in columns], dim=1), new], dim=1)
         self.sequences.scatter_(1, self.ends[:, None] + torch.arange(new.shape[1], device=new.device), new)
         self.ends += counts
         if not self.lockstep:
             stops = self._is_stop(new) & _first(counts, new.shape[1])
             self.finished |= stops.any(dim=1) | (self.ends >= self.buffers.limit)
-        return told
+        return host_values
 
-    def take(self, told: list[list[int]], scores: Tensor, logits: Tensor) -> list[Committed]:
+    def take(self, host_values: list[list[int]], scores: Tensor, logits: Tensor) -> list[Committed]:
         """On the host, what was committed in every unfinished row, and what ends with it.
 
-        `told` is what `commit` returned, read; `scores` and the raw `logits`, `b n+1 v`, are for those who keep them.
+        `host_values` is what `commit` returned, read; `scores` and the raw `logits`, `b n+1 v`, are for those who keep them.
         """
         committed = []
-        for row, (start, count, drafted, accepted, done, bad, *tokens) in enumerate(told):
+        for row, (start, count, drafted, accepted, done, bad, *tokens) in enumerate(host_values):
             if bad and not done:
                 raise InputError(
                     f"the model's logits hold NaN or infinity in row {row} after {start} tokens; "

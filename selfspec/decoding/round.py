@@ -48,7 +48,7 @@ def look_ahead(drafter: Drafter, request: Request) -> None:
     """Let the drafter look at the prompts, as it looks at every later text at the end of a round."""
     looked = drafter.look(request)
     if looked is not None:
-        drafter.hear(read(looked))
+        drafter.receive(read(looked))
 
 
 def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> list[Committed]:
@@ -61,8 +61,8 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     laps.mark()
     checked = run_check(runtime, drafter, request, draft)
     laps.mark()
-    told = read(checked.told)
-    committed = request.take([row[: checked.width] for row in told], checked.scores, checked.logits)
+    host_values = read(checked.host_values)
+    committed = request.take([row[: checked.width] for row in host_values], checked.scores, checked.logits)
     for row in committed:
         row.origin = part.origin(row.row)
     stats.count_choice(part.label, draft.steps, draft.width + 1)
@@ -70,7 +70,7 @@ def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> 
     stats.add_laps(laps)
     drafter.observe(committed)
     if drafter.looks:
-        drafter.hear([row[checked.width :] for row in told])
+        drafter.receive([row[checked.width :] for row in host_values])
     return committed
 
 
@@ -103,7 +103,7 @@ class Checked:
     """What a check leaves: what the host must be told, `b m`, the first `width` columns of it by the request and the
     others by the drafter; processed and raw target logits, `b n+1 v`."""
 
-    told: Tensor
+    host_values: Tensor
     width: int
     scores: Tensor
     logits: Tensor
@@ -115,21 +115,23 @@ def check(runtime: Runtime, drafter: Drafter, request: Request, draft: Draft) ->
     logits = runtime.run("target", tokens)  # b n+1 v
     ends = request.ends[:, None] + torch.arange(draft.width + 1, device=logits.device)
     scores = process(request.processors, logits, request.sequences, ends)
-    told = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores)
+    host_values = request.commit(draft, accept(draft, scores, sampling=request.sampling), scores)
     # Rewind: every row's cache again holds its committed tokens but the last one.
     runtime.cache.lengths.copy_(request.ends - request.pads - 1)
     looked = drafter.look(request)
-    return Checked(told if looked is None else torch.cat([told, looked], dim=1), told.shape[1], scores, logits)
+    return Checked(
+        host_values if looked is None else torch.cat([host_values, looked], dim=1), host_values.shape[1], scores, logits
+    )
 
 
-def read(told: Tensor) -> list[list[int]]:
+def read(host_values: Tensor) -> list[list[int]]:
     """The one read of a round: everything that the host must know, in one copy."""
-    if told.device.type != "cuda":
-        return told.tolist()  # type: ignore[no-any-return]
-    pinned = torch.empty_like(told, device="cpu", pin_memory=True)
-    pinned.copy_(told, non_blocking=True)
+    if host_values.device.type != "cuda":
+        return host_values.tolist()  # type: ignore[no-any-return]
+    pinned = torch.empty_like(host_values, device="cpu", pin_memory=True)
+    pinned.copy_(host_values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(told.device))  # which need not be the current device's
+    copied.record(torch.cuda.current_stream(host_values.device))  # which need not be the current device's
     copied.synchronize()
     return pinned.tolist()  # type: ignore[no-any-return]
 

@@ -43,8 +43,8 @@ class LookupFirstDrafter(Drafter):
     def look(self, request: Request) -> Tensor:
         return self.lookup.look(request)
 
-    def hear(self, told: Sequence[Sequence[int]]) -> None:
-        self.lookup.hear(told)
+    def receive(self, host_values: Sequence[Sequence[int]]) -> None:
+        self.lookup.receive(host_values)
 
     def choose(self, request: Request) -> tuple[Drafter, int]:
         found = self.lookup.found_in_unfinished(request)

@@ -15,7 +15,7 @@ from selfspec.plan import PromptLookup
 
 
 @dataclass
-class Heard:
+class LookupResult:
     """What the host was told of the latest look.
 
     Attributes:
@@ -48,9 +48,9 @@ class PromptLookupDrafter(Drafter):
 
     looks = True
 
-    def __init__(self, lookup: PromptLookup, heard: Heard | None = None) -> None:
+    def __init__(self, lookup: PromptLookup, latest_lookup: LookupResult | None = None) -> None:
         self.lookup, self.gamma = lookup, lookup.gamma
-        self.heard = heard or Heard()
+        self.latest_lookup = latest_lookup or LookupResult()
         self._indices: list[NgramIndex] = []
 
     @property
@@ -64,7 +64,7 @@ class PromptLookupDrafter(Drafter):
     def part(self, gamma: int, min_ngram: int) -> PromptLookupDrafter:
         """One that drafts less of what this one finds, and only behind longer matches."""
         lookup = PromptLookup(gamma=gamma, min_ngram=min_ngram, max_ngram=self.lookup.max_ngram)
-        return PromptLookupDrafter(lookup, self.heard)
+        return PromptLookupDrafter(lookup, self.latest_lookup)
 
     def choose(self, request: Request) -> tuple[Drafter, int]:
         return self, max(self.found_in_unfinished(request), default=0)
@@ -77,7 +77,11 @@ class PromptLookupDrafter(Drafter):
         return "lookup" if self._found(row) else None
 
     def _found(self, row: int) -> int:
-        return min(self.heard.found[row], self.gamma) if self.heard.matched[row] >= self.lookup.min_ngram else 0
+        return (
+            min(self.latest_lookup.found[row], self.gamma)
+            if self.latest_lookup.matched[row] >= self.lookup.min_ngram
+            else 0
+        )
 
     def begin(self, request: Request) -> None:
         self._indices = []
@@ -111,10 +115,10 @@ class PromptLookupDrafter(Drafter):
         matches = torch.tensor([index.match for index in self._indices])
         return matches[:, 0], matches[:, 1]
 
-    def hear(self, told: Sequence[Sequence[int]]) -> None:
-        self.heard.found = [found for found, *_ in told]
-        self.heard.matched = [matched for _, matched, *_ in told]
-        self.heard.tokens = [tokens for _, _, *tokens in told]
+    def receive(self, host_values: Sequence[Sequence[int]]) -> None:
+        self.latest_lookup.found = [found for found, *_ in host_values]
+        self.latest_lookup.matched = [matched for _, matched, *_ in host_values]
+        self.latest_lookup.tokens = [tokens for _, _, *tokens in host_values]
 
     def hits(self, request: Request) -> Tensor:
         """How many tokens it drafts in each row, `b`; 0 without a match."""

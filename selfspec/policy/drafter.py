@@ -52,9 +52,9 @@ class AdaptiveDrafter(Drafter):
     def look(self, request: Request) -> Tensor | None:
         return self.lookup.look(request) if self.lookup else None
 
-    def hear(self, told: Sequence[Sequence[int]]) -> None:
+    def receive(self, host_values: Sequence[Sequence[int]]) -> None:
         if self.lookup:
-            self.lookup.hear(told)
+            self.lookup.receive(host_values)
 
     def observe(self, committed: Sequence[Committed]) -> None:
         self.policy.observe([self._seen(row) for row in committed])
@@ -66,18 +66,18 @@ class AdaptiveDrafter(Drafter):
         lefts = {row: min(longest, request.max_length - ends[row] - 1) for row in going}
         if self.lookup is None:
             return [Row(0, 0, left) for left in lefts.values()]
-        heard = self.lookup.heard
-        return [Row(heard.found[row], heard.matched[row], left) for row, left in lefts.items()]
+        latest_lookup = self.lookup.latest_lookup
+        return [Row(latest_lookup.found[row], latest_lookup.matched[row], left) for row, left in lefts.items()]
 
     def _seen(self, row: Committed) -> Seen:
         by_layers = row.drafted if row.origin == "layers" else 0
         accepted = row.accepted if by_layers else 0
         seen = Seen(by_layers, accepted, len(row.tokens))
-        if self.lookup is None or not (found := self.lookup.heard.found[row.row]):
+        if self.lookup is None or not (found := self.lookup.latest_lookup.found[row.row]):
             return seen
-        pairs = zip(row.tokens, self.lookup.heard.tokens[row.row][:found], strict=False)
+        pairs = zip(row.tokens, self.lookup.latest_lookup.tokens[row.row][:found], strict=False)
         right = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(found, len(row.tokens)))
-        return seen._replace(found=found, matched=self.lookup.heard.matched[row.row], right=right)
+        return seen._replace(found=found, matched=self.lookup.latest_lookup.matched[row.row], right=right)
 
     def _part(self, choice: Choice) -> Drafter:
         layers = LayerSkipDrafter(self.runtime, choice.layers) if choice.layers else None

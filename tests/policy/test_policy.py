@@ -450,8 +450,8 @@ def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTra
     tokens, mask = prompts(11)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}
     matches = [[0.3, 0.6], [0.4, 0.7], [0.5, 0.75], [0.6, 0.8], [0.8, 0.9]]
-    told = outlook(0.9, 0.8, draft_step=0.15, matches=matches)
-    spec = wrap(llama, plan(outlook=told))
+    host_values = outlook(0.9, 0.8, draft_step=0.15, matches=matches)
+    spec = wrap(llama, plan(outlook=host_values))
     if captured:
         spec.runtime.graphs = Graphs(TapeRecorder())
     expected = llama.generate(tokens, **options)

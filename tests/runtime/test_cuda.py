@@ -370,9 +370,9 @@ def test_waiting_for_the_device_is_noticed(device: torch.device) -> None:
 
 @BOTH
 def test_the_one_read_of_a_round_is_right(device: torch.device) -> None:
-    told = torch.arange(35, device=device).view(5, 7)
-    assert read(told) == told.tolist()
-    assert read(told.T) == told.T.tolist()
+    host_values = torch.arange(35, device=device).view(5, 7)
+    assert read(host_values) == host_values.tolist()
+    assert read(host_values.T) == host_values.T.tolist()
 
 
 @BOTH

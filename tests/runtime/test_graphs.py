@@ -370,9 +370,9 @@ def test_stop_strings_and_time_limits_need_no_further_read(
     spec = taped(llama)
     read, counted = selfspec.decoding.round.read, []
 
-    def counting(told: Tensor) -> Any:
-        counted.append(told.device)
-        return read(told)
+    def counting(host_values: Tensor) -> Any:
+        counted.append(host_values.device)
+        return read(host_values)
 
     monkeypatch.setattr(selfspec.decoding.round, "read", counting)
     given, options = batch(11), GREEDY | {"max_time": 1000.0}

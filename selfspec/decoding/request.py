@@ -164,7 +164,7 @@ class Request:
     def take(self, host_values: list[list[int]], scores: Tensor, logits: Tensor) -> list[Committed]:
         """On the host, what was committed in every unfinished row, and what ends with it.
 
-        `host_values` is what `commit` returned, read; `scores` and the raw `logits`, `b n+1 v`, are for those who keep them.
+        `host_values` is what `commit` returned, read; `scores` and the raw `logits` are `b n+1 v`.
         """
         committed = []
         for row, (start, count, drafted, accepted, done, bad, *tokens) in enumerate(host_values):

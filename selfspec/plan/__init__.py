@@ -3,9 +3,10 @@
 from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan
 from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
-from selfspec.plan.round_costs import Outlook, Padding
+from selfspec.plan.round_costs import MATCHES, Outlook, Padding, match_class
 
 __all__ = [
+    "MATCHES",
     "MOST_DRAFTED",
     "PLAN_FILE",
     "PLAN_VERSION",
@@ -18,4 +19,5 @@ __all__ = [
     "PromptLookup",
     "Provenance",
     "config_fingerprint",
+    "match_class",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +12,14 @@ from selfspec.plan.schema import Setting
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+MATCHES = (1, 2, 3, 5, 8)
+"""Tokens: the shortest match of each length class of prompt lookup; the last class has no end."""
+
+
+def match_class(matched: int) -> int:
+    """The index of the length class of a match of `matched` tokens."""
+    return bisect_right(MATCHES, matched) - 1
 
 
 class Outlook(Setting):
@@ -22,9 +31,8 @@ class Outlook(Setting):
         rounds: seconds of all but drafting in a round over 0, 1, ... drafted tokens.
         agreement: of drafts by layers, by draft position.
         looking: seconds of prompt lookup in a round.
-        matches: of prompt lookup, by the length of its match (1, 2, 3 or 4, 5 to 7, 8 or more last tokens): how often
-            the first looked-up token is right, and how often a later one is where all before it were; empty where
-            prompt lookup takes no part.
+        matches: of prompt lookup, by the length class of its match (`MATCHES`): how often the first looked-up token is
+            right, and how often a later one is where all before it were; empty where prompt lookup takes no part.
     """
 
     rows: Annotated[int, Field(ge=1)]
@@ -34,12 +42,14 @@ class Outlook(Setting):
     ]
     agreement: Annotated[list[Share], Field(min_length=1)]
     looking: Cost = 0.0
-    matches: list[Annotated[list[Share], Field(min_length=2, max_length=2)]] = Field(default_factory=list, max_length=5)
+    matches: list[Annotated[list[Share], Field(min_length=2, max_length=2)]] = Field(
+        default_factory=list, max_length=len(MATCHES)
+    )
 
     @model_validator(mode="after")
     def _knows_every_match(self) -> Self:
-        if len(self.matches) not in (0, 5):
-            raise ValueError("matches are of five lengths, or none")
+        if len(self.matches) not in (0, len(MATCHES)):
+            raise ValueError(f"matches are of {len(MATCHES)} lengths, or none")
         return self
 
     def between(self, other: Outlook, rows: int) -> Outlook:

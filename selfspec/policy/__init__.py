@@ -1,26 +1,25 @@
-"""Policy: who drafts in each round, and how far, or nobody; decided once a round for the whole batch.
+"""Policy: chooses the drafter and the draft length once a round, for the whole batch, down to plain decoding.
 
-The plan's outlook says what a round costs in every way; how many tokens it brings is estimated as it goes. What decides
-is the text so far, never a clock, so the same request is decoded the same way every time, and sampled text keeps the
-model's distribution: how a round drafts is settled before anything in it is drawn.
+The plan says what rounds cost, running estimates say what rounds bring. No clock is read, so the same request is
+decoded the same way each time. The choice is made before a round draws anything, so sampled text keeps the target's
+distribution. `selfspec.speculator` and the benchmarks import this package.
 """
 
-from selfspec.policy.adaptive import AdaptivePolicy
-from selfspec.policy.choice import Choice, Choices, Row
-from selfspec.policy.drafter import AdaptiveDrafter
-from selfspec.policy.estimates import AgreementEstimate, MatchEstimate
-from selfspec.policy.serving import drafter_for, longest_draft, reason_not_to_adapt, too_many_rows
+from selfspec.policy.adaptive_drafter import AdaptiveDrafter
+from selfspec.policy.estimates import AgreementEstimate
+from selfspec.policy.policy import AdaptivePolicy, Choice, Row, Seen
+from selfspec.policy.select import PolicyName, drafter_for, longest_draft, too_many_rows, unsupported_reason
 
 __all__ = [
     "AdaptiveDrafter",
     "AdaptivePolicy",
     "AgreementEstimate",
     "Choice",
-    "Choices",
-    "MatchEstimate",
+    "PolicyName",
     "Row",
+    "Seen",
     "drafter_for",
     "longest_draft",
-    "reason_not_to_adapt",
     "too_many_rows",
+    "unsupported_reason",
 ]

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.formatting import facts
 from selfspec.cli.token_view import Show
-from selfspec.plan import Outlook
+from selfspec.plan import MATCHES, Outlook
 from selfspec.plan.draft_spec import DraftSpec
-from selfspec.policy.estimates import MATCHES
 
 KNOWN = Outlook(
     rows=2,
@@ -253,7 +252,7 @@ def test_a_plan_from_before_lookup_lengths_and_other_rows_still_reads() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outlook": {"matches": [[0.5, 0.5]] * 3}}, "matches are of five lengths, or none"),
+        ({"outlook": {"matches": [[0.5, 0.5]] * 3}}, "matches are of 5 lengths, or none"),
         ({"outlook": {"matches": [[0.5]] * 5}}, "outlook.matches.0"),
         ({"outlook": {"rounds": [1.0, float("nan")]}}, "outlook.rounds.1"),
         ({"outlook": {"rounds": [1.0, 0.0]}}, "outlook.rounds.1"),

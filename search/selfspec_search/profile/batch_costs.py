@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import Outlook, Padding
+from selfspec.plan import MATCHES, Outlook, Padding, match_class
 from selfspec.plan.draft_spec import DraftSpec
-from selfspec.policy.estimates import MATCHES, match_class
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.timing import STEPS, Bench

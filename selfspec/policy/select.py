@@ -1,0 +1,95 @@
+"""Select: the drafter that serves a request, and why a plan is not adaptive."""
+
+from __future__ import annotations
+
+from selfspec.decode_options import PolicyName
+from selfspec.decoding.drafter import Drafter, NoDrafter
+from selfspec.drafters.build import drafter_of
+from selfspec.drafters.prompt_lookup import PromptLookupDrafter
+from selfspec.plan import MATCHES, Outlook, Plan, PromptLookup
+from selfspec.policy.adaptive_drafter import AdaptiveDrafter
+from selfspec.policy.policy import AdaptivePolicy
+from selfspec.runtime.runtime import Runtime, device_name
+
+LOOKUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Draft lengths by lookup."""
+
+
+def longest_draft(plan: Plan) -> int:
+    """The most tokens that a round may draft by this plan, whatever the policy."""
+    outlooks = [plan.outlook, *plan.other_rows] if plan.outlook is not None else []
+    return max(plan.longest_draft, *(len(outlook.rounds) - 1 for outlook in outlooks if outlook is not None), 0)
+
+
+def drafter_for(
+    plan: Plan, runtime: Runtime, rows: int, policy: PolicyName, draft_runtime: Runtime | None = None
+) -> tuple[Drafter, str]:
+    """The drafter for a request of `rows` rows, and the policy in words.
+
+    Rows beyond the plan's round costs are decoded plainly: what pays for few rows may lose for many.
+    """
+    if policy == "adaptive" and draft_runtime is None and (reason := too_many_rows(plan, rows)) is not None:
+        return NoDrafter(), f"none: {reason}"
+    unsupported = unsupported_reason(plan, runtime, rows)
+    if draft_runtime is not None:
+        unsupported = "a draft model's costs are not in the plan"
+    if policy == "fixed" or unsupported is not None:
+        return drafter_of(plan, runtime, draft_runtime), "fixed" if policy == "fixed" else f"fixed: {unsupported}"
+    outlook = plan.outlook_for(rows)
+    assert outlook is not None
+    return adaptive_drafter(plan, runtime, outlook), "adaptive"
+
+
+def too_many_rows(plan: Plan, rows: int) -> str | None:
+    """Why `rows` rows are decoded plainly; None if the plan knows their round costs, or was written by hand."""
+    searched_for = [plan.provenance.conditions.rows] if plan.provenance is not None else []
+    known = plan.rows or searched_for
+    if not longest_draft(plan) or not known or rows <= max(known):
+        return None
+    return f"the plan knows what {_listed(known)} cost, not {rows}"
+
+
+def unsupported_reason(plan: Plan, runtime: Runtime, rows: int) -> str | None:
+    """Why this plan cannot adapt here; None if it can."""
+    device = runtime.model.device
+    if not longest_draft(plan):
+        return "the plan never drafts"
+    if plan.outlook is None:
+        return "the plan does not say what drafts of other lengths cost"
+    if plan.exit_threshold is not None:
+        return "an exit threshold adapts by itself"
+    if plan.prompt_lookup is not None and not plan.outlook.matches:
+        return "the plan does not say what to expect of prompt lookup"
+    if runtime.compile and device.type == "cpu":
+        return "every other draft length would have to be compiled"
+    if plan.outlook_for(rows) is None:
+        return f"the plan knows what {_listed(plan.rows)} cost, not {rows}"
+    return plan.stale_because(
+        device=device_name(device), dtype=str(runtime.model.dtype).removeprefix("torch."), compiled=runtime.compile
+    )
+
+
+def adaptive_drafter(plan: Plan, runtime: Runtime, outlook: Outlook) -> AdaptiveDrafter:
+    """The drafter that chooses among draft lengths with round costs. Lookup takes part where the search measured it.
+
+    Where each draft length must be captured, few compete: the plan's own, and half and double of gamma."""
+    longest, gamma, few = len(outlook.rounds) - 1, plan.gamma, runtime.static
+    own = plan.prompt_lookup.gamma if plan.prompt_lookup else min(8, longest)
+    if few:
+        layers, lookups = {0, -(-gamma // 2), gamma, max(gamma, min(2 * gamma, longest))}, {own}
+    else:
+        layers = set(range(min(longest, max(8, gamma)) + 1))
+        lookups = {n for n in (*LOOKUPS, own, longest) if n <= longest}
+    policy = AdaptivePolicy(
+        outlook,
+        sorted(layers) if gamma else [0],
+        sorted(lookups) if outlook.matches else [],
+        leasts=[plan.prompt_lookup.min_ngram if plan.prompt_lookup else 2] if few else MATCHES,
+        static=few,
+    )
+    lookup = PromptLookup(gamma=longest, min_ngram=1, max_ngram=max(MATCHES))
+    return AdaptiveDrafter(runtime, policy, PromptLookupDrafter(lookup) if outlook.matches else None)
+
+
+def _listed(rows: list[int]) -> str:
+    return " and ".join(map(str, rows)) + (" rows" if rows != [1] else " row")

@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
         "plans": plan_lines(entrants.specs),
-        "outlooks": {rows: outlook.model_dump(mode="json") for rows, outlook in entrants.outlooks.items()},
+        "round_costs": {
+            rows: round_costs.model_dump(mode="json") for rows, round_costs in entrants.round_costs.items()
+        },
         "results": results,
         "policy_overhead": round(thinking, 4),
     }

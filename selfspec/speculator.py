@@ -32,7 +32,7 @@ from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_
 from selfspec.huggingface.options import with_stop_strings
 from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import draft_weight_bytes, unsupported_reasons
-from selfspec.plan import Padding, Plan
+from selfspec.plan import PassLengths, Plan
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.policy import drafter_for, too_many_rows
 from selfspec.runtime.runtime import Runtime, device_name
@@ -283,7 +283,7 @@ class SelfSpeculator:
             drafter, self.stats.policy = drafter_for(
                 self.plan, self.runtime, request.rows, self.options.policy, self.draft_runtime
             )
-        self.runtime.padding = self.padding_for(request.rows)
+        self.runtime.pass_lengths = self.pass_lengths_for(request.rows)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:
@@ -297,12 +297,12 @@ class SelfSpeculator:
                 if self.draft_runtime is not None:
                     self.draft_runtime.scrub()
 
-    def padding_for(self, rows: int) -> Padding | None:
+    def pass_lengths_for(self, rows: int) -> PassLengths | None:
         """How passes over so many rows are padded: as the plan says, where they take as long as in its search."""
-        padding, here = self.plan.padding, self._conditions
-        if padding is None or padding.rows != rows or self.plan.stale_because(**here) is not None:
+        pass_lengths, here = self.plan.pass_lengths, self._conditions
+        if pass_lengths is None or pass_lengths.rows != rows or self.plan.stale_because(**here) is not None:
             return None
-        return padding
+        return pass_lengths
 
     def _tell_paths(self, request: Request) -> None:
         """Write to the stats what was compiled and captured, and why the rest was not."""

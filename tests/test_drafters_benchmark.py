@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfspec import Stats
-from selfspec.plan import Outlook
+from selfspec.plan import RoundCosts
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -25,12 +25,12 @@ def _importable() -> Iterator[None]:
 def test_a_decoding_is_priced_by_its_counts() -> None:
     from drafters_bench.prices import Prices
 
-    outlook = Outlook(rows=1, draft_step=0.5, rounds=[1.0, 1.25, 1.5], agreement=[0.5], looking=0.125)
+    round_costs = RoundCosts(rows=1, draft_step=0.5, rounds=[1.0, 1.25, 1.5], agreement=[0.5], looking=0.125)
     stats = Stats(tokens=11, steps=3, pass_lengths={1: 2, 3: 4}, choices={"none": 2, "layers 1": 4})
     without = 2 * 1.0 + 4 * 1.5 + 3 * 0.5
-    assert Prices(outlook=outlook, looks=False).seconds(stats) == pytest.approx(without)
-    assert Prices(outlook=outlook, looks=True).seconds(stats) == pytest.approx(without + 6 * 0.125)
-    assert Prices(outlook=outlook, looks=False).speed(stats) == pytest.approx(11 / without)
+    assert Prices(round_costs=round_costs, looks=False).seconds(stats) == pytest.approx(without)
+    assert Prices(round_costs=round_costs, looks=True).seconds(stats) == pytest.approx(without + 6 * 0.125)
+    assert Prices(round_costs=round_costs, looks=False).speed(stats) == pytest.approx(11 / without)
 
 
 @pytest.mark.slow

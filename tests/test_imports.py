@@ -61,5 +61,5 @@ def test_what_plans_are_made_of_by_hand_is_public() -> None:
     from selfspec.plan.schema import Setting
 
     parts = {part for part in Setting.__subclasses__() if part.__module__.startswith("selfspec.")}
-    assert {part.__name__ for part in parts} >= {"Outlook", "PromptLookup"}
+    assert {part.__name__ for part in parts} >= {"RoundCosts", "PromptLookup"}
     assert all(getattr(selfspec, part.__name__) is part for part in parts)

@@ -80,15 +80,15 @@ def passes_of(target: dict[int, float], **drafts: float) -> Passes:
 
 def test_passes_are_padded_to_the_length_that_is_clearly_faster() -> None:
     passes = passes_of({1: 10.0, 2: 7.0, 3: 6.9, 4: 9.0, 5: 8.0})
-    assert passes.padding is not None
-    assert passes.padding.target == [3, 2, 3, 5, 5]  # 2 to 3 would gain 1.4 %, which is noise
+    assert passes.pass_lengths is not None
+    assert passes.pass_lengths.target == [3, 2, 3, 5, 5]  # 2 to 3 would gain 1.4 %, which is noise
     assert passes.better_plain.median == 6.9
     assert [passes.verify(gamma).median for gamma in passes.gammas] == [7.0, 6.9, 8.0, 8.0]
 
 
 def test_passes_of_which_longer_ones_are_slower_are_not_padded() -> None:
     passes = passes_of({1: 10.0, 3: 10.1, 5: 11.0})
-    assert passes.padding is None
+    assert passes.pass_lengths is None
     assert passes.better_plain.median == 10.0
     assert passes.gammas == [2, 4]  # whose verify passes were measured
 

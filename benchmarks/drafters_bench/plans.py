@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from selfspec_search import SearchSettings, search
-from selfspec_search.profile.batch_costs import match_shares, seen
 from selfspec_search.profile.profile import Profile
+from selfspec_search.profile.round_costs import match_shares, seen
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement
 from selfspec_search.replay.table import Table
@@ -16,7 +16,7 @@ from selfspec_search.study.objective import Prices, predict, simplest, ways_to_d
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import Outlook, Plan
+from selfspec.plan import Plan, RoundCosts
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 
@@ -54,24 +54,24 @@ def find_plans(
         "cascade": cascade.plan,
     }
     adaptive = found.plan
-    if adaptive.outlook is None or not adaptive.gamma:  # where plain decoding won, or a plan that cannot adapt
+    if adaptive.round_costs is None or not adaptive.gamma:  # where plain decoding won, or a plan that cannot adapt
         adaptive = cascade.plan.model_copy(
-            update={"outlook": _outlook(found.profile, drafting.draft_spec, table, texts)}
+            update={"round_costs": _round_costs(found.profile, drafting.draft_spec, table, texts)}
         )
-    padding = found.profile.padding
+    pass_lengths = found.profile.pass_lengths
     return Plans(
-        fixed={name: plan.model_copy(update={"padding": padding}) for name, plan in fixed.items()},
-        adaptive=adaptive.model_copy(update={"padding": padding}),
+        fixed={name: plan.model_copy(update={"pass_lengths": pass_lengths}) for name, plan in fixed.items()},
+        adaptive=adaptive.model_copy(update={"pass_lengths": pass_lengths}),
         texts=texts,
         profile=found.profile,
     )
 
 
-def _outlook(profile: Profile, draft_spec: DraftSpec, table: Table, texts: Sequence[Text]) -> Outlook:
+def _round_costs(profile: Profile, draft_spec: DraftSpec, table: Table, texts: Sequence[Text]) -> RoundCosts:
     """What the policy starts from, at the search's prices."""
     prices = Prices.of(profile, texts)
     assert prices.lookup is not None
-    return Outlook(
+    return RoundCosts(
         rows=profile.rows,
         draft_step=prices.costs.draft_step(draft_spec),
         rounds=list(prices.costs.rounds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selfspec.decoding.stats import Stats
-from selfspec.plan import Outlook
+from selfspec.plan import RoundCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,19 +13,19 @@ class Prices:
     """Seconds of what a decoding is made of, for one number of rows. Prefill, the same for all, is left out.
 
     Attributes:
-        outlook: what a round costs at every length, a look, and a step of the draft.
+        round costs: what a round costs at every length, a look, and a step of the draft.
         looks: whether the decoding looks prompts up.
     """
 
-    outlook: Outlook
+    round_costs: RoundCosts
     looks: bool
 
     def seconds(self, stats: Stats) -> float:
         """Of all rounds that were counted."""
-        outlook, passes = self.outlook, sum(stats.pass_lengths.values())
-        rounds = sum(outlook.rounds[tokens - 1] * count for tokens, count in stats.pass_lengths.items())
-        looking = outlook.looking * passes if self.looks else 0.0
-        return rounds + looking + stats.steps * outlook.draft_step
+        round_costs, passes = self.round_costs, sum(stats.pass_lengths.values())
+        rounds = sum(round_costs.rounds[tokens - 1] * count for tokens, count in stats.pass_lengths.items())
+        looking = round_costs.looking * passes if self.looks else 0.0
+        return rounds + looking + stats.steps * round_costs.draft_step
 
     def speed(self, stats: Stats) -> float:
         """Tokens per priced second."""

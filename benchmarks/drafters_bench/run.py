@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from selfspec_search.profile.batch_costs import Scene
+from selfspec_search.profile.round_costs import Scene
 from selfspec_search.replay.sampling_settings import Sampling
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from selfspec.benchmark.contenders import (
 from selfspec.benchmark.measure import Measurement, measure, speed_ratio
 from selfspec.decoding.stats import Stats
 from selfspec.huggingface.loading import Loaded
-from selfspec.plan import Outlook, Plan
+from selfspec.plan import Plan, RoundCosts
 from selfspec.policy import AdaptivePolicy
 
 ADAPTIVE = "adaptive"
@@ -45,11 +45,11 @@ class Entrants:
     """The speculators by name, and what each number of rows costs them."""
 
     specs: dict[str, SelfSpeculator]
-    outlooks: dict[int, Outlook]
+    round_costs: dict[int, RoundCosts]
 
     def prices(self, name: str, rows: int) -> Prices:
         looks = name == ADAPTIVE or self.specs[name].plan.prompt_lookup is not None
-        return Prices(outlook=self.outlooks[rows], looks=looks)
+        return Prices(round_costs=self.round_costs[rows], looks=looks)
 
 
 def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
@@ -62,14 +62,14 @@ def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
         sampling=Sampling(),
         backend=None,
         compile=None,
-        padding=adaptive.padding,
+        pass_lengths=adaptive.pass_lengths,
     )
-    assert adaptive.outlook is not None, "the search's plan speculates"
-    outlooks = {count: scene.outlook(adaptive.outlook, count) for count in rows}
-    first, *others = outlooks.values()
-    told = adaptive.model_copy(update={"outlook": first, "other_rows": others})
+    assert adaptive.round_costs is not None, "the search's plan speculates"
+    round_costs = {count: scene.round_costs(adaptive.round_costs, count) for count in rows}
+    first, *others = round_costs.values()
+    told = adaptive.model_copy(update={"round_costs": first, "other_rows": others})
     specs = {name: wrap(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
-    return Entrants(specs=specs | {ADAPTIVE: SelfSpeculator(loaded.model, told)}, outlooks=outlooks)
+    return Entrants(specs=specs | {ADAPTIVE: SelfSpeculator(loaded.model, told)}, round_costs=round_costs)
 
 
 def timed_in_turn(

@@ -13,7 +13,7 @@ from quantised_bench.passes import Passes
 from quantised_bench.subject import Subject
 from selfspec import DraftSpec, Format, Plan, Quantised, SkipSet
 from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
-from selfspec.plan import Padding
+from selfspec.plan import PassLengths
 
 PADDED, DRAFTED = "plain, padded", "drafted"
 PROBING = 3
@@ -64,7 +64,7 @@ class Bench:
 
     def contenders(self) -> list[Contender]:
         """`model.generate`, plain decoding as it is and padded, and ours as it drafts now."""
-        plain = [self._plainly(PLAIN), *([self._plainly(PADDED)] if self._padding else [])]
+        plain = [self._plainly(PLAIN), *([self._plainly(PADDED)] if self._pass_lengths else [])]
         return [HuggingFace(GENERATE, self.subject.model), *plain, Ours(DRAFTED, self.spec)]
 
     def distinct(self, outputs: list[Tensor]) -> float:
@@ -72,14 +72,16 @@ class Bench:
         return sum(len(text.unique()) / len(text) for text in outputs) / len(outputs)
 
     @property
-    def _padding(self) -> Padding | None:
-        return self.passes.padding if self.passes else None
+    def _pass_lengths(self) -> PassLengths | None:
+        return self.passes.pass_lengths if self.passes else None
 
     def _plainly(self, name: str) -> Ours:
         if name not in self._plain:  # kept: each compiles and captures passes of its own
-            plan = Plan.none(padding=self._padding if name == PADDED else None)
+            plan = Plan.none(pass_lengths=self._pass_lengths if name == PADDED else None)
             self._plain[name] = Ours(name, selfspec.wrap(self.subject.model, plan))
         return self._plain[name]
 
     def _plan(self, draft_spec: DraftSpec, gamma: int) -> Plan:
-        return Plan(skip_set=draft_spec.skip_set, quantised=draft_spec.quantised, gamma=gamma, padding=self._padding)
+        return Plan(
+            skip_set=draft_spec.skip_set, quantised=draft_spec.quantised, gamma=gamma, pass_lengths=self._pass_lengths
+        )

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from gpu_bench.limits import PassTimes
 from gpu_bench.passes import _captured as captured
-from selfspec_search.profile.padding import DRAFT_LENGTHS, LEAST_GAIN, target_padding
+from selfspec_search.profile.pass_lengths import DRAFT_LENGTHS, LEAST_GAIN, target_lengths
 
 from quantised_bench.effort import Effort
 from quantised_bench.subject import Subject
 from quantised_bench.times import Times, take_turns
 from selfspec import DraftSpec
 from selfspec.models.draft_weights import DraftWeights, draft_weight_bytes
-from selfspec.plan import Padding
+from selfspec.plan import PassLengths
 from selfspec.runtime.runtime import Runtime
 
 
@@ -38,16 +38,16 @@ class Passes:
     bytes: dict[str, int]
 
     @cached_property
-    def padding(self) -> Padding | None:
+    def pass_lengths(self) -> PassLengths | None:
         """The lengths at which passes are faster than shorter ones; None where there are none."""
         longest = max(self.target)
         medians = {t - 1: times.median for t, times in self.target.items()}
-        padding = Padding(rows=1, target=target_padding(medians, longest - 1))
-        return padding if padding.most else None
+        pass_lengths = PassLengths(rows=1, target=target_lengths(medians, longest - 1))
+        return pass_lengths if pass_lengths.most else None
 
     def length_of(self, t: int) -> int:
         """How many tokens a pass over `t` is made of."""
-        return self.padding.of_target(t) if self.padding else t
+        return self.pass_lengths.of_target(t) if self.pass_lengths else t
 
     @property
     def better_plain(self) -> Times:
@@ -74,7 +74,7 @@ class Passes:
         return {
             "target_ms": {t: round(1000 * times.median, 3) for t, times in self.target.items()},
             "target_over_one_token": {t: times.over(one).to_dict() for t, times in self.target.items()},
-            "padding": self.padding.model_dump() if self.padding else None,
+            "pass_lengths": self.pass_lengths.model_dump() if self.pass_lengths else None,
             "drafts": {name: self._draft(name) for name in self.drafts},
         }
 

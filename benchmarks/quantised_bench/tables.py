@@ -19,7 +19,7 @@ def target_table(result: dict[str, Any]) -> Table:
         ("tokens", "ms", "over one token's (least-greatest)", "padded to"),
     )
     passes = result["passes"]
-    padded = (passes["padding"] or {"target": []})["target"]
+    padded = (passes["pass_lengths"] or {"target": []})["target"]
     for t, milliseconds in passes["target_ms"].items():
         longer = padded[t - 1] if t <= len(padded) and padded[t - 1] > t else None
         table.add_row(str(t), f"{milliseconds:.1f}", _spread(passes["target_over_one_token"][t]), str(longer or ""))

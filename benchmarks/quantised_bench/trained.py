@@ -100,6 +100,6 @@ def _prompts(loaded: Loaded, path: Path, sizes: Sizes) -> list[Tensor]:
 def _contenders(model: PreTrainedModel, plans: dict[str, Plan]) -> Sequence[Contender]:
     """`model.generate`; plain decoding, padded as the searches found it to be the fastest; and each plan."""
     ours = [Ours(name, selfspec.wrap(model, plan)) for name, plan in plans.items()]
-    padding = ours[-1].spec.padding_for(1)
-    plain = Ours(PLAIN, selfspec.wrap(model, Plan.none(padding=padding)))
+    pass_lengths = ours[-1].spec.pass_lengths_for(1)
+    plain = Ours(PLAIN, selfspec.wrap(model, Plan.none(pass_lengths=pass_lengths)))
     return [HuggingFace(GENERATE, model), plain, *ours]

@@ -103,10 +103,10 @@ def compare(runtime: Runtime, rows: Iterable[tuple[Tensor, Tensor, Tensor]], *, 
 def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, position: int, gamma: int) -> Difference:
     gap = rounding = None
     if runtime.model.dtype != torch.float32:
-        text, padding = torch.cat([prompt, expected[:position]]), runtime.padding
-        runtime.padding = None  # as the plain model's
+        text, padding = torch.cat([prompt, expected[:position]]), runtime.pass_lengths
+        runtime.pass_lengths = None  # as the plain model's
         one_by_one = _last_logits(runtime, text, len(prompt), 1)
-        runtime.padding = padding
+        runtime.pass_lengths = padding
         by_rounds = _last_logits(runtime, text, len(prompt), gamma + 1)
         top = one_by_one.topk(2).values
         gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds).abs().max().item()

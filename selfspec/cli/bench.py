@@ -157,7 +157,7 @@ def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: lis
         "backend_reason": runtime.backend.reason,
         "compiled": runtime.compile,
         "intervals": INTERVALS,
-        "plan": entrants.ours.plan.model_dump(mode="json", exclude={"outlook", "other_rows", "model", "provenance"}),
+        "plan": entrants.ours.plan.model_dump(mode="json", exclude={"round_costs", "model", "provenance"}),
         "draft_bytes": entrants.ours.runtime.draft_weights.nbytes,
         "contenders": [score.to_dict() for score in scores],
         "absent": entrants.absent,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from selfspec_search.profile.profile import Profile
 
-    from selfspec.plan import Padding
+    from selfspec.plan import PassLengths
 
 PROFILE_FILE = "profile.json"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -161,7 +161,7 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
         ("skip an attention", f"saves of a draft step: {saved['attn']}"),
         ("skip an MLP", f"saves of a draft step: {saved['mlp']}"),
         *_draft_weights(profile),
-        *([("padding", _padding(profile.padding))] if profile.padding else []),
+        *([("pass_lengths", _pass_lengths(profile.pass_lengths))] if profile.pass_lengths else []),
     ]
 
 
@@ -176,9 +176,9 @@ def _draft_weights(profile: Profile) -> Iterator[tuple[str, str]]:
         yield code, f"left out: {reason}"
 
 
-def _padding(padding: Padding) -> str:
-    longer = [f"{t} to {padded}" for t, padded in enumerate(padding.target, start=1) if padded > t]
-    longer += [f"the draft's to {padding.draft}"] * (padding.draft > 1)
+def _pass_lengths(pass_lengths: PassLengths) -> str:
+    longer = [f"{t} to {padded}" for t, padded in enumerate(pass_lengths.target, start=1) if padded > t]
+    longer += [f"the draft's to {pass_lengths.draft}"] * (pass_lengths.draft > 1)
     return "faster are passes that are padded: " + ", ".join(longer) + " tokens"
 
 

@@ -111,7 +111,7 @@ class Show:
         if self.plan.prompt_lookup is not None:
             return True
         # A policy looks up unasked, but none serves a draft model.
-        return self.drafts == "layers" and self.plan.outlook is not None and bool(self.plan.outlook.matches)
+        return self.drafts == "layers" and any(costs.matches for costs in self.plan.round_costs)
 
     def summary(self, stats: Stats, console: Console) -> list[Text]:
         """How often drafts were right at each of their positions, and how many tokens came from where."""

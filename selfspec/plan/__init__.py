@@ -3,7 +3,7 @@
 from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan
 from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
-from selfspec.plan.round_costs import MATCHES, Outlook, Padding, match_class
+from selfspec.plan.round_costs import MATCHES, PassLengths, RoundCosts, match_class
 
 __all__ = [
     "MATCHES",
@@ -13,11 +13,11 @@ __all__ = [
     "Conditions",
     "Figures",
     "ModelIdentity",
-    "Outlook",
-    "Padding",
+    "PassLengths",
     "Plan",
     "PromptLookup",
     "Provenance",
+    "RoundCosts",
     "config_fingerprint",
     "match_class",
 ]

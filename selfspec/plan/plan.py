@@ -14,17 +14,17 @@ from selfspec.errors import PlanError
 from selfspec.plan.draft_spec import DraftSpec, SubVocabulary
 from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.provenance import ModelIdentity, Provenance
-from selfspec.plan.retired import without_retired_parts
-from selfspec.plan.round_costs import Outlook, Padding
+from selfspec.plan.round_costs import PassLengths, RoundCosts
 from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
 from selfspec.plan.sublayers import SkipSet
+from selfspec.plan.version_1 import read_version_1
 from selfspec.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PLAN_FILE = "selfspec_plan.json"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 class Plan(Strict):
@@ -33,10 +33,9 @@ class Plan(Strict):
     `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
     `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
 
-
-    `outlook` lets a policy choose who drafts and how far, by what each costs; without it, the plan is kept to.
-    `other_rows` says what other numbers of rows cost; between two of them, costs lie in between. `padding`
-    makes passes longer where that is faster, also those of plain decoding.
+    `round_costs` let a policy choose drafter and draft length, for the numbers of rows that they are of and those in
+    between; without them, the plan is kept to. `pass_lengths` make passes longer where that is faster, also those of
+    plain decoding.
 
     `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
 
@@ -53,9 +52,8 @@ class Plan(Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
-    outlook: Outlook | None = None
-    other_rows: list[Outlook] = Field(default_factory=list)
-    padding: Padding | None = None
+    round_costs: list[RoundCosts] = Field(default_factory=list)
+    pass_lengths: PassLengths | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
 
@@ -63,7 +61,7 @@ class Plan(Strict):
         version = data.get("selfspec_version", PLAN_VERSION)
         if version != PLAN_VERSION:  # first, for another version's other keys are no mistake
             raise PlanError(
-                f"plan has selfspec_version {version!r}, but this selfspec reads {PLAN_VERSION}; "
+                f"plan has selfspec_version {version!r}, but this selfspec reads 1 and {PLAN_VERSION}; "
                 "search again, or install the selfspec that wrote it"
             )
         try:
@@ -75,21 +73,17 @@ class Plan(Strict):
             raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
         if self.model is not None:
             draft_spec.validate(self.model.num_layers)
-        self._check_outlooks()
+        self._check_round_costs()
 
-    def _check_outlooks(self) -> None:
-        """Raise `PlanError` unless they tell, of different numbers of rows, what the plan's own rounds cost."""
-        if self.other_rows and self.outlook is None:
-            raise PlanError("plan has other_rows, but no outlook to stand beside; remove the key, or search again")
+    def _check_round_costs(self) -> None:
+        """Raise `PlanError` unless the round costs are of different numbers of rows and of rounds as long as gamma."""
         if repeated := [one for one, other in pairwise(self.rows) if one == other]:
-            raise PlanError(
-                f"plan's outlook and other_rows tell twice what {repeated[0]} rows cost; remove one, or search again"
-            )
-        for key, outlook in [("outlook", self.outlook), *(("other_rows", one) for one in self.other_rows)]:
-            if outlook is not None and len(outlook.rounds) <= self.gamma:
+            raise PlanError(f"plan has two round_costs of {repeated[0]} rows; remove one, or search again")
+        for costs in self.round_costs:
+            if len(costs.rounds) <= self.gamma:
                 raise PlanError(
-                    f"plan's gamma is {self.gamma}, but its {key} has costs of rounds over up to "
-                    f"{len(outlook.rounds) - 1} drafted tokens; remove the key '{key}', or search again"
+                    f"plan's gamma is {self.gamma}, but its round_costs of {costs.rows} rows end at "
+                    f"{len(costs.rounds) - 1} drafted tokens; remove the key 'round_costs', or search again"
                 )
 
     @classmethod
@@ -106,16 +100,13 @@ class Plan(Strict):
     @property
     def rows(self) -> list[int]:
         """The numbers of rows whose costs are known, in order."""
-        return sorted(outlook.rows for outlook in self._outlooks)
+        return sorted(costs.rows for costs in self.round_costs)
 
-    @property
-    def _outlooks(self) -> list[Outlook]:
-        return [] if self.outlook is None else sorted([self.outlook, *self.other_rows], key=lambda one: one.rows)
-
-    def outlook_for(self, rows: int) -> Outlook | None:
+    def round_costs_for(self, rows: int) -> RoundCosts | None:
         """What to expect of so many rows; None where only fewer or only more are known."""
-        fewer = [outlook for outlook in self._outlooks if outlook.rows <= rows]
-        more = [outlook for outlook in self._outlooks if outlook.rows >= rows]
+        by_rows = sorted(self.round_costs, key=lambda costs: costs.rows)
+        fewer = [costs for costs in by_rows if costs.rows <= rows]
+        more = [costs for costs in by_rows if costs.rows >= rows]
         if not fewer or not more:
             return None
         return fewer[-1] if fewer[-1].rows == rows else fewer[-1].between(more[0], rows)
@@ -166,7 +157,7 @@ class Plan(Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        unused = set() if self.other_rows else {"other_rows"}  # what is not used need not be read
+        unused = set() if self.round_costs else {"round_costs"}  # what is not used need not be read
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod
@@ -174,13 +165,13 @@ class Plan(Strict):
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); write it anew") from None
+            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); write it again") from None
         if not isinstance(data, dict) or "selfspec_version" not in data:
             raise PlanError(
                 f"{source} is not a selfspec plan: it has no selfspec_version; make one with 'selfspec search'"
             )
         try:
-            return cls(**without_retired_parts(data, source))
+            return cls(**(read_version_1(data, source) if data["selfspec_version"] == 1 else data))
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Outlook and Padding: what rounds and passes cost on the device of the search."""
+"""RoundCosts and PassLengths: what rounds cost, and which pass lengths are fast, on the device of the search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def match_class(matched: int) -> int:
     return bisect_right(MATCHES, matched) - 1
 
 
-class Outlook(Setting):
+class RoundCosts(Setting):
     """What the search expects of drafts of every kind and length, on its device: what a policy starts from.
 
     Args:
@@ -30,7 +30,7 @@ class Outlook(Setting):
         draft_step: seconds to draft one token in every row.
         rounds: seconds of all but drafting in a round over 0, 1, ... drafted tokens.
         agreement: of drafts by layers, by draft position.
-        looking: seconds of prompt lookup in a round.
+        lookup: seconds of prompt lookup in a round.
         matches: of prompt lookup, by the length class of its match (`MATCHES`): how often the first looked-up token is
             right, and how often a later one is where all before it were; empty where prompt lookup takes no part.
     """
@@ -41,7 +41,7 @@ class Outlook(Setting):
         list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2, max_length=MOST_DRAFTED + 1)
     ]
     agreement: Annotated[list[Share], Field(min_length=1)]
-    looking: Cost = 0.0
+    lookup: Cost = 0.0
     matches: list[Annotated[list[Share], Field(min_length=2, max_length=2)]] = Field(
         default_factory=list, max_length=len(MATCHES)
     )
@@ -52,11 +52,11 @@ class Outlook(Setting):
             raise ValueError(f"matches are of {len(MATCHES)} lengths, or none")
         return self
 
-    def between(self, other: Outlook, rows: int) -> Outlook:
+    def between(self, other: RoundCosts, rows: int) -> RoundCosts:
         """What so many rows cost, between the costs of fewer and of more."""
         weight = (rows - self.rows) / (other.rows - self.rows)
         changed: dict[str, Any] = {"rows": rows}
-        for name in ("draft_step", "looking"):
+        for name in ("draft_step", "lookup"):
             changed[name] = _between(getattr(self, name), getattr(other, name), weight)
         pairs = zip(self.rounds, other.rounds, strict=False)
         return self.model_copy(update=changed | {"rounds": [_between(*pair, weight) for pair in pairs]})
@@ -66,7 +66,7 @@ def _between(one: float, other: float, weight: float) -> float:
     return one + (other - one) * weight
 
 
-class Padding(Setting):
+class PassLengths(Setting):
     """Lengths of passes that are faster than shorter ones, as measured for so many rows on the search's device.
 
     Args:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from selfspec.plan import MATCHES, Outlook, match_class
+from selfspec.plan import MATCHES, RoundCosts, match_class
 from selfspec.policy.estimates import AgreementEstimate
 
 ROUNDS = 32
@@ -57,7 +57,7 @@ class AdaptivePolicy:
     have a choice of their own. Lookup is judged in every round, layers only when they draft, so layers are probed.
 
     Args:
-        outlook: the plan's round costs and expected agreement.
+        round costs: the plan's round costs and expected agreement.
         layers: draft lengths by layers, 0 first.
         lookups: draft lengths by lookup, shortest first; none without lookup.
         leasts: the shortest matches that lookup may draft from.
@@ -66,17 +66,23 @@ class AdaptivePolicy:
 
     def __init__(
         self,
-        outlook: Outlook,
+        round_costs: RoundCosts,
         layers: Sequence[int],
         lookups: Sequence[int] = (),
         *,
         leasts: Sequence[int] = MATCHES,
         static: bool = False,
     ) -> None:
-        self.outlook, self.layers, self.lookups, self.leasts, self.static = outlook, layers, lookups, leasts, static
-        longest = len(outlook.rounds) - 1
-        self.agreement = AgreementEstimate(outlook.agreement, longest, outlook.rows)
-        self.matches = [AgreementEstimate(shares, longest, outlook.rows) for shares in outlook.matches]
+        self.round_costs, self.layers, self.lookups, self.leasts, self.static = (
+            round_costs,
+            layers,
+            lookups,
+            leasts,
+            static,
+        )
+        longest = len(round_costs.rounds) - 1
+        self.agreement = AgreementEstimate(round_costs.agreement, longest, round_costs.rows)
+        self.matches = [AgreementEstimate(shares, longest, round_costs.rows) for shares in round_costs.matches]
         self.changes: list[str] = []
         """Each new choice and each probe: when, what it gains by the estimates, and instead of what."""
         self._chosen: dict[int, Choice] = {}  # by the class of the longest match, -1 without a match
@@ -92,8 +98,8 @@ class AdaptivePolicy:
     def seconds(self, choice: Choice, found: int | None = None) -> float:
         """Priced seconds of a round, where lookup found at most `found` tokens."""
         lookup = choice.lookup if found is None or self.static else min(choice.lookup, found)
-        verify = self.outlook.rounds[max(lookup, choice.layers)]
-        return verify + self.outlook.looking + choice.layers * self.outlook.draft_step
+        verify = self.round_costs.rounds[max(lookup, choice.layers)]
+        return verify + self.round_costs.lookup + choice.layers * self.round_costs.draft_step
 
     def choose(self, rows: Sequence[Row]) -> Choice:
         """The choice for the next round of these unfinished rows."""

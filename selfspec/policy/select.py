@@ -6,7 +6,7 @@ from selfspec.decode_options import PolicyName
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.drafters.build import drafter_of
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
-from selfspec.plan import MATCHES, Outlook, Plan, PromptLookup
+from selfspec.plan import MATCHES, Plan, PromptLookup, RoundCosts
 from selfspec.policy.adaptive_drafter import AdaptiveDrafter
 from selfspec.policy.policy import AdaptivePolicy
 from selfspec.runtime.runtime import Runtime, device_name
@@ -17,8 +17,7 @@ LOOKUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 def longest_draft(plan: Plan) -> int:
     """The most tokens that a round may draft by this plan, whatever the policy."""
-    outlooks = [plan.outlook, *plan.other_rows] if plan.outlook is not None else []
-    return max(plan.longest_draft, *(len(outlook.rounds) - 1 for outlook in outlooks if outlook is not None), 0)
+    return max([plan.longest_draft, *(len(costs.rounds) - 1 for costs in plan.round_costs)])
 
 
 def drafter_for(
@@ -35,9 +34,9 @@ def drafter_for(
         unsupported = "a draft model's costs are not in the plan"
     if policy == "fixed" or unsupported is not None:
         return drafter_of(plan, runtime, draft_runtime), "fixed" if policy == "fixed" else f"fixed: {unsupported}"
-    outlook = plan.outlook_for(rows)
-    assert outlook is not None
-    return adaptive_drafter(plan, runtime, outlook), "adaptive"
+    round_costs = plan.round_costs_for(rows)
+    assert round_costs is not None
+    return adaptive_drafter(plan, runtime, round_costs), "adaptive"
 
 
 def too_many_rows(plan: Plan, rows: int) -> str | None:
@@ -54,26 +53,26 @@ def unsupported_reason(plan: Plan, runtime: Runtime, rows: int) -> str | None:
     device = runtime.model.device
     if not longest_draft(plan):
         return "the plan never drafts"
-    if plan.outlook is None:
+    if not plan.round_costs:
         return "the plan does not say what drafts of other lengths cost"
     if plan.exit_threshold is not None:
         return "an exit threshold adapts by itself"
-    if plan.prompt_lookup is not None and not plan.outlook.matches:
+    if plan.prompt_lookup is not None and not all(costs.matches for costs in plan.round_costs):
         return "the plan does not say what to expect of prompt lookup"
     if runtime.compile and device.type == "cpu":
         return "every other draft length would have to be compiled"
-    if plan.outlook_for(rows) is None:
+    if plan.round_costs_for(rows) is None:
         return f"the plan knows what {_listed(plan.rows)} cost, not {rows}"
     return plan.stale_because(
         device=device_name(device), dtype=str(runtime.model.dtype).removeprefix("torch."), compiled=runtime.compile
     )
 
 
-def adaptive_drafter(plan: Plan, runtime: Runtime, outlook: Outlook) -> AdaptiveDrafter:
+def adaptive_drafter(plan: Plan, runtime: Runtime, round_costs: RoundCosts) -> AdaptiveDrafter:
     """The drafter that chooses among draft lengths with round costs. Lookup takes part where the search measured it.
 
     Where each draft length must be captured, few compete: the plan's own, and half and double of gamma."""
-    longest, gamma, few = len(outlook.rounds) - 1, plan.gamma, runtime.static
+    longest, gamma, few = len(round_costs.rounds) - 1, plan.gamma, runtime.static
     own = plan.prompt_lookup.gamma if plan.prompt_lookup else min(8, longest)
     if few:
         layers, lookups = {0, -(-gamma // 2), gamma, max(gamma, min(2 * gamma, longest))}, {own}
@@ -81,14 +80,14 @@ def adaptive_drafter(plan: Plan, runtime: Runtime, outlook: Outlook) -> Adaptive
         layers = set(range(min(longest, max(8, gamma)) + 1))
         lookups = {n for n in (*LOOKUPS, own, longest) if n <= longest}
     policy = AdaptivePolicy(
-        outlook,
+        round_costs,
         sorted(layers) if gamma else [0],
-        sorted(lookups) if outlook.matches else [],
+        sorted(lookups) if round_costs.matches else [],
         leasts=[plan.prompt_lookup.min_ngram if plan.prompt_lookup else 2] if few else MATCHES,
         static=few,
     )
     lookup = PromptLookup(gamma=longest, min_ngram=1, max_ngram=max(MATCHES))
-    return AdaptiveDrafter(runtime, policy, PromptLookupDrafter(lookup) if outlook.matches else None)
+    return AdaptiveDrafter(runtime, policy, PromptLookupDrafter(lookup) if round_costs.matches else None)
 
 
 def _listed(rows: list[int]) -> str:

@@ -14,7 +14,7 @@ from selfspec.models.draft_weights import DraftWeights, check_memory, check_voca
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import check_supported, probe
 from selfspec.models.views import decoder_layers, run_view, state_of, target_view
-from selfspec.plan import Padding
+from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.attention.choose import choose_backend
@@ -71,7 +71,7 @@ class Runtime:
         self.compile = wanted and self.uncompiled_reason is None
         self._graphs_wanted = graphs
         self.draft_spec = DraftSpec.of(draft_spec)
-        self._padding: Padding | None = None
+        self._pass_lengths: PassLengths | None = None
         self.draft_memory: int | None = None
         """The most bytes that copies of its own may take; None for no limit."""
         self._shared_draft_weights = draft_weights
@@ -106,15 +106,15 @@ class Runtime:
             self._build()
 
     @property
-    def padding(self) -> Padding | None:
+    def pass_lengths(self) -> PassLengths | None:
         """How passes are padded, where so many rows are decoded as it is for; None for not at all."""
-        return self._padding
+        return self._pass_lengths
 
-    @padding.setter
-    def padding(self, padding: Padding | None) -> None:
-        if padding != self._padding and self.graphs is not None:
+    @pass_lengths.setter
+    def pass_lengths(self, pass_lengths: PassLengths | None) -> None:
+        if pass_lengths != self._pass_lengths and self.graphs is not None:
             self.graphs.drop()  # they hold passes of the old lengths
-        self._padding = padding
+        self._pass_lengths = pass_lengths
 
     @property
     def cache(self) -> KVCache:
@@ -139,7 +139,7 @@ class Runtime:
 
         A cache that fits is kept; growing replaces it, and drops what was compiled for the old one.
         """
-        slots += self.padding.most if self.padding is not None else 0
+        slots += self.pass_lengths.most if self.pass_lengths is not None else 0
         if self._cache is not None and self._cache.rows == rows and self._cache.slots >= slots:
             self._cache.reset()
             return
@@ -266,16 +266,16 @@ class Runtime:
         if padded == t:
             return self._passes[key](tokens.contiguous())  # a compiled one knows one layout
         # What stands behind the tokens, they do not see; nor does what comes later, which writes over it.
-        padding = tokens[:, -1:].expand(-1, padded - t)
-        return self._passes[key](torch.cat([tokens, padding], dim=1))[:, :t]
+        pass_lengths = tokens[:, -1:].expand(-1, padded - t)
+        return self._passes[key](torch.cat([tokens, pass_lengths], dim=1))[:, :t]
 
     def _padded(self, view: ViewName, t: int) -> int:
         """How many tokens a pass over `t` is made of: more, where longer passes are faster."""
-        if self.padding is None or self.padding.rows != self.cache.rows:
+        if self.pass_lengths is None or self.pass_lengths.rows != self.cache.rows:
             return t
         if view == "target":
-            return self.padding.of_target(t)
-        return self.padding.draft if t == 1 else t
+            return self.pass_lengths.of_target(t)
+        return self.pass_lengths.draft if t == 1 else t
 
     def _make_pass(self, view: ViewName, t: int) -> PassFunction:
         module, cache, static = self.views[view], self.cache, self.static

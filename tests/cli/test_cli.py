@@ -20,7 +20,7 @@ from selfspec import Plan, SkipSet, __version__
 from selfspec.cli.search import split
 from selfspec.cli.token_view import printable
 from selfspec.huggingface.prompts import Prompt
-from selfspec.plan import ModelIdentity, Outlook
+from selfspec.plan import ModelIdentity, RoundCosts
 
 PROMPT = "naïve"
 
@@ -81,8 +81,8 @@ def test_generate_colours_what_was_drafted_on_a_terminal(
 
 
 def test_generate_adapts_the_draft_length_unless_told_not_to(model_dir: Path, plan_file: Path) -> None:
-    outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0] * (PLAN.gamma + 3), agreement=[0.6])
-    PLAN.model_copy(update={"outlook": outlook}).save(plan_file)
+    round_costs = RoundCosts(rows=1, draft_step=0.1, rounds=[1.0] * (PLAN.gamma + 3), agreement=[0.6])
+    PLAN.model_copy(update={"round_costs": [round_costs]}).save(plan_file)
     arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
     adaptive, fixed = run(*arguments), run(*arguments, "--policy", "fixed")
     assert adaptive.stdout == fixed.stdout == printable(continuation(model_dir, PROMPT, 40)) + "\n"
@@ -381,12 +381,12 @@ def test_demo_searches_races_and_measures(
         (None, "no plan at"),
         ("{", "is not JSON"),
         ("{}", "is not a selfspec plan"),
-        ('{"selfspec_version": 1, "skip_set": {"attn": [1]}, "gamma": 2, "gama": 3}', "unknown key 'gama'"),
+        ('{"selfspec_version": 2, "skip_set": {"attn": [1]}, "gamma": 2, "gama": 3}', "unknown key 'gama'"),
         (
-            '{"selfspec_version": 1, "skip_set": {"attn": [40]}, "gamma": 2}',
+            '{"selfspec_version": 2, "skip_set": {"attn": [40]}, "gamma": 2}',
             "attn layer 40, but this model has 7 (0..6)",
         ),
-        ('{"selfspec_version": 9, "skip_set": {}, "gamma": 2}', "this selfspec reads 1"),
+        ('{"selfspec_version": 9, "skip_set": {}, "gamma": 2}', "this selfspec reads 1 and 2"),
     ],
 )
 def test_a_bad_plan_takes_one_line(

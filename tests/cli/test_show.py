@@ -20,7 +20,7 @@ from selfspec.cli.formatting import bar_of
 from selfspec.cli.terminal import ORIGINS, asides
 from selfspec.cli.token_view import MOST_BARS, Detokenizer, Show, origin_of, printable, tell
 from selfspec.decoding.request import Committed
-from selfspec.plan import Outlook, PromptLookup
+from selfspec.plan import PromptLookup, RoundCosts
 
 BOTH = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, min_ngram=1)})
 PROMPT = "zzz"
@@ -245,12 +245,12 @@ def drafters_named(plan: Plan, drafts: Literal["layers", "draft model"] = "layer
 
 
 def test_the_legend_names_those_who_may_draft_and_nobody_else() -> None:
-    outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0] * 9, agreement=[0.6], matches=[[0.4, 0.8]] * 5)
+    round_costs = RoundCosts(rows=1, draft_step=0.1, rounds=[1.0] * 9, agreement=[0.6], matches=[[0.4, 0.8]] * 5)
     assert drafters_named(BOTH) == ["by lookup", "by layers"]
     assert drafters_named(BOTH, "draft model") == ["by lookup", "by draft model"]
     # The policy looks up unasked, but not where a draft model drafts.
-    assert drafters_named(PLAN.model_copy(update={"outlook": outlook})) == ["by lookup", "by layers"]
-    assert drafters_named(PLAN.model_copy(update={"outlook": outlook}), "draft model") == ["by draft model"]
+    assert drafters_named(PLAN.model_copy(update={"round_costs": [round_costs]})) == ["by lookup", "by layers"]
+    assert drafters_named(PLAN.model_copy(update={"round_costs": [round_costs]}), "draft model") == ["by draft model"]
 
 
 def test_a_draft_models_tokens_have_the_colour_that_the_legend_gives_it(

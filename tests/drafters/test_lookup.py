@@ -181,5 +181,5 @@ def test_a_lookup_that_makes_no_sense_is_refused() -> None:
         PromptLookup(gamma=4, min_ngram=5, max_ngram=3)
     with pytest.raises(PlanError, match="gamma"):
         Plan.from_json(
-            '{"selfspec_version": 1, "skip_set": {"attn": [], "mlp": []}, "gamma": 0, "prompt_lookup": {"gamma": 0}}'
+            '{"selfspec_version": 2, "skip_set": {"attn": [], "mlp": []}, "gamma": 0, "prompt_lookup": {"gamma": 0}}'
         )

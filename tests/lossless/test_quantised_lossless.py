@@ -25,7 +25,7 @@ from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, Skip
 from selfspec.benchmark.lossless import compare
 from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
-from selfspec.plan import Outlook, PromptLookup
+from selfspec.plan import PromptLookup, RoundCosts
 from selfspec.plan.draft_spec import INT4, INT8
 
 NEW_TOKENS = 24
@@ -159,8 +159,8 @@ def test_prompt_lookup_goes_before_a_quantised_draft(trimmed: bool, llama: PreTr
 
 
 def test_a_policy_chooses_the_length_of_a_quantised_draft(llama: PreTrainedModel) -> None:
-    outlook = Outlook(rows=1, draft_step=0.2, rounds=[1.0, 1.0, 1.05, 1.1, 1.15, 1.2], agreement=[0.9, 0.8])
-    spec = assert_lossless(llama, drafting(outlook=outlook), few_prompts(11), max_new_tokens=60)
+    round_costs = RoundCosts(rows=1, draft_step=0.2, rounds=[1.0, 1.0, 1.05, 1.1, 1.15, 1.2], agreement=[0.9, 0.8])
+    spec = assert_lossless(llama, drafting(round_costs=[round_costs]), few_prompts(11), max_new_tokens=60)
     assert spec.stats.policy == "adaptive"
     assert len(spec.stats.choices) > 2
 
@@ -212,11 +212,11 @@ def law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tens
     v, chain, eos = model.config.vocab_size, chain_of(model, prompt, options), options.get("eos_token_id", -1)
     tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # of texts that may come, and where they are counted
     probability, stopped = torch.ones(1, dtype=torch.double), torch.zeros(1, dtype=torch.bool)
-    padding = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # is all that stands behind a stop token
+    pass_lengths = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # is all that stands behind a stop token
     for _ in range(LENGTH):
         p = torch.softmax(chain(tokens, model(input_ids=tokens).logits[:, -1].float()), dim=-1).double()
         probability, place = (
-            probability[:, None] * torch.where(stopped[:, None], padding, p),
+            probability[:, None] * torch.where(stopped[:, None], pass_lengths, p),
             place[:, None] * v + torch.arange(v),
         )
         before, token = probability.nonzero(as_tuple=True)

@@ -240,7 +240,7 @@ def test_a_sub_layer_both_skipped_and_quantised_is_refused(kind: str) -> None:
         DraftSpec(skip_set=skip_set, quantised=Quantised(format=INT8, sublayers=sublayers))
     assert one_line(error) == message
     data = {"format": "int8", kind: [2, 3, 5]}
-    edited = {"selfspec_version": 1, "skip_set": {kind: [1, 3, 5]}, "gamma": 4, "quantised": data}
+    edited = {"selfspec_version": 2, "skip_set": {kind: [1, 3, 5]}, "gamma": 4, "quantised": data}
     with pytest.raises(PlanError, match=f"^p.json: {message}$"):
         Plan.from_json(json.dumps(edited), source="p.json")
 

@@ -16,10 +16,10 @@ from models import LAYERS, tiny_model
 from transformers import AutoConfig
 
 import selfspec
-from selfspec import Outlook, Padding, Plan, PlanError, PlanWarning, PromptLookup, SkipSet, wrap
+from selfspec import PassLengths, Plan, PlanError, PlanWarning, PromptLookup, RoundCosts, SkipSet, wrap
 from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
-EDITABLE = {"selfspec_version": 1, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
+EDITABLE = {"selfspec_version": 2, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
 IDENTITY = {"model_type": "llama", "num_layers": 3, "fingerprint": "0"}
 
 texts = st.text(max_size=5)
@@ -89,12 +89,12 @@ def test_a_plan_comes_back_from_json_as_it_was(plan: Plan) -> None:
 def test_a_plan_file_is_json_that_a_person_can_read() -> None:
     text = Plan(skip_set=SkipSet(attn={9, 3}, mlp={4}), gamma=4, exit_threshold=0.25).to_json()
     assert json.loads(text) == {
-        "selfspec_version": 1,
+        "selfspec_version": 2,
         "skip_set": {"attn": [3, 9], "mlp": [4]},
         "gamma": 4,
         "exit_threshold": 0.25,
     }
-    assert text.startswith('{\n  "selfspec_version": 1,')
+    assert text.startswith('{\n  "selfspec_version": 2,')
     assert text.endswith("}\n")
 
 
@@ -155,10 +155,10 @@ def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
             "key 'prompt_lookup': min_ngram is 5, but it must be at most max_ngram, 3",
         ),
         (
-            {"selfspec_version": 2, "key of version 2": 0},
-            "has selfspec_version 2, but this selfspec reads 1; search ag",
+            {"selfspec_version": 3, "key of version 3": 0},
+            "has selfspec_version 3, but this selfspec reads 1 and 2; search ag",
         ),
-        ({"selfspec_version": "1"}, "has selfspec_version '1', but this selfspec reads 1"),
+        ({"selfspec_version": "1"}, "has selfspec_version '1', but this selfspec reads 1 and 2"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -180,7 +180,7 @@ def test_a_plan_that_lacks_a_key_is_refused(key: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", '{"gamma": 4,}', "gamma: 4"])
 def test_what_is_not_json_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match=r"p\.json is not JSON \(.* at line 1\); write it anew"):
+    with pytest.raises(PlanError, match=r"p\.json is not JSON \(.* at line 1\); write it again"):
         Plan.from_json(text, source="p.json")
 
 
@@ -210,8 +210,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         (lambda: PromptLookup(gamma=0), r"PromptLookup's gamma: .*greater than or equal to 1 \(given: 0\)"),
         (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
         (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
-        (lambda: Outlook(rows=1, draft_step=0.1, agreement=[0.5]), "Outlook lacks 'rounds'; give it"),
-        (lambda: Padding(rows=1, target=[1, 1]), "Padding: a pass cannot be padded to fewer tokens than it has"),
+        (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; give it"),
+        (
+            lambda: PassLengths(rows=1, target=[1, 1]),
+            "PassLengths: a pass cannot be padded to fewer tokens",
+        ),
     ],
 )
 def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], object], message: str) -> None:
@@ -226,12 +229,12 @@ def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], objec
 @pytest.mark.parametrize(("part", "named"), [({"resume": True}, "resume")], ids=str)
 def test_an_old_plan_is_read_with_a_warning_that_names_what_no_longer_exists(part: dict[str, Any], named: str) -> None:
     with pytest.warns(PlanWarning, match=f"parts that no longer exist, and they are ignored: {named}$"):
-        assert Plan.from_json(json.dumps(EDITABLE | part)) == Plan(**EDITABLE)
+        assert Plan.from_json(json.dumps(EDITABLE | part | {"selfspec_version": 1})) == Plan(**EDITABLE)
 
 
 def test_an_old_plan_with_checked_lookup_looks_up_without_the_check() -> None:
     lookup = PromptLookup(gamma=5)
-    old = EDITABLE | {"prompt_lookup": lookup.model_dump() | {"checked": True}}
+    old = EDITABLE | {"selfspec_version": 1, "prompt_lookup": lookup.model_dump() | {"checked": True}}
     with pytest.warns(PlanWarning, match=r"ignored: prompt_lookup\.checked$"):
         assert Plan.from_json(json.dumps(old)) == Plan(**EDITABLE, prompt_lookup=lookup)
 
@@ -242,7 +245,7 @@ def test_an_old_plan_with_checked_lookup_looks_up_without_the_check() -> None:
 def test_a_plan_of_an_earlier_release_that_holds_its_profile_is_read_without_it(tmp_path: Path) -> None:
     conditions = Conditions(device="cpu", dtype="float32")
     plan = Plan(skip_set=SkipSet(), gamma=2, provenance=Provenance(conditions=conditions, seed=3, trials=5))
-    data = json.loads(plan.to_json())
+    data = json.loads(plan.to_json()) | {"selfspec_version": 1}
     data["provenance"]["profile"] = {"device": "cpu", "contexts": [7]}
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.warns(PlanWarning, match=r"parts that no longer exist, and they are ignored: provenance\.profile$"):
@@ -272,32 +275,54 @@ def test_a_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
 # --- Files of earlier releases ---
 
 
+VERSION_1_COSTS = {"rows": 1, "draft_step": 0.1, "rounds": [1.0, 1.1, 1.2], "agreement": [0.7]}
+
+
+def version_1(**parts: Any) -> str:
+    return json.dumps(EDITABLE | {"selfspec_version": 1, "gamma": 2} | parts)
+
+
+def test_a_plan_of_version_1_is_read_under_todays_names() -> None:
+    three_rows = VERSION_1_COSTS | {"rows": 3, "looking": 0.01, "matches": [[0.5, 0.6]] * 5}
+    lengths = {"rows": 1, "target": [3, 3, 3], "draft": 2}
+    plan = Plan.from_json(version_1(outlook=VERSION_1_COSTS, other_rows=[three_rows], padding=lengths))
+    costs = RoundCosts(rows=1, draft_step=0.1, rounds=[1.0, 1.1, 1.2], agreement=[0.7])
+    more = costs.model_copy(update={"rows": 3, "lookup": 0.01, "matches": [[0.5, 0.6]] * 5})
+    assert (plan.round_costs, plan.pass_lengths) == ([costs, more], PassLengths(**lengths))
+    assert plan.selfspec_version == 2
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_what_is_wrong_with_a_plan_of_version_1_is_refused_in_one_line() -> None:
+    for parts, message in (
+        ({"outlook": 3}, "round_costs.0"),
+        ({"outlook": VERSION_1_COSTS, "other_rows": 4}, "round_costs.1"),
+        ({"padding": "no"}, "pass_lengths"),
+        ({"gama": 3}, "unknown key 'gama'"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Plan.from_json(version_1(**parts))
+
+
 def test_a_plan_with_a_tree_of_siblings_is_read_without_it_and_one_warning_names_its_parts() -> None:
-    outlook = Outlook(rows=1, draft_step=0.1, rounds=[1.0, 1.1, 1.2], agreement=[0.7])
-    plan = Plan(
-        skip_set=SkipSet(attn={1}), gamma=2, outlook=outlook, other_rows=[outlook.model_copy(update={"rows": 3})]
-    )
-    written = json.loads(plan.to_json())
-    written["tree"] = {"siblings": 2, "width": 3}
-    for one in (written["outlook"], *written["other_rows"]):
-        one |= {"branching": 0.02, "rescued": 0.3}
+    siblings = {"branching": 0.02, "rescued": 0.3}
+    costs = {"outlook": VERSION_1_COSTS, "other_rows": [VERSION_1_COSTS | {"rows": 3}]}
+    with_siblings = {
+        "outlook": costs["outlook"] | siblings,
+        "other_rows": [costs["other_rows"][0] | siblings],
+        "tree": {"siblings": 2, "width": 3},
+    }
     parts = "tree, outlook.branching, outlook.rescued, other_rows.*.branching, other_rows.*.rescued"
     with pytest.warns(PlanWarning) as caught:
-        assert Plan.from_json(json.dumps(written)) == plan
+        assert Plan.from_json(version_1(**with_siblings)) == Plan.from_json(version_1(**costs))
     assert [str(one.message) for one in caught] == [
         f"plan has parts that no longer exist, and they are ignored: {parts}"
     ]
 
 
 def test_a_plan_that_drafted_without_a_tree_is_read_without_a_warning() -> None:
-    plan = Plan(
-        skip_set=SkipSet(attn={1}),
-        gamma=2,
-        outlook=Outlook(rows=1, draft_step=0.1, rounds=[1.0, 1.1, 1.2], agreement=[0.7]),
-    )
-    written = json.loads(plan.to_json())
-    written["outlook"] |= {"branching": 0.0, "rescued": 0.0}
-    assert Plan.from_json(json.dumps(written)) == plan
+    off = VERSION_1_COSTS | {"branching": 0.0, "rescued": 0.0}
+    assert Plan.from_json(version_1(outlook=off)) == Plan.from_json(version_1(outlook=VERSION_1_COSTS))
 
 
 # --- Which model it fits ---

@@ -14,7 +14,7 @@ from tape import TapeRecorder
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, PlanWarning, SkipSet, wrap
-from selfspec.plan import MATCHES, Conditions, Outlook, PromptLookup, Provenance, match_class
+from selfspec.plan import MATCHES, Conditions, PromptLookup, Provenance, RoundCosts, match_class
 from selfspec.policy import (
     AdaptiveDrafter,
     AdaptivePolicy,
@@ -36,13 +36,13 @@ SHARES = [[0.3, 0.6], [0.4, 0.7], [0.5, 0.75], [0.6, 0.8], [0.8, 0.9]]
 """Of looked-up tokens, by length class."""
 
 
-def outlook(*agreement: float, draft_step: float = 0.3, rows: int = 1, **more: object) -> Outlook:
-    return Outlook(rows=rows, draft_step=draft_step, rounds=ROUNDS, agreement=list(agreement), **more)
+def round_costs(*agreement: float, draft_step: float = 0.3, rows: int = 1, **more: object) -> RoundCosts:
+    return RoundCosts(rows=rows, draft_step=draft_step, rounds=ROUNDS, agreement=list(agreement), **more)
 
 
 def policy_with_lookup(agreement: float, **more: object) -> AdaptivePolicy:
     return AdaptivePolicy(
-        outlook(agreement, **{"matches": SHARES, "looking": 0.01} | more), range(LONGEST + 1), LOOKUPS
+        round_costs(agreement, **{"matches": SHARES, "lookup": 0.01} | more), range(LONGEST + 1), LOOKUPS
     )
 
 
@@ -50,7 +50,7 @@ class Layers:
     """A policy that chooses among drafts by layers alone, for one row."""
 
     def __init__(self, *agreement: float, draft_step: float = 0.3) -> None:
-        self.policy = AdaptivePolicy(outlook(*agreement, draft_step=draft_step), range(LONGEST + 1))
+        self.policy = AdaptivePolicy(round_costs(*agreement, draft_step=draft_step), range(LONGEST + 1))
 
     def round(self, accepted: int = LONGEST) -> int:
         """Decode one round, in which up to `accepted` tokens are accepted; the draft length."""
@@ -155,7 +155,7 @@ def test_drafting_is_given_up_within_a_few_rounds_when_the_text_becomes_hard() -
 
 @pytest.mark.parametrize("agreement", [[0.8], [0.8, 0.8, 0.8]])
 def test_what_stands_behind_a_stop_token_is_no_evidence(agreement: list[float]) -> None:
-    one, same = (AdaptivePolicy(outlook(*agreement), [3]) for _ in range(2))
+    one, same = (AdaptivePolicy(round_costs(*agreement), [3]) for _ in range(2))
     for policy, seen in ((one, Seen(3, 1, 1)), (same, Seen(1, 1, 1))):
         policy.choose([Row()])
         policy.observe([seen])  # the first accepted token ended the row
@@ -199,7 +199,7 @@ def test_layers_are_not_probed_where_lookup_is_better_than_they_could_be() -> No
 
 @pytest.mark.parametrize(("matched", "looks"), [(3, False), (4, True)])
 def test_a_least_match_between_the_classes_counts_too(matched: int, looks: bool) -> None:
-    one = AdaptivePolicy(outlook(0.1, matches=[[0.99, 0.99]] * 5), [0, 3], LOOKUPS, leasts=[4])
+    one = AdaptivePolicy(round_costs(0.1, matches=[[0.99, 0.99]] * 5), [0, 3], LOOKUPS, leasts=[4])
     assert bool(one.choose([Row(LONGEST, matched)]).lookup) == looks
 
 
@@ -229,7 +229,7 @@ def run(most: int, first: float, later: float, draws: random.Random) -> int:
     return accepted
 
 
-def priced(texts: Sequence[tuple[str, int]], chooser: AdaptivePolicy | Choice, costs: Outlook) -> float:
+def priced(texts: Sequence[tuple[str, int]], chooser: AdaptivePolicy | Choice, costs: RoundCosts) -> float:
     """Tokens per priced second over stretches of text of so many tokens a row, each of one kind."""
     draws, tokens, seconds, rows = random.Random(5), 0, 0.0, costs.rows
     for kind, length in texts:
@@ -249,7 +249,7 @@ def priced(texts: Sequence[tuple[str, int]], chooser: AdaptivePolicy | Choice, c
                     steps = choice.layers
                 seen.append(Seen(by_layers, accepted if by_layers else 0, accepted + 1, *row, min(runs, accepted + 1)))
             tokens += sum(row.committed for row in seen)
-            seconds += costs.rounds[max(steps, longest)] + steps * costs.draft_step + costs.looking
+            seconds += costs.rounds[max(steps, longest)] + steps * costs.draft_step + costs.lookup
             if isinstance(chooser, AdaptivePolicy):
                 chooser.observe(seen)
     return tokens / seconds
@@ -263,8 +263,8 @@ def test_it_stays_near_the_best_fixed_choice_and_on_mixed_text_no_fixed_choice_i
 ) -> None:
     texts = MIXED if kind == "mixed" else [(kind, 4000)]
     one = policy_with_lookup(0.7, draft_step=draft_step, rows=rows)
-    fixed = {name: priced(texts, choice, one.outlook) for name, choice in FIXED.items()}
-    adaptive = priced(texts, one, one.outlook)
+    fixed = {name: priced(texts, choice, one.round_costs) for name, choice in FIXED.items()}
+    adaptive = priced(texts, one, one.round_costs)
     assert adaptive > (0.99 if kind == "mixed" else 0.96) * max(fixed.values()), fixed
     assert adaptive > 0.98 * fixed["none"]
 
@@ -278,22 +278,22 @@ def test_where_everything_is_always_wrong_it_is_hardly_slower_than_plain(
 ) -> None:
     monkeypatch.setitem(KINDS, "hopeless", (0.0, hit, lengths, (0.0,) * 5, 0.0))
     one = policy_with_lookup(0.95, draft_step=draft_step)
-    plain = priced([("hopeless", 3000)], Choice(), one.outlook)
-    assert priced([("hopeless", 3000)], one, one.outlook) > 0.98 * plain
+    plain = priced([("hopeless", 3000)], Choice(), one.round_costs)
+    assert priced([("hopeless", 3000)], one, one.round_costs) > 0.98 * plain
 
 
 def test_it_does_not_flap() -> None:
     one = policy_with_lookup(0.7)
-    priced([("code", 1500)], one, one.outlook)
+    priced([("code", 1500)], one, one.round_costs)
     assert len(one.changes) < 126, "a fifth of 630 rounds"
 
 
 def test_layers_come_back_where_every_round_has_a_match_that_is_wrong() -> None:
     one = policy_with_lookup(0.7)
-    priced([("hard", 600)], one, one.outlook)
+    priced([("hard", 600)], one, one.round_costs)
     assert not one.choose([Row(LONGEST, 1)]).layers
     one.observe([Seen(0, 0, 1, LONGEST, 1, 0)])
-    assert priced([("easy", 2000)], one, one.outlook) > 1.4, "tokens in the time of a plain pass"
+    assert priced([("easy", 2000)], one, one.round_costs) > 1.4, "tokens in the time of a plain pass"
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -302,7 +302,10 @@ def test_layers_come_back_where_every_round_has_a_match_that_is_wrong() -> None:
 def test_estimates_stay_numbers_in_any_batch_to_its_last_token(
     static: bool, agreement: list[float], matches: list[list[float]]
 ) -> None:
-    draws, here = random.Random(7), Outlook(rows=5, draft_step=0.0, rounds=ROUNDS, agreement=agreement, matches=matches)
+    draws, here = (
+        random.Random(7),
+        RoundCosts(rows=5, draft_step=0.0, rounds=ROUNDS, agreement=agreement, matches=matches),
+    )
     one = AdaptivePolicy(here, range(LONGEST + 1), LOOKUPS if matches else (), static=static)
     for left in [LONGEST] * 200 + list(range(LONGEST, -1, -1)) * 13:
         rows = [Row(draws.randrange(left + 1) * bool(matches), draws.randrange(1, 11)) for _ in range(5 - left % 3)]
@@ -322,7 +325,7 @@ def test_estimates_stay_numbers_in_any_batch_to_its_last_token(
 
 
 def plan(**changes: object) -> Plan:
-    return Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=outlook(0.6)).model_copy(update=changes)
+    return Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=[round_costs(0.6)]).model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
@@ -340,14 +343,14 @@ def conditions(**changes: object) -> Provenance:
     [
         ({}, None),
         ({"provenance": conditions()}, None),
-        ({"outlook": None}, "does not say what drafts of other lengths cost"),
-        ({"gamma": 0, "skip_set": SkipSet(), "outlook": outlook(0.6, matches=[[0.4, 0.8]] * 5)}, None),
-        ({"gamma": 0, "skip_set": SkipSet(), "outlook": None}, "never drafts"),
+        ({"round_costs": []}, "does not say what drafts of other lengths cost"),
+        ({"gamma": 0, "skip_set": SkipSet(), "round_costs": [round_costs(0.6, matches=[[0.4, 0.8]] * 5)]}, None),
+        ({"gamma": 0, "skip_set": SkipSet(), "round_costs": []}, "never drafts"),
         ({"exit_threshold": 0.4}, "adapts by itself"),
         ({"prompt_lookup": PromptLookup(gamma=2)}, "does not say what to expect of prompt lookup"),
-        ({"prompt_lookup": PromptLookup(gamma=2), "outlook": outlook(0.6, matches=[[0.4, 0.8]] * 5)}, None),
-        ({"outlook": outlook(0.6, rows=4)}, "knows what 4 rows cost, not 1"),
-        ({"outlook": outlook(0.6, rows=4), "other_rows": [outlook(0.6)]}, None),
+        ({"prompt_lookup": PromptLookup(gamma=2), "round_costs": [round_costs(0.6, matches=[[0.4, 0.8]] * 5)]}, None),
+        ({"round_costs": [round_costs(0.6, rows=4)]}, "knows what 4 rows cost, not 1"),
+        ({"round_costs": [round_costs(0.6, rows=4), *[round_costs(0.6)]]}, None),
         ({"provenance": conditions(dtype="bfloat16")}, "dtype bfloat16, here float32"),
         ({"provenance": conditions(device="NVIDIA H200")}, "device NVIDIA H200, here cpu"),
     ],
@@ -369,7 +372,7 @@ def test_it_adapts_only_where_the_plans_costs_hold(
 
 def test_few_lengths_compete_where_each_must_be_captured(llama: PreTrainedModel) -> None:
     runtime = Runtime(llama, FIRST_DROPPED)
-    both = plan(prompt_lookup=PromptLookup(gamma=5, min_ngram=3), outlook=outlook(0.6, matches=SHARES))
+    both = plan(prompt_lookup=PromptLookup(gamma=5, min_ngram=3), round_costs=[round_costs(0.6, matches=SHARES)])
 
     def competing(one: Plan) -> tuple[list[int], list[int], list[int]]:
         drafter, _ = drafter_for(one, runtime, 1, "adaptive")
@@ -379,7 +382,7 @@ def test_few_lengths_compete_where_each_must_be_captured(llama: PreTrainedModel)
     assert competing(both) == (list(range(LONGEST + 1)), list(range(1, LONGEST + 1)), list(MATCHES))
     runtime.graphs = Graphs(TapeRecorder())
     assert competing(both) == ([0, 2, 3, 6], [5], [3])
-    assert competing(plan(gamma=5, outlook=outlook(0.6, matches=SHARES))) == ([0, 3, 5, 7], [7], [2])
+    assert competing(plan(gamma=5, round_costs=[round_costs(0.6, matches=SHARES)])) == ([0, 3, 5, 7], [7], [2])
     assert competing(plan(gamma=7)) == ([0, 4, 7], [], [2])
 
 
@@ -387,7 +390,7 @@ def test_few_lengths_compete_where_each_must_be_captured(llama: PreTrainedModel)
 def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTrainedModel) -> None:
     tokens, mask = prompts(11)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}
-    spec = wrap(llama, plan(outlook=outlook(0.9, 0.8, draft_step=0.15, matches=SHARES)))
+    spec = wrap(llama, plan(round_costs=[round_costs(0.9, 0.8, draft_step=0.15, matches=SHARES)]))
     if captured:
         spec.runtime.graphs = Graphs(TapeRecorder())
     expected = llama.generate(tokens, **options)
@@ -403,7 +406,7 @@ def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTra
 def test_batches_adapt_together(llama: PreTrainedModel) -> None:
     tokens, mask = prompts(11, 5, 7)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 61}
-    spec = wrap(llama, plan(outlook=outlook(0.9, rows=3)))
+    spec = wrap(llama, plan(round_costs=[round_costs(0.9, rows=3)]))
     assert torch.equal(spec.generate(tokens, **options), llama.generate(tokens, **options))
     assert len(spec.stats.choices) > 1
 
@@ -412,8 +415,8 @@ def test_batches_adapt_together(llama: PreTrainedModel) -> None:
     ("changes", "known"),
     [
         ({}, "1 row"),
-        ({"other_rows": [outlook(0.6, rows=2)]}, "1 and 2 rows"),
-        ({"outlook": None, "exit_threshold": 0.01, "provenance": conditions(rows=2)}, "2 rows"),
+        ({"round_costs": [round_costs(0.6), round_costs(0.6, rows=2)]}, "1 and 2 rows"),
+        ({"round_costs": [], "exit_threshold": 0.01, "provenance": conditions(rows=2)}, "2 rows"),
     ],
 )
 def test_more_rows_than_have_a_price_are_decoded_plainly_and_told_once(
@@ -437,7 +440,7 @@ def test_more_rows_than_have_a_price_are_decoded_plainly_and_told_once(
 
 def test_with_one_seed_sampled_text_is_the_same_every_time(llama: PreTrainedModel) -> None:
     tokens, mask = prompts(11)
-    spec = wrap(llama, plan(outlook=outlook(0.9)))
+    spec = wrap(llama, plan(round_costs=[round_costs(0.9)]))
     written = []
     for _ in range(2):
         torch.manual_seed(11)
@@ -450,18 +453,18 @@ def test_an_unknown_policy_is_refused(llama: PreTrainedModel) -> None:
         wrap(llama, plan(), policy="eager")  # type: ignore[arg-type]
 
 
-def test_an_outlook_that_ends_before_gamma_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match="gamma is 9, but its outlook has costs of rounds over up to 7 drafted tokens"):
-        Plan(skip_set=FIRST_DROPPED, gamma=9, outlook=outlook(0.6))
+def test_round_costs_that_end_before_gamma_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="gamma is 9, but its round_costs of 1 rows end at 7 drafted tokens"):
+        Plan(skip_set=FIRST_DROPPED, gamma=9, round_costs=[round_costs(0.6)])
 
 
-def test_an_outlook_of_rounds_longer_than_any_draft_is_refused() -> None:
-    data = outlook(0.6).model_dump() | {"rounds": [1.0] * 66}
-    with pytest.raises(PlanError, match=r"outlook\.rounds.*at most 65"):
-        Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=data)
+def test_round_costs_of_rounds_longer_than_any_draft_are_refused() -> None:
+    data = round_costs(0.6).model_dump() | {"rounds": [1.0] * 66}
+    with pytest.raises(PlanError, match=r"round_costs\.0\.rounds.*at most 65"):
+        Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=[data])
 
 
-def test_an_outlook_comes_back_from_its_file_as_it_was() -> None:
+def test_round_costs_come_back_from_their_file_as_they_were() -> None:
     one = plan()
     assert Plan.from_json(one.to_json()) == one
 
@@ -470,7 +473,9 @@ def test_captured_rounds_draft_as_far_as_was_chosen_beside_the_same_lookup(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, mask = prompts(11)
-    spec = wrap(llama, plan(prompt_lookup=PromptLookup(gamma=4), outlook=outlook(0.9, matches=[[0.4, 0.8]] * 5)))
+    spec = wrap(
+        llama, plan(prompt_lookup=PromptLookup(gamma=4), round_costs=[round_costs(0.9, matches=[[0.4, 0.8]] * 5)])
+    )
     spec.runtime.graphs = Graphs(TapeRecorder())
     lengths = []
 

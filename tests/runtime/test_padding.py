@@ -20,7 +20,7 @@ import selfspec.runtime.runtime
 from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
-from selfspec.plan import Outlook, Padding, PromptLookup
+from selfspec.plan import PassLengths, PromptLookup, RoundCosts
 from selfspec.runtime.cuda_graphs import Graphs
 from selfspec.runtime.forward_pass import Pass
 from selfspec.runtime.kv_cache import KVCache
@@ -35,7 +35,11 @@ LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 
 def padded(rows: int = 1, *, target: list[int] = TARGET, draft: int = 2, **changes: Any) -> Plan:
     """A plan whose passes are padded for so many rows."""
-    settings = {"skip_set": FIRST_DROPPED, "gamma": GAMMA, "padding": Padding(rows=rows, target=target, draft=draft)}
+    settings = {
+        "skip_set": FIRST_DROPPED,
+        "gamma": GAMMA,
+        "pass_lengths": PassLengths(rows=rows, target=target, draft=draft),
+    }
     return Plan(**settings | changes)
 
 
@@ -122,7 +126,7 @@ def test_windows_do_not_see_what_passes_are_padded_with(family: str, passes: lis
 @pytest.mark.parametrize("lengths", [(11,), (13, 7, 10)], ids=["one row", "rows of unequal length"])
 def test_plain_decoding_may_be_padded_too(family: str, lengths: tuple[int, ...], passes: list[int]) -> None:
     model, given = damped_model(family, FIRST_DROPPED), batch(*lengths)
-    spec = wrap(model, Plan.none(padding=Padding(rows=len(lengths), target=[4])))
+    spec = wrap(model, Plan.none(pass_lengths=PassLengths(rows=len(lengths), target=[4])))
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert passes == [4] * NEW_TOKENS
     assert spec.stats.drafted == 0
@@ -130,7 +134,7 @@ def test_plain_decoding_may_be_padded_too(family: str, lengths: tuple[int, ...],
 
 def test_padding_changes_no_round(llama: PreTrainedModel) -> None:
     given = batch(13, 7, 10)
-    ours, theirs = wrap(llama, padded(3)), wrap(llama, padded(3, padding=None))
+    ours, theirs = wrap(llama, padded(3)), wrap(llama, padded(3, pass_lengths=None))
     ours.generate(**given, **GREEDY)
     theirs.generate(**given, **GREEDY)
     assert ours.stats.history == theirs.stats.history, "a wrong draft shows in nothing else"
@@ -141,7 +145,7 @@ def test_a_length_that_is_not_named_is_not_padded(llama: PreTrainedModel, passes
     given = batch(11)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
     assert {1, GAMMA + 1} <= set(passes) <= {1, 2, 3, GAMMA + 1}
-    assert Padding(rows=1, target=[2, 2]).of_target(3) == 3
+    assert PassLengths(rows=1, target=[2, 2]).of_target(3) == 3
 
 
 @pytest.mark.parametrize(
@@ -162,8 +166,10 @@ def test_other_drafters_are_padded_too(
 
 
 def test_a_policy_may_choose_any_length_of_a_padded_draft(llama: PreTrainedModel, passes: list[int]) -> None:
-    outlook = Outlook(rows=1, draft_step=0.2, rounds=[1.0, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25], agreement=[0.9, 0.8])
-    spec = wrap(llama, padded(outlook=outlook, target=[3, 3, 5, 5, 8, 8, 8]))
+    round_costs = RoundCosts(
+        rows=1, draft_step=0.2, rounds=[1.0, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25], agreement=[0.9, 0.8]
+    )
+    spec = wrap(llama, padded(round_costs=[round_costs], target=[3, 3, 5, 5, 8, 8, 8]))
     options, given = GREEDY | {"max_new_tokens": 60}, batch(11)
     assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
     assert len(spec.stats.choices) > 1
@@ -172,7 +178,7 @@ def test_a_policy_may_choose_any_length_of_a_padded_draft(llama: PreTrainedModel
 
 def test_a_quantised_draft_may_be_padded(passes: list[int]) -> None:
     model, given = quantisable("llama"), few_prompts(13, 7, 10)
-    plan = drafting(trimmed=True, padding=Padding(rows=3, target=TARGET, draft=4))
+    plan = drafting(trimmed=True, pass_lengths=PassLengths(rows=3, target=TARGET, draft=4))
     spec, bare = wrap(model, plan), wrap(model, drafting(trimmed=True))
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert set(passes) >= {4, 5}
@@ -187,7 +193,7 @@ def test_rows_end_at_their_own_stop_tokens(llama: PreTrainedModel) -> None:
     options = GREEDY | {"eos_token_id": [int(free[0, 5]), int(free[1, 11])]}
     spec = wrap(llama, padded(3))
     assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
-    assert spec.runtime.padding is not None
+    assert spec.runtime.pass_lengths is not None
 
 
 def test_scores_and_logits_have_nothing_of_the_padding(llama: PreTrainedModel) -> None:
@@ -202,16 +208,16 @@ def test_scores_and_logits_have_nothing_of_the_padding(llama: PreTrainedModel) -
 
 def test_logits_of_a_padded_pass_are_those_of_the_bare_one(llama: PreTrainedModel) -> None:
     runtime = Runtime(llama, FIRST_DROPPED)
-    runtime.padding = Padding(rows=2, target=[7, 7], draft=6)
+    runtime.pass_lengths = PassLengths(rows=2, target=[7, 7], draft=6)
     runtime.reserve(2, 32)
     tokens, _ = prompts(11, 11)
     runtime.prefill(tokens, torch.tensor([11, 4]))
     for view, t in (("target", 1), ("target", 2), ("draft", 1), ("target", 3)):
         some = prompts(t, t, seed=1)[0]
         long = runtime.run(view, some)  # type: ignore[arg-type]
-        padding, runtime.padding = runtime.padding, None
+        pass_lengths, runtime.pass_lengths = runtime.pass_lengths, None
         torch.testing.assert_close(long, runtime.run(view, some), rtol=0, atol=1e-5)  # type: ignore[arg-type]
-        runtime.padding = padding
+        runtime.pass_lengths = pass_lengths
         assert long.shape[1] == t
         assert runtime.cache.lengths.tolist() == [11, 4]
 
@@ -223,12 +229,12 @@ def test_logits_of_a_padded_pass_are_those_of_the_bare_one(llama: PreTrainedMode
 def test_with_one_seed_padded_passes_draw_what_bare_ones_draw(options: dict[str, Any]) -> None:
     # In float64: what rounding does to a probability may tip a draw, so rarely that it does not show here.
     model, given = damped_model("llama", FIRST_DROPPED, dtype=torch.float64), batch(13, 7, 10)
-    specs, written = (wrap(model, padded(3)), wrap(model, padded(3, padding=None))), []
+    specs, written = (wrap(model, padded(3)), wrap(model, padded(3, pass_lengths=None))), []
     for spec in specs:
         for seed in (3, 5):
             torch.manual_seed(seed)
             written.append(spec.generate(**given, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, **options))
-    assert specs[0].runtime.padding is not None
+    assert specs[0].runtime.pass_lengths is not None
     assert torch.equal(written[0], written[2])
     assert torch.equal(written[1], written[3])
     assert not torch.equal(written[0], written[1])
@@ -244,7 +250,7 @@ def test_other_numbers_of_rows_are_not_padded(
 ) -> None:
     spec, given = wrap(llama, padded(3)), batch(*lengths)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
-    assert spec.runtime.padding is None
+    assert spec.runtime.pass_lengths is None
     assert set(passes) <= set(range(1, GAMMA + 2))
 
 
@@ -257,13 +263,13 @@ def test_requests_of_all_sizes_come_one_after_the_other(
         passes.clear()
         given = batch(*lengths)
         assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
-        assert (spec.runtime.padding is not None) == (len(lengths) == 2) == (1 not in passes)
+        assert (spec.runtime.pass_lengths is not None) == (len(lengths) == 2) == (1 not in passes)
 
 
 def test_num_return_sequences_are_rows(llama: PreTrainedModel) -> None:
     spec = wrap(llama, padded(4))
     spec.generate(**batch(11, 5), do_sample=True, num_return_sequences=2, max_new_tokens=5)
-    assert spec.runtime.padding is not None
+    assert spec.runtime.pass_lengths is not None
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,7 @@ def test_a_plan_that_was_searched_elsewhere_does_not_pad(
         spec = wrap(llama, padded(provenance=searched_in(**conditions)))
     given = batch(11)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
-    assert spec.runtime.padding is None
+    assert spec.runtime.pass_lengths is None
     assert set(passes) <= set(range(1, GAMMA + 2))
 
 
@@ -284,15 +290,15 @@ def test_a_plan_that_was_searched_here_pads_until_the_model_is_cast(passes: list
     model = damped_model("llama", FIRST_DROPPED)
     spec, given = wrap(model, padded(provenance=searched_in())), batch(11)
     spec.generate(**given, **GREEDY)
-    assert spec.runtime.padding == spec.plan.padding
+    assert spec.runtime.pass_lengths == spec.plan.pass_lengths
     passes.clear()
     model.to(torch.float64)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    assert spec.runtime.padding is None
+    assert spec.runtime.pass_lengths is None
     assert 1 in passes
     model.to(torch.float32)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    assert spec.runtime.padding == spec.plan.padding
+    assert spec.runtime.pass_lengths == spec.plan.pass_lengths
 
 
 def test_lock_step_decoding_is_padded_like_any_other(llama: PreTrainedModel, passes: list[int]) -> None:
@@ -330,7 +336,7 @@ def test_room_is_no_larger_than_it_must_be(llama: PreTrainedModel, no_slack: Non
     reserve = spec.runtime.reserve
 
     def too_little(rows: int, slots: int) -> None:
-        reserve(rows, slots - (plan.padding.most if plan.padding else 0))
+        reserve(rows, slots - (plan.pass_lengths.most if plan.pass_lengths else 0))
 
     spec.runtime.reserve = too_little  # type: ignore[method-assign]
     with pytest.raises((IndexError, RuntimeError)):
@@ -341,9 +347,9 @@ def test_room_is_no_larger_than_it_must_be(llama: PreTrainedModel, no_slack: Non
     ("target", "draft", "most"), [([1, 2, 3], 1, 0), ([3, 3, 3], 1, 2), ([1, 2, 9], 2, 6), ([2], 7, 6), ([], 1, 0)]
 )
 def test_padding_knows_how_much_it_adds_at_most(target: list[int], draft: int, most: int) -> None:
-    padding = Padding(rows=1, target=target, draft=draft)
-    assert padding.most == most
-    assert [padding.of_target(t) for t in range(1, 6)] == target + list(range(len(target) + 1, 6))
+    pass_lengths = PassLengths(rows=1, target=target, draft=draft)
+    assert pass_lengths.most == most
+    assert [pass_lengths.of_target(t) for t in range(1, 6)] == target + list(range(len(target) + 1, 6))
 
 
 def test_a_prompt_is_prefilled_in_passes_of_its_own_lengths(
@@ -371,7 +377,7 @@ def test_a_prompt_is_prefilled_in_passes_of_its_own_lengths(
 @pytest.mark.slow
 def test_replayed_rounds_of_padded_passes_write_what_the_model_writes(family: str, rows: int, no_slack: None) -> None:
     model, given = damped_model(family, FIRST_DROPPED), batch(*(13, 7, 10)[:rows])
-    spec, uncaptured = taped(model, padded(rows)), fixed_widths(model, padded(rows, padding=None))
+    spec, uncaptured = taped(model, padded(rows)), fixed_widths(model, padded(rows, pass_lengths=None))
     expected = model.generate(**given, **GREEDY)
     uncaptured.generate(**given, **GREEDY)
     for _ in range(2):
@@ -380,7 +386,7 @@ def test_replayed_rounds_of_padded_passes_write_what_the_model_writes(family: st
     assert spec.stats.captured
     assert not spec.stats.slower_paths
     assert tape_of(spec).recorded == 2
-    assert spec.runtime.padding is not None
+    assert spec.runtime.pass_lengths is not None
 
 
 @pytest.mark.slow
@@ -396,7 +402,7 @@ def test_graphs_of_padded_passes_are_not_played_for_requests_that_are_not_padded
 
 
 def test_plain_decoding_is_captured_with_its_padding(llama: PreTrainedModel) -> None:
-    spec, given = taped(llama, Plan.none(padding=Padding(rows=1, target=[3]))), batch(11)
+    spec, given = taped(llama, Plan.none(pass_lengths=PassLengths(rows=1, target=[3]))), batch(11)
     for _ in range(2):
         assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
     assert spec.stats.captured
@@ -420,7 +426,9 @@ def test_compiled_passes_are_padded_and_give_the_tokens_of_the_model() -> None:
 # --- bfloat16 ---
 
 
-@pytest.mark.parametrize("plan", [padded(), Plan.none(padding=Padding(rows=1, target=[5]))], ids=["drafts", "plain"])
+@pytest.mark.parametrize(
+    "plan", [padded(), Plan.none(pass_lengths=PassLengths(rows=1, target=[5]))], ids=["drafts", "plain"]
+)
 def test_in_bfloat16_padded_output_differs_from_plain_decoding_by_near_ties_alone(plan: Plan) -> None:
     model = damped_model("llama", FIRST_DROPPED, dtype=torch.bfloat16)
     spec, plain, rows = wrap(model, plan), wrap(model, Plan.none()), []
@@ -436,44 +444,44 @@ def test_in_bfloat16_padded_output_differs_from_plain_decoding_by_near_ties_alon
 def test_a_comparison_leaves_the_runtime_its_padding() -> None:
     model = damped_model("llama", FIRST_DROPPED, dtype=torch.bfloat16)
     runtime = Runtime(model, FIRST_DROPPED)
-    runtime.padding = padding = Padding(rows=1, target=TARGET)
+    runtime.pass_lengths = pass_lengths = PassLengths(rows=1, target=TARGET)
     compare(runtime, [(torch.tensor([3, 5]), torch.tensor([7, 11]), torch.tensor([7, 13]))], gamma=GAMMA)
-    assert runtime.padding == padding
+    assert runtime.pass_lengths == pass_lengths
 
 
 # --- In a plan's file ---
 
 
 def test_padding_comes_back_from_json_as_it_was() -> None:
-    for plan in (padded(), padded(3, target=[], draft=1), Plan.none(padding=Padding(rows=8, target=[2, 2]))):
+    for plan in (padded(), padded(3, target=[], draft=1), Plan.none(pass_lengths=PassLengths(rows=8, target=[2, 2]))):
         assert Plan.from_json(plan.to_json()) == plan
     data = json.loads(padded(3).to_json())
-    assert data["padding"] == {"rows": 3, "target": TARGET, "draft": 2}
-    assert "padding" not in json.loads(padded(padding=None).to_json())
-    assert Padding(rows=1, target=[1]).draft == 1
+    assert data["pass_lengths"] == {"rows": 3, "target": TARGET, "draft": 2}
+    assert "pass_lengths" not in json.loads(padded(pass_lengths=None).to_json())
+    assert PassLengths(rows=1, target=[1]).draft == 1
 
 
 @pytest.mark.parametrize(
-    ("padding", "message"),
+    ("pass_lengths", "message"),
     [
-        ({"rows": 1, "target": [3, 3, 2]}, "key 'padding': .*a pass cannot be padded to fewer tokens than it has"),
-        ({"rows": 1, "target": [0]}, "key 'padding.target.0': .*greater than or equal to 1"),
-        ({"rows": 0, "target": [1]}, "key 'padding.rows': .*greater than or equal to 1"),
-        ({"rows": 1, "target": [1], "draft": 0}, "key 'padding.draft': .*greater than or equal to 1"),
-        ({"rows": 1, "target": [129]}, "key 'padding.target.0': .*less than or equal to 128"),
-        ({"rows": 1, "target": [1.5]}, "key 'padding.target.0': .*valid integer"),
-        ({"rows": 1}, "lacks the key 'padding.target'"),
-        ({"target": [1]}, "lacks the key 'padding.rows'"),
-        ({"rows": 1, "target": [1], "verify": 2}, "unknown key 'padding.verify'"),
+        ({"rows": 1, "target": [3, 3, 2]}, "key 'pass_lengths': .*a pass cannot be padded to fewer tokens than it has"),
+        ({"rows": 1, "target": [0]}, "key 'pass_lengths.target.0': .*greater than or equal to 1"),
+        ({"rows": 0, "target": [1]}, "key 'pass_lengths.rows': .*greater than or equal to 1"),
+        ({"rows": 1, "target": [1], "draft": 0}, "key 'pass_lengths.draft': .*greater than or equal to 1"),
+        ({"rows": 1, "target": [129]}, "key 'pass_lengths.target.0': .*less than or equal to 128"),
+        ({"rows": 1, "target": [1.5]}, "key 'pass_lengths.target.0': .*valid integer"),
+        ({"rows": 1}, "lacks the key 'pass_lengths.target'"),
+        ({"target": [1]}, "lacks the key 'pass_lengths.rows'"),
+        ({"rows": 1, "target": [1], "verify": 2}, "unknown key 'pass_lengths.verify'"),
     ],
 )
-def test_padding_that_makes_no_sense_is_refused(padding: dict[str, Any], message: str) -> None:
-    data = {"selfspec_version": 1, "skip_set": {}, "gamma": 2, "padding": padding}
+def test_padding_that_makes_no_sense_is_refused(pass_lengths: dict[str, Any], message: str) -> None:
+    data = {"selfspec_version": 2, "skip_set": {}, "gamma": 2, "pass_lengths": pass_lengths}
     with pytest.raises(PlanError, match=message) as error:
         Plan.from_json(json.dumps(data))
     assert "\n" not in str(error.value)
     with pytest.raises(PlanError, match=message):
-        Plan(skip_set=SkipSet(), gamma=2, padding=padding)
+        Plan(skip_set=SkipSet(), gamma=2, pass_lengths=pass_lengths)
 
 
 @pytest.mark.slow
@@ -482,7 +490,7 @@ def test_padding_that_changes_drops_the_graphs_of_the_old_lengths() -> None:
     spec.runtime.graphs = Graphs(TapeRecorder())
     given = batch(11)
     expected = spec.model.generate(**given, **GREEDY)
-    for plan in (spec.plan, padded().model_copy(update={"padding": None}), spec.plan):
+    for plan in (spec.plan, padded().model_copy(update={"pass_lengths": None}), spec.plan):
         spec.plan = plan
         for _ in range(3):
             assert torch.equal(spec.generate(**given, **GREEDY), expected)

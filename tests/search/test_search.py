@@ -40,7 +40,7 @@ CHEAP_DRAFTS = profile_of(costs_of(attention=0.003, mlp=0.002))
 @pytest.fixture(autouse=True)
 def _profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measuring(CHEAP_DRAFTS))
-    monkeypatch.setattr("selfspec_search.profile.batch_costs.CYCLES", 1)
+    monkeypatch.setattr("selfspec_search.profile.round_costs.CYCLES", 1)
 
 
 @pytest.fixture
@@ -96,11 +96,11 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
         phases=Phases(on_progress=print),
     )
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    outlook = finish._outlook(replace(result.confirmed[0], prediction=by_layers), texts)
-    assert outlook.rounds == [1.0] * (settings.gamma_max + 1)
-    assert outlook.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
-    assert outlook.agreement == result.confirmed[0].by_layers
-    assert (outlook.matches, outlook.looking) == ([], 0.0), "what takes no part costs nothing"
+    round_costs = finish._round_costs(replace(result.confirmed[0], prediction=by_layers), texts)
+    assert round_costs.rounds == [1.0] * (settings.gamma_max + 1)
+    assert round_costs.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
+    assert round_costs.agreement == result.confirmed[0].by_layers
+    assert (round_costs.matches, round_costs.lookup) == ([], 0.0), "what takes no part costs nothing"
 
 
 def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
@@ -112,8 +112,8 @@ def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
     assert read == plan
     read.check_fits(model.config)
     assert plan.provenance is not None
-    assert (plan.outlook is not None) == plan.speculates
-    assert plan.outlook is None or plan.outlook.matches
+    assert [costs.rows for costs in plan.round_costs] == [1] * plan.speculates
+    assert all(costs.matches for costs in plan.round_costs)
     assert plan.provenance.conditions.dtype == "float32"
     assert plan.provenance.predicted is not None
     assert plan.provenance.predicted.texts == len(CALIBRATION)

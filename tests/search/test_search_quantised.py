@@ -13,7 +13,7 @@ from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchSettings, load_study, repick, search
 from selfspec_search.profile.costs import Costs, Savings
 from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, copied_variants, fit_draft_weights
-from selfspec_search.profile.padding import target_padding
+from selfspec_search.profile.pass_lengths import target_lengths
 from selfspec_search.replay.texts import Text
 from selfspec_search.report import make_page, read_source
 from selfspec_search.space import OWN_HEAD
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import InputError, QuantisedSet, SkipSet, SubVocabulary, draft_bytes, wrap
-from selfspec.plan import Padding
+from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Quantised
 
 LAYERS = 7
@@ -46,7 +46,7 @@ COSTS = Costs(
 )
 PROFILE = profile_of(
     COSTS,
-    padding=Padding(rows=1, target=[3, 3, 3, 4], draft=2),
+    pass_lengths=PassLengths(rows=1, target=[3, 3, 3, 4], draft=2),
     slower_formats={"int4/64": "1.30 of the time of full precision"},
 )
 
@@ -59,7 +59,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measuring(PROFILE))
-    monkeypatch.setattr("selfspec_search.profile.batch_costs.CYCLES", 1)
+    monkeypatch.setattr("selfspec_search.profile.round_costs.CYCLES", 1)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
@@ -121,7 +121,7 @@ def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
     ids=["the fastest length counts", "nothing is gained", "noise is no gain", "only what was measured is padded"],
 )
 def test_passes_are_padded_where_that_is_faster(rounds: dict[int, float], lengths: list[int]) -> None:
-    assert target_padding(rounds, 3) == lengths
+    assert target_lengths(rounds, 3) == lengths
 
 
 # --- What is offered ---
@@ -264,10 +264,10 @@ def test_picking_again_says_why_nothing_can_be_used(
 @pytest.mark.usefixtures("profiled")
 def test_a_plan_is_padded_as_the_profile_found_and_its_quantised_drafts_are_not(model: PreTrainedModel) -> None:
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"lookup": False}))
-    padding = result.plan.padding
-    assert padding is not None
-    assert padding.target == [3, 3, 3, 4]
-    assert padding.draft == (1 if result.plan.quantised else 2)
+    pass_lengths = result.plan.pass_lengths
+    assert pass_lengths is not None
+    assert pass_lengths.target == [3, 3, 3, 4]
+    assert pass_lengths.draft == (1 if result.plan.quantised else 2)
 
 
 @pytest.mark.usefixtures("profiled")

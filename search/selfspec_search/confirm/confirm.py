@@ -18,7 +18,7 @@ from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.build import drafter_of
 from selfspec.models.draft_weights import DraftWeights, draft_weight_bytes
-from selfspec.plan import Figures, Padding
+from selfspec.plan import Figures, PassLengths
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import Ratio, interleaved, speed_ratio, wait_for
@@ -180,7 +180,7 @@ def confirm(
     replay: Replay,
     prices: Prices,
     settings: SearchSettings,
-    padding: Padding | None = None,
+    pass_lengths: PassLengths | None = None,
     on_decoded: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Figures, list[Confirmed]]:
     """Decode held-out texts by each prediction and plainly; figures of plain decoding, and of each plan.
@@ -194,8 +194,8 @@ def confirm(
     """
     batches = _batches(replay.texts, settings)
     plain = _Contender(Runtime(model, backend=settings.backend, compile=settings.compile), NoDrafter(), settings)
-    plain.runtime.padding, draft_weights = padding, DraftWeights(model)
-    contenders = [_contender(model, prediction, settings, padding, draft_weights) for prediction in predictions]
+    plain.runtime.pass_lengths, draft_weights = pass_lengths, DraftWeights(model)
+    contenders = [_contender(model, prediction, settings, pass_lengths, draft_weights) for prediction in predictions]
     everyone = [plain, *contenders]
     room = max(text.prompt + text.allowed for text in replay.texts) + settings.longest_draft + 1
     texts = [[replay.texts[index] for index in batch] for batch in batches]
@@ -220,11 +220,11 @@ def confirm(
     ]
 
 
-def padding_of(draft_spec: DraftSpec, padding: Padding | None) -> Padding | None:
+def pass_lengths_of(draft_spec: DraftSpec, pass_lengths: PassLengths | None) -> PassLengths | None:
     """The padding of passes where a draft is made like this: kernels of quantised weights are best with one token."""
-    if padding is None or draft_spec.quantised is None:
-        return padding
-    return padding.model_copy(update={"draft": 1})
+    if pass_lengths is None or draft_spec.quantised is None:
+        return pass_lengths
+    return pass_lengths.model_copy(update={"draft": 1})
 
 
 def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]:
@@ -244,14 +244,14 @@ def _contender(
     model: PreTrainedModel,
     prediction: Prediction,
     settings: SearchSettings,
-    padding: Padding | None,
+    pass_lengths: PassLengths | None,
     draft_weights: DraftWeights,
 ) -> _Contender:
     draft_spec = prediction.draft_spec if prediction.drafting.gamma else DraftSpec()
     runtime = Runtime(
         model, draft_spec, backend=settings.backend, compile=settings.compile, draft_weights=draft_weights
     )
-    runtime.padding = padding_of(prediction.draft_spec, padding)
+    runtime.pass_lengths = pass_lengths_of(prediction.draft_spec, pass_lengths)
     return _Contender(runtime, drafter_of(prediction.plan, runtime), settings)
 
 

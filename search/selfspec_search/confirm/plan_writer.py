@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import PlanWarning, is_out_of_memory
 from selfspec.huggingface.loading import versions
-from selfspec.plan import Conditions, Figures, ModelIdentity, Outlook, Plan, Provenance
+from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance, RoundCosts
 from selfspec.plan.draft_spec import Format
-from selfspec_search.confirm.confirm import Confirmed, confirm, padding_of
+from selfspec_search.confirm.confirm import Confirmed, confirm, pass_lengths_of
 from selfspec_search.confirm.result import SearchResult
-from selfspec_search.profile.batch_costs import Scene, match_shares, seen
 from selfspec_search.profile.profile import Profile, ProfileSettings, measure, position_limit
+from selfspec_search.profile.round_costs import Scene, match_shares, seen
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.table import Table
@@ -125,15 +125,14 @@ class Finish:
         provenance = self._provenance(winner, plain, trials, texts, held_out)
         # Also where plain decoding won: then the prediction was most wrong.
         provenance = provenance.model_copy(update={"errors": (winner or confirmed[0]).errors})
-        plan = Plan.none(model=identity, provenance=provenance, padding=self.profile.padding)
+        plan = Plan.none(model=identity, provenance=provenance, pass_lengths=self.profile.pass_lengths)
         if winner is not None:
-            outlook = self._outlook(winner, texts)
+            own = self._round_costs(winner, texts)
             changes = {
                 "model": identity,
                 "provenance": provenance,
-                "outlook": outlook,
-                "other_rows": self._other_rows(winner.prediction, outlook, texts),
-                "padding": padding_of(winner.prediction.draft_spec, self.profile.padding),
+                "round_costs": [own, *self._round_costs_of_other_rows(winner.prediction, own, texts)],
+                "pass_lengths": pass_lengths_of(winner.prediction.draft_spec, self.profile.pass_lengths),
             }
             plan = winner.prediction.plan.model_copy(update=changes)
         return SearchResult(
@@ -156,7 +155,7 @@ class Finish:
             Replay(self.model, held_out, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
             Prices.of(self.profile, held_out, lookup=settings.lookup),
             settings,
-            self.profile.padding,
+            self.profile.pass_lengths,
             lambda done, total: self.phases.tell("confirm", done, total, fastest),
         )
 
@@ -183,21 +182,23 @@ class Finish:
             measured=winner.measured if winner else plain,
         )
 
-    def _outlook(self, winner: Confirmed, texts: Sequence[Text]) -> Outlook:
+    def _round_costs(self, winner: Confirmed, texts: Sequence[Text]) -> RoundCosts:
         """What a policy needs to know."""
         prices = Prices.of(self.profile, texts, lookup=self.settings.lookup)
         costs = prices.costs
         matches = [] if prices.lookup is None else match_shares(texts, prices.lookup, self.profile.gamma_max)
-        return Outlook(
+        return RoundCosts(
             rows=self.profile.rows,
             draft_step=costs.draft_step(winner.prediction.draft_spec),
             rounds=list(costs.rounds),
             agreement=seen(winner.by_layers),
-            looking=costs.lookup if matches else 0.0,
+            lookup=costs.lookup if matches else 0.0,
             matches=matches,
         )
 
-    def _other_rows(self, prediction: Prediction, outlook: Outlook, texts: Sequence[Text]) -> list[Outlook]:
+    def _round_costs_of_other_rows(
+        self, prediction: Prediction, own: RoundCosts, texts: Sequence[Text]
+    ) -> list[RoundCosts]:
         """The same for the other numbers of rows that the plan is to serve."""
         others = sorted(set(self.settings.other_rows) - {self.profile.rows})
         if not others:
@@ -209,14 +210,14 @@ class Finish:
             sampling=self.settings.sampling,
             backend=self.settings.backend,
             compile=self.settings.compile,
-            padding=padding_of(prediction.draft_spec, self.profile.padding),
+            pass_lengths=pass_lengths_of(prediction.draft_spec, self.profile.pass_lengths),
         )
-        found: list[Outlook] = []
+        found: list[RoundCosts] = []
         with self.phases.phase("rows"):
             for done, rows in enumerate(others):
                 self.phases.tell("rows", done, len(others))
                 try:
-                    found.append(scene.outlook(outlook, rows))
+                    found.append(scene.round_costs(own, rows))
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):  # else what was found so far must not be lost
                         raise

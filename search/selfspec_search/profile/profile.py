@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from selfspec.errors import InputError
 from selfspec.huggingface.loading import processor_name, versions
 from selfspec.models.draft_weights import DraftWeights
-from selfspec.plan import Padding
+from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import DraftSpec, Format
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime, device_name
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Costs, Record, at_another_context, fit_step, variants
 from selfspec_search.profile.draft_costs import copied_variants, draft_weights_that_gain, fit_draft_weights
-from selfspec_search.profile.padding import draft_padding, target_padding
+from selfspec_search.profile.pass_lengths import draft_padding, target_lengths
 from selfspec_search.profile.timing import STEPS, Bench, Call, share_cache
 from selfspec_search.replay.sampling_settings import Sampling
 
@@ -56,7 +56,7 @@ class Profile(Record):
     versions: dict[str, str]
     contexts: Annotated[tuple[int, ...], Field(min_length=1)]
     costs: tuple[Costs, ...]
-    padding: Padding | None = None  # which `costs` are of; None where passes are what they are
+    pass_lengths: PassLengths | None = None  # which `costs` are of; None where passes are what they are
     slower_formats: dict[str, str] = Field(default_factory=dict)  # by code, why `costs` say nothing of them
 
     @model_validator(mode="after")
@@ -179,8 +179,10 @@ def measure(
     contexts = _checked(model, contexts or _contexts_of(model, prompts, gamma_max), settings.rows)
     subject = _Subject.of(model, prompts or (), contexts, gamma_max, settings)
     timed = median_seconds(subject.calls(gamma_max), model.device, repeats=CYCLES, rare=_is_prefill, on_repeat=on_cycle)
-    base, full, padding = subject.base, subject.full, subject.padding(timed, gamma_max)
-    found = costs_at(contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, padding=padding)
+    base, full, pass_lengths = subject.base, subject.full, subject.pass_lengths(timed, gamma_max)
+    found = costs_at(
+        contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, pass_lengths=pass_lengths
+    )
     steps = {name: timed[base, name] / STEPS for name in (FULL, *copied_variants(model, subject.gaining))}
     changes = {"captured": subject.benches[base].captures(full), **fit_draft_weights(model, subject.gaining, steps)}
     return Profile(
@@ -197,7 +199,7 @@ def measure(
         versions=versions(),
         contexts=tuple(contexts),
         costs=tuple(costs.model_copy(update=changes) for costs in found),
-        padding=padding if padding.most else None,
+        pass_lengths=pass_lengths if pass_lengths.most else None,
         slower_formats=subject.slower,
     )
 
@@ -237,12 +239,12 @@ class _Subject:
         benches = {length: Bench(_cached(model, prompts, rows, length + 1), settings.sampling) for length in contexts}
         draft_length = draft_padding(full, benches[base])
         # A format must be faster than the padded passes that it replaces.
-        full.padding = Padding(rows=rows, target=[], draft=draft_length)
+        full.pass_lengths = PassLengths(rows=rows, target=[], draft=draft_length)
         gaining, slower = draft_weights_that_gain(full, benches[base], settings.formats, runtime_of)
         runtimes |= {name: runtime_of(draft_spec) for name, draft_spec in copied_variants(model, gaining).items()}
         share_cache(runtimes.values(), rows, slots)
         for name in variants(model.config.num_hidden_layers):
-            runtimes[name].padding = Padding(rows=rows, target=[], draft=draft_length)
+            runtimes[name].pass_lengths = PassLengths(rows=rows, target=[], draft=draft_length)
         return cls(
             runtimes=runtimes, benches=benches, base=base, draft_length=draft_length, gaining=gaining, slower=slower
         )
@@ -260,9 +262,9 @@ class _Subject:
             calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
         return calls
 
-    def padding(self, timed: Mapping[Name, float], gamma_max: int) -> Padding:
-        target = target_padding(_rounds(self.base, timed), gamma_max)
-        return Padding(rows=self.full.cache.rows, target=target, draft=self.draft_length)
+    def pass_lengths(self, timed: Mapping[Name, float], gamma_max: int) -> PassLengths:
+        target = target_lengths(_rounds(self.base, timed), gamma_max)
+        return PassLengths(rows=self.full.cache.rows, target=target, draft=self.draft_length)
 
 
 def _is_prefill(name: Name) -> bool:
@@ -314,7 +316,7 @@ def costs_at(
     num_layers: int,
     *,
     compiled: bool,
-    padding: Padding | None = None,
+    pass_lengths: PassLengths | None = None,
 ) -> tuple[Costs, ...]:
     """Costs at every context, from all that was timed at `base` and what was timed at the others."""
     steps = {name: timed[base, name] / STEPS for name in variants(num_layers)}
@@ -334,7 +336,7 @@ def costs_at(
                 layer=layer,
                 attention=attention,
                 mlp=mlp,
-                rounds=_padded(bare, padding),
+                rounds=_padded(bare, pass_lengths),
                 prefill=timed[context, "prefill"],
                 lookup=timed[context, "lookup"] / STEPS,
                 compiled=compiled,
@@ -344,9 +346,9 @@ def costs_at(
     return tuple(found)
 
 
-def _padded(rounds: list[float], padding: Padding | None) -> tuple[float, ...]:
+def _padded(rounds: list[float], pass_lengths: PassLengths | None) -> tuple[float, ...]:
     """What rounds cost where their passes are padded: each what that of its pass's length does."""
-    lengths = [t if padding is None else padding.of_target(t) for t in range(1, len(rounds) + 1)]
+    lengths = [t if pass_lengths is None else pass_lengths.of_target(t) for t in range(1, len(rounds) + 1)]
     return tuple(rounds[t - 1] for t in lengths)
 
 

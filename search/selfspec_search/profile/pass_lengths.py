@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from selfspec.plan import Padding
+from selfspec.plan import PassLengths
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.timing import Bench, Call
@@ -19,7 +19,7 @@ DRAFT_LENGTHS = (1, 2, 3)
 CYCLES = 5
 
 
-def target_padding(rounds: Mapping[int, float], gamma_max: int) -> list[int]:
+def target_lengths(rounds: Mapping[int, float], gamma_max: int) -> list[int]:
     """How many tokens passes over 1 to `gamma_max + 1` are made of, by seconds of rounds over so many drafted."""
     lengths = []
     for n in range(gamma_max + 1):
@@ -41,13 +41,13 @@ def draft_padding(runtime: Runtime, bench: Bench) -> int:
 
     def padded_to(length: int) -> Call:
         def padded() -> None:
-            runtime.padding = Padding(rows=runtime.cache.rows, target=[], draft=length)
+            runtime.pass_lengths = PassLengths(rows=runtime.cache.rows, target=[], draft=length)
             call()
 
         return padded
 
     calls = {length: padded_to(length) for length in DRAFT_LENGTHS}
     timed = median_seconds(calls, runtime.model.device, repeats=CYCLES)
-    runtime.padding = None
+    runtime.pass_lengths = None
     best = min(timed, key=lambda length: timed[length])
     return best if timed[best] < timed[1] * (1 - LEAST_GAIN) else 1

@@ -1,4 +1,4 @@
-"""Outlooks: shares of matches against a count by hand, prices for other rows, and what a search makes of both."""
+"""Round costs: shares of matches against a count by hand, prices for other rows, and what a search makes of both."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from profiles import costs_of, measuring, profile_of
 from replays import random_prompts
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.confirm.confirm import Confirmed, _Contender
-from selfspec_search.profile.batch_costs import Scene, match_shares, seen
 from selfspec_search.profile.profile import Profile
+from selfspec_search.profile.round_costs import Scene, match_shares, seen
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.texts import Text
 from transformers import PreTrainedModel
@@ -22,15 +22,15 @@ from transformers import PreTrainedModel
 from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.formatting import facts
 from selfspec.cli.token_view import Show
-from selfspec.plan import MATCHES, Outlook
+from selfspec.plan import MATCHES, RoundCosts
 from selfspec.plan.draft_spec import DraftSpec
 
-KNOWN = Outlook(
+KNOWN = RoundCosts(
     rows=2,
     draft_step=0.1,
     rounds=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
     agreement=[0.7, 0.5],
-    looking=0.01,
+    lookup=0.01,
     matches=[[0.2, 0.5]] * 5,
 )
 CALIBRATION, HELD_OUT = random_prompts(5, 11, 2, 7), random_prompts(3, 13, 6, seed=2)
@@ -96,9 +96,9 @@ def test_what_no_text_tells_of_is_a_toss_up_and_depths_that_none_reached_are_lef
 # --- Prices of other rows ---
 
 
-@pytest.mark.parametrize("known", [KNOWN, KNOWN.model_copy(update={"matches": [], "looking": 0.0})])
-def test_an_outlook_for_other_rows_has_their_prices_and_the_same_expectations(
-    known: Outlook, model: PreTrainedModel
+@pytest.mark.parametrize("known", [KNOWN, KNOWN.model_copy(update={"matches": [], "lookup": 0.0})])
+def test_an_round_costs_for_other_rows_has_their_prices_and_the_same_expectations(
+    known: RoundCosts, model: PreTrainedModel
 ) -> None:
     texts = [Text(tokens=prompt, prompt=len(prompt) - 2, allowed=2) for prompt in random_prompts(5, 11, 7)]
     scene = Scene(
@@ -108,16 +108,16 @@ def test_an_outlook_for_other_rows_has_their_prices_and_the_same_expectations(
         sampling=Sampling(),
         backend=None,
         compile=None,
-        padding=None,
+        pass_lengths=None,
     )
     for rows in (1, 7):  # 7 rows need more tokens than the texts have
-        found = scene.outlook(known, rows)
-        assert Outlook(**found.model_dump()) == found, "what was measured is a valid outlook"
+        found = scene.round_costs(known, rows)
+        assert RoundCosts(**found.model_dump()) == found, "what was measured is a valid round costs"
         assert found.rows == rows
         assert len(found.rounds) == len(known.rounds)
         assert found.rounds == sorted(found.rounds)
         assert 0 < found.draft_step < 5
-        assert (found.looking > 0) == bool(known.matches), "lookup that takes no part costs nothing"
+        assert (found.lookup > 0) == bool(known.matches), "lookup that takes no part costs nothing"
         kept = ("agreement", "matches")
         assert [getattr(found, name) for name in kept] == [getattr(known, name) for name in kept]
 
@@ -136,7 +136,7 @@ def sure(monkeypatch: pytest.MonkeyPatch) -> None:
         return not self.prediction.drafting.gamma
 
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measuring(PROFILE))
-    monkeypatch.setattr("selfspec_search.profile.batch_costs.CYCLES", 1)
+    monkeypatch.setattr("selfspec_search.profile.round_costs.CYCLES", 1)
     monkeypatch.setattr(Confirmed, "rank", property(rank))
     monkeypatch.setattr(_Contender, "is_faster_than", lambda self, plain: True)
 
@@ -151,12 +151,11 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
     assert plan.rows == [1, 5]
     assert told[-1] == Progress(phase="rows", done=1, total=1)
     assert dict(facts(result))["rows"] == "the policy adapts for 1 to 5, by what 1, 5 cost"
-    assert plan.outlook is not None
-    assert plan.outlook.agreement[0] > 0
+    assert plan.round_costs[0].agreement[0] > 0
     assert Plan.from_json(plan.to_json()) == plan
-    between = plan.outlook_for(2)
+    between = plan.round_costs_for(2)
     assert between is not None
-    low, high = plan.outlook, plan.other_rows[0]
+    low, high = plan.round_costs
     assert between.rounds == pytest.approx([low.rounds[n] + (high.rounds[n] - low.rounds[n]) / 4 for n in range(7)])
     spec = wrap(model, plan)
 
@@ -175,14 +174,14 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
 def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outlook = Scene.outlook
+    round_costs = Scene.round_costs
 
-    def short_of_memory(scene: Scene, known: Outlook, rows: int) -> Outlook:
+    def short_of_memory(scene: Scene, known: RoundCosts, rows: int) -> RoundCosts:
         if rows == 5:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
-        return outlook(scene, known, rows)
+        return round_costs(scene, known, rows)
 
-    monkeypatch.setattr(Scene, "outlook", short_of_memory)
+    monkeypatch.setattr(Scene, "round_costs", short_of_memory)
     with pytest.warns(PlanWarning, match="memory does not suffice for 5 rows"):
         result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 3]))
     assert result.plan.rows == [1, 3]
@@ -201,8 +200,7 @@ def test_a_greedy_search_for_one_number_of_rows_says_so(model: PreTrainedModel) 
     result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
     assert "sampled" not in dict(facts(result))["tokens per round"]
     assert result.differing_texts == 0
-    assert result.plan.other_rows == []
-    assert "other_rows" not in json.loads(result.plan.to_json()), "an older selfspec can read it"
+    assert result.plan.rows == [1]
 
 
 @pytest.mark.usefixtures("sure")
@@ -224,61 +222,53 @@ def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
 
     assert again().plan.rows == [1]
     assert again(other_rows=[3]).plan.rows == [1, 3]
-    without = again(lookup=False).plan.outlook
-    assert without is not None
-    assert (without.matches, without.looking) == ([], 0.0)
+    (without,) = again(lookup=False).plan.round_costs
+    assert (without.matches, without.lookup) == ([], 0.0)
     assert longest == [5, 5, 3], "5 by lookup, as in the study; 3 by layers alone"
 
 
 def test_the_legend_names_lookup_wherever_the_policy_may_look_up() -> None:
-    for outlook, named in ((KNOWN, True), (KNOWN.model_copy(update={"matches": []}), False), (None, False)):
-        legend = Show(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=outlook)).legend()
+    for round_costs, named in (([KNOWN], True), ([KNOWN.model_copy(update={"matches": []})], False), ([], False)):
+        legend = Show(Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=round_costs)).legend()
         assert ("by lookup" in legend.plain) == named
 
 
 # --- Files and misuse ---
 
 
-def test_a_plan_from_before_lookup_lengths_and_other_rows_still_reads() -> None:
-    written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=KNOWN).to_json())
-    assert "other_rows" not in written
-    for key in ("looking", "matches"):
-        del written["outlook"][key]
-    plan = Plan.from_json(json.dumps(written))
-    assert plan.outlook is not None
-    assert (plan.outlook.looking, plan.outlook.matches, plan.rows) == (0.0, [], [2])
+def test_round_costs_without_lookup_are_read() -> None:
+    written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=[KNOWN]).to_json())
+    for key in ("lookup", "matches"):
+        del written["round_costs"][0][key]
+    (costs,) = Plan.from_json(json.dumps(written)).round_costs
+    assert (costs.lookup, costs.matches, costs.rows) == (0.0, [], 2)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outlook": {"matches": [[0.5, 0.5]] * 3}}, "matches are of 5 lengths, or none"),
-        ({"outlook": {"matches": [[0.5]] * 5}}, "outlook.matches.0"),
-        ({"outlook": {"rounds": [1.0, float("nan")]}}, "outlook.rounds.1"),
-        ({"outlook": {"rounds": [1.0, 0.0]}}, "outlook.rounds.1"),
-        ({"outlook": {"draft_step": -1.0}}, "outlook.draft_step"),
-        ({"outlook": {"agreement": []}}, "outlook.agreement"),
-        ({"outlook": {"rows": 0}}, "outlook.rows"),
-        (
-            {"other_rows": [KNOWN.model_dump() | {"rows": 7, "rounds": [1.0, 2.0]}]},
-            "gamma is 3, but its other_rows has costs",
-        ),
-        ({"outlook": None, "other_rows": [KNOWN.model_dump()]}, "has other_rows, but no outlook to stand beside"),
-        ({"other_rows": [KNOWN.model_dump()]}, f"tell twice what {KNOWN.rows} rows cost; remove one"),
-        ({"other_rows": [KNOWN.model_dump() | {"rows": 7}] * 2}, "tell twice what 7 rows cost; remove one"),
-        ({"gamma": 7}, "gamma is 7, but its outlook has costs of rounds over up to 6"),
+        ({"round_costs": {"matches": [[0.5, 0.5]] * 3}}, "matches are of 5 lengths, or none"),
+        ({"round_costs": {"matches": [[0.5]] * 5}}, "round_costs.0.matches.0"),
+        ({"round_costs": {"rounds": [1.0, float("nan")]}}, "round_costs.0.rounds.1"),
+        ({"round_costs": {"rounds": [1.0, 0.0]}}, "round_costs.0.rounds.1"),
+        ({"round_costs": {"draft_step": -1.0}}, "round_costs.0.draft_step"),
+        ({"round_costs": {"agreement": []}}, "round_costs.0.agreement"),
+        ({"round_costs": {"rows": 0}}, "round_costs.0.rows"),
+        ({"round_costs": {"rounds": [1.0, 2.0]}}, "gamma is 3, but its round_costs of 2 rows end at 1 drafted tokens"),
+        ({"round_costs": [KNOWN.model_dump()] * 2}, "plan has two round_costs of 2 rows; remove one"),
+        ({"gamma": 7}, "gamma is 7, but its round_costs of 2 rows end at 6"),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
-    written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, outlook=KNOWN).to_json())
+    written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=[KNOWN]).to_json())
     for key, value in changes.items():
-        written[key] = written[key] | value if key == "outlook" and value is not None else value  # type: ignore[operator]
+        written[key] = [written[key][0] | value] if isinstance(value, dict) else value
     with pytest.raises(PlanError) as caught:
         Plan.from_json(json.dumps(written))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "Value error" not in str(caught.value)
-    assert len(str(caught.value)) < 250, "not the whole outlook"
+    assert len(str(caught.value)) < 250, "not the whole round costs"
 
 
 @pytest.mark.parametrize(

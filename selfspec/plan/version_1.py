@@ -1,4 +1,4 @@
-"""Plans of earlier releases: parts that no longer exist are dropped, and one warning names them."""
+"""Plan files of version 1: their parts get today's names. One warning names parts that no longer exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,30 @@ RETIRED: tuple[str, ...] = (
     "other_rows.*.rescued",
     "provenance.profile",
 )
-"""Dotted keys of parts that earlier releases wrote into plan files. A `*` stands for every entry of a list."""
+"""Dotted keys of parts that version 1 knew and no release knows any more. A `*` stands for every entry of a list."""
+
+
+def read_version_1(data: dict[str, Any], source: str) -> dict[str, Any]:
+    """The content of a plan file of version 1, as version 2 has it; `data` stays as it is.
+
+    Version 2 keeps the round costs of every number of rows in one list (version 1: `outlook` and `other_rows`), and
+    calls `padding` `pass_lengths`.
+    """
+    data = {**without_retired_parts(data, source), "selfspec_version": 2}
+    first, others = data.pop("outlook", None), data.pop("other_rows", None) or []
+    if first is not None:
+        every = [first, *others] if isinstance(others, list) else [first, others]
+        data["round_costs"] = [_renamed(one, "looking", "lookup") for one in every]
+    if "padding" in data:
+        data["pass_lengths"] = data.pop("padding")
+    return data
+
+
+def _renamed(part: Any, old: str, new: str) -> Any:
+    """`part` with a key renamed. A part that is not a dictionary is left for the plan to refuse."""
+    if not isinstance(part, dict):
+        return part
+    return {new if key == old else key: value for key, value in part.items()}
 
 
 def without_retired_parts(data: dict[str, Any], source: str) -> dict[str, Any]:
@@ -32,7 +55,7 @@ def without_retired_parts(data: dict[str, Any], source: str) -> dict[str, Any]:
             dropped.append(key)
     if dropped:
         parts = ", ".join(dropped)
-        warnings.warn(f"{source} has parts that no longer exist, and they are ignored: {parts}", PlanWarning, 3)
+        warnings.warn(f"{source} has parts that no longer exist, and they are ignored: {parts}", PlanWarning, 4)
     return data
 
 

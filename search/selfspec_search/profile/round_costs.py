@@ -1,4 +1,4 @@
-"""Outlooks: what a policy is told of drafts of every kind, at this search's prices and at those of other batches."""
+"""Round costs: what a policy is told of drafts of every kind, at this search's prices and at those of other batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import MATCHES, Outlook, Padding, match_class
+from selfspec.plan import MATCHES, PassLengths, RoundCosts, match_class
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
@@ -49,7 +49,7 @@ def match_shares(texts: Sequence[Text], table: LookupTable, depths: int) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What outlooks for other numbers of rows are measured with: the plan's draft, on texts like these."""
+    """What round costs for other numbers of rows are measured with: the plan's draft, on texts like these."""
 
     model: PreTrainedModel
     draft_spec: DraftSpec
@@ -57,15 +57,15 @@ class Scene:
     sampling: Sampling
     backend: str | None
     compile: bool | None
-    padding: Padding | None
+    pass_lengths: PassLengths | None
 
     @torch.inference_mode()
-    def outlook(self, known: Outlook, rows: int) -> Outlook:
-        """The same outlook at the prices of so many rows, measured here and now."""
+    def round_costs(self, known: RoundCosts, rows: int) -> RoundCosts:
+        """The same round costs at the prices of so many rows, measured here and now."""
         longest = len(known.rounds) - 1
         runtime = Runtime(self.model, self.draft_spec, backend=self.backend, compile=self.compile)
-        if self.padding is not None:  # what is faster padded may not be so with other numbers of rows
-            runtime.padding = self.padding.model_copy(update={"rows": rows, "target": []})
+        if self.pass_lengths is not None:  # what is faster padded may not be so with other numbers of rows
+            runtime.pass_lengths = self.pass_lengths.model_copy(update={"rows": rows, "target": []})
         prompts = self._prompts(rows)
         runtime.reserve(rows, prompts.shape[1] + 3 * (longest + STEPS) + 5)
         bench = Bench(prompts, self.sampling)
@@ -80,7 +80,7 @@ class Scene:
             "rows": rows,
             "draft_step": timed["step"] / STEPS,
             "rounds": np.maximum.accumulate(rounds).tolist(),
-            "looking": timed["lookup"] / STEPS if known.matches else 0.0,
+            "lookup": timed["lookup"] / STEPS if known.matches else 0.0,
         }
         return known.model_copy(update=changes)
 

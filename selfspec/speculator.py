@@ -32,10 +32,11 @@ from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_
 from selfspec.huggingface.options import with_stop_strings
 from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import draft_weight_bytes, unsupported_reasons
-from selfspec.plan import PassLengths, Plan
-from selfspec.plan.draft_spec import DraftSpec
+from selfspec.models.support import check_supported
+from selfspec.plan import Plan
 from selfspec.policy import drafter_for, too_many_rows
-from selfspec.runtime.runtime import Runtime, device_name
+from selfspec.runtime.cuda_graphs import Recorder
+from selfspec.runtime.runtime import Runtime
 
 
 @dataclass
@@ -102,22 +103,32 @@ class SelfSpeculator:
         plan: Plan | str | os.PathLike[str],
         options: DecodeOptions = DecodeOptions(),
         draft_model: PreTrainedModel | None = None,
+        *,
+        recorder: Recorder | None = None,
     ) -> None:
         self.options = options
         self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
         if draft_model is not None:
             check_plan(self.plan, options.draft_memory)
         self.model = model
-        self.runtime = Runtime(model, backend=options.backend, compile=options.compile, graphs=options.graphs)
+        check_supported(model)
         self.plan.check_fits(model.config)
-        draft_spec = self.plan.draft_spec if self.plan.gamma else DraftSpec()  # what never drafts needs no copies
-        self.runtime.draft_memory = options.draft_memory_bytes
-        self.runtime.draft_with(draft_spec)
+        self.runtime = Runtime(
+            model,
+            self.plan.draft_spec if self.plan.gamma else None,  # a draft that never runs needs no draft weights
+            backend=options.backend,
+            compile=options.compile,
+            graphs=options.graphs,
+            recorder=recorder,
+            draft_memory=options.draft_memory_bytes,
+            pass_lengths=self.plan.pass_lengths,
+            measured_in=self.plan.measured_in,
+        )
         self.draft_runtime: Runtime | None = None
         """Where a draft model runs, if there is one."""
         if draft_model is not None:
-            self.draft_runtime = draft_runtime(model, draft_model, backend=options.backend, compile=options.compile)
-        self._warn_if_stale(**self._conditions)
+            self.draft_runtime = draft_runtime(self.runtime, draft_model, options)
+        self._warn_if_stale(**self.runtime.conditions)
         self._told_of_sampling = self._told_of_rows = False
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
@@ -224,12 +235,6 @@ class SelfSpeculator:
                 streamed.end()
             return self._output(request, generation_config)
 
-    @property
-    def _conditions(self) -> dict[str, Any]:
-        """What the cost of a pass depends on, as `Plan.stale_because` takes it."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"device": device_name(self.model.device), "dtype": dtype, "compiled": self.runtime.compile}
-
     def _warn_if_stale(self, **here: Any) -> None:
         if (reason := self.plan.stale_because(**here)) is not None:
             advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
@@ -283,7 +288,6 @@ class SelfSpeculator:
             drafter, self.stats.policy = drafter_for(
                 self.plan, self.runtime, request.rows, self.options.policy, self.draft_runtime
             )
-        self.runtime.pass_lengths = self.pass_lengths_for(request.rows)
         self.runtime.reserve(request.rows, request.max_length + request.room)
         whole = False
         try:
@@ -293,28 +297,22 @@ class SelfSpeculator:
             self._tell_paths(request)
             self.stats.changes = list(drafter.changes)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
-                self.runtime.scrub()
+                self.runtime.zero_cache()
                 if self.draft_runtime is not None:
-                    self.draft_runtime.scrub()
-
-    def pass_lengths_for(self, rows: int) -> PassLengths | None:
-        """How passes over so many rows are padded: as the plan says, where they take as long as in its search."""
-        pass_lengths, here = self.plan.pass_lengths, self._conditions
-        if pass_lengths is None or pass_lengths.rows != rows or self.plan.stale_because(**here) is not None:
-            return None
-        return pass_lengths
+                    self.draft_runtime.zero_cache()
 
     def _tell_paths(self, request: Request) -> None:
         """Write to the stats what was compiled and captured, and why the rest was not."""
         runtime, stats = self.runtime, self.stats
-        stats.compiled, stats.draft_bytes = runtime.compile, runtime.draft_weights.nbytes
+        stats.compiled, stats.draft_bytes = runtime.passes.compile, runtime.views.draft_weights.nbytes
         if self.draft_runtime is not None:
             stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
-            if self.draft_runtime.uncompiled_reason not in (None, runtime.uncompiled_reason):
-                stats.slower_paths.append(f"the draft model runs eagerly: {self.draft_runtime.uncompiled_reason}")
+            if self.draft_runtime.passes.uncompiled_reason not in (None, runtime.passes.uncompiled_reason):
+                reason = self.draft_runtime.passes.uncompiled_reason
+                stats.slower_paths.append(f"the draft model runs eagerly: {reason}")
         stats.slower_paths += [f"of the draft, {line}" for line in unsupported_reasons(self.model, runtime.draft_spec)]
-        if runtime.uncompiled_reason is not None:
-            stats.slower_paths.append(f"passes run eagerly: {runtime.uncompiled_reason}")
+        if runtime.passes.uncompiled_reason is not None:
+            stats.slower_paths.append(f"passes run eagerly: {runtime.passes.uncompiled_reason}")
         if runtime.uncaptured_reason is not None:
             stats.slower_paths.append(f"rounds are not captured: {runtime.uncaptured_reason}")
         elif runtime.graphs is not None and is_captured(runtime, request):

@@ -227,7 +227,7 @@ def bench() -> Bench:
 
 
 def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(bench: Bench) -> None:
-    draft_weights = bench.spec.runtime.draft_weights
+    draft_weights = bench.spec.runtime.views.draft_weights
     made = dict(draft_weights._made)
     bench.draft_by(None, 3)
     agreements = []
@@ -236,14 +236,14 @@ def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(be
         agreements.append(bench.agreement())
     bench.subject.restore()
     assert agreements[0] > 0.9 > 0.5 > agreements[1]
-    assert bench.spec.runtime.draft_weights is draft_weights
+    assert bench.spec.runtime.views.draft_weights is draft_weights
     assert draft_weights._made == made
 
 
 def test_a_draft_that_skips_more_needs_no_new_copies(bench: Bench) -> None:
-    made = dict(bench.spec.runtime.draft_weights._made)
+    made = dict(bench.spec.runtime.views.draft_weights._made)
     bench.draft_by(bench.subject.skip_set, 2)
-    few = bench.spec.runtime.draft_weights._made
+    few = bench.spec.runtime.views.draft_weights._made
     assert 0 < len(few) < len(made)
     assert all(few[key] is made[key] for key in few)
     assert bench.spec.plan.draft_spec == bench.spec.runtime.draft_spec == with_skips(INT4, 7, bench.subject.skip_set)

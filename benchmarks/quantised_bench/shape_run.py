@@ -80,7 +80,7 @@ class ShapeRun:
         bench = Bench(subject, format, self.effort)
         vocabulary = subject.model.config.vocab_size
         drafts = drafts_for(timed, subject.num_layers, vocabulary, self.effort.trimmed, subject.skip_set)
-        draft_weights = bench.spec.runtime.draft_weights
+        draft_weights = bench.spec.runtime.views.draft_weights
         bench.passes = measure_passes(subject, drafts, draft_weights, self.effort)
         draft_weights.keep_only(bench.everything)
         self._free()

@@ -193,7 +193,7 @@ def line_up(
     in our runtime, `draft_gamma` tokens a round."""
     ours = SelfSpeculator(model, plan, options)
     passes = DecodeOptions(backend=options.backend, compile=options.compile, graphs=options.graphs)
-    plain = SelfSpeculator(model, Plan.none(pass_lengths=ours.pass_lengths_for(1)), passes)
+    plain = SelfSpeculator(model, Plan.none(pass_lengths=ours.runtime.pass_lengths), passes)
     contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
     absent: list[str] = []
     families: list[list[Contender]] = [[*early_exits(model)], [*prompt_lookups(model)]] if peers else []
@@ -203,7 +203,7 @@ def line_up(
         except PeerError as error:
             absent.append(" ".join(str(error).split()))
     if draft_model is not None:
-        classic = Plan(skip_set=SkipSet(), gamma=draft_gamma, pass_lengths=ours.pass_lengths_for(1))
+        classic = Plan(skip_set=SkipSet(), gamma=draft_gamma, pass_lengths=ours.runtime.pass_lengths)
         spec = SelfSpeculator(model, classic, passes, draft_model)
         contenders.append(Ours(DRAFT_MODEL, spec))
     return LineUp(contenders=[*contenders, Ours(OURS, ours)], ours=ours, absent=absent)

@@ -103,10 +103,8 @@ def compare(runtime: Runtime, rows: Iterable[tuple[Tensor, Tensor, Tensor]], *, 
 def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, position: int, gamma: int) -> Difference:
     gap = rounding = None
     if runtime.model.dtype != torch.float32:
-        text, padding = torch.cat([prompt, expected[:position]]), runtime.pass_lengths
-        runtime.pass_lengths = None  # as the plain model's
-        one_by_one = _last_logits(runtime, text, len(prompt), 1)
-        runtime.pass_lengths = padding
+        text = torch.cat([prompt, expected[:position]])
+        one_by_one = _last_logits(runtime, text, len(prompt), 1, padded=False)  # as the plain model's
         by_rounds = _last_logits(runtime, text, len(prompt), gamma + 1)
         top = one_by_one.topk(2).values
         gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds).abs().max().item()
@@ -120,7 +118,7 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
 
 
 @torch.inference_mode()
-def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int) -> Tensor:
+def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int, *, padded: bool = True) -> Tensor:
     """The target's float32 logits `v` behind `text`, whose new tokens went through passes of `t` tokens.
 
     Every new token's keys and values come from such passes too, as they did when the text was decoded.
@@ -131,7 +129,8 @@ def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int) -> 
     row = torch.nn.functional.pad(row, (0, padding))
     runtime.reserve(1, row.shape[1])
     runtime.prefill(row[:, :start], torch.tensor([start], device=row.device))
-    for chunk in row[:, start:].split(t, dim=1):
-        logits = runtime.run("target", chunk)
-        runtime.cache.lengths += t
+    with runtime.padded(runtime.passes.lengths if padded else None):
+        for chunk in row[:, start:].split(t, dim=1):
+            logits = runtime.run("target", chunk)
+            runtime.cache.lengths += t
     return logits[0, t - 1 - padding].float()

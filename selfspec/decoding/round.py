@@ -139,7 +139,7 @@ def read(host_values: Tensor) -> list[list[int]]:
 def is_captured(runtime: Runtime, request: Request) -> bool:
     """Whether the request lives in the buffers that captured work knows."""
     graphs = runtime.graphs
-    return graphs is not None and graphs.unsupported_reason is None and request.buffers is runtime.row_buffers
+    return graphs is not None and graphs.uncaptured_reason is None and request.buffers is runtime.row_buffers
 
 
 def _run(runtime: Runtime, request: Request, key: Hashable, work: Callable[[], Any]) -> Any:

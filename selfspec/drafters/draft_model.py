@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.decode_options import DecodeOptions
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Committed, Origin, Request
 from selfspec.drafters.layer_skip import StepwiseDrafter
@@ -152,10 +153,10 @@ def reach(model: PreTrainedModel, prompt_length: int) -> int:
 # --- What may draft ---
 
 
-def draft_runtime(
-    model: PreTrainedModel, draft_model: PreTrainedModel, *, backend: str | None = None, compile: bool | None = None
-) -> Runtime:
-    """A runtime of `draft_model`, which is to draft for `model`.
+def draft_runtime(target: Runtime, draft_model: PreTrainedModel, options: DecodeOptions) -> Runtime:
+    """A runtime of `draft_model`, which is to draft for the target's model.
+
+    The target's graphs capture the draft model's passes as well, so what changes either model drops them.
 
     Raises:
         UnsupportedModelError: the draft model's family is not supported.
@@ -163,23 +164,16 @@ def draft_runtime(
     """
     with _of_the_draft_model():
         check_supported(draft_model)
-    check_pair(model, draft_model)
+    check_pair(target.model, draft_model)
     with _of_the_draft_model():
-        return Runtime(draft_model, backend=backend, compile=compile, graphs=False)
+        return Runtime(draft_model, backend=options.backend, compile=options.compile, captured_with=target)
 
 
-def refresh(runtime: Runtime, beside: Runtime) -> None:
-    """Build the draft model's views anew if it was changed since, and check that it still goes with the target's.
-
-    From then on both have the same graphs: captured rounds run both models, so what changes either one drops them.
-    """
+def refresh(runtime: Runtime, target: Runtime) -> None:
+    """Build the draft model's views again if it was changed since, and check that it still goes with the target's."""
     with _of_the_draft_model():
         runtime.refresh()
-    check_pair(beside.model, runtime.model)
-    if runtime.graphs is not beside.graphs:
-        if beside.graphs is not None:
-            beside.graphs.drop()
-        runtime.graphs = beside.graphs
+    check_pair(target.model, runtime.model)
 
 
 def check_pair(model: PreTrainedModel, draft_model: PreTrainedModel) -> None:

@@ -145,6 +145,14 @@ class Plan(Strict):
                 f"this model's is {given.fingerprint}); run 'selfspec search' on this model"
             )
 
+    @property
+    def measured_in(self) -> dict[str, Any] | None:
+        """Device, dtype and `compiled` of the search; None for a plan made by hand."""
+        if self.provenance is None:
+            return None
+        found = self.provenance.conditions
+        return {"device": found.device, "dtype": found.dtype, "compiled": found.compiled}
+
     def stale_because(self, **here: Any) -> str | None:
         """Why this plan's figures (never its output) may not hold here; None if they were found in such conditions.
 

@@ -9,7 +9,7 @@ from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 from selfspec.plan import MATCHES, Plan, PromptLookup, RoundCosts
 from selfspec.policy.adaptive_drafter import AdaptiveDrafter
 from selfspec.policy.policy import AdaptivePolicy
-from selfspec.runtime.runtime import Runtime, device_name
+from selfspec.runtime.runtime import Runtime
 
 LOOKUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Draft lengths by lookup."""
@@ -59,13 +59,11 @@ def unsupported_reason(plan: Plan, runtime: Runtime, rows: int) -> str | None:
         return "an exit threshold adapts by itself"
     if plan.prompt_lookup is not None and not all(costs.matches for costs in plan.round_costs):
         return "the plan does not say what to expect of prompt lookup"
-    if runtime.compile and device.type == "cpu":
+    if runtime.passes.compile and device.type == "cpu":
         return "every other draft length would have to be compiled"
     if plan.round_costs_for(rows) is None:
         return f"the plan knows what {_listed(plan.rows)} cost, not {rows}"
-    return plan.stale_because(
-        device=device_name(device), dtype=str(runtime.model.dtype).removeprefix("torch."), compiled=runtime.compile
-    )
+    return plan.stale_because(**runtime.conditions)
 
 
 def adaptive_drafter(plan: Plan, runtime: Runtime, round_costs: RoundCosts) -> AdaptiveDrafter:

@@ -121,12 +121,12 @@ class Graphs:
 
     Attributes:
         nbytes: device memory that capturing has taken.
-        unsupported reason: why nothing is captured any more, after a capture that failed; else None.
+        uncaptured_reason: why nothing is captured any more, after a capture that failed; else None.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.unsupported_reason: str | None = None
+        self.uncaptured_reason: str | None = None
         self.drop()
 
     def drop(self) -> None:
@@ -140,7 +140,7 @@ class Graphs:
 
     def run(self, key: Hashable, work: Work) -> Any:
         """Do the work that goes by this key; its result is overwritten when it is done the next time."""
-        if self.unsupported_reason is not None:
+        if self.uncaptured_reason is not None:
             return work()
         if key in self._captured:
             replay, result = self._captured[key]
@@ -159,7 +159,7 @@ class Graphs:
             replay, result = self.recorder.record(work)
         except RuntimeError as error:  # what torch raises for an operation that a capture forbids
             self.drop()
-            self.unsupported_reason = first_line(error)
+            self.uncaptured_reason = first_line(error)
             return work()
         self._captured[key] = replay, result
         self.nbytes += max(0, self.recorder.nbytes() - before)

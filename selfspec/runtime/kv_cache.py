@@ -77,7 +77,7 @@ class KVCache:
         self.lengths.zero_()
 
     @torch.inference_mode()
-    def scrub(self) -> None:
+    def zero(self) -> None:
         """Zero everything: after an error a slot may hold a NaN, which poisons attention even where it is masked."""
         self.reset()
         for keys, values in self._tensors.values():

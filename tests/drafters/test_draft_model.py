@@ -47,7 +47,6 @@ from selfspec.decoding.request import Request
 from selfspec.drafters.draft_model import WIDEST, DraftModelDrafter
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup
-from selfspec.runtime.cuda_graphs import Graphs
 
 LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 NEW_TOKENS = 33
@@ -203,21 +202,21 @@ def test_compiled_shapes_stay_in_the_steady_state() -> None:
     spec = wrap(llamas()[0], of_gamma(3), draft_model=llamas()[1])
     for runtime in (spec.runtime, spec.draft_runtime):
         assert runtime is not None
-        runtime.compile = True  # as far as shapes go
-        runtime._make_pass = _eager_static(runtime)  # type: ignore[method-assign]
+        runtime.passes.compile = True  # as far as shapes go
+        runtime.passes._function = _eager_static()  # type: ignore[method-assign]
     with watched(spec) as seen:
         assert_lossless(spec, batch(13, 7, 1))
-    assert {length for _, length in spec.draft_runtime._passes} == {1, 2}
+    assert {length for _, length in spec.draft_runtime.passes._functions} == {1, 2}
     assert seen.drafts > 5
 
 
-def _eager_static(runtime: Any) -> Any:
+def _eager_static() -> Any:
     from selfspec.models.views import run_view
 
-    def make(view: Any, t: int) -> Any:
+    def make(views: Any, cache: Any, view: Any, t: int, static: bool) -> Any:
         def forward(tokens: Tensor) -> Tensor:
-            step = runtime.cache.begin(t, static=True)
-            return run_view(runtime.views[view], tokens, step.positions, step)
+            step = cache.begin(t, static=True)
+            return run_view(views[view], tokens, step.positions, step)
 
         return forward
 
@@ -309,8 +308,8 @@ def test_it_catches_up_with_rounds_that_others_drafted(away: int, static: bool) 
     spec = wrap(model, of_gamma(3), draft_model=model)
     if static:
         for runtime in (spec.runtime, spec.draft_runtime):
-            runtime.compile = True
-            runtime._make_pass = _eager_static(runtime)
+            runtime.passes.compile = True
+            runtime.passes._function = _eager_static()
     original, rounds = DraftModelDrafter.choose, iter(range(1000))
 
     def choose(drafter: DraftModelDrafter, request: Request) -> Any:
@@ -328,9 +327,7 @@ def test_it_catches_up_with_rounds_that_others_drafted(away: int, static: bool) 
 
 
 def taped(plan: Plan, draft_model: PreTrainedModel | None = None) -> SelfSpeculator:
-    spec = wrap(llamas()[0], plan, draft_model=draft_model or llamas()[1])
-    spec.runtime.graphs = Graphs(TapeRecorder())
-    return spec
+    return SelfSpeculator(llamas()[0], plan, draft_model=draft_model or llamas()[1], recorder=TapeRecorder())
 
 
 @pytest.mark.parametrize("lookup", [None, LOOKUP])

@@ -307,7 +307,7 @@ def test_runtimes_share_the_copies_that_they_are_given(model: PreTrainedModel, m
         Runtime(model, drafting().draft_spec, draft_weights=draft_weights),
         Runtime(model, drafting().draft_spec, draft_weights=draft_weights),
     )
-    assert one.draft_weights is other.draft_weights is draft_weights
+    assert one.views.draft_weights is other.views.draft_weights is draft_weights
     quantised = [{id(m) for m in runtime.views["draft"].modules() if m in made} for runtime in (one, other)]
     assert quantised[0] == quantised[1] == {id(module) for module in made}
     one.draft_with(DraftSpec())
@@ -327,14 +327,14 @@ def test_a_runtime_of_its_own_lets_go_of_what_its_draft_spec_has_no_use_for(
     runtime.draft_with(drafting(INT4, head=False).draft_spec)
     gc.collect()
     assert sum(ref() is None for ref in layers) == 1, "the head alone"
-    assert runtime.draft_weights.nbytes == draft_weight_bytes(model, drafting(INT4, head=False).draft_spec)
+    assert runtime.views.draft_weights.nbytes == draft_weight_bytes(model, drafting(INT4, head=False).draft_spec)
     runtime.draft_with(drafting(INT8).draft_spec)
     made.clear()
     gc.collect()
     assert [ref() for ref in layers + buffers] == [None] * len(layers + buffers)
-    assert runtime.draft_weights.nbytes == draft_weight_bytes(model, drafting(INT8).draft_spec)
+    assert runtime.views.draft_weights.nbytes == draft_weight_bytes(model, drafting(INT8).draft_spec)
     runtime.draft_with(SKIPPED)
-    assert runtime.draft_weights.nbytes == 0
+    assert runtime.views.draft_weights.nbytes == 0
 
 
 def test_copies_of_one_format_can_be_dropped(model: PreTrainedModel) -> None:
@@ -391,7 +391,7 @@ def test_bytes_foretold_are_bytes_taken_in_every_format_and_dtype(format: Format
         plan = drafting(format, head=head, trimmed=trimmed)
         spec = wrap(model, plan)
         assert (
-            spec.runtime.draft_weights.nbytes
+            spec.runtime.views.draft_weights.nbytes
             == draft_bytes(model, plan)
             == draft_weight_bytes(model, plan.draft_spec)
             > 0
@@ -405,7 +405,7 @@ def test_wrapping_adds_the_copies_and_the_cache_and_nothing_else(model: PreTrain
     spec = wrap(model, plan)
     spec.generate(**few_prompts(11), **GREEDY)
     shared = {tensor.untyped_storage().data_ptr() for tensor in reachable_tensors(model)}
-    tensors = [tensor for view in spec.runtime.views.values() for tensor in reachable_tensors(view)]
+    tensors = [tensor for name in ("target", "draft") for tensor in reachable_tensors(spec.runtime.views[name])]
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     beside = sum(size for place, size in own.items() if place not in shared)
     assert beside == draft_bytes(model, plan) + spec.runtime.cache.nbytes
@@ -430,8 +430,8 @@ def test_a_draft_beyond_the_limit_is_refused_before_anything_is_made(
 def test_a_limit_that_is_just_enough_is_kept(model: PreTrainedModel) -> None:
     plan = drafting()
     needed = draft_bytes(model, plan)
-    assert wrap(model, plan, draft_memory=needed).runtime.draft_weights.nbytes == needed
-    assert wrap(model, plan, draft_memory="1G").runtime.draft_weights.nbytes == needed
+    assert wrap(model, plan, draft_memory=needed).runtime.views.draft_weights.nbytes == needed
+    assert wrap(model, plan, draft_memory="1G").runtime.views.draft_weights.nbytes == needed
     with pytest.raises(InputError, match="draft_memory allows"):
         wrap(model, plan, draft_memory=needed - 1)
     check_memory(model, plan.draft_spec, None)
@@ -479,7 +479,7 @@ def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so(
     given = few_prompts(13, 7, 10)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert spec.stats.slower_paths == [f"of the draft, {line}" for line in unsupported_reasons(model, plan.draft_spec)]
-    assert spec.runtime.draft_weights.nbytes == draft_bytes(model, plan)
+    assert spec.runtime.views.draft_weights.nbytes == draft_bytes(model, plan)
     assert type(spec.runtime.views["draft"].lm_head) is nn.Linear
 
 
@@ -522,12 +522,12 @@ def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed:
     spec = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     first = spec.generate(**given, **GREEDY)
-    old = weakref.ref(spec.runtime.draft_weights)
+    old = weakref.ref(spec.runtime.views.draft_weights)
     model.to(dtype)
     ours = spec.generate(**given, **GREEDY)
     gc.collect()
     assert old() is None
-    assert spec.runtime.draft_weights.nbytes == draft_bytes(model, plan)
+    assert spec.runtime.views.draft_weights.nbytes == draft_bytes(model, plan)
     assert 0 < spec.stats.accepted < spec.stats.drafted
     if dtype == torch.float64:
         assert torch.equal(ours, model.generate(**given, **GREEDY))
@@ -540,10 +540,10 @@ def test_copies_follow_a_model_that_is_cast_after_wrapping(family: str, trimmed:
 
 def test_copies_are_kept_while_nothing_changes(model: PreTrainedModel, made: list[nn.Module]) -> None:
     spec = wrap(model, drafting())
-    count, draft_weights = len(made), spec.runtime.draft_weights
+    count, draft_weights = len(made), spec.runtime.views.draft_weights
     for seed in range(3):
         spec.generate(**few_prompts(11, 5, seed=seed), **GREEDY)
-    assert spec.runtime.draft_weights is draft_weights
+    assert spec.runtime.views.draft_weights is draft_weights
     assert len(made) == count
 
 
@@ -605,7 +605,7 @@ def test_a_draft_spec_that_is_refused_leaves_the_draft_as_it_was(model: PreTrain
     spec: SelfSpeculator = wrap(model, plan)
     given = few_prompts(13, 7, 10)
     spec.generate(**given, **GREEDY)
-    history, memory = spec.stats.history, spec.runtime.draft_weights.nbytes
+    history, memory = spec.stats.history, spec.runtime.views.draft_weights.nbytes
     for bad in (
         DraftSpec(vocabulary=SubVocabulary.of([TOKENS], 1000)),
         DraftSpec(quantised=Quantised(format=INT4, sublayers=QuantisedSet(attn={9}))),
@@ -616,10 +616,10 @@ def test_a_draft_spec_that_is_refused_leaves_the_draft_as_it_was(model: PreTrain
         assert spec.runtime.draft_spec == plan.draft_spec
     spec.generate(**given, **GREEDY)
     assert spec.stats.history == history
-    assert spec.runtime.draft_weights.nbytes == memory
+    assert spec.runtime.views.draft_weights.nbytes == memory
     model.to(torch.float64)  # the views are built anew, by the draft spec that was there
     spec.generate(**given, **GREEDY)
-    assert spec.runtime.draft_weights.nbytes == memory
+    assert spec.runtime.views.draft_weights.nbytes == memory
 
 
 class Adapted(torch.nn.Module):
@@ -644,7 +644,7 @@ def test_layers_that_carry_adapters_stay_as_they_are(rank: int) -> None:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj, rank)
     spec, given = wrap(model, drafting(INT4)), few_prompts(13, 7, 10)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    copied = {key[2] for key in spec.runtime.draft_weights._made if key[0] == "attn"}
+    copied = {key[2] for key in spec.runtime.views.draft_weights._made if key[0] == "attn"}
     assert copied == {"k_proj", "v_proj", "o_proj"}
 
 

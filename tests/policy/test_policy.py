@@ -13,7 +13,7 @@ from models import FIRST_DROPPED, damped_model, prompts
 from tape import TapeRecorder
 from transformers import PreTrainedModel
 
-from selfspec import InputError, Plan, PlanError, PlanWarning, SkipSet, wrap
+from selfspec import InputError, Plan, PlanError, PlanWarning, SelfSpeculator, SkipSet, wrap
 from selfspec.plan import MATCHES, Conditions, PromptLookup, Provenance, RoundCosts, match_class
 from selfspec.policy import (
     AdaptiveDrafter,
@@ -26,7 +26,6 @@ from selfspec.policy import (
     unsupported_reason,
 )
 from selfspec.policy.policy import FIRST_WAIT, LONGEST_WAIT
-from selfspec.runtime.cuda_graphs import Graphs
 from selfspec.runtime.runtime import Runtime
 
 LONGEST = 7
@@ -380,7 +379,7 @@ def test_few_lengths_compete_where_each_must_be_captured(llama: PreTrainedModel)
         return list(drafter.policy.layers), list(drafter.policy.lookups), list(drafter.policy.leasts)
 
     assert competing(both) == (list(range(LONGEST + 1)), list(range(1, LONGEST + 1)), list(MATCHES))
-    runtime.graphs = Graphs(TapeRecorder())
+    runtime = Runtime(llama, recorder=TapeRecorder())
     assert competing(both) == ([0, 2, 3, 6], [5], [3])
     assert competing(plan(gamma=5, round_costs=[round_costs(0.6, matches=SHARES)])) == ([0, 3, 5, 7], [7], [2])
     assert competing(plan(gamma=7)) == ([0, 4, 7], [], [2])
@@ -390,9 +389,8 @@ def test_few_lengths_compete_where_each_must_be_captured(llama: PreTrainedModel)
 def test_the_text_is_the_models_whatever_is_chosen(captured: bool, llama: PreTrainedModel) -> None:
     tokens, mask = prompts(11)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 173}
-    spec = wrap(llama, plan(round_costs=[round_costs(0.9, 0.8, draft_step=0.15, matches=SHARES)]))
-    if captured:
-        spec.runtime.graphs = Graphs(TapeRecorder())
+    one = plan(round_costs=[round_costs(0.9, 0.8, draft_step=0.15, matches=SHARES)])
+    spec = SelfSpeculator(llama, one, recorder=TapeRecorder() if captured else None)
     expected = llama.generate(tokens, **options)
     assert torch.equal(spec.generate(tokens, **options), expected)
     lengths = dict(spec.stats.choices)
@@ -473,10 +471,8 @@ def test_captured_rounds_draft_as_far_as_was_chosen_beside_the_same_lookup(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, mask = prompts(11)
-    spec = wrap(
-        llama, plan(prompt_lookup=PromptLookup(gamma=4), round_costs=[round_costs(0.9, matches=[[0.4, 0.8]] * 5)])
-    )
-    spec.runtime.graphs = Graphs(TapeRecorder())
+    one = plan(prompt_lookup=PromptLookup(gamma=4), round_costs=[round_costs(0.9, matches=[[0.4, 0.8]] * 5)])
+    spec = SelfSpeculator(llama, one, recorder=TapeRecorder())
     lengths = []
 
     def alternate(self: AdaptivePolicy, rows: object) -> Choice:

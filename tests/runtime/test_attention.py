@@ -213,7 +213,7 @@ def test_captured_attention_serves_other_contents_and_other_lengths(name: str, t
         result = graphs.run("attend", work).result
         torch.testing.assert_close(result.double(), case.expected(how), rtol=2**-6, atol=2**-6)
         torch.testing.assert_close(held.keys, case.attend(Sdpa(), how)[1], rtol=0, atol=0)
-    assert len(graphs) == 1, graphs.unsupported_reason
+    assert len(graphs) == 1, graphs.uncaptured_reason
 
 
 @dataclass

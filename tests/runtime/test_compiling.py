@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_stats_say_why(
     def refuses(*_: object) -> torch.Tensor:
         raise compiling.COMPILE_ERRORS[0]("graph break in the middle\nand pages of advice")
 
-    monkeypatch.setattr("selfspec.runtime.runtime.compile_pass", lambda forward: refuses)
+    monkeypatch.setattr("selfspec.runtime.passes.compile_pass", lambda forward: refuses)
     spec = selfspec.wrap(model, PLAN, compile=True)
     assert torch.equal(
         spec.generate(PROMPT, max_new_tokens=11, **OPTIONS), model.generate(PROMPT, max_new_tokens=11, **OPTIONS)
@@ -97,8 +97,8 @@ def test_a_compiled_pass_gets_its_tokens_in_one_layout(model: PreTrainedModel, m
 
         return run
 
-    monkeypatch.setattr("selfspec.runtime.runtime.compile_pass", of_its_first_call)
-    monkeypatch.setattr("selfspec.runtime.runtime.uncompiled_reason", lambda device: None)
+    monkeypatch.setattr("selfspec.runtime.passes.compile_pass", of_its_first_call)
+    monkeypatch.setattr("selfspec.runtime.runtime.passes.uncompiled_reason", lambda device: None)
     spec = selfspec.wrap(model, PLAN, compile=True)
     given, mask = prompts(7, 5)
     options = {"attention_mask": mask, "max_new_tokens": 19, **OPTIONS}
@@ -136,7 +136,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
-    monkeypatch.setattr("selfspec.runtime.runtime.fuses_layers", lambda device: True)
+    monkeypatch.setattr("selfspec.runtime.passes.fuses_layers", lambda device: True)
     torch._dynamo.reset()
     yield count
     torch._dynamo.reset()

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import selfspec.decoding.round
-from selfspec import Plan, SelfSpeculator, SkipSet, draft_bytes, wrap
+from selfspec import DecodeOptions, Plan, SelfSpeculator, SkipSet, draft_bytes, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.decoding.round import read
 from selfspec.decoding.stats import Laps
@@ -82,10 +82,8 @@ def model_on(device: torch.device, family: str = "llama", **options: Any) -> Pre
 
 def captured(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfSpeculator:
     """A speculator whose rounds are captured, on a CPU by a tape."""
-    spec = wrap(model, plan, **{"compile": False} | options)
-    if model.device.type == "cpu":
-        spec.runtime.graphs = Graphs(TapeRecorder())
-    return spec
+    recorder = TapeRecorder() if model.device.type == "cpu" else None
+    return SelfSpeculator(model, plan, DecodeOptions(**{"compile": False} | options), recorder=recorder)
 
 
 def batch(device: torch.device, *lengths: int) -> dict[str, Tensor]:
@@ -244,7 +242,7 @@ def test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held(device:
             held.append(graphs.run("plus one", plus_one).tensor)
             assert held[-1].item() == number.item() + 1
             number += 1
-        assert len(graphs) == 1, graphs.unsupported_reason
+        assert len(graphs) == 1, graphs.uncaptured_reason
         graphs.drop()
 
 
@@ -353,8 +351,9 @@ def no_reads(device: torch.device) -> Iterator[None]:
 @pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("plan", [PLAN, CASCADE], ids=["layers", "cascade"])
 def test_captured_work_never_waits_for_the_device(plan: Plan, options: dict[str, Any], device: torch.device) -> None:
-    spec = captured(model_on(device), plan)
-    spec.runtime.graphs = Graphs(Watched(graphs_of(spec).recorder, device))
+    recorder = CudaRecorder(device) if device.type == "cuda" else TapeRecorder()
+    options_of_all = DecodeOptions(compile=False)
+    spec = SelfSpeculator(model_on(device), plan, options_of_all, recorder=Watched(recorder, device))
     for _ in range(3):
         spec.generate(**batch(device, 11, 5, 7), **options)
     assert_captured(spec)
@@ -508,7 +507,7 @@ def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torc
         assert torch.equal(got, model.generate(**given, **GREEDY))
     else:
         assert isinstance(spec.runtime.backend.backend, TorchFlash) or spec.stats.backend == "flash-attn"
-    assert spec.runtime.uncompiled_reason is None
+    assert spec.runtime.passes.uncompiled_reason is None
 
 
 # --- All that asks which device it is ---

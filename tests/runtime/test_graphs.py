@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import selfspec.decoding.round
-from selfspec import Plan, SelfSpeculator, SkipSet, wrap
+from selfspec import DecodeOptions, Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup
 from selfspec.runtime.cuda_graphs import MOST_GRAPHS, Graphs
@@ -39,9 +39,7 @@ def llama() -> PreTrainedModel:
 
 def taped(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfSpeculator:
     """A speculator whose rounds are recorded on a tape and played."""
-    spec = wrap(model, plan, **options)
-    spec.runtime.graphs = Graphs(TapeRecorder())
-    return spec
+    return SelfSpeculator(model, plan, DecodeOptions(**options), recorder=TapeRecorder())
 
 
 def tape_of(spec: SelfSpeculator) -> TapeRecorder:
@@ -106,9 +104,8 @@ def test_what_pads_need_be_no_token_of_the_model(
 ) -> None:
     short = {"prompt_lookup": LOOKUP.model_copy(update={"gamma": 1})}
     plan = CASCADE.model_copy(update=short) if drafts != "draft model" else Plan(skip_set=SkipSet(), gamma=GAMMA)
-    spec = wrap(llama, plan, draft_model=llama if drafts == "draft model" else None)
-    if captured:
-        spec.runtime.graphs = Graphs(TapeRecorder())
+    draft_model, recorder = llama if drafts == "draft model" else None, TapeRecorder() if captured else None
+    spec = SelfSpeculator(llama, plan, draft_model=draft_model, recorder=recorder)
     given, options = batch(*lengths), GREEDY | {"pad_token_id": pad}
     given["input_ids"][0] = given["input_ids"][0, 0]  # something to look up in the first row alone
     assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
@@ -136,10 +133,9 @@ def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
 
 def fixed_widths(model: PreTrainedModel, plan: Plan) -> SelfSpeculator:
     """A speculator that does the captured work, but does it anew every time."""
-    spec = wrap(model, plan)
     recorder = TapeRecorder()
     recorder.record = lambda work: pytest.fail("nothing is to be recorded")  # type: ignore[method-assign, assignment]
-    spec.runtime.graphs = Graphs(recorder)
+    spec = SelfSpeculator(model, plan, recorder=recorder)
     spec.runtime.graphs.run = lambda key, work: work()  # type: ignore[method-assign]
     return spec
 
@@ -255,8 +251,7 @@ def test_a_capture_that_fails_leaves_the_tokens_right_and_the_reason(llama: PreT
         def record(self, work: Any) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing\nand a page of advice")
 
-    spec, given = wrap(llama, PLAN), batch(11, 5)
-    spec.runtime.graphs = Graphs(Failing())
+    spec, given = SelfSpeculator(llama, PLAN, recorder=Failing()), batch(11, 5)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
     assert spec.stats.slower_paths == ["rounds are not captured: operation not permitted when stream is capturing"]
 
@@ -416,7 +411,7 @@ def test_a_number_that_the_host_computed_while_recording_gives_wrong_results_on_
 
 def addresses(spec: SelfSpeculator) -> list[int]:
     runtime = spec.runtime
-    tensors = [tensor for index in runtime.layer_shapes for tensor in runtime.cache.layer(index)]
+    tensors = [tensor for index in runtime.views.layer_shapes for tensor in runtime.cache.layer(index)]
     tensors += [runtime.cache.lengths, *tensors_of(runtime.row_buffers)]
     assert runtime.graphs is not None
     results = [result for _, result in runtime.graphs._captured.values()]

@@ -243,7 +243,7 @@ def test_scrubbing_zeroes_everything_also_outside_inference_mode() -> None:
         cache.lengths += 3
         for tensor in cache_tensors(cache):
             tensor.fill_(torch.nan)
-    cache.scrub()
+    cache.zero()
     assert cache.lengths.tolist() == [0, 0]
     assert all((tensor == 0).all() for tensor in cache_tensors(cache))
 

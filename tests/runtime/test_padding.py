@@ -21,7 +21,6 @@ from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PassLengths, PromptLookup, RoundCosts
-from selfspec.runtime.cuda_graphs import Graphs
 from selfspec.runtime.forward_pass import Pass
 from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.runtime import Runtime
@@ -207,17 +206,15 @@ def test_scores_and_logits_have_nothing_of_the_padding(llama: PreTrainedModel) -
 
 
 def test_logits_of_a_padded_pass_are_those_of_the_bare_one(llama: PreTrainedModel) -> None:
-    runtime = Runtime(llama, FIRST_DROPPED)
-    runtime.pass_lengths = PassLengths(rows=2, target=[7, 7], draft=6)
+    runtime = Runtime(llama, FIRST_DROPPED, pass_lengths=PassLengths(rows=2, target=[7, 7], draft=6))
     runtime.reserve(2, 32)
     tokens, _ = prompts(11, 11)
     runtime.prefill(tokens, torch.tensor([11, 4]))
     for view, t in (("target", 1), ("target", 2), ("draft", 1), ("target", 3)):
         some = prompts(t, t, seed=1)[0]
         long = runtime.run(view, some)  # type: ignore[arg-type]
-        pass_lengths, runtime.pass_lengths = runtime.pass_lengths, None
-        torch.testing.assert_close(long, runtime.run(view, some), rtol=0, atol=1e-5)  # type: ignore[arg-type]
-        runtime.pass_lengths = pass_lengths
+        with runtime.padded(None):
+            torch.testing.assert_close(long, runtime.run(view, some), rtol=0, atol=1e-5)  # type: ignore[arg-type]
         assert long.shape[1] == t
         assert runtime.cache.lengths.tolist() == [11, 4]
 
@@ -250,7 +247,7 @@ def test_other_numbers_of_rows_are_not_padded(
 ) -> None:
     spec, given = wrap(llama, padded(3)), batch(*lengths)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
-    assert spec.runtime.pass_lengths is None
+    assert spec.runtime.passes.lengths is None
     assert set(passes) <= set(range(1, GAMMA + 2))
 
 
@@ -282,7 +279,7 @@ def test_a_plan_that_was_searched_elsewhere_does_not_pad(
         spec = wrap(llama, padded(provenance=searched_in(**conditions)))
     given = batch(11)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
-    assert spec.runtime.pass_lengths is None
+    assert spec.runtime.passes.lengths is None
     assert set(passes) <= set(range(1, GAMMA + 2))
 
 
@@ -294,7 +291,7 @@ def test_a_plan_that_was_searched_here_pads_until_the_model_is_cast(passes: list
     passes.clear()
     model.to(torch.float64)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
-    assert spec.runtime.pass_lengths is None
+    assert spec.runtime.passes.lengths is None
     assert 1 in passes
     model.to(torch.float32)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
@@ -326,7 +323,7 @@ def test_the_last_padded_pass_of_a_request_finds_room_in_the_cache(
     given, options = batch(*lengths), GREEDY | {"max_new_tokens": new_tokens}
     assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
     assert spec.runtime.cache.slots == max(lengths) + new_tokens + GAMMA + 1 + longest - 1
-    assert all(t.isfinite().all() for i in spec.runtime.layer_shapes for t in spec.runtime.cache.layer(i))
+    assert all(t.isfinite().all() for i in spec.runtime.views.layer_shapes for t in spec.runtime.cache.layer(i))
 
 
 def test_room_is_no_larger_than_it_must_be(llama: PreTrainedModel, no_slack: None) -> None:
@@ -420,7 +417,7 @@ def test_compiled_passes_are_padded_and_give_the_tokens_of_the_model() -> None:
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert spec.stats.compiled
     assert 0 < spec.stats.accepted < spec.stats.drafted
-    assert set(spec.runtime._passes) == {("draft", 2), ("target", 5)}
+    assert set(spec.runtime.passes._functions) == {("draft", 2), ("target", 5)}
 
 
 # --- bfloat16 ---
@@ -443,10 +440,10 @@ def test_in_bfloat16_padded_output_differs_from_plain_decoding_by_near_ties_alon
 
 def test_a_comparison_leaves_the_runtime_its_padding() -> None:
     model = damped_model("llama", FIRST_DROPPED, dtype=torch.bfloat16)
-    runtime = Runtime(model, FIRST_DROPPED)
-    runtime.pass_lengths = pass_lengths = PassLengths(rows=1, target=TARGET)
+    pass_lengths = PassLengths(rows=1, target=TARGET)
+    runtime = Runtime(model, FIRST_DROPPED, pass_lengths=pass_lengths)
     compare(runtime, [(torch.tensor([3, 5]), torch.tensor([7, 11]), torch.tensor([7, 13]))], gamma=GAMMA)
-    assert runtime.pass_lengths == pass_lengths
+    assert runtime.passes.lengths == pass_lengths
 
 
 # --- In a plan's file ---
@@ -486,12 +483,12 @@ def test_padding_that_makes_no_sense_is_refused(pass_lengths: dict[str, Any], me
 
 @pytest.mark.slow
 def test_padding_that_changes_drops_the_graphs_of_the_old_lengths() -> None:
-    spec = wrap(damped_model("llama", FIRST_DROPPED), padded())
-    spec.runtime.graphs = Graphs(TapeRecorder())
+    spec = taped(damped_model("llama", FIRST_DROPPED), padded())
     given = batch(11)
     expected = spec.model.generate(**given, **GREEDY)
-    for plan in (spec.plan, padded().model_copy(update={"pass_lengths": None}), spec.plan):
-        spec.plan = plan
+    for lengths in (padded().pass_lengths, None, padded().pass_lengths):
+        with spec.runtime.padded(lengths):
+            assert len(spec.runtime.graphs) == 0
         for _ in range(3):
             assert torch.equal(spec.generate(**given, **GREEDY), expected)
         assert len(spec.runtime.graphs) >= 2

@@ -189,12 +189,13 @@ def confirm(
         predictions: plans to confirm.
         replay: of the held-out texts, all of which count for `predicted_on_held_out`.
         prices: of the held-out texts.
-        padding: of passes, of the plain model's, too.
+        pass_lengths: of every runtime, the plain model's included.
         on_decoded: called with (batches decoded, of how many).
     """
     batches = _batches(replay.texts, settings)
-    plain = _Contender(Runtime(model, backend=settings.backend, compile=settings.compile), NoDrafter(), settings)
-    plain.runtime.pass_lengths, draft_weights = pass_lengths, DraftWeights(model)
+    draft_weights = DraftWeights(model)
+    plainly = Runtime(model, backend=settings.backend, compile=settings.compile, pass_lengths=pass_lengths)
+    plain = _Contender(plainly, NoDrafter(), settings)
     contenders = [_contender(model, prediction, settings, pass_lengths, draft_weights) for prediction in predictions]
     everyone = [plain, *contenders]
     room = max(text.prompt + text.allowed for text in replay.texts) + settings.longest_draft + 1
@@ -249,9 +250,13 @@ def _contender(
 ) -> _Contender:
     draft_spec = prediction.draft_spec if prediction.drafting.gamma else DraftSpec()
     runtime = Runtime(
-        model, draft_spec, backend=settings.backend, compile=settings.compile, draft_weights=draft_weights
+        model,
+        draft_spec,
+        backend=settings.backend,
+        compile=settings.compile,
+        draft_weights=draft_weights,
+        pass_lengths=pass_lengths_of(prediction.draft_spec, pass_lengths),
     )
-    runtime.pass_lengths = pass_lengths_of(prediction.draft_spec, pass_lengths)
     return _Contender(runtime, drafter_of(prediction.plan, runtime), settings)
 
 

@@ -47,7 +47,7 @@ def draft_weights_that_gain(
             gaining.append(format)
         else:
             slower[format.code] = f"{seconds['quantised'] / seconds['full']:.2f} of the time of full precision"
-            full.draft_weights.drop(format)
+            full.views.draft_weights.drop(format)
     return gaining, slower
 
 

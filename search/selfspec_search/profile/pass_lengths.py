@@ -41,13 +41,12 @@ def draft_padding(runtime: Runtime, bench: Bench) -> int:
 
     def padded_to(length: int) -> Call:
         def padded() -> None:
-            runtime.pass_lengths = PassLengths(rows=runtime.cache.rows, target=[], draft=length)
-            call()
+            with runtime.padded(PassLengths(rows=runtime.cache.rows, target=[], draft=length)):
+                call()
 
         return padded
 
     calls = {length: padded_to(length) for length in DRAFT_LENGTHS}
     timed = median_seconds(calls, runtime.model.device, repeats=CYCLES)
-    runtime.pass_lengths = None
     best = min(timed, key=lambda length: timed[length])
     return best if timed[best] < timed[1] * (1 - LEAST_GAIN) else 1

@@ -181,7 +181,7 @@ def measure(
     timed = median_seconds(subject.calls(gamma_max), model.device, repeats=CYCLES, rare=_is_prefill, on_repeat=on_cycle)
     base, full, pass_lengths = subject.base, subject.full, subject.pass_lengths(timed, gamma_max)
     found = costs_at(
-        contexts, base, timed, model.config.num_hidden_layers, compiled=full.compile, pass_lengths=pass_lengths
+        contexts, base, timed, model.config.num_hidden_layers, compiled=full.passes.compile, pass_lengths=pass_lengths
     )
     steps = {name: timed[base, name] / STEPS for name in (FULL, *copied_variants(model, subject.gaining))}
     changes = {"captured": subject.benches[base].captures(full), **fit_draft_weights(model, subject.gaining, steps)}
@@ -191,7 +191,7 @@ def measure(
         threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
         rows=settings.rows,
-        compiled=full.compile,
+        compiled=full.passes.compile,
         backend=full.backend.backend.name,
         sampling=settings.sampling.to_dict() if settings.sampling else {},
         num_layers=model.config.num_hidden_layers,
@@ -228,23 +228,27 @@ class _Subject:
         # One cache for all: growing would replace it.
         slots = max(settings.slots, contexts[-1] + 3 * max(gamma_max, STEPS) + 5)
 
-        def runtime_of(draft_spec: DraftSpec | SkipSet) -> Runtime:
+        def runtime_of(draft_spec: DraftSpec | SkipSet, lengths: PassLengths | None = None) -> Runtime:
             return Runtime(
-                model, draft_spec, backend=settings.backend, compile=settings.compile, draft_weights=draft_weights
+                model,
+                draft_spec,
+                backend=settings.backend,
+                compile=settings.compile,
+                draft_weights=draft_weights,
+                pass_lengths=lengths,
             )
 
-        runtimes = {name: runtime_of(skip) for name, skip in variants(model.config.num_hidden_layers).items()}
-        share_cache(runtimes.values(), rows, slots)
-        full = runtimes[FULL]
+        unpadded = runtime_of(SkipSet())
+        share_cache([unpadded], rows, slots)
         benches = {length: Bench(_cached(model, prompts, rows, length + 1), settings.sampling) for length in contexts}
-        draft_length = draft_padding(full, benches[base])
+        draft_length = draft_padding(unpadded, benches[base])
+        lengths = PassLengths(rows=rows, target=[], draft=draft_length)
         # A format must be faster than the padded passes that it replaces.
-        full.pass_lengths = PassLengths(rows=rows, target=[], draft=draft_length)
-        gaining, slower = draft_weights_that_gain(full, benches[base], settings.formats, runtime_of)
+        runtimes = {name: runtime_of(skip, lengths) for name, skip in variants(model.config.num_hidden_layers).items()}
+        share_cache([unpadded, *runtimes.values()], rows, slots)
+        gaining, slower = draft_weights_that_gain(runtimes[FULL], benches[base], settings.formats, runtime_of)
         runtimes |= {name: runtime_of(draft_spec) for name, draft_spec in copied_variants(model, gaining).items()}
         share_cache(runtimes.values(), rows, slots)
-        for name in variants(model.config.num_hidden_layers):
-            runtimes[name].pass_lengths = PassLengths(rows=rows, target=[], draft=draft_length)
         return cls(
             runtimes=runtimes, benches=benches, base=base, draft_length=draft_length, gaining=gaining, slower=slower
         )
@@ -257,7 +261,7 @@ class _Subject:
         """All that is timed."""
         calls: dict[Name, Call] = {}
         for context, bench in self.benches.items():
-            lengths = round_lengths(gamma_max, sparse=self.full.compile or context != self.base)
+            lengths = round_lengths(gamma_max, sparse=self.full.passes.compile or context != self.base)
             some = self.runtimes if context == self.base else {FULL: self.full}
             calls |= {(context, name): call for name, call in _calls(bench, some, lengths).items()}
         return calls

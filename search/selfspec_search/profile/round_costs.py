@@ -63,9 +63,10 @@ class Scene:
     def round_costs(self, known: RoundCosts, rows: int) -> RoundCosts:
         """The same round costs at the prices of so many rows, measured here and now."""
         longest = len(known.rounds) - 1
-        runtime = Runtime(self.model, self.draft_spec, backend=self.backend, compile=self.compile)
+        padded = None
         if self.pass_lengths is not None:  # what is faster padded may not be so with other numbers of rows
-            runtime.pass_lengths = self.pass_lengths.model_copy(update={"rows": rows, "target": []})
+            padded = self.pass_lengths.model_copy(update={"rows": rows, "target": []})
+        runtime = Runtime(self.model, self.draft_spec, backend=self.backend, compile=self.compile, pass_lengths=padded)
         prompts = self._prompts(rows)
         runtime.reserve(rows, prompts.shape[1] + 3 * (longest + STEPS) + 5)
         bench = Bench(prompts, self.sampling)

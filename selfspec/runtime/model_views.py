@@ -59,6 +59,9 @@ class ModelViews:
     def __getitem__(self, name: ViewName) -> PreTrainedModel:
         return self._by_name[name]
 
+    def __iter__(self) -> Iterator[PreTrainedModel]:
+        return iter(self._by_name.values())
+
     def are_current(self) -> bool:
         """Whether the views still compute what the model computes: nobody moved, cast or re-adapted it."""
         return state_of(self.model) == self._state
@@ -78,7 +81,7 @@ class ModelViews:
         if switch is None or self._pinned_long == (longest > switch):
             return False
         self._pinned_long = longest > switch
-        for view in self._by_name.values():
+        for view in self:
             pin_longrope(view, long=self._pinned_long)
         return True
 
@@ -92,7 +95,7 @@ class ModelViews:
             KVCache.detach(attention)
 
     def _attention_modules(self) -> Iterator[nn.Module]:
-        for view in self._by_name.values():
+        for view in self:
             yield from attention_modules(view)
 
     def _check(self, draft_spec: DraftSpec) -> None:

@@ -177,7 +177,7 @@ def test_layers_are_compiled_within_a_round_and_nowhere_else(
     compilations: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = selfspec.wrap(damped_model("llama", FIRST_DROPPED), FUSED, compile=True)
-    layers = [layer for view in spec.runtime.views.values() for layer in decoder_layers(view)]
+    layers = [layer for view in spec.runtime.views for layer in decoder_layers(view)]
     prefill, seen = spec.runtime.prefill, []
 
     def watched(*args: Tensor) -> None:

@@ -347,7 +347,7 @@ def test_nothing_keeps_an_outgrown_cache_alive(model: PreTrainedModel) -> None:
 def test_target_and_draft_write_to_the_same_slots(model: PreTrainedModel) -> None:
     runtime = Runtime(model, FIRST_DROPPED)
     runtime.reserve(1, 8)
-    for view in runtime.views.values():
+    for view in runtime.views:
         for module in attention_modules(view):
             keys, values = runtime.cache.layer(module.layer_idx)  # type: ignore[arg-type]
             assert module.selfspec_keys is keys
@@ -360,4 +360,4 @@ def storages(tensors: Any) -> set[int]:
 
 
 def storages_of_views(spec: SelfSpeculator) -> set[int]:
-    return storages(tensor for view in spec.runtime.views.values() for tensor in reachable_tensors(view))
+    return storages(tensor for view in spec.runtime.views for tensor in reachable_tensors(view))

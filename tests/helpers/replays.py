@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -60,20 +60,52 @@ def decode_rounds(
     return written, rounds
 
 
-def begun(rounds: Rounds, ends: Sequence[int], gamma: int) -> set[tuple[int, int, int]]:
-    """Each round that can only lie before its text's end: text, tokens written before it, and how many it accepted."""
-    return {
-        (text, start, count)
-        for text, counts in enumerate(accepted(rounds))
-        for start, count in zip(accumulate((n + 1 for n in counts), initial=0), counts, strict=False)
-        if start + gamma < ends[text]
-    }
+def clear_differences(
+    runtime: Runtime, table: Table, texts: Sequence[Text], rounds: Rounds, way: Drafting
+) -> Iterator[tuple[int, int]]:
+    """(text, start) of each round that the replay does not explain, of `rounds` in which decoding wrote `texts`.
+
+    A round is explained if the replay accepts as many tokens, or if the draft has a near-tie at the first token that
+    only one of the two accepts: one of the two then chose the text's token, and the other one did not. A near-tie is
+    what `selfspec.benchmark.lossless` calls one for the target, but for the rounding: the gap between the text's token and the
+    best other token is at most twice the largest logit difference, anywhere in the text, between passes of 1 token and
+    of gamma + 1 tokens. At a single place two passes may agree bit for bit by luck, and a third one still differ.
+    """
+    expected = walk(table, [way]).accepted[0]
+    for index, counts in enumerate(accepted(rounds)):
+        starts = list(accumulate((count + 1 for count in counts[:-1]), initial=0))
+        pairs = [(start, count, round(expected[index, start])) for start, count in zip(starts, counts, strict=True)]
+        differing = [(start, min(pair)) for start, *pair in pairs if pair[0] != pair[1]]
+        tie = 2 * _rounding(runtime, texts[index], way.gamma) if differing else 0.0
+        yield from ((index, start) for start, depth in differing if _gap(runtime, texts[index], start, depth) > tie)
 
 
-def in_common(tokens: Tensor, text: Text) -> int:
-    """How many of the text's written tokens `tokens` repeats before it goes another way."""
-    length = min(len(tokens), len(text))
-    return int((tokens[:length] == text.tokens[:length]).cumprod(0).sum()) - text.prompt
+def _rounding(runtime: Runtime, text: Text, gamma: int) -> float:
+    one_by_one, by_rounds = (_draft_logits(runtime, text, 0, text.written, t) for t in (1, gamma + 1))
+    return (one_by_one - by_rounds).abs().max().item()
+
+
+def _gap(runtime: Runtime, text: Text, start: int, depth: int) -> float:
+    token = int(text.tokens[text.prompt + start + depth])
+    logits = _draft_logits(runtime, text, start, start + depth + 1, 1)[-1]
+    others = torch.cat([logits[:token], logits[token + 1 :]])
+    return (logits[token] - others.max()).abs().item()
+
+
+@torch.inference_mode()
+def _draft_logits(runtime: Runtime, text: Text, start: int, end: int, t: int) -> Tensor:
+    """The draft's float32 logits, `end - start v`, for a text's written tokens, in passes of `t` tokens.
+
+    The target caches what stands before the last token of the first `start`, as it has when a round begins there.
+    """
+    first, last = text.prompt - 1 + start, text.prompt - 1 + end
+    runtime.reserve(1, len(text))
+    runtime.prefill(text.tokens[None, :first], torch.tensor([first]))
+    logits = []
+    for chunk in text.tokens[None, first:last].split(t, dim=1):
+        logits.append(runtime.run("draft", chunk)[0].float())
+        runtime.cache.lengths += chunk.shape[1]
+    return torch.cat(logits)
 
 
 def accepted(rounds: Rounds) -> list[list[int]]:
@@ -91,10 +123,6 @@ def assert_replay_equals_decoding(
     for index, way in enumerate(ways):
         decoded, replayed = decoded_rounds(runtime, texts, way, sampling), walked.rounds(index)
         assert replayed == decoded, way
-
-
-def bfloat16_runtime() -> Runtime:
-    return Runtime(damped_model("llama", ENDS_SKIPPED, dtype=torch.bfloat16), ENDS_SKIPPED)
 
 
 def llama_runtime() -> Runtime:

@@ -131,7 +131,7 @@ def with_rounded_weights(model: PreTrainedModel, draft_spec: DraftSpec) -> PreTr
 
 @torch.inference_mode()
 def assert_draft_is_exact(model: PreTrainedModel, draft_spec: DraftSpec) -> None:
-    tokens = few_prompts(19, 19)["input_ids"]
+    tokens = few_prompts(*[19] * 16)["input_ids"]
     expected = with_rounded_weights(model, draft_spec)(tokens).logits
     skipped = DraftSpec(skip_set=draft_spec.skip_set)
     runtime = Runtime(model, skipped)
@@ -143,7 +143,9 @@ def assert_draft_is_exact(model: PreTrainedModel, draft_spec: DraftSpec) -> None
     if draft_spec.vocabulary is not None:
         proposed = torch.tensor(draft_spec.vocabulary.tokens)
         ours, expected = ours[..., proposed], expected[..., proposed]
-    # A sum in another order may round to the next bfloat16, which later layers see.
+    # A sum in another order may round to the next bfloat16, which later layers see. That is seldom: only a sum within
+    # float32's error of the middle between two bfloat16 can. Over many rows the mean is then much the same on every
+    # processor, where over few rows one such sum in an early layer decides.
     assert (ours - expected).abs().mean() < 0.1 * changed
     runtime.draft_with(skipped)
     assert torch.equal(draft_logits(runtime, tokens), without), "bit for bit as before"
@@ -157,6 +159,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_draft_computes_the_model_with_its_weights_rounded(family: str) -> None:
     model = quantisable_model(family)
@@ -164,6 +167,7 @@ def test_a_draft_computes_the_model_with_its_weights_rounded(family: str) -> Non
     assert_draft_is_exact(model, drafting(INT8, trimmed=True).draft_spec)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_everything_may_be_quantised_in_any_format(format: Format) -> None:
     model = quantisable_model("phi")
@@ -185,6 +189,7 @@ def test_tied_embeddings_are_looked_up_as_they_are_though_the_head_is_quantised(
     assert view.get_input_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_trimmed_head_gives_the_heads_logits_of_its_tokens_and_none_of_others(
@@ -214,6 +219,7 @@ def test_a_head_trimmed_to_everything_is_the_head() -> None:
     torch.testing.assert_close(draft_logits(runtime, tokens), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.rounding
 @torch.inference_mode()
 def test_copies_for_many_tokens_draft_nearly_the_same() -> None:
     model = quantisable_model("llama")

@@ -149,6 +149,7 @@ SIZES = pytest.mark.parametrize(
 LENGTHS_OF_QUERIES = range(1, 18)
 
 
+@pytest.mark.rounding
 @SIZES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_sdpa_agrees_with_float64(dtype: torch.dtype, dim: int, groups: int, window: int | None) -> None:

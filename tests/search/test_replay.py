@@ -25,6 +25,7 @@ from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("skip_set", [ENDS_SKIPPED, FIRST_DROPPED], ids=["ends skipped", "first dropped"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo3", "gemma2"])
 def test_replay_accepts_what_decoding_accepts_in_every_round(family: str, skip_set: SkipSet) -> None:

@@ -56,6 +56,10 @@ class AdaptivePolicy:
     gains most maximises tokens per second (renewal reward theorem). Batches with a longest match of one length class
     have a choice of their own. Lookup is judged in every round, layers only when they draft, so layers are probed.
 
+    Each part is kept for what it gains in priced decodings of the drafters benchmark and of simulated texts: length
+    classes of matches 1 % (6 % with 64 rows), `leasts` 1 % with 64 rows, hysteresis 1 % with 16 rows, and no probes
+    where layers cannot win 1 to 4 % where lookup is often right.
+
     Args:
         round costs: the plan's round costs and expected agreement.
         layers: draft lengths by layers, 0 first.

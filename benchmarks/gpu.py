@@ -13,31 +13,21 @@ left is not enough is left out, and named. Prints tables; the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from decode import commit, device_name, warn_if_dirty
-from devices import device_of
-from gpu_bench.run import REAL_RUN, TOY_RUN, Run
+from common.machine import device_of
+from common.record import Record, add_out, parser, run_script
 from midsize import default_folder
 from rich.console import Console
-
-from selfspec import SelfspecError
-from selfspec.huggingface.loading import quiet_hugging_face, versions
+from shapes.gpu_run import REAL_RUN, TOY_RUN, Run
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options, code = parse(argv), commit()  # of now: the tree may change while this runs
-    if options.out:
-        warn_if_dirty(code)
-    quiet_hugging_face()
-    device = device_of(options.device, toy=options.toy)
+    options = parse(argv)
+    record, device = Record("gpu", options), device_of(options.device, toy=options.toy)
     run = Run(
         extent=TOY_RUN if options.toy else REAL_RUN,
         device=device,
@@ -46,31 +36,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seconds=options.budget,
         console=Console(width=190),
     )
-    measured = run.measure()
-    result = {
-        "benchmark": "gpu",
-        "commit": code,
-        "device": device_name(str(device)),
-        "driver": driver() if device.type == "cuda" else None,
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions()},
-        "settings": {key: value for key, value in vars(options).items() if key != "out"},
-        **measured,
-    }
-    if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1, default=str) + "\n", "utf8")
-    print(json.dumps(result, default=str))
-    return result
+    return record.end(device, **run.measure(), driver=driver() if device.type == "cuda" else None)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--toy", action="store_true", help="toy sizes, to try the code; its figures mean nothing")
-    parser.add_argument("--device", help="by default CUDA; the CPU for --toy")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for all stages together")
-    parser.add_argument("--midsize", type=Path, default=default_folder(), help="what benchmarks/midsize.py wrote")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="write the JSON here too")
-    return parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--toy", action="store_true", help="toy sizes, to try the code; its figures mean nothing")
+    options.add_argument("--device", help="by default CUDA; the CPU for --toy")
+    options.add_argument("--budget", type=float, default=570.0, help="seconds for all stages together")
+    options.add_argument("--midsize", type=Path, default=default_folder(), help="what benchmarks/midsize.py wrote")
+    add_out(options)
+    return options.parse_args(argv)
 
 
 def driver() -> str:
@@ -84,8 +60,4 @@ def driver() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        stages = main()["stages"]
-    except SelfspecError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(1 if any(stage["status"] == "failed" for stage in stages) else 0)
+    run_script(main)

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +21,18 @@ from typing import Any
 
 import platformdirs
 import torch
-from decode import commit, device_name
-from devices import device_of
+from common.machine import device_of
+from common.record import Record, parser, run_script, write
 from midsize_model.size import REAL, TOY, Size
 from midsize_model.sources import Stream, documents, gather, train_tokenizer
 from midsize_model.training import Training, evaluate, new_model
 from selfspec_search.replay.text_cache import CACHE_VARIABLE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfspec import InputError, SelfspecError
+from selfspec import InputError
 from selfspec.demo.checkpoint import save_model
 from selfspec.demo.corpus import Corpus
 from selfspec.demo.prompts import write_prompts
-from selfspec.huggingface.loading import quiet_hugging_face, versions
 
 REAL_MINUTES, TOY_MINUTES = 6.0, 0.03
 
@@ -51,21 +48,15 @@ class Made:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options, code = parse(argv), commit()
-    quiet_hugging_face()
+    options = parse(argv)
+    record = Record("midsize", options)
     device = device_of(options.device, toy=options.toy)
     prepare(options.out, options.minutes)
     minutes = options.minutes or (TOY_MINUTES if options.toy else REAL_MINUTES)
     made = train(TOY if options.toy else REAL, device, minutes, options.seed)
-    report = {
-        "benchmark": "midsize",
-        "commit": code,
-        "device": device_name(str(device)),
-        "versions": {"python": platform.python_version(), **versions()},
-        **made.figures,
-    }
+    report = record.of(device, **made.figures)
     keep(made, options.out, report, options.seed)
-    print(json.dumps(report | {"out": str(options.out)}))
+    print(json.dumps(report | {"out": str(options.out)}, default=str))
     return report
 
 
@@ -96,13 +87,12 @@ def train(size: Size, device: torch.device, minutes: float, seed: int) -> Made:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=default_folder(), help="the model's folder (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="of training, the preparation not counted; by default 6")
-    parser.add_argument("--device", help="by default CUDA; the CPU for --toy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--toy", action="store_true", help="a tiny model and a tiny corpus, to try the code")
-    return parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path, default=default_folder(), help="the model's folder (%(default)s)")
+    options.add_argument("--minutes", type=float, help="of training, the preparation not counted; by default 6")
+    options.add_argument("--device", help="by default CUDA; the CPU for --toy")
+    options.add_argument("--toy", action="store_true", help="a tiny model and a tiny corpus, to try the code")
+    return options.parse_args(argv)
 
 
 def default_folder() -> Path:
@@ -125,11 +115,8 @@ def keep(made: Made, folder: Path, report: dict[str, Any], seed: int) -> None:
     """The model as a Hugging Face directory, its prompts, and how it was trained."""
     save_model(made.model, made.tokenizer, folder)
     write_prompts(folder, made.corpus, made.tokenizer, seed=seed)
-    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n", "utf8")
+    write(report, folder / "training.json")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SelfspecError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -8,7 +8,7 @@ would cost by decoding.
 First as a user would have it, in wall time: replay shares the cores, decoding has no use for more than one. Then per
 core, which is what work costs: the process is kept to one core, where the same three sets are tried again, to all
 depths and as far as the search goes, priced, and decoded again: at the draft length that suits each, and at the
-longest, as a decoding must that is to tell all that a trial of all depths tells. Prints a table; the last line is JSON.
+longest one, which tells as much as a trial of all depths. Prints a table; the last line is JSON.
 
     python benchmarks/search.py --out benchmarks/results/search_cpu.json
 """
@@ -16,8 +16,6 @@ longest, as a decoding must that is to tell all that a trial of all depths tells
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +24,11 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-import torch
-from cache import no_cached_texts
-from cores import one_core, usable
-from decode import commit, device_name, warn_if_dirty
+from common.machine import no_cached_texts, one_core, usable
+from common.prompts import embedded
+from common.record import Record, add_out, parser, run_script
+from common.tables import pairs_table
 from rich.console import Console
-from rich.table import Table
 from selfspec_search import SearchResult, SearchSettings, load_study, search
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting
@@ -43,60 +40,42 @@ from selfspec_search.study.study import prediction_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.demo import calibration_prompts, held_out_prompts
 from selfspec.drafters.build import drafter_of
-from selfspec.huggingface.loading import load, quiet_hugging_face, versions
-from selfspec.huggingface.prompts import load_prompts
+from selfspec.huggingface.loading import load
 from selfspec.runtime.runtime import Runtime
 
 GAMMA_MAX = 8
 REPLAYS = 3
-"""On one core each set is replayed so often; the median counts."""
+"""Replays of each set on one core; the median counts."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    options, code = parse(argv), commit()
-    if options.out:
-        warn_if_dirty(code)
-    quiet_hugging_face()
-    torch.set_num_threads(options.threads)
+    options = parse(argv)
+    record = Record("search", options, threads=options.threads)
     loaded = load(options.model, device="cpu", dtype="float32")
-    calibration, held_out = (
-        load_prompts(path, loaded.tokenizer, context=loaded.context, new_tokens=options.new_tokens)
-        for path in (calibration_prompts(), held_out_prompts())
-    )
+    calibration, held_out = embedded(loaded, options.new_tokens)
     calibration = calibration[: options.prompts]
     found, trials = run_search(loaded.model, calibration, held_out, options)
     chosen = best_middle_last(trials)
-    result = {
-        "benchmark": "search",
-        "commit": code,
-        "device": device_name("cpu"),
-        "threads": torch.get_num_threads(),
+    measured = {
         "cores": usable(),
-        "versions": {"python": platform.python_version(), **versions()},
-        "settings": {key: value for key, value in vars(options).items() if key != "out"},
         **on_all_cores(loaded.model, found, trials, chosen, calibration, options),
         **on_one_core(loaded.model, found, chosen, calibration, options),
         "replay_equals_decoding_in_every_round": found.rounds_equal,
     }
-    show(result)
-    if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", "utf8")
-    print(json.dumps(result))
-    return result
+    show(measured)
+    return record.end("cpu", **measured)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="demo", help="'demo', a directory or a hub id")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; replay shares the cores by itself")
-    parser.add_argument("--out", help="write the JSON here too")
-    return parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--model", default="demo", help="'demo', a directory or a hub id")
+    options.add_argument("--prompts", type=int, default=32)
+    options.add_argument("--new-tokens", type=int, default=128)
+    options.add_argument("--trials", type=int, default=200)
+    options.add_argument("--threads", type=int, default=1, help="of PyTorch; replay shares the cores by itself")
+    add_out(options)
+    return options.parse_args(argv)
 
 
 def run_search(
@@ -208,32 +187,31 @@ def seconds(
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table(title=f"search: {result['device']}", show_header=False)
     one = result["one_core"]
     rows = {
         **{f"{name}, seconds": value for name, value in result["phases_s"].items()},
         "trials run whole, ended early": (result["trials_whole"], result["trials_ended_early"]),
         "one trial, seconds": result["trial_s"],
         "one whole trial, median seconds": result["trial_whole_median_s"],
-        "decoding the same prompts, seconds": rounded(result["decoding_s"]),
+        "decoding the same prompts, seconds": result["decoding_s"],
         "decoding over a trial (everything in the phase counted)": result["decoding_over_trial"],
         "decoding over a whole trial": result["decoding_over_whole_trial"],
-        "on one core: a trial of all depths, seconds": rounded(one["trial_whole_s"]),
-        "on one core: a trial as the search runs it, seconds": rounded(one["trial_as_searched_s"]),
-        "on one core: decoding the same prompts, seconds": rounded(one["decoding_s"]),
-        "on one core: the same, drafting the longest, seconds": rounded(one["decoding_longest_s"]),
+        "on one core: a trial of all depths, seconds": one["trial_whole_s"],
+        "on one core: a trial as the search runs it, seconds": one["trial_as_searched_s"],
+        "on one core: decoding the same prompts, seconds": one["decoding_s"],
+        "on one core: the same, drafting the longest, seconds": one["decoding_longest_s"],
         "on one core: decoding over a trial of all depths": result["decoding_over_whole_trial_one_core"],
         "on one core: the same, drafting the longest": result["decoding_longest_over_whole_trial_one_core"],
         "on one core: decoding over a trial as the search runs it": result["decoding_over_trial_as_searched_one_core"],
     }
-    for name, value in rows.items():
-        table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
-    Console(width=120).print(table)
+    Console(width=120).print(pairs_table("search", {name: in_words(value) for name, value in rows.items()}))
 
 
-def rounded(times: Mapping[str, float]) -> tuple[float, ...]:
-    return tuple(round(value, 2) for value in times.values())
+def in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {seconds:.2f}" for name, seconds in value.items())
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,24 +18,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from cores import one_core
-from decode import commit, device_name, warn_if_dirty
+from common.machine import one_core
+from common.record import Record, add_out, parser, run_script, write
+from common.tables import figures_table, interval
+from methods.figure import draw
+from methods.judging import OURS, Entry, best_of_each, enter, judge, rows, verdict
+from methods.ours import search_ours
+from methods.prepared import prepare
+from methods.published import METHODS
 from rich.console import Console
 from rich.table import Table
-from rivals.figure import draw
-from rivals.judging import OURS, Entry, best_of_each, enter, judge, rows, verdict
-from rivals.methods import METHODS
-from rivals.ours import search_ours
-from rivals.prepared import prepare
-
-from selfspec.huggingface.loading import quiet_hugging_face, versions
 
 TITLES = {"demo": "LayerSkip-trained", "plain": "trained plainly"}
 PATHS = {"demo": "demo", "plain": str(Path(__file__).parent / "plain_twin")}
@@ -45,53 +42,40 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     if options.redraw:
         result: dict[str, Any] = json.loads(options.redraw.read_text("utf8"))
+        if options.out:
+            write(result, options.out)
     else:
         result = run(options)
-        print(json.dumps(result))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", "utf8")
     if options.figure:
         draw(result["models"], options.figure)
     return result
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=[*PATHS, "both"], default="both", help="which embedded model")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, OURS], default=[*METHODS, OURS], metavar="METHOD")
-    parser.add_argument("--budget", type=float, default=90.0, help="seconds that each method may search")
-    parser.add_argument("--calibration", type=int, default=32, help="how many prompts to select on")
-    parser.add_argument("--prompts", type=int, default=16, help="how many held-out prompts to judge on; others confirm")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--gamma-max", type=int, default=8, help="the longest draft considered")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
-    parser.add_argument("--figure", type=Path, help="draw the measured speedups here")
-    parser.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing; draw what was written before")
-    return parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--model", choices=[*PATHS, "both"], default="both", help="which embedded model")
+    options.add_argument("--methods", nargs="+", choices=[*METHODS, OURS], default=[*METHODS, OURS], metavar="METHOD")
+    options.add_argument("--budget", type=float, default=90.0, help="seconds that each method may search")
+    options.add_argument("--calibration", type=int, default=32, help="how many prompts to select on")
+    options.add_argument(
+        "--prompts", type=int, default=16, help="how many held-out prompts to judge on; others confirm"
+    )
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--new-tokens", type=int, default=128)
+    options.add_argument("--gamma-max", type=int, default=8, help="the longest draft considered")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--figure", type=Path, help="draw the measured speedups here")
+    options.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing; draw what was written before")
+    add_out(options)
+    return options.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    code = commit()  # of now: the tree may change while this runs
-    if options.out:
-        warn_if_dirty(code)
-    quiet_hugging_face()
-    torch.set_num_threads(1)  # the embedded models are too small to gain from more
+    record = Record("selection", options, threads=1)  # the embedded models are too small to gain from more
     console = Console(width=190)
     with one_core() as cores:
         models = [run_model(name, options, console) for name in (PATHS if options.model == "both" else [options.model])]
-    return {
-        "benchmark": "selection",
-        "commit": code,
-        "device": device_name("cpu"),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **versions()},
-        "settings": {key: value for key, value in vars(options).items() if key not in ("out", "figure", "redraw")},
-        "models": models,
-    }
+    return record.end("cpu", cores=cores, models=models)
 
 
 def run_model(name: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -125,23 +109,19 @@ def run_model(name: str, options: argparse.Namespace, console: Console) -> dict[
 
 
 def table(title: str, found: Sequence[dict[str, Any]]) -> Table:
-    shown = Table(
-        title=f"{title}: greedy decoding of held-out prompts, one row; ratios with 95 % intervals",
+    columns = ("", "skips", "gamma", "draft cost", "accepted", "tokens/round", "predicted", "speedup")
+    shown = figures_table(
+        f"{title}: greedy decoding of held-out prompts, one row; ratios with 95 % intervals",
+        (*columns, "ours over it", "", "tried", "offered", "seconds", "differing"),
         caption="Every rival's sets got the draft length that our replay finds best for them; "
         "of its two best by prediction, the faster one counts. Ours paid for texts, profile and confirmation.",
     )
-    columns = ("", "skips", "gamma", "draft cost", "accepted", "tokens/round", "predicted", "speedup")
-    for column in (*columns, "ours over it", "", "tried", "offered", "seconds", "differing"):
-        shown.add_column(column, justify="left" if not column else "right")
     for row in found:
         shown.add_row(*cells(row), style="bold" if row["method"] == OURS else None)
     return shown
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    def interval(ratio: dict[str, float] | None) -> str:
-        return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
-
     return [
         row["name"],
         f"{len(row['skip_set']['attn'])} + {len(row['skip_set']['mlp'])}",
@@ -161,4 +141,4 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -45,7 +45,7 @@ def _first(sources: Sequence[Source], megabytes: float) -> Iterator[Source]:
 
 
 def train_tokenizer(corpus: Corpus, size: Size) -> PreTrainedTokenizerBase:
-    """The embedded model's kind of tokenizer, with a vocabulary of this size, trained anew."""
+    """The embedded model's kind of tokenizer, with a vocabulary of this size, trained on the corpus."""
     texts = [source.text for source in _first(corpus.train, size.tokenizer_megabytes)]
     kind: Any = AutoTokenizer.from_pretrained(model_dir())
     tokenizer: PreTrainedTokenizerBase = kind.train_new_from_iterator(texts, size.vocabulary, show_progress=False)

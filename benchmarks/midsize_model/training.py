@@ -65,14 +65,14 @@ class Training:
 
     def run(self, seconds: float) -> None:
         """Train for so long, compilation not counted; a line of JSON every now and then."""
-        start, told = monotonic(), 0.0
+        start, logged = monotonic(), 0.0
         while (used := monotonic() - start) < seconds:
             losses = self.step(int(used / seconds * self.size.recipe.steps))
             self.steps += 1
             if self.steps == WARM_UP_STEPS:
-                start, told = monotonic(), 0.0
-            if used - told > seconds / LINES:
-                told = used
+                start, logged = monotonic(), 0.0
+            if used - logged > seconds / LINES:
+                logged = used
                 read = {name: round(float(loss), 4) for name, loss in losses.items()}
                 print(json.dumps({"step": self.steps, "seconds": round(used, 1), **read}), flush=True)
 
@@ -102,7 +102,7 @@ class Training:
 def evaluate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, windows: int
 ) -> dict[str, Any]:
-    """Loss on held-out files, and how often the full model's argmax is that of an exit after so many layers."""
+    """Loss on held-out files, and how often the full model's argmax is that of an exit after each of a few layers."""
     text = held_out_windows(tokenizer, corpus.held_out, windows).to(model.device)
     losses = [float(model(row, labels=row).loss) for row in text[:, None]]
     agree = torch.cat([exits_agree(model, row[:, :-1])[:, 0] for row in text[:, None]], dim=1).float().mean(1)

@@ -67,10 +67,10 @@ def clear_differences(
 
     A round is explained if the replay accepts as many tokens, or if the draft has a near-tie at the first token that
     only one of the two accepts: one of the two then chose the text's token, and the other one did not. A near-tie is
-    what `selfspec.benchmark.lossless` calls one for the target, but for the rounding: the gap between the text's token and the
-    best other token is at most twice the largest logit difference, anywhere in the text, between passes of 1 token and
-    of gamma + 1 tokens. At a single place two passes may agree bit for bit by luck, and a third one still differ.
-    """
+    what `selfspec.benchmark.lossless` calls one for the target, but for the rounding: the gap between the text's token
+    and the best other token is at most twice the largest logit difference, anywhere in the text, between passes of 1
+    token and of gamma + 1 tokens. At a single place two passes may agree bit for bit by luck, and a third one still
+    differ."""
     expected = walk(table, [way]).accepted[0]
     for index, counts in enumerate(accepted(rounds)):
         starts = list(accumulate((count + 1 for count in counts[:-1]), initial=0))

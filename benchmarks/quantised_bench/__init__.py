@@ -1,1 +1,0 @@
-"""What `benchmarks/quantised.py` measures, one noun per file."""

@@ -1,0 +1,49 @@
+"""Peers: Hugging Face's own ways in the cell that has an aim, one row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.timing import decode_seconds
+
+from selfspec import SkipSet
+from selfspec.benchmark.contenders import EARLY_EXIT, GENERATE, EarlyExit, HuggingFace, fastest
+from shapes.agreement import PROJECTIONS
+from shapes.effort import Effort
+from shapes.skip_cells import BASIS, PROBING, Cell, CellBench
+from shapes.subject import Subject
+
+DRAFT_TOKENS = (3, 6)
+
+
+def measure_peers(subject: Subject, cell: Cell, effort: Effort, ours_tokens_per_second: float) -> dict[str, Any]:
+    """Tokens per second of `model.generate` and of `assistant_early_exit`, prefill taken off.
+
+    An early exit agrees with random weights by chance alone, so for it the agreement is set as for ours: with all
+    sub-layers behind its exit scaled. It exits where as many sub-layers are left out as ours leaves out, and has the
+    faster of two draft lengths.
+    """
+    bench = CellBench(subject, cell, effort)
+    prompts = [batch[0] for batch in bench.batches[:1]]
+    exit_layer = subject.num_layers - len(subject.skip_set) // len(PROJECTIONS)
+    skipped = SkipSet.early_exit(exit_layer, subject.num_layers)
+    _, agreement = bench.set_agreement(subject.drafting(skipped, PROBING))
+    exits = [EarlyExit(subject.model, exit_layer, n) for n in DRAFT_TOKENS]
+    peers = {
+        GENERATE: HuggingFace(GENERATE, subject.model),
+        EARLY_EXIT: fastest(exits, prompts, effort.peer_tokens),
+    }
+    seconds = decode_seconds(
+        {name: lambda n, peer=peer: [peer.decode(prompt, n) for prompt in prompts] for name, peer in peers.items()},
+        subject.device,
+        new_tokens=effort.peer_tokens,
+        repeats=effort.repeats,
+    )
+    return {
+        "cell": str(cell),
+        "basis": BASIS,
+        "early_exit_agreement": agreement,
+        "early_exit_settings": peers[EARLY_EXIT].settings,
+        "tokens_per_second": {name: 1 / value for name, value in seconds.items()},
+        "ours_over": {name: ours_tokens_per_second * value for name, value in seconds.items()},
+    }

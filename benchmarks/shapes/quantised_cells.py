@@ -1,0 +1,184 @@
+"""Cells of quantised drafts: one shape and format, a draft at one agreement, held against its rivals.
+
+*Time real, agreement set.*
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from common.budget import LeftOutError
+
+from selfspec import DraftSpec, Format, Plan, Quantised, SkipSet, wrap
+from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
+from selfspec.benchmark.measure import Measurement, measure
+from selfspec.plan import PassLengths
+from shapes.agreement import distinct_share, drafted_agreement, find_scale
+from shapes.dial import Dial
+from shapes.drafts import share_skipped, with_head, with_skips
+from shapes.effort import Effort
+from shapes.limits import ideal_speedup
+from shapes.passes import Ceiling, Passes
+from shapes.skip_cells import BASIS, PROBING
+from shapes.subject import Subject
+
+PADDED, DRAFTED = "plain, padded", "drafted"
+REACH = 16.0
+"""The largest scale that is tried: 8 bits err so little that they disagree only with targets far away."""
+FIRST_GUESS = 3.0
+"""Scale over disagreement, roughly, in 4 bits."""
+OUT_OF_REACH = 2
+"""Tolerances by which an agreement must be missed to be called out of reach."""
+
+Turn = Callable[[float], dict[str, float]]
+"""Sets how far the target is from the draft, between 0 and 1; returns what it set, by name."""
+
+
+class QuantisedBench:
+    """Decodes one shape plainly, and with drafts in one format.
+
+    Attributes:
+        spec: ours. Its copies are made once, of the weights as they were drawn; its plan changes from cell to cell.
+        scales: of the dial, by the agreement that they gave.
+    """
+
+    def __init__(self, subject: Subject, format: Format, effort: Effort) -> None:
+        self.subject, self.format, self.effort = subject, format, effort
+        subject.restore()
+        self.everything = DraftSpec(quantised=Quantised.everything(format, subject.num_layers))
+        self.passes: Passes | None = None
+        self.spec = wrap(subject.model, self._plan(self.everything, PROBING), policy="fixed")
+        self.dial = Dial(subject, format, keep=subject.device.type == "cpu")
+        self.prompts = [batch[0] for batch in subject.prompts(effort.prompts, 1, effort.prompt_length)]
+        self.scales: dict[float, float] = {}
+        self._plain: dict[str, Ours] = {}
+
+    def measure(self, agreement: float, *, skipping: bool) -> dict[str, Any]:
+        """Everything of one cell, for the table and the JSON.
+
+        The draft is quantised as a whole, or, with `skipping`, all but a published share of sub-layers that it skips.
+        """
+        turn, draft, skip_set = self.turn_of(agreement), with_head(self.format), None
+        if skipping:
+            turn, skip_set = self.turn_with_skips(agreement), self.subject.skip_set
+            draft = f"{draft}, {share_skipped(skip_set, self.subject.num_layers)}"
+        assert self.passes is not None, "passes are measured first"
+        best, effort = Ceiling.of(self.passes, draft, agreement), self.effort
+        self.draft_by(skip_set, best.gamma)
+
+        def agreement_at(share: float) -> float:
+            turn(share)
+            return self.agreement()
+
+        guess = FIRST_GUESS * (1 - agreement) / (1 if skipping else REACH)
+        share, reached = find_scale(
+            agreement_at, agreement, guess=guess, tolerance=effort.tolerance, steps=effort.steps
+        )
+        was_set = turn(share)
+        measured = measure(self.contenders(), self.prompts, new_tokens=effort.new_tokens, repeats=effort.repeats)
+        return {
+            "draft": draft,
+            "basis": BASIS,
+            "agreement_wanted": agreement,
+            "agreement": reached,
+            "out_of_reach": abs(reached - agreement) > OUT_OF_REACH * effort.tolerance,
+            **was_set,
+            "requantised": self.dial.requantised(skip_set),
+            "gamma": best.gamma,
+            **self._speeds(measured, best),
+        }
+
+    def turn_of(self, agreement: float) -> Turn:
+        """Turns the dial of a draft that is quantised as a whole."""
+
+        def turn(share: float) -> dict[str, float]:
+            self.scales[agreement] = REACH * share
+            self.dial.turn(REACH * share)
+            return {"scale": REACH * share}
+
+        return turn
+
+    def turn_with_skips(self, agreement: float) -> Turn:
+        """The dial stays where the highest agreement was; what the skipped sub-layers give is scaled.
+
+        Raises:
+            LeftOutError: no higher agreement was measured.
+        """
+        highest = max(self.scales, default=0.0)
+        if highest <= agreement:
+            raise LeftOutError(
+                f"it begins where a cell of more agreement than {agreement:g} ends, and none was measured"
+            )
+        scale = self.scales[highest]
+
+        def turn(share: float) -> dict[str, float]:
+            self.dial.turn(scale, self.subject.skip_set, share)
+            return {"scale": scale, "skipped_scale": share}
+
+        return turn
+
+    def draft_by(self, skip_set: SkipSet | None, gamma: int) -> None:
+        """Draft `gamma` tokens from now on, with all quantised but what is skipped.
+
+        The copies stay: new ones would take a minute on a CPU, and would be those of another target.
+        """
+        draft_spec = with_skips(self.format, self.subject.num_layers, skip_set) if skip_set else self.everything
+        if draft_spec != self.spec.runtime.draft_spec:
+            self.spec.runtime.draft_with(draft_spec)
+        self.spec.plan = self._plan(draft_spec, gamma)
+
+    def agreement(self) -> float:
+        """By real decoding of the prompts."""
+        return drafted_agreement(self.spec, [prompt[None] for prompt in self.prompts], self.effort.new_tokens)
+
+    def ends(self) -> dict[str, float]:
+        """Agreement at both ends: where target and draft differ by nothing but kernels and rounding to bfloat16, above
+        which none can be set; and that of the weights as they were drawn, which nobody set."""
+        found = {}
+        for name, scale in (("highest", 0.0), ("as_drawn", 1.0)):
+            self.dial.turn(scale)
+            found[name] = self.agreement()
+        return found
+
+    def contenders(self) -> list[Contender]:
+        """`model.generate`, plain decoding as it is and padded, and ours as it drafts now."""
+        plain = [self._plainly(PLAIN), *([self._plainly(PADDED)] if self._pass_lengths else [])]
+        return [HuggingFace(GENERATE, self.subject.model), *plain, Ours(DRAFTED, self.spec)]
+
+    def _speeds(self, measured: Measurement, best: Ceiling) -> dict[str, Any]:
+        """Every contender's score; and ours over the faster of the two that decode plainly."""
+        assert self.passes is not None
+        names = [contender.name for contender in measured.contenders]
+        better = max((name for name in (PLAIN, PADDED) if name in names), key=measured.tokens_per_second)
+        scores = measured.scores(self.spec.runtime, against=(better, GENERATE), gamma=best.gamma)
+        ratio, (ours,) = measured.ratio(DRAFTED, better), [score for score in scores if score.name == DRAFTED]
+        assert ours.stats is not None
+        ideal = ideal_speedup(ours.stats.tokens_per_round, best.gamma, self.passes.of(best.draft, best.gamma))
+        return {
+            "tokens_per_round": ours.stats.tokens_per_round,
+            "better_plain": better,
+            "speedup": ratio.to_dict(),
+            "ceiling": best.speedup,
+            "ideal_speedup": ideal,
+            "efficiency": ratio.value / ideal,
+            "distinct_tokens": distinct_share(measured.outputs[names.index(PLAIN)]),
+            "draft_bytes": self.spec.stats.draft_bytes,
+            "contenders": [score.to_dict() for score in scores],
+            "unsteady": measured.unsteady,
+        }
+
+    @property
+    def _pass_lengths(self) -> PassLengths | None:
+        return self.passes.pass_lengths if self.passes else None
+
+    def _plainly(self, name: str) -> Ours:
+        if name not in self._plain:  # kept: each compiles and captures passes of its own
+            plan = Plan.none(pass_lengths=self._pass_lengths if name == PADDED else None)
+            self._plain[name] = Ours(name, wrap(self.subject.model, plan))
+        return self._plain[name]
+
+    def _plan(self, draft_spec: DraftSpec, gamma: int) -> Plan:
+        return Plan(
+            skip_set=draft_spec.skip_set, quantised=draft_spec.quantised, gamma=gamma, pass_lengths=self._pass_lengths
+        )

@@ -1,0 +1,200 @@
+"""Drafting: every workload by every drafter, counted, priced, and timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from selfspec_search.profile.round_costs import Scene
+from selfspec_search.replay.sampling_settings import Sampling
+from torch import Tensor
+
+from selfspec import SelfSpeculator, wrap
+from selfspec.benchmark.contenders import (
+    GENERATE,
+    PLAIN,
+    PROMPT_LOOKUP,
+    Contender,
+    HuggingFace,
+    Ours,
+    fastest,
+    prompt_lookups,
+)
+from selfspec.benchmark.measure import Measurement, measure
+from selfspec.decoding.stats import Stats
+from selfspec.huggingface.loading import Loaded
+from selfspec.plan import Plan, RoundCosts
+from selfspec.policy import AdaptivePolicy
+from selfspec.utils.statistics import interleaved, speed_ratio, timed_task
+from workloads.plans import Plans
+from workloads.prices import Prices
+from workloads.workload import Workload, endless
+
+ADAPTIVE = "adaptive"
+IN_BATCHES = (PLAIN, "lookup", "cascade", ADAPTIVE)
+"""Who decodes batches: those that are fast with one row, and plain decoding."""
+PEER_DRAFTS = (3, 10, 16)
+"""Draft lengths of transformers' prompt lookup; the fastest takes part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrants:
+    """The speculators by name, and what each number of rows costs them."""
+
+    specs: dict[str, SelfSpeculator]
+    round_costs: dict[int, RoundCosts]
+
+    def prices(self, name: str, rows: int) -> Prices:
+        looks = name == ADAPTIVE or self.specs[name].plan.prompt_lookup is not None
+        return Prices(round_costs=self.round_costs[rows], looks=looks)
+
+
+def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
+    """Make the speculators, and measure what rounds cost at each number of rows, once for all speculators."""
+    adaptive = plans.adaptive
+    scene = Scene(
+        model=loaded.model,
+        draft_spec=adaptive.draft_spec,
+        texts=plans.texts,
+        sampling=Sampling(),
+        backend=None,
+        compile=None,
+        pass_lengths=adaptive.pass_lengths,
+    )
+    assert adaptive.round_costs, "the search's plan speculates"
+    round_costs = {count: scene.round_costs(adaptive.round_costs[0], count) for count in rows}
+    priced = adaptive.model_copy(update={"round_costs": list(round_costs.values())})
+    specs = {name: wrap(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
+    return Entrants(specs=specs | {ADAPTIVE: wrap(loaded.model, priced)}, round_costs=round_costs)
+
+
+def timed_in_turn(
+    loaded: Loaded, entrants: Entrants, prompts: Sequence[Tensor], new_tokens: int, repeats: int, *, peers: bool
+) -> Measurement:
+    """One row at a time, every prompt by everyone in turn."""
+    options = endless(loaded)
+    ours = [Ours(name, spec, options=options) for name, spec in entrants.specs.items()]
+    theirs: list[Contender] = []
+    if peers:
+        candidates = prompt_lookups(loaded.model, draft_tokens=PEER_DRAFTS)
+        for candidate in candidates:
+            candidate.settings |= options
+        theirs = [HuggingFace(GENERATE, loaded.model, dict(options)), fastest(candidates, prompts, new_tokens)]
+    return measure([*theirs, *ours], prompts, new_tokens=new_tokens, repeats=repeats)
+
+
+def one_row(
+    loaded: Loaded, entrants: Entrants, workload: Workload, count: int, new_tokens: int, repeats: int, *, peers: bool
+) -> dict[str, Any]:
+    """A workload's counts, priced and measured speeds, as ratios to plain decoding and to the best fixed drafter."""
+    prompts = workload.prompts(loaded, count, new_tokens)
+    measured = timed_in_turn(loaded, entrants, prompts, new_tokens, repeats, peers=peers)
+    stats = {one.name: one.stats for one in measured.contenders if isinstance(one, Ours) and one.stats is not None}
+    reference = measured.outputs[measured.index(PLAIN)]
+    result = _compared(stats, {name: entrants.prices(name, 1) for name in stats})
+    for name, line in result["drafters"].items():
+        outputs = measured.outputs[measured.index(name)]
+        line["measured"] = measured.ratio(name, PLAIN).to_dict()
+        line["tokens_per_second"] = round(measured.tokens_per_second(name), 1)
+        line["differing"] = sum(not torch.equal(a, b) for a, b in zip(reference, outputs, strict=True))
+    best = result["best_fixed"]
+    result["adaptive_over_best_fixed_measured"] = measured.ratio(ADAPTIVE, best).to_dict()
+    for peer in (GENERATE, PROMPT_LOOKUP) if peers else ():
+        index = measured.index(peer)
+        settings = {k: v for k, v in measured.contenders[index].settings.items() if k != "suppress_tokens"}
+        result[peer] = {"against_plain": measured.ratio(peer, PLAIN).to_dict(), "settings": settings}
+        result[f"lookup_over_{peer}"] = measured.ratio("lookup", peer).to_dict()
+        result[f"adaptive_over_{peer}"] = measured.ratio(ADAPTIVE, peer).to_dict()
+    return {"workload": workload.name, "rows": 1, "prompts": len(prompts), **result}
+
+
+def many_rows(
+    loaded: Loaded, entrants: Entrants, workload: Workload, rows: int, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """The same for one batch; prompts repeat where a workload has fewer than `rows`."""
+    prompts, device = workload.prompts(loaded, new_tokens=new_tokens), loaded.model.device
+    given = padded([prompts[row % len(prompts)] for row in range(rows)], device)
+    options = {"do_sample": False, **endless(loaded)}
+    stats, outputs = dict[str, Stats](), dict[str, Tensor]()
+
+    def decode(name: str, new_tokens: int = new_tokens) -> None:
+        spec = entrants.specs[name]
+        outputs[name] = spec.generate(**given, **options, max_new_tokens=new_tokens)
+        stats[name] = spec.stats
+
+    for name in IN_BATCHES:
+        decode(name, 8)  # warm up
+    tasks = {name: timed_task(partial(decode, name), device) for name in IN_BATCHES}
+    seconds = interleaved(tasks, repeats=repeats, warmup=0)
+    result = _compared(stats, {name: entrants.prices(name, rows) for name in IN_BATCHES})
+    tokens = np.full((2, 1), float(rows * new_tokens))
+    for name, line in result["drafters"].items():
+        pair = np.array([seconds[name], seconds[PLAIN]])[:, :, None]
+        line["measured"] = speed_ratio(pair, tokens).to_dict()
+        line["differing"] = int((outputs[name] != outputs[PLAIN]).any(dim=1).sum())
+    return {"workload": workload.name, "rows": rows, "prompts": rows, **result}
+
+
+def _compared(stats: dict[str, Stats], prices: dict[str, Prices]) -> dict[str, Any]:
+    """Counts and priced ratios of every drafter."""
+    speeds = {name: prices[name].speed(one) for name, one in stats.items()}
+    best = max((name for name in speeds if name != ADAPTIVE), key=lambda name: speeds[name])
+    lines = {
+        name: {
+            "tokens_per_round": round(one.tokens_per_round, 3),
+            "acceptance_rate": round(one.acceptance_rate, 3),
+            "priced": round(speeds[name] / speeds[PLAIN], 4),
+            "choices": one.choices,
+        }
+        for name, one in stats.items()
+    }
+    over = round(speeds[ADAPTIVE] / speeds[best], 4)
+    return {"drafters": lines, "best_fixed": best, "adaptive_over_best_fixed_priced": over}
+
+
+def padded(prompts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch, padded on the left."""
+    width = max(map(len, prompts))
+    tokens = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+
+def overhead(loaded: Loaded, spec: SelfSpeculator, prompts: Sequence[Tensor], new_tokens: int) -> float:
+    """The share of the time of rounds that the policy's own thinking takes."""
+    spent, before = 0.0, {name: getattr(AdaptivePolicy, name) for name in ("choose", "observe")}
+
+    def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal spent
+            start = perf_counter()
+            try:
+                return method(*args)
+            finally:
+                spent += perf_counter() - start
+
+        return call
+
+    total = 0.0
+    try:
+        for name, method in before.items():
+            setattr(AdaptivePolicy, name, clocked(method))
+        for prompt in prompts:
+            spec.generate(
+                prompt[None].to(spec.model.device), max_new_tokens=new_tokens, do_sample=False, **endless(loaded)
+            )
+            total += spec.stats.seconds["total"] - spec.stats.seconds["prefill"]
+    finally:
+        for name, method in before.items():
+            setattr(AdaptivePolicy, name, method)
+    return spent / total
+
+
+def plan_lines(specs: dict[str, SelfSpeculator]) -> dict[str, str]:
+    """Every plan in words."""
+    return {name: str(spec.plan if name != PLAIN else Plan.none()) for name, spec in specs.items()}

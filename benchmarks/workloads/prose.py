@@ -1,0 +1,59 @@
+"""Prose prompts: long docstrings, from the quotes to within a line about the middle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from random import Random
+
+from transformers import PreTrainedTokenizerBase
+
+from selfspec.demo.corpus import Source
+
+TOKENS = range(60, 500)
+"""Of the half that is the prompt."""
+LINES = 10
+"""The fewest of a docstring."""
+WORDS = 5
+"""Words. A line of as many or more, and no code, is prose."""
+PROSE_LINES = 0.7
+"""The least share of prose lines among a docstring's lines that are not blank."""
+PER_FILE = 3
+_CODE = (">>>", "...", "def ", "class ", "import ", "%", "-")
+
+
+def prose_prompts(files: Sequence[Source], tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
+    """Halves of docstrings of modules, classes and functions, in random order, few of each file."""
+    found = []
+    for file in files:
+        halves = [half for half in _halves(file) if len(tokenizer.encode(half, verbose=False)) in TOKENS]
+        random.shuffle(halves)
+        found += halves[:PER_FILE]
+    random.shuffle(found)
+    return found
+
+
+def _halves(file: Source) -> Iterator[str]:
+    lines = file.text.splitlines()
+    for node in ast.walk(ast.parse(file.text)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or ast.get_docstring(node) is None:
+            continue
+        first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+        docstring = lines[first:last]
+        if len(docstring) >= LINES and _is_prose(docstring):
+            yield _cut(docstring)
+
+
+def _cut(docstring: Sequence[str]) -> str:
+    """Up to the middle of the last wordy line of the first half: within a sentence, which the model then continues."""
+    half = docstring[: len(docstring) // 2]
+    last = max((at for at, line in enumerate(half) if len(line.split()) >= WORDS), default=0)
+    words = half[last].split()
+    indent = half[last][: len(half[last]) - len(half[last].lstrip())]
+    return "\n".join([*half[:last], indent + " ".join(words[: (len(words) + 1) // 2])])
+
+
+def _is_prose(lines: Sequence[str]) -> bool:
+    filled = [line for line in lines if line.strip()]
+    wordy = [line for line in filled if len(line.split()) >= WORDS and not line.lstrip().startswith(_CODE)]
+    return len(wordy) >= PROSE_LINES * len(filled)

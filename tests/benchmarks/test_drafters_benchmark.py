@@ -1,0 +1,39 @@
+"""The benchmark of drafters: prices add up, and all of it runs at a small size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import drafters
+import pytest
+from workloads.prices import Prices
+
+from selfspec import Stats
+from selfspec.plan import RoundCosts
+
+
+def test_a_decoding_is_priced_by_its_counts() -> None:
+    round_costs = RoundCosts(rows=1, draft_step=0.5, rounds=[1.0, 1.25, 1.5], agreement=[0.5], lookup=0.125)
+    stats = Stats(tokens=11, steps=3, pass_lengths={1: 2, 3: 4}, choices={"none": 2, "layers 1": 4})
+    without = 2 * 1.0 + 4 * 1.5 + 3 * 0.5
+    assert Prices(round_costs=round_costs, looks=False).seconds(stats) == pytest.approx(without)
+    assert Prices(round_costs=round_costs, looks=True).seconds(stats) == pytest.approx(without + 6 * 0.125)
+    assert Prices(round_costs=round_costs, looks=False).speed(stats) == pytest.approx(11 / without)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--prompts 1 --trials 3 --calibration 6 --repeats 1 --batch-repeats 1 --rows 1 2 --new-tokens 24"
+    found = drafters.main([*small.split(), "--out", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text("utf8"))["results"] == found["results"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "drafters"
+    assert [(r["workload"], r["rows"]) for r in found["results"]] == [
+        (name, rows) for rows in (1, 2) for name in ("code", "editing", "prose", "mixed")
+    ]
+    for result in found["results"]:
+        one_row = {"layers"} if result["rows"] == 1 else set()
+        assert set(result["drafters"]) == {"plain", "lookup", "cascade", "adaptive"} | one_row
+        assert all(line["differing"] == 0 for line in result["drafters"].values())
+        assert result["drafters"]["plain"]["priced"] == 1
+    assert 0 < found["policy_overhead"] < 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from selfspec_search.study.study import FULL_TRIALS_FIRST
+from selfspec_search.study.proposals import FULL_TRIALS_FIRST
 
 from selfspec import InputError
 

@@ -66,7 +66,7 @@ def test_the_mid_size_model_has_about_100_million_parameters_and_24_layers_or_mo
         model = new_model(REAL_SIZE, Vocabulary(), 0)  # type: ignore[arg-type]
     assert 95e6 < sum(parameter.numel() for parameter in model.parameters()) < 115e6
     assert model.config.num_hidden_layers >= 24
-    assert max(REAL_SIZE.draft_spec.exit_layers) < REAL_SIZE.layers
+    assert max(REAL_SIZE.recipe.exit_layers) < REAL_SIZE.layers
 
 
 class Letters:

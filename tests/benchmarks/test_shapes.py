@@ -271,7 +271,7 @@ def test_passes_are_padded_to_the_length_that_is_clearly_faster(
     target: dict[int, float], padding: list[int] | None, plain: float, verify: dict[int, float]
 ) -> None:
     passes = passes_of(target)
-    assert (passes.padding and passes.padding.target) == padding
+    assert (passes.pass_lengths and passes.pass_lengths.target) == padding
     assert passes.better_plain.median == plain
     assert {gamma: passes.verify(gamma).median for gamma in passes.gammas} == verify
 

@@ -98,7 +98,7 @@ def test_a_compiled_pass_gets_its_tokens_in_one_layout(model: PreTrainedModel, m
         return run
 
     monkeypatch.setattr("selfspec.runtime.passes.compile_pass", of_its_first_call)
-    monkeypatch.setattr("selfspec.runtime.runtime.passes.uncompiled_reason", lambda device: None)
+    monkeypatch.setattr("selfspec.runtime.passes.uncompiled_reason", lambda device: None)
     spec = selfspec.wrap(model, PLAN, compile=True)
     given, mask = prompts(7, 5)
     options = {"attention_mask": mask, "max_new_tokens": 19, **OPTIONS}

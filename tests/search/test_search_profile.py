@@ -97,10 +97,10 @@ def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch:
     shapes: set[tuple[int, ...]] = set()
     plain = Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor, depths: torch.Tensor | None = None) -> torch.Tensor:
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
         assert self.cache.lengths.min() >= 11
         shapes.add((view, *tokens.shape))
-        return plain(self, view, tokens, depths)
+        return plain(self, view, tokens)
 
     monkeypatch.setattr(Runtime, "run", recorded)
     measured = measure(model, gamma_max=2, contexts=[11], settings=ProfileSettings(rows=3))
@@ -114,10 +114,10 @@ def test_all_variants_run_on_one_cache_and_leave_the_users_model_as_it_was(
     tokens = torch.arange(1, 24)[None]
     before, caches, runtimes, plain = model(tokens).logits, set(), set(), Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor, depths: torch.Tensor | None = None) -> torch.Tensor:
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
         runtimes.add(id(self))
         caches.add(id(self.cache))
-        return plain(self, view, tokens, depths)
+        return plain(self, view, tokens)
 
     monkeypatch.setattr(Runtime, "run", recorded)
     measure(model, gamma_max=1, contexts=[5])

@@ -46,7 +46,7 @@ def play(request: Request, stats: Stats, drafts: list[list[int]], best: list[lis
     draft = Draft(tokens, torch.tensor([len(row) for row in drafts]), None)
     scores = torch.nn.functional.one_hot(torch.tensor([row + [0] * (n + 1 - len(row)) for row in best]), V).float()
     host_values = request.commit(draft, accept(draft, scores, sampling=False), scores)
-    committed = request.take(host_values.tolist(), scores, scores)
+    committed = request.receive(host_values.tolist(), scores, scores)
     stats.count_pass(committed)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws import V, assert_sampled_texts_follow
 from models import (
     ENDS_SKIPPED,
     FIRST_DROPPED,
@@ -26,7 +27,6 @@ from models import (
 )
 from pairs import text, tokenizer
 from tape import NoReads, TapeRecorder
-from test_sampling import CALLS, LENGTH, OPTIONS, ROWS, V, assert_follows, law
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -44,7 +44,7 @@ from selfspec import (
 from selfspec.benchmark.contenders import DRAFT_MODEL, OURS, line_up
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.decoding.request import Request
-from selfspec.drafters.draft_model import WIDEST, DraftModelDrafter
+from selfspec.drafters.draft_model import WIDEST_WITH_HEAD, DraftModelDrafter
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup
 
@@ -240,7 +240,7 @@ class watched:
         def logits(drafter: DraftModelDrafter, request: Request, token: Tensor, step: int) -> Tensor:
             made = original(drafter, request, token, step)
             self.drafts += step == 0
-            self.widths |= {drafter._width} if step == 0 else set()
+            self.widths |= {drafter._catch_up_width} if step == 0 else set()
             self.check(drafter, request, token, step, made)
             return made
 
@@ -302,7 +302,7 @@ def test_looked_up_tokens_that_were_accepted_are_fed_to_it_later() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("away", [2, WIDEST + 5])
+@pytest.mark.parametrize("away", [2, WIDEST_WITH_HEAD + 5])
 def test_it_catches_up_with_rounds_that_others_drafted(away: int, static: bool) -> None:
     model = llamas()[0]
     spec = wrap(model, of_gamma(3), draft_model=model)
@@ -360,7 +360,11 @@ def test_replayed_rounds_catch_up_with_what_others_drafted() -> None:
     original, rounds = DraftModelDrafter.choose, iter(range(1000))
 
     def choose(drafter: DraftModelDrafter, request: Request) -> Any:
-        return (NoDrafter(), 0) if 1 <= next(rounds) % (WIDEST + 4) < WIDEST + 2 else original(drafter, request)
+        return (
+            (NoDrafter(), 0)
+            if 1 <= next(rounds) % (WIDEST_WITH_HEAD + 4) < WIDEST_WITH_HEAD + 2
+            else original(drafter, request)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DraftModelDrafter, "choose", choose)
@@ -385,7 +389,7 @@ def test_what_changes_either_model_drops_the_graphs_of_both() -> None:
 def test_an_exit_threshold_is_not_captured() -> None:
     spec = taped(of_gamma(3, exit_threshold=0.05))
     assert_lossless(spec, batch(11))
-    assert "drafts end when the device says so" in spec.stats.slower_paths[0]
+    assert "the host reads the device after every drafted token" in spec.stats.slower_paths[0]
 
 
 # --- Sampling ---
@@ -393,8 +397,10 @@ def test_an_exit_threshold_is_not_captured() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "way"),
-    [(setting, {}) for setting in ("plain", "all together", "stop token")]
-    + [
+    [
+        ("plain", {}),
+        ("all together", {}),
+        ("stop token", {}),
         ("plain", {"exit_threshold": 0.5}),
         ("plain", {"prompt_lookup": PromptLookup(gamma=3, min_ngram=1, max_ngram=2)}),
     ],
@@ -402,31 +408,11 @@ def test_an_exit_threshold_is_not_captured() -> None:
 )
 @pytest.mark.parametrize("unknown", [0, 1])
 def test_sampled_texts_follow_the_targets_distribution(setting: str, way: dict[str, Any], unknown: int) -> None:
-    """Were the seed drawn anew, each of these would raise a false alarm with probability 1e-6."""
     torch.manual_seed(29)
     small = tiny_model("llama", vocab_size=V, num_hidden_layers=3, seed=4)
     draft_model = tiny_model("llama", vocab_size=V - unknown, num_hidden_layers=2, seed=4)
-    given = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    spec = wrap(small, of_gamma(3, **way), draft_model=draft_model)
-    options = {"top_k": 0, **OPTIONS[setting]}
-    counts = torch.zeros(2, V**LENGTH, dtype=torch.long)
-    powers = torch.tensor([V**i for i in reversed(range(LENGTH))])
-    for _ in range(CALLS):
-        texts = spec.generate(
-            given,
-            attention_mask=mask,
-            do_sample=True,
-            max_new_tokens=LENGTH,
-            num_return_sequences=ROWS,
-            pad_token_id=0,
-            **options,
-        )[:, 4:]
-        texts = torch.nn.functional.pad(texts, (0, LENGTH - texts.shape[1]))
-        for index, rows in enumerate(texts.split(ROWS)):
-            counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=V**LENGTH)
-    assert {accepted for _, _, accepted in spec.stats.history[0]} == {0, 1, 2, 3}
-    assert_follows(counts, torch.stack([law(small, given[:1, 1:], options), law(small, given[1:], options)]))
+    first_rounds = assert_sampled_texts_follow(wrap(small, of_gamma(3, **way), draft_model=draft_model), setting)
+    assert {accepted for _, accepted in first_rounds} == {0, 1, 2, 3}
 
 
 def test_drafts_of_the_target_itself_are_accepted_when_sampled() -> None:
@@ -581,10 +567,10 @@ def test_a_benchmark_lines_it_up_beside_a_plan_for_layers() -> None:
 @pytest.mark.parametrize(
     ("plan", "complaint"),
     [
-        (Plan(skip_set=ENDS_SKIPPED, gamma=3), "drafts with layers of the model itself"),
+        (Plan(skip_set=ENDS_SKIPPED, gamma=3), "drafts with the model's own layers"),
         (
             Plan(skip_set=SkipSet(), gamma=3, quantised=Quantised.everything(Format("int8"), LAYERS)),
-            "drafts with layers of the model itself",
+            "drafts with the model's own layers",
         ),
         (Plan.none(), "gamma is 0, so a draft model would never draft"),
     ],
@@ -606,7 +592,7 @@ def test_models_that_do_not_go_together_are_refused() -> None:
         wrap(model, of_gamma(3), draft_model="a name")
     with pytest.raises(UnsupportedModelError, match=r"the draft model cannot be used: .*meta"):
         wrap(model, of_gamma(3), draft_model=copy.deepcopy(llamas()[1]).to("meta"))
-    with pytest.raises(InputError, match="draft_memory limits copies of the model's own layers"):
+    with pytest.raises(InputError, match="draft_memory limits the draft weights"):
         wrap(model, of_gamma(3), draft_model=llamas()[1], draft_memory="1G")
 
 

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decode_options import DecodeOptions, PolicyName
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Committed
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.decoding.round import decode, is_captured

@@ -1,4 +1,4 @@
-"""Acceptance: which drafted tokens the target accepts, and the token that follows the accepted ones.
+"""Acceptance: a draft, which of its tokens the target accepts, and the tokens that a row then commits.
 
 A drafted token that passes is *accepted*. The *recovered* token is the target's token where the first drafted token
 fails. The *bonus* token is the extra token when all drafted tokens pass. p is the target's distribution, q the draft's.
@@ -7,6 +7,7 @@ fails. The *bonus* token is the extra token when all drafted tokens pass. p is t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,19 +17,12 @@ from selfspec.decoding.sampling import one_hot, sample, to_probs
 
 @dataclass(frozen=True)
 class Draft:
-    """Up to `n` drafted tokens in each row.
+    """Up to `n` drafted tokens in each row."""
 
-    Attributes:
-        tokens: `b n`.
-        lengths: `b`, each row's own draft length, at most n.
-        probs: `b n v`, q after processors; None where q is one-hot, as in greedy decoding.
-        steps: passes of the draft.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    probs: Tensor | None
-    steps: int = 0
+    tokens: Tensor  # b n
+    lengths: Tensor  # b, each row's own draft length, at most n
+    probs: Tensor | None  # b n v, q after processors; None where q is one-hot, as in greedy decoding
+    steps: int = 0  # passes of the draft
 
     @property
     def width(self) -> int:
@@ -62,6 +56,22 @@ class Acceptance:
 
     accepted: Tensor  # b
     following: Tensor  # b
+
+
+Origin = Literal["lookup", "layers", "draft model"]
+"""The drafter that drafted in a row."""
+
+
+@dataclass
+class Committed:
+    """The tokens that one round committed in one row, `accepted` of them drafted by `origin`."""
+
+    row: int  # index in the batch
+    start: int  # where the tokens begin in the row, padding included
+    tokens: list[int]  # the accepted tokens, then the recovered or bonus token
+    drafted: int
+    accepted: int
+    origin: Origin | None = None  # None in plain decoding
 
 
 def accept(draft: Draft, scores: Tensor, *, sampling: bool) -> Acceptance:

@@ -19,8 +19,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
-from selfspec.decoding.committed import Committed, Origin
+from selfspec.decoding.acceptance import Committed, Draft, Origin
 from selfspec.decoding.request import Request
 
 

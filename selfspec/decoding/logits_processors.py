@@ -7,68 +7,45 @@ drafted tokens before the position. The row keeps its index in the batch.
 from __future__ import annotations
 
 from copy import copy
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
-CONTEXT_FREE = frozenset(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TopHLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "LogitNormalization",
-        "InfNanRemoveLogitsProcessor",
-        "SuppressTokensLogitsProcessor",
-    )
+
+def _classes(module: ModuleType, names: str) -> frozenset[type]:
+    return frozenset(getattr(module, name) for name in names.split())
+
+
+CONTEXT_FREE = _classes(
+    logits_process,
+    """
+    TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper TopHLogitsWarper MinPLogitsWarper TypicalLogitsWarper
+    EpsilonLogitsWarper EtaLogitsWarper LogitNormalization InfNanRemoveLogitsProcessor SuppressTokensLogitsProcessor
+    """,
 )
 """Processors that are functions of the scores alone."""
 
-_CONTEXTUAL = frozenset(
-    getattr(logits_process, name)
-    for name in (
-        "RepetitionPenaltyLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "EncoderRepetitionPenaltyLogitsProcessor",
-        "EncoderNoRepeatNGramLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "NoBadWordsLogitsProcessor",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "ForcedBOSTokenLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "ExponentialDecayLengthPenalty",
-        "SuppressTokensAtBeginLogitsProcessor",
-    )
+_CONTEXTUAL = _classes(
+    logits_process,
+    """
+    RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor EncoderRepetitionPenaltyLogitsProcessor
+    EncoderNoRepeatNGramLogitsProcessor SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor MinLengthLogitsProcessor
+    MinNewTokensLengthLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor
+    ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor
+    """,
 )
 """Processors that are functions of the preceding tokens and the scores alone."""
 
-_CAPTURABLE = frozenset(
-    {
-        logits_process.TemperatureLogitsWarper,
-        logits_process.TopKLogitsWarper,
-        logits_process.TopPLogitsWarper,
-        logits_process.MinPLogitsWarper,
-        logits_process.RepetitionPenaltyLogitsProcessor,
-    }
+_CAPTURABLE = _classes(
+    logits_process,
+    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper RepetitionPenaltyLogitsProcessor",
 )
 """Processors that a CUDA graph may hold: they neither read the device nor keep state."""
 
-_KNOWN_CRITERIA = frozenset(
-    {
-        stopping_criteria.MaxLengthCriteria,
-        stopping_criteria.MaxTimeCriteria,
-        stopping_criteria.StopStringCriteria,
-        stopping_criteria.EosTokenCriteria,
-    }
-)
+_KNOWN_CRITERIA = _classes(stopping_criteria, "MaxLengthCriteria MaxTimeCriteria StopStringCriteria EosTokenCriteria")
 """Stopping criteria that need not see each context exactly once."""
 
 

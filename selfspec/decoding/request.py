@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from selfspec.decoding.acceptance import Acceptance, Draft, in_first
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Acceptance, Committed, Draft, in_first
 from selfspec.decoding.logits_processors import rebind_pads, settings_of, uncaptured_reason
 from selfspec.decoding.stopping import Stopping
 from selfspec.errors import InputError

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft, accept
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Committed, Draft, accept
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Request
@@ -84,17 +83,12 @@ def rewind(runtime: Runtime, request: Request) -> None:
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of a check.
+    """The result of a check: values for the host, and target logits."""
 
-    Attributes:
-        host_values: `b m`: `width` columns for the request, the others for the drafter.
-        scores, logits: processed and raw target logits, `b n+1 v`.
-    """
-
-    host_values: Tensor
+    host_values: Tensor  # b m, the first `width` columns for the request, the others for the drafter
     width: int
-    scores: Tensor
-    logits: Tensor
+    scores: Tensor  # b n+1 v, processed
+    logits: Tensor  # b n+1 v, raw
 
 
 def read(host_values: Tensor) -> list[list[int]]:

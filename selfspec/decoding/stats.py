@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Committed
 
 
 class DeviceTimer:
@@ -32,11 +32,10 @@ class DeviceTimer:
 
     def seconds(self) -> list[float]:
         """Seconds between each mark and the next. On CUDA, all marked work must have run."""
-        return [_seconds_between(*marks) for marks in pairwise(self._marks)]
-
-
-def _seconds_between(one: Any, other: Any) -> float:
-    return float(other - one) if isinstance(one, float) else one.elapsed_time(other) / 1000  # events give milliseconds
+        pairs: Any = pairwise(self._marks)
+        if self._device.type == "cuda":
+            return [start.elapsed_time(end) / 1000 for start, end in pairs]  # from milliseconds
+        return [end - start for start, end in pairs]
 
 
 @dataclass

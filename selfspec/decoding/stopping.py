@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Committed
 from selfspec.decoding.logits_processors import has_stop_token
 
 

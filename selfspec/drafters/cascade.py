@@ -7,8 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
-from selfspec.decoding.committed import Committed, Origin
+from selfspec.decoding.acceptance import Committed, Draft, Origin
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.request import Request
 from selfspec.decoding.sampling import one_hot

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.decode_options import DecodeOptions
-from selfspec.decoding.committed import Committed, Origin
+from selfspec.decoding.acceptance import Committed, Origin
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.drafters.layer_skip import StepwiseDrafter

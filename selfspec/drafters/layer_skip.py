@@ -7,8 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
-from selfspec.decoding.committed import Origin
+from selfspec.decoding.acceptance import Draft, Origin
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Request

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
-from selfspec.decoding.committed import Origin
+from selfspec.decoding.acceptance import Draft, Origin
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.request import Request
 from selfspec.plan import PromptLookup

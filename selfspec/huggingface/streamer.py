@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Committed
 from selfspec.decoding.request import Request
 
 

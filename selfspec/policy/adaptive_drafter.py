@@ -7,8 +7,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
-from selfspec.decoding.committed import Committed
+from selfspec.decoding.acceptance import Committed, Draft
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.drafters.cascade import LookupFirstDrafter

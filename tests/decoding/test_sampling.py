@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from laws import OPTIONS, V, assert_follows, assert_sampled_texts_follow
 from models import tiny_model
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.generation import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel
+from transformers import generation as hf
 
 from selfspec import Plan, SkipSet, wrap
 from selfspec.decoding.acceptance import Acceptance, Draft, accept
@@ -32,14 +25,14 @@ from selfspec.plan import PromptLookup
 N = 3  # drafted a round
 ROUNDS = 30_011
 
-PROCESSORS: dict[str, LogitsProcessor] = {
-    "repetition_penalty": RepetitionPenaltyLogitsProcessor(1.7),
-    "temperature": TemperatureLogitsWarper(0.7),
-    "top_k": TopKLogitsWarper(4),
-    "top_p": TopPLogitsWarper(0.9),
-    "min_p": MinPLogitsWarper(0.15),
+PROCESSORS: dict[str, hf.LogitsProcessor] = {
+    "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor(1.7),
+    "temperature": hf.TemperatureLogitsWarper(0.7),
+    "top_k": hf.TopKLogitsWarper(4),
+    "top_p": hf.TopPLogitsWarper(0.9),
+    "min_p": hf.MinPLogitsWarper(0.15),
 }
-CHAINS: dict[str, list[LogitsProcessor]] = {
+CHAINS: dict[str, list[hf.LogitsProcessor]] = {
     "plain": [],
     **{name: [processor] for name, processor in PROCESSORS.items()},
     "all together": list(PROCESSORS.values()),
@@ -65,12 +58,12 @@ class Rounds:
     acceptance: Acceptance
     target: Tensor  # v v, the target's logits after each token
     drafter: Tensor  # v v
-    processors: list[LogitsProcessor]
+    processors: list[hf.LogitsProcessor]
 
     def distribution(self, logits: Tensor, prefix: tuple[int, ...]) -> Tensor:
         """p or q after the prompt (token 0) and `prefix`, by Hugging Face's own list of processors."""
         context = torch.tensor([[0, *prefix]])
-        scores = LogitsProcessorList(self.processors)(context, logits[context[:, -1]])
+        scores = hf.LogitsProcessorList(self.processors)(context, logits[context[:, -1]])
         return torch.softmax(scores[0], dim=-1)
 
     def by_prefix(self, position: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -105,13 +98,13 @@ class Rounds:
         assert_follows(torch.stack(counts), torch.stack([residual / residual.sum() for residual in residuals]))
 
 
-def play(processors: list[LogitsProcessor], lengths: Tensor | None = None) -> Rounds:
+def play(processors: list[hf.LogitsProcessor], lengths: Tensor | None = None) -> Rounds:
     """Draft and accept as the runtime does: every processor on both p and q, each after its own tokens."""
     torch.manual_seed(3)
     target = torch.randn(V, V)
     drafter = target + 0.6 * torch.randn(V, V)
     sequences = torch.zeros(ROUNDS, 1 + N, dtype=torch.long)
-    chain, probs = LogitsProcessorList(processors), []
+    chain, probs = hf.LogitsProcessorList(processors), []
     ends = torch.ones(ROUNDS, 1, dtype=torch.long)
     for step in range(N):
         logits = drafter[sequences[:, step]][:, None]

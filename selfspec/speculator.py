@@ -22,11 +22,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decode_options import DecodeOptions, PolicyName
+from selfspec.decoding.acceptance import Committed
 from selfspec.decoding.drafter import Drafter, NoDrafter
-from selfspec.decoding.request import Committed, Request
+from selfspec.decoding.request import Request
 from selfspec.decoding.round import decode, is_captured
 from selfspec.decoding.stats import Stats
-from selfspec.drafters.draft_model import bytes_beside, check_plan, draft_runtime, refresh
+from selfspec.drafters.draft_model import check_plan, draft_model_bytes, draft_runtime, refresh
 from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
 from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_hugging_face
 from selfspec.huggingface.options import with_stop_strings
@@ -306,7 +307,7 @@ class SelfSpeculator:
         runtime, stats = self.runtime, self.stats
         stats.compiled, stats.draft_bytes = runtime.passes.compile, runtime.views.draft_weights.nbytes
         if self.draft_runtime is not None:
-            stats.draft_bytes += bytes_beside(self.model, self.draft_runtime)
+            stats.draft_bytes += draft_model_bytes(self.model, self.draft_runtime)
             if self.draft_runtime.passes.uncompiled_reason not in (None, runtime.passes.uncompiled_reason):
                 reason = self.draft_runtime.passes.uncompiled_reason
                 stats.slower_paths.append(f"the draft model runs eagerly: {reason}")

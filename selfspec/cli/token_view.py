@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from selfspec.decoding.request import Committed
+    from selfspec.decoding.acceptance import Committed
     from selfspec.decoding.stats import Stats
     from selfspec.plan import Plan
     from selfspec.speculator import SelfSpeculator

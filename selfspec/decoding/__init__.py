@@ -1,4 +1,4 @@
-"""Decoding: a round (draft, verify, accept, rewind) and what it works on.
+"""Decoding: a round (draft, verify, accept, commit, rewind), and the request, drafts and stats that a round works on.
 
-Imported by the drafters and all above them.
+Imported by the drafters and every package above the drafters.
 """

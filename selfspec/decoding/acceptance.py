@@ -1,12 +1,13 @@
-"""Which drafted tokens the target accepts, and the token that follows them.
+"""Acceptance: a draft, which of its tokens the target accepts, and the tokens that a row then commits.
 
-*Accepted* are drafted tokens that passed; the *recovered* token is the target's where the first one failed; the *bonus*
-token is the extra one when all passed. p is the target's distribution, q the draft's.
+A drafted token that passes is *accepted*. The *recovered* token is the target's token where the first drafted token
+fails. The *bonus* token is the extra token when all drafted tokens pass. p is the target's distribution, q the draft's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,42 +17,37 @@ from selfspec.decoding.sampling import one_hot, sample, to_probs
 
 @dataclass(frozen=True)
 class Draft:
-    """Up to `n` drafted tokens per row.
-
-    `probs` is q at each drafted position, after processors; None where q is one-hot, as it is when decoding is greedy.
-    `steps` is how many passes of a draft it took.
-    """
+    """Up to `n` drafted tokens in each row."""
 
     tokens: Tensor  # b n
     lengths: Tensor  # b, each row's own draft length, at most n
-    probs: Tensor | None  # b n v
-    steps: int = 0
+    probs: Tensor | None  # b n v, q after processors; None where q is one-hot, as in greedy decoding
+    steps: int = 0  # passes of the draft
 
     @property
     def width(self) -> int:
-        """How many tokens beside the last committed one a pass over it takes."""
+        """Columns of `tokens`: n."""
         return self.tokens.shape[1]
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where it lies in memory."""
+        """Where the draft's tensors lie in memory."""
         tensors = (self.tokens, self.lengths, self.probs)
         return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
     @classmethod
     def empty(cls, rows: int, device: torch.device, steps: int = 0) -> Draft:
-        """Nothing drafted in any row."""
-        nothing = torch.zeros(rows, dtype=torch.long, device=device)
-        return cls(tokens=nothing.new_empty(rows, 0), lengths=nothing, probs=None, steps=steps)
+        """A draft without a token in any row."""
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        return cls(lengths.new_empty(rows, 0), lengths, None, steps)
 
     def padded(self, n: int) -> Draft:
         """The same draft in `n` columns; no row's own length changes."""
-        missing = n - self.tokens.shape[1]
+        missing = n - self.width
         if missing == 0:
             return self
         probs = None if self.probs is None else torch.nn.functional.pad(self.probs, (0, 0, 0, missing))
-        tokens = torch.nn.functional.pad(self.tokens, (0, missing))
-        return Draft(tokens, self.lengths, probs, self.steps)
+        return Draft(torch.nn.functional.pad(self.tokens, (0, missing)), self.lengths, probs, self.steps)
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,22 @@ class Acceptance:
     following: Tensor  # b
 
 
+Origin = Literal["lookup", "layers", "draft model"]
+"""The drafter that drafted in a row."""
+
+
+@dataclass
+class Committed:
+    """The tokens that one round committed in one row, `accepted` of them drafted by `origin`."""
+
+    row: int  # index in the batch
+    start: int  # where the tokens begin in the row, padding included
+    tokens: list[int]  # the accepted tokens, then the recovered or bonus token
+    drafted: int
+    accepted: int
+    origin: Origin | None = None  # None in plain decoding
+
+
 def accept(draft: Draft, scores: Tensor, *, sampling: bool) -> Acceptance:
     """Check a draft against the target's processed logits `b n+1 v`, each row for itself.
 
@@ -69,7 +81,7 @@ def accept(draft: Draft, scores: Tensor, *, sampling: bool) -> Acceptance:
     Sampling: accept a token x with probability min(1, p(x) / q(x)); where the first one fails, draw from
     max(p - q, 0) normalised; when all passed, draw from p (Leviathan et al. 2023, Alg. 1, arXiv:2211.17192).
     """
-    n = draft.tokens.shape[1]
+    n = draft.width
     if not sampling:
         best = scores.argmax(dim=-1)  # b n+1
         accepted = _leading(draft.tokens == best[:, :n], draft.lengths)
@@ -84,17 +96,21 @@ def accept(draft: Draft, scores: Tensor, *, sampling: bool) -> Acceptance:
     return Acceptance(accepted, _recovered_or_bonus(p, q, accepted, accepted < draft.lengths))
 
 
+def in_first(counts: Tensor, width: int) -> Tensor:
+    """Whether a column is among each row's first `counts` (`b`) columns: `b width`."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
+
+
 def _leading(passed: Tensor, lengths: Tensor) -> Tensor:
     """How many of each row's first `lengths` tokens passed before one failed: `b n` to `b`."""
-    within = torch.arange(passed.shape[1], device=passed.device) < lengths[:, None]
-    return (passed & within).long().cumprod(dim=1).sum(dim=1)
+    return (passed & in_first(lengths, passed.shape[1])).long().cumprod(dim=1).sum(dim=1)
 
 
 def _recovered_or_bonus(p: Tensor, q: Tensor, accepted: Tensor, rejected: Tensor) -> Tensor:
-    """From max(p - q, 0) in rows that rejected a token, from p in the others."""
+    """Draw from max(p - q, 0) in rows that rejected a token, from p in the others."""
     rows = torch.arange(p.shape[0], device=p.device)
     p_next = p[rows, accepted]  # b v
     q_next = q[rows, accepted.clamp(max=q.shape[1] - 1)] * rejected[:, None]  # b v
     residual = (p_next - q_next).clamp_min_(0)
-    # Where rounding leaves no residual, p and q were equal, and p itself is right.
+    # Where rounding leaves no residual, p and q are equal, and p itself is right.
     return sample(torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p_next))

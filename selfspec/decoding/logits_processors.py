@@ -1,82 +1,59 @@
-"""Hugging Face's logits processors and stopping criteria, on rows that are unequally long.
+"""Hugging Face's logits processors and stopping criteria, on rows of unequal length.
 
-Each row's padded prompt, committed and preceding drafted tokens are what `model.generate` would have shown a processor
-at that point, and the row keeps its index in the batch.
+A processor sees each row as `model.generate` would show the row at that point: padded prompt, committed tokens and the
+drafted tokens before the position. The row keeps its index in the batch.
 """
 
 from __future__ import annotations
 
 from copy import copy
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
-CONTEXT_FREE = frozenset(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TopHLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "LogitNormalization",
-        "InfNanRemoveLogitsProcessor",
-        "SuppressTokensLogitsProcessor",
-    )
-    if hasattr(logits_process, name)
-)
-"""Functions of the scores alone."""
 
-_CONTEXTUAL = frozenset(
-    getattr(logits_process, name)
-    for name in (
-        "RepetitionPenaltyLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "EncoderRepetitionPenaltyLogitsProcessor",
-        "EncoderNoRepeatNGramLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "NoBadWordsLogitsProcessor",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "ForcedBOSTokenLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "ExponentialDecayLengthPenalty",
-        "SuppressTokensAtBeginLogitsProcessor",
-    )
-)
-"""Functions of the tokens before and the scores, and of nothing else."""
+def _classes(module: ModuleType, names: str) -> frozenset[type]:
+    return frozenset(getattr(module, name) for name in names.split())
 
-_CAPTURABLE = frozenset(
-    {
-        logits_process.TemperatureLogitsWarper,
-        logits_process.TopKLogitsWarper,
-        logits_process.TopPLogitsWarper,
-        logits_process.MinPLogitsWarper,
-        logits_process.RepetitionPenaltyLogitsProcessor,
-    }
-)
-"""They neither read the device nor keep state, so a CUDA graph may hold what they do."""
 
-_KNOWN_CRITERIA = frozenset(
-    {
-        stopping_criteria.MaxLengthCriteria,
-        stopping_criteria.MaxTimeCriteria,
-        stopping_criteria.StopStringCriteria,
-        stopping_criteria.EosTokenCriteria,
-    }
+CONTEXT_FREE = _classes(
+    logits_process,
+    """
+    TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper TopHLogitsWarper MinPLogitsWarper TypicalLogitsWarper
+    EpsilonLogitsWarper EtaLogitsWarper LogitNormalization InfNanRemoveLogitsProcessor SuppressTokensLogitsProcessor
+    """,
 )
+"""Processors that are functions of the scores alone."""
+
+_CONTEXTUAL = _classes(
+    logits_process,
+    """
+    RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor EncoderRepetitionPenaltyLogitsProcessor
+    EncoderNoRepeatNGramLogitsProcessor SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor MinLengthLogitsProcessor
+    MinNewTokensLengthLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor
+    ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor
+    """,
+)
+"""Processors that are functions of the preceding tokens and the scores alone."""
+
+_CAPTURABLE = _classes(
+    logits_process,
+    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper RepetitionPenaltyLogitsProcessor",
+)
+"""Processors that a CUDA graph may hold: they neither read the device nor keep state."""
+
+_KNOWN_CRITERIA = _classes(stopping_criteria, "MaxLengthCriteria MaxTimeCriteria StopStringCriteria EosTokenCriteria")
+"""Stopping criteria that need not see each context exactly once."""
 
 
 def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int) -> list[str]:
-    """Why these rows must advance one token at a time, as in plain decoding; empty if they need not.
+    """Why rows must advance one token at a time, as in plain decoding; empty if they need not.
 
-    Watermarks, guidance and the user's own processors and criteria must see each context exactly once; so must anything
-    that is not known to be a pure function.
+    Watermarks, guidance and the user's own processors and criteria must see each context exactly once. So must every
+    processor that is not known to be a pure function.
     """
     unknown = [type(p).__name__ for p in processors if type(p) not in CONTEXT_FREE | _CONTEXTUAL]
     unknown += [type(c).__name__ for c in criteria if type(c) not in _KNOWN_CRITERIA]
@@ -91,39 +68,35 @@ def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaLi
 
 
 def has_stop_token(criteria: StoppingCriteriaList) -> bool:
-    """Whether Hugging Face pads the rows that ended: without a stop token, it lets them run on until all have ended."""
+    """Whether Hugging Face pads rows that ended; without a stop token, these rows run on until all rows have ended."""
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
-def ignoring_padding(processors: LogitsProcessorList, pads: Tensor) -> LogitsProcessorList:
-    """The same processors, but of those that ignore just each row's padding copies that say so; reads the device."""
-    return LogitsProcessorList(_bound(p, pads) if _ignores_just(p, pads) else p for p in processors)
+def rebind_pads(processors: LogitsProcessorList, pads: Tensor) -> LogitsProcessorList:
+    """The same processors; those that ignore exactly each row's padding become copies that read `pads` (`b`).
 
+    Captured work can read `pads`, which keeps its address. Reads the device where a processor ignores prompt tokens.
+    """
 
-def looking_at(processors: LogitsProcessorList, pads: Tensor) -> LogitsProcessorList:
-    """The same processors, but those that ignore padding look it up in `pads`, which outlives a request."""
-    return LogitsProcessorList(_bound(p, pads) if _ignores_padding(p) else p for p in processors)
+    def rebound(processor: logits_process.LogitsProcessor) -> logits_process.LogitsProcessor:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if type(processor) is not logits_process.RepetitionPenaltyLogitsProcessor or not isinstance(ignored, Tensor):
+            return processor
+        if not _ignores_padding(processor) and not torch.equal(ignored.to(pads.device), pads):
+            return processor
+        processor = copy(processor)
+        processor.prompt_ignore_length, processor.ignores_padding = pads, True  # type: ignore[attr-defined]
+        return processor
 
-
-def _ignores_just(processor: logits_process.LogitsProcessor, pads: Tensor) -> bool:
-    if type(processor) is not logits_process.RepetitionPenaltyLogitsProcessor:
-        return False
-    ignored = getattr(processor, "prompt_ignore_length", None)
-    return isinstance(ignored, Tensor) and torch.equal(ignored.to(pads.device), pads)
+    return LogitsProcessorList(rebound(processor) for processor in processors)
 
 
 def _ignores_padding(processor: logits_process.LogitsProcessor) -> bool:
     return getattr(processor, "ignores_padding", False)
 
 
-def _bound(processor: logits_process.LogitsProcessor, pads: Tensor) -> logits_process.LogitsProcessor:
-    bound = copy(processor)
-    bound.prompt_ignore_length, bound.ignores_padding = pads, True  # type: ignore[attr-defined]
-    return bound
-
-
 def uncaptured_reason(processors: LogitsProcessorList) -> str | None:
-    """Why what these processors do cannot be captured in a CUDA graph, or None if it can."""
+    """Why a CUDA graph cannot hold these processors; None if it can."""
     for processor in processors:
         if type(processor) not in _CAPTURABLE:
             return f"{type(processor).__name__} is not captured"
@@ -135,18 +108,9 @@ def uncaptured_reason(processors: LogitsProcessorList) -> str | None:
 
 
 def settings_of(processor: logits_process.LogitsProcessor) -> tuple[object, ...]:
-    """A capturable processor's kind and settings, which a graph bakes in."""
+    """A capturable processor's type and settings, which a graph bakes in; `pads` is not baked in."""
     settings = ((name, value) for name, value in vars(processor).items() if name != "prompt_ignore_length")
-    return (type(processor), *settings)  # `ignores_padding` tells whether there is one
-
-
-def _is_order_free(processor: logits_process.LogitsProcessor) -> bool:
-    """Whether it asks of the tokens before only which they are: to repeat the last one behind it changes nothing.
-
-    Nor does it where padding is ignored, which the last token never is; it may be among others that are.
-    """
-    is_penalty = type(processor) is logits_process.RepetitionPenaltyLogitsProcessor
-    return is_penalty and (getattr(processor, "prompt_ignore_length", None) is None or _ignores_padding(processor))
+    return (type(processor), *settings)
 
 
 def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, ends: Tensor) -> Tensor:
@@ -155,8 +119,7 @@ def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, 
     lengths: list[int] | None = None
     for processor in processors:
         if type(processor) in CONTEXT_FREE:
-            b = scores.shape[0]
-            scores = processor(sequences[:, :0], scores.flatten(0, 1)).unflatten(0, (b, -1))
+            scores = processor(sequences[:, :0], scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
         elif _is_order_free(processor):
             scores = _process_by_step(processor, scores, sequences, ends)
         else:
@@ -165,10 +128,20 @@ def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, 
     return scores
 
 
+def _is_order_free(processor: logits_process.LogitsProcessor) -> bool:
+    """Whether the result depends only on the set of preceding tokens, so that the last token may be repeated.
+
+    A repetition penalty that ignores padding qualifies, since the last token is never padding. A penalty that ignores
+    other prompt tokens does not.
+    """
+    is_penalty = type(processor) is logits_process.RepetitionPenaltyLogitsProcessor
+    return is_penalty and (getattr(processor, "prompt_ignore_length", None) is None or _ignores_padding(processor))
+
+
 def _process_by_step(
     processor: logits_process.LogitsProcessor, scores: Tensor, sequences: Tensor, ends: Tensor
 ) -> Tensor:
-    """Call an order-free processor once for each step: what is not yet there repeats a row's last token."""
+    """Call an order-free processor once for each step; a row's last token fills the columns after its end."""
     columns = torch.arange(sequences.shape[1], device=ends.device)
     processed = []
     for step, end in enumerate(ends.split(1, dim=1)):  # b 1
@@ -180,7 +153,7 @@ def _process_by_step(
 def _process_by_length(
     processor: logits_process.LogitsProcessor, scores: Tensor, sequences: Tensor, ends: Tensor, lengths: list[int]
 ) -> Tensor:
-    """Call a processor once for each distinct length, with every row in its place; keep the rows of that length."""
+    """Call a processor once for each distinct length, on the whole batch; keep the rows of that length."""
     processed = torch.empty_like(scores)
     for length in lengths:
         rows, steps = torch.nonzero(ends == length, as_tuple=True)

@@ -1,4 +1,4 @@
-"""Stats: what one `generate` did, counted, and where its time went."""
+"""Stats: counts and times of one `generate`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise, zip_longest
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from selfspec.decoding.request import Committed
+from selfspec.decoding.acceptance import Committed
 
 
-class Laps:
-    """Marks in a stretch of work, and the seconds between them, as the device knows them: launching is not running."""
+class DeviceTimer:
+    """Marks in a stretch of work, and the device's seconds between them: launching a kernel is not running it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -32,17 +31,16 @@ class Laps:
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
-        """Between each mark and the next. On CUDA, all that was marked must have run."""
-        return [_between(one, other) for one, other in pairwise(self._marks)]
-
-
-def _between(one: Any, other: Any) -> float:
-    return float(other - one) if isinstance(one, float) else one.elapsed_time(other) / 1000  # events tell milliseconds
+        """Seconds between each mark and the next. On CUDA, all marked work must have run."""
+        pairs: Any = pairwise(self._marks)
+        if self._device.type == "cuda":
+            return [start.elapsed_time(end) / 1000 for start, end in pairs]  # from milliseconds
+        return [end - start for start, end in pairs]
 
 
 @dataclass
 class Stats:
-    """Counts over all rows of one call. Times in seconds.
+    """Counts over all rows of one call; times in seconds.
 
     A *round* here is one row's: a verify pass over three unfinished rows counts three rounds and one pass.
     Tokens after a stop token, or beyond the limit, do not count.
@@ -52,29 +50,29 @@ class Stats:
     tokens: int = 0
     rounds: int = 0
     passes: int = 0
+    """Verify passes."""
     drafted: int = 0
     accepted: int = 0
     reached_at: list[int] = field(default_factory=list)
-    """By draft position: how often a token was drafted there, and all before it in its round were accepted and did not
-    end the row."""
+    """By draft position: tokens drafted there after an accepted prefix that did not end the row."""
     accepted_at: list[int] = field(default_factory=list)
-    """By draft position: how often a drafted token was accepted there."""
+    """By draft position: accepted tokens."""
     history: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     """By pass: (row, drafted, accepted) of every unfinished row."""
     policy: str = ""
-    """`adaptive`; or `fixed`, or `none`, and why."""
+    """`adaptive`; or `fixed` or `none`, with the reason."""
     choices: dict[str, int] = field(default_factory=dict)
-    """By who drafted and how far: in how many passes."""
+    """Passes by drafter and draft length."""
     changes: list[str] = field(default_factory=list)
-    """When the policy made a choice, another one, or a probe, and what each promised."""
+    """The policy's new choices and probes: round, expected gain, and the choice before."""
     steps: int = 0
     """Passes of the draft."""
     pass_lengths: dict[int, int] = field(default_factory=dict)
-    """By how many tokens of each row a verify pass took: how many passes."""
+    """Verify passes by their tokens in each row."""
     by_origin: dict[str, list[int]] = field(default_factory=dict)
-    """By who drafted: tokens drafted, and accepted."""
+    """Drafted and accepted tokens by drafter."""
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"prefill": 0.0, "draft": 0.0, "verify": 0.0, "total": 0.0}
+        default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "total"), 0.0)
     )
     backend: str = ""
     backend_reason: str = ""
@@ -82,12 +80,11 @@ class Stats:
     captured: bool = False
     """Whether rounds ran as CUDA graphs."""
     graph_bytes: int = 0
-    """Device memory that these graphs take."""
+    """Bytes of device memory that the CUDA graphs take."""
     draft_bytes: int = 0
-    """Memory that the draft takes beside the model: quantised copies, a trimmed head; a draft model's weights (but what
-    it shares with the model) and its cache."""
+    """Bytes that the draft takes in addition to the model: draft weights, or a draft model's own weights and cache."""
     slower_paths: list[str] = field(default_factory=list)
-    """Anything that kept this call off the fast path, and why."""
+    """Each reason why the call took a slower path."""
 
     @property
     def acceptance_rate(self) -> float:
@@ -96,12 +93,12 @@ class Stats:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens committed by a row's average round: accepted + 1 (the papers' block efficiency)."""
+        """Tokens that a row's average round commits: accepted + 1 (the papers' block efficiency)."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
     @property
     def agreement(self) -> list[float]:
-        """By draft position: the share accepted of tokens drafted there after an accepted prefix."""
+        """By draft position: the accepted share of tokens drafted there after an accepted prefix."""
         return [a / r if r else 0.0 for a, r in zip(self.accepted_at, self.reached_at, strict=True)]
 
     @property
@@ -110,11 +107,11 @@ class Stats:
 
     @property
     def other_seconds(self) -> float:
-        """Time outside prefill, draft and verify: acceptance, stopping, processors, streaming."""
+        """Seconds outside prefill, draft and verify: choosing, stopping, streaming."""
         return self.seconds["total"] - sum(self.seconds[name] for name in ("prefill", "draft", "verify"))
 
     def count_pass(self, rounds: Sequence[Committed]) -> None:
-        """Count one verify pass: what it committed in every row that was unfinished before it."""
+        """Count one verify pass, by what it committed in every row that was unfinished before the pass."""
         self.passes += 1
         self.rounds += len(rounds)
         for row in rounds:
@@ -143,23 +140,25 @@ class Stats:
             self.seconds[name] += perf_counter() - start
 
     def count_choice(self, label: str, steps: int, tokens: int) -> None:
-        """Count a pass over `tokens` tokens of each row, for which who goes by `label` drafted in so many `steps`."""
+        """Count a verify pass over `tokens` tokens in each row, after `steps` passes of the draft named `label`."""
         self.choices[label] = self.choices.get(label, 0) + 1
         self.steps += steps
         self.pass_lengths[tokens] = self.pass_lengths.get(tokens, 0) + 1
 
-    def add_laps(self, laps: Laps) -> None:
-        """Add the time of a round's draft and of its verify pass with all that follows on the device."""
-        draft, verify = laps.seconds()
+    def add_times(self, timer: DeviceTimer) -> None:
+        """Add the seconds of a round's draft, and of its verify pass with accept, commit and rewind."""
+        draft, verify = timer.seconds()
         self.seconds["draft"] += draft
         self.seconds["verify"] += verify
 
     def add(self, other: Stats) -> None:
-        """Add another call's figures: counts and times are summed, how it ran is told by `other`."""
+        """Add another call's figures: sums of counts and times, `other`'s descriptions and bytes."""
         for name in (item.name for item in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if name in ("history", "changes", "slower_paths"):
-                both = [*mine, *(each for each in theirs if name != "slower_paths" or each not in mine)]
+            if name in ("history", "changes"):
+                both = mine + theirs
+            elif name == "slower_paths":
+                both = list(dict.fromkeys(mine + theirs))
             else:
                 both = theirs if isinstance(theirs, str | bool) or name.endswith("_bytes") else _sum(mine, theirs)
             setattr(self, name, both)
@@ -169,7 +168,7 @@ class Stats:
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON, but the pass-by-pass history."""
+        """All figures but `history`, ready for JSON."""
         data = asdict(self)
         del data["history"]
         return data | {
@@ -189,7 +188,7 @@ class Stats:
 
 
 def _sum(one: Any, other: Any) -> Any:
-    """Numbers added; dictionaries and lists of numbers entry by entry, where only one has it, that one's."""
+    """The sum of two numbers; of dictionaries and lists, entry by entry."""
     if isinstance(one, dict):
         return one | {key: _sum(one[key], value) if key in one else value for key, value in other.items()}
     if isinstance(one, list):

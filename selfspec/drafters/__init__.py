@@ -1,4 +1,4 @@
-"""Drafters: who proposes the tokens of a round.
+"""Drafters: layer skipping, prompt lookup, a draft model, and the cascade of prompt lookup and another drafter.
 
-Imported by the policy and all above it. The protocol stands in `selfspec.decoding.drafter`.
+Imported by the policy and every package above the policy. `selfspec.decoding.drafter` defines the protocol.
 """

@@ -1,4 +1,4 @@
-"""The drafter that a plan asks for."""
+"""Builds the drafter of a plan."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ from selfspec.runtime.runtime import Runtime
 
 
 def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = None) -> Drafter:
-    """The drafter that a plan asks for; the runtime skips the plan's skip set already.
+    """The plan's drafter. The runtime's draft view already skips the plan's skip set.
 
-    With a `draft_runtime`, its model drafts where layers would.
+    With a `draft_runtime`, its draft model drafts in place of the model's own layers.
     """
-    stepwise: StepwiseDrafter = layers_of(plan, runtime)
+    stepwise: StepwiseDrafter = LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)
     if draft_runtime is not None:
-        stepwise = DraftModelDrafter(draft_runtime, plan.gamma, plan.exit_threshold, beside=runtime.model)
+        stepwise = DraftModelDrafter(draft_runtime, plan.gamma, plan.exit_threshold, target=runtime.model)
     if plan.prompt_lookup is None:
         return stepwise if plan.gamma else NoDrafter()
     lookup = PromptLookupDrafter(plan.prompt_lookup)
     return LookupFirstDrafter(lookup, stepwise) if plan.gamma else lookup
-
-
-def layers_of(plan: Plan, runtime: Runtime) -> LayerSkipDrafter:
-    """The part of it that skips layers."""
-    return LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)

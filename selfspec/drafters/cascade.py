@@ -1,4 +1,4 @@
-"""Cascade: prompt lookup first, and another drafter where it finds nothing."""
+"""Cascade: prompt lookup first, and another drafter in rows where prompt lookup finds nothing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
+from selfspec.decoding.acceptance import Committed, Draft, Origin
 from selfspec.decoding.drafter import Drafter
-from selfspec.decoding.request import Committed, Origin, Request
+from selfspec.decoding.request import Request
 from selfspec.decoding.sampling import one_hot
 from selfspec.drafters.layer_skip import StepwiseDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 
 
 class LookupFirstDrafter(Drafter):
-    """A cascade: prompt lookup, and layer skipping or a draft model in the rows where it found nothing."""
+    """Prompt lookup drafts where it finds a match; `second` (layers or a draft model) drafts in the other rows."""
 
     looks = True
 
@@ -37,17 +37,8 @@ class LookupFirstDrafter(Drafter):
         self.lookup.begin(request)
         self.second.begin(request)
 
-    def observe(self, committed: Sequence[Committed]) -> None:
-        self.second.observe(committed)
-
-    def look(self, request: Request) -> Tensor:
-        return self.lookup.look(request)
-
-    def receive(self, host_values: Sequence[Sequence[int]]) -> None:
-        self.lookup.receive(host_values)
-
     def choose(self, request: Request) -> tuple[Drafter, int]:
-        found = self.lookup.found_in_unfinished(request)
+        found = [self.lookup.found(row) for row in request.unfinished()]
         second, longest = self.second.choose(request)
         if all(found) or second is not self.second:
             return self.lookup, max(found, default=0)
@@ -58,18 +49,23 @@ class LookupFirstDrafter(Drafter):
 
     def draft(self, request: Request, n: int) -> Draft:
         hit = self.lookup.hits(request) > 0  # b
-        made = self.second.draft(request, min(n, self.second.gamma), among=~hit).padded(n)
+        second = self.second.draft(request, min(n, self.second.gamma), among=~hit).padded(n)
         found = self.lookup.draft(request, n)
+        probs = second.probs
+        if probs is not None:
+            probs = torch.where(hit[:, None, None], one_hot(found.tokens, probs), probs)
         return Draft(
-            torch.where(hit[:, None], found.tokens, made.tokens),
-            torch.where(hit, found.lengths, made.lengths),
-            _mixed(hit, found.tokens, made.probs),
-            made.steps,
+            torch.where(hit[:, None], found.tokens, second.tokens),
+            torch.where(hit, found.lengths, second.lengths),
+            probs,
+            second.steps,
         )
 
+    def look(self, request: Request) -> Tensor:
+        return self.lookup.look(request)
 
-def _mixed(hit: Tensor, tokens: Tensor, probs: Tensor | None) -> Tensor | None:
-    """q of a draft whose `hit` rows were looked up: all on the drafted token there."""
-    if probs is None:
-        return None
-    return torch.where(hit[:, None, None], one_hot(tokens, probs), probs)
+    def observe(self, committed: Sequence[Committed]) -> None:
+        self.second.observe(committed)
+
+    def receive(self, host_values: Sequence[Sequence[int]]) -> None:
+        self.lookup.receive(host_values)

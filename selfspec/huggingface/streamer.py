@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from selfspec.decoding.request import Committed, Request
+from selfspec.decoding.acceptance import Committed
+from selfspec.decoding.request import Request
 
 
 class Streamed:

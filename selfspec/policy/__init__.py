@@ -1,25 +1,11 @@
-"""Policy: chooses the drafter and the draft length once a round, for the whole batch, down to plain decoding.
+"""Policy: chooses the drafter and the draft length of each round for the whole batch, or plain decoding.
 
-The plan says what rounds cost, running estimates say what rounds bring. No clock is read, so the same request is
-decoded the same way each time. The choice is made before a round draws anything, so sampled text keeps the target's
-distribution. `selfspec.speculator` and the benchmarks import this package.
+The plan says what rounds cost. Running estimates say how many tokens rounds bring. The policy reads no clock, so equal
+requests are decoded equally. It chooses before the round draws a token, so sampled text keeps the target's
+distribution. Imported by the Hugging Face layer, the speculator and the benchmarks.
 """
 
-from selfspec.policy.adaptive_drafter import AdaptiveDrafter
-from selfspec.policy.estimates import AgreementEstimate
-from selfspec.policy.policy import AdaptivePolicy, Choice, Row, Seen
-from selfspec.policy.select import PolicyName, drafter_for, longest_draft, too_many_rows, unsupported_reason
+from selfspec.policy.policy import AdaptivePolicy
+from selfspec.policy.select import drafter_for, longest_draft, too_many_rows
 
-__all__ = [
-    "AdaptiveDrafter",
-    "AdaptivePolicy",
-    "AgreementEstimate",
-    "Choice",
-    "PolicyName",
-    "Row",
-    "Seen",
-    "drafter_for",
-    "longest_draft",
-    "too_many_rows",
-    "unsupported_reason",
-]
+__all__ = ["AdaptivePolicy", "drafter_for", "longest_draft", "too_many_rows"]

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import takewhile
 
 from torch import Tensor
 
-from selfspec.decoding.acceptance import Draft
+from selfspec.decoding.acceptance import Committed, Draft
 from selfspec.decoding.drafter import Drafter, NoDrafter
-from selfspec.decoding.request import Committed, Request
+from selfspec.decoding.request import Request
 from selfspec.drafters.cascade import LookupFirstDrafter
 from selfspec.drafters.layer_skip import LayerSkipDrafter
-from selfspec.drafters.prompt_lookup import PromptLookupDrafter
-from selfspec.policy.policy import AdaptivePolicy, Choice, Row, Seen
+from selfspec.drafters.prompt_lookup import Found, PromptLookupDrafter
+from selfspec.policy.policy import AdaptivePolicy, Choice, Row, RowOutcome
 from selfspec.runtime.runtime import Runtime
 
 
 class AdaptiveDrafter(Drafter):
-    """Layer skipping, prompt lookup, lookup first, or none, as the policy chooses.
+    """Layer skipping, prompt lookup, a cascade of both, or plain decoding, as the policy chooses.
 
-    Args:
-        lookup: looks up in every round, so that the policy can judge it; None without lookup.
+    `lookup` looks up in every round, so that the policy can judge lookup; None without lookup.
     """
 
     def __init__(self, runtime: Runtime, policy: AdaptivePolicy, lookup: PromptLookupDrafter | None = None) -> None:
@@ -39,8 +39,7 @@ class AdaptiveDrafter(Drafter):
             self.lookup.begin(request)
 
     def choose(self, request: Request) -> tuple[Drafter, int]:
-        unfinished = [row for row, stop in enumerate(request.stopped_at) if stop is None]
-        choice = self.policy.choose([self._row(row) for row in unfinished])
+        choice = self.policy.choose([Row(*self._found(row)[:2]) for row in request.unfinished()])
         if choice not in self._drafters:
             self._drafters[choice] = self._drafter(choice)
         return self._drafters[choice].choose(request)
@@ -56,24 +55,20 @@ class AdaptiveDrafter(Drafter):
             self.lookup.receive(host_values)
 
     def observe(self, committed: Sequence[Committed]) -> None:
-        self.policy.observe([self._seen(row) for row in committed])
+        self.policy.observe([self._outcome(row) for row in committed])
 
-    def _row(self, row: int) -> Row:
-        return (
-            Row(self.lookup.latest_lookup.found[row], self.lookup.latest_lookup.matched[row]) if self.lookup else Row()
-        )
+    def _found(self, row: int) -> Found:
+        return self.lookup.latest[row] if self.lookup else Found()
 
-    def _seen(self, row: Committed) -> Seen:
-        found, matched = self._row(row.row)
-        looked_up = self.lookup.latest_lookup.tokens[row.row][:found] if self.lookup else []
-        wrong = (at for at, (ours, theirs) in enumerate(zip(row.tokens, looked_up, strict=False)) if ours != theirs)
-        right = next(wrong, min(found, len(row.tokens)))
+    def _outcome(self, row: Committed) -> RowOutcome:
+        found, matched, tokens = self._found(row.row)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, tokens[:found], strict=False))
         by_layers = (row.drafted, row.accepted) if row.origin == "layers" else (0, 0)
-        return Seen(*by_layers, len(row.tokens), found, matched, right)
+        return RowOutcome(*by_layers, len(row.tokens), found, matched, right=len(list(same)))
 
     def _drafter(self, choice: Choice) -> Drafter:
         layers = LayerSkipDrafter(self.runtime, choice.layers) if choice.layers else None
         if not choice.lookup or self.lookup is None:
             return layers or NoDrafter()
-        lookup = self.lookup.part(choice.lookup, choice.least)
+        lookup = self.lookup.narrowed(choice.lookup, choice.least)
         return LookupFirstDrafter(lookup, layers) if layers is not None else lookup

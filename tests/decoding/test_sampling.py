@@ -1,86 +1,45 @@
-"""Acceptance, by chi-square: what a round commits follows p, whatever q was.
-
-Every statistical test here fixes its seed. Were the seed drawn anew, each would raise a false alarm with probability
-1e-6.
-"""
+"""Acceptance, by chi-square: the tokens that a round commits follow p, for every q."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import OPTIONS, V, assert_follows, assert_sampled_texts_follow
 from models import tiny_model
-from scipy.stats import chi2
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.generation import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel
+from transformers import generation as hf
 
-import selfspec
-from selfspec import Plan, SkipSet
+from selfspec import Plan, SkipSet, wrap
 from selfspec.decoding.acceptance import Acceptance, Draft, accept
 from selfspec.decoding.logits_processors import process
-from selfspec.decoding.sampling import pick, sample
+from selfspec.decoding.sampling import next_tokens, sample
 from selfspec.plan import PromptLookup
 
-FALSE_ALARM = 1e-6
-V = 5  # vocabulary of the toy rounds
 N = 3  # drafted a round
 ROUNDS = 30_011
 
-PROCESSORS: dict[str, LogitsProcessor] = {
-    "repetition_penalty": RepetitionPenaltyLogitsProcessor(1.7),
-    "temperature": TemperatureLogitsWarper(0.7),
-    "top_k": TopKLogitsWarper(4),
-    "top_p": TopPLogitsWarper(0.9),
-    "min_p": MinPLogitsWarper(0.15),
+PROCESSORS: dict[str, hf.LogitsProcessor] = {
+    "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor(1.7),
+    "temperature": hf.TemperatureLogitsWarper(0.7),
+    "top_k": hf.TopKLogitsWarper(4),
+    "top_p": hf.TopPLogitsWarper(0.9),
+    "min_p": hf.MinPLogitsWarper(0.15),
 }
-CHAINS: dict[str, list[LogitsProcessor]] = {
+CHAINS: dict[str, list[hf.LogitsProcessor]] = {
     "plain": [],
     **{name: [processor] for name, processor in PROCESSORS.items()},
     "all together": list(PROCESSORS.values()),
 }
 
 
-# --- Chi-square ---
-
-
-def assert_follows(counts: Tensor, probabilities: Tensor) -> None:
-    """Each row of counts (`g v`) is drawn from its row of probabilities, and nothing impossible was drawn.
-
-    One chi-square test over all rows. Cells that expect fewer than five are pooled within their row.
-    """
-    assert counts.sum() > 500, "too few draws to tell anything"
-    assert not counts[probabilities == 0].any(), "an impossible token was drawn"
-    statistic, freedom = 0.0, 0
-    for observed, p in zip(counts.double().numpy(), probabilities.double().numpy(), strict=True):
-        expected = p * observed.sum()
-        common = expected >= 5
-        observed = np.append(observed[common], observed[~common].sum())
-        expected = np.append(expected[common], expected[~common].sum())
-        if expected[-1] < 5:  # a rare remainder tells little and distorts the statistic
-            observed, expected = observed[:-1], expected[:-1]
-        if len(expected) > 1:
-            statistic += ((observed - expected) ** 2 / expected).sum()
-            freedom += len(expected) - 1
-    assert freedom > 0, "every row has one likely token: nothing is tested"
-    alarm = chi2.sf(statistic, freedom)
-    assert alarm > FALSE_ALARM, f"chi-square {statistic:.1f} at {freedom} degrees of freedom: probability {alarm:.1e}"
-
-
-def test_the_chi_square_test_itself_tells_close_distributions_apart() -> None:
+def test_the_chi_square_test_rejects_a_distribution_that_is_close() -> None:
     torch.manual_seed(2)
     p = torch.tensor([[0.5, 0.3, 0.2]])
     counts = torch.bincount(sample(torch.tensor([0.52, 0.29, 0.19]).expand(ROUNDS, 3)), minlength=3)[None]
@@ -97,14 +56,14 @@ class Rounds:
 
     draft: Draft
     acceptance: Acceptance
-    target: Tensor  # v v, the target's logits behind each token
+    target: Tensor  # v v, the target's logits after each token
     drafter: Tensor  # v v
-    processors: list[LogitsProcessor]
+    processors: list[hf.LogitsProcessor]
 
     def distribution(self, logits: Tensor, prefix: tuple[int, ...]) -> Tensor:
-        """p or q behind the prompt (token 0) and `prefix`, by Hugging Face's own list of processors."""
+        """p or q after the prompt (token 0) and `prefix`, by Hugging Face's own list of processors."""
         context = torch.tensor([[0, *prefix]])
-        scores = LogitsProcessorList(self.processors)(context, logits[context[:, -1]])
+        scores = hf.LogitsProcessorList(self.processors)(context, logits[context[:, -1]])
         return torch.softmax(scores[0], dim=-1)
 
     def by_prefix(self, position: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -118,46 +77,39 @@ class Rounds:
         return groups
 
     def assert_tokens_follow_p(self, position: int) -> None:
-        """What was committed at `position`, by those rounds that got there: accepted, recovered or bonus."""
-        counts, expected = [], []
+        """The tokens committed at `position`, in the rounds that got there: accepted, recovered or bonus."""
         drafted = torch.nn.functional.pad(self.draft.tokens, (0, 1))[:, position]
-        for rows, p, _ in self.by_prefix(position):
-            tokens = torch.where(self.acceptance.accepted > position, drafted, self.acceptance.following)
-            counts.append(torch.bincount(tokens[rows], minlength=V))
-            expected.append(p)
-        assert_follows(torch.stack(counts), torch.stack(expected))
+        tokens = torch.where(self.acceptance.accepted > position, drafted, self.acceptance.following)
+        groups = self.by_prefix(position)
+        counts = [torch.bincount(tokens[rows], minlength=V) for rows, _, _ in groups]
+        assert_follows(torch.stack(counts), torch.stack([p for _, p, _ in groups]))
 
     def assert_accepted_follow_the_overlap(self, position: int) -> None:
-        counts, expected = [], []
-        for rows, p, q in self.by_prefix(position):
-            rows = rows & (self.acceptance.accepted > position)
-            counts.append(torch.bincount(self.draft.tokens[rows, position], minlength=V))
-            expected.append(torch.minimum(p, q) / torch.minimum(p, q).sum())
-        assert_follows(torch.stack(counts), torch.stack(expected))
+        passed, groups = self.acceptance.accepted > position, self.by_prefix(position)
+        counts = [torch.bincount(self.draft.tokens[rows & passed, position], minlength=V) for rows, _, _ in groups]
+        overlaps = [torch.minimum(p, q) for _, p, q in groups]
+        assert_follows(torch.stack(counts), torch.stack([overlap / overlap.sum() for overlap in overlaps]))
 
     def assert_recovered_follow_the_residual(self, position: int) -> None:
-        counts, expected = [], []
-        for rows, p, q in self.by_prefix(position):
-            rows = rows & (self.acceptance.accepted == position) & (self.draft.lengths > position)
-            residual = (p - q).clamp(min=0)
-            counts.append(torch.bincount(self.acceptance.following[rows], minlength=V))
-            expected.append(residual / residual.sum())
-        assert_follows(torch.stack(counts), torch.stack(expected))
+        failed = (self.acceptance.accepted == position) & (self.draft.lengths > position)
+        groups = self.by_prefix(position)
+        counts = [torch.bincount(self.acceptance.following[rows & failed], minlength=V) for rows, _, _ in groups]
+        residuals = [(p - q).clamp(min=0) for _, p, q in groups]
+        assert_follows(torch.stack(counts), torch.stack([residual / residual.sum() for residual in residuals]))
 
 
-def play(processors: list[LogitsProcessor], lengths: Tensor | None = None, seed: int = 3) -> Rounds:
-    """Draft and accept as the runtime does: every processor on both p and q, each behind its own tokens."""
-    torch.manual_seed(seed)
+def play(processors: list[hf.LogitsProcessor], lengths: Tensor | None = None) -> Rounds:
+    """Draft and accept as the runtime does: every processor on both p and q, each after its own tokens."""
+    torch.manual_seed(3)
     target = torch.randn(V, V)
     drafter = target + 0.6 * torch.randn(V, V)
     sequences = torch.zeros(ROUNDS, 1 + N, dtype=torch.long)
-    chain, probs = LogitsProcessorList(processors), []
+    chain, probs = hf.LogitsProcessorList(processors), []
     ends = torch.ones(ROUNDS, 1, dtype=torch.long)
     for step in range(N):
         logits = drafter[sequences[:, step]][:, None]
         scores = process(chain, logits, sequences, ends + step)[:, 0]
-        picked = pick(scores, sampling=True)
-        sequences[:, step + 1], q = picked.token, picked.probs
+        sequences[:, step + 1], q = next_tokens(scores, sampling=True)
         assert q is not None
         probs.append(q)
     lengths = torch.full((ROUNDS,), N) if lengths is None else lengths
@@ -171,23 +123,15 @@ def rounds(request: pytest.FixtureRequest) -> Rounds:
     return play(CHAINS[request.param])
 
 
-@pytest.mark.parametrize("position", range(N))
-def test_accepted_and_recovered_tokens_together_follow_p_at_every_position(rounds: Rounds, position: int) -> None:
+@pytest.mark.parametrize("position", range(N + 1), ids=[*map(str, range(N)), "bonus"])
+def test_accepted_recovered_and_bonus_tokens_together_follow_p_at_every_position(rounds: Rounds, position: int) -> None:
     rounds.assert_tokens_follow_p(position)
 
 
-def test_the_bonus_token_follows_p(rounds: Rounds) -> None:
-    rounds.assert_tokens_follow_p(N)
-
-
-def test_accepted_tokens_alone_follow_the_overlap_of_p_and_q(rounds: Rounds) -> None:
-    for position in range(2):
-        rounds.assert_accepted_follow_the_overlap(position)
-
-
-def test_recovered_tokens_alone_follow_what_p_has_beyond_q(rounds: Rounds) -> None:
-    for position in range(2):
-        rounds.assert_recovered_follow_the_residual(position)
+@pytest.mark.parametrize("position", range(2))
+def test_accepted_tokens_follow_the_overlap_and_recovered_tokens_the_residual(rounds: Rounds, position: int) -> None:
+    rounds.assert_accepted_follow_the_overlap(position)
+    rounds.assert_recovered_follow_the_residual(position)
 
 
 def test_a_row_with_a_shorter_draft_gets_its_bonus_token_at_its_own_length() -> None:
@@ -197,10 +141,12 @@ def test_a_row_with_a_shorter_draft_gets_its_bonus_token_at_its_own_length() -> 
     for position in range(N + 1):
         rounds.assert_tokens_follow_p(position)
     for length in range(N + 1):  # and rows of each length by themselves: no bias by length
-        own = Rounds(**vars(rounds))
         rows = lengths == length
-        own.draft = Draft(rounds.draft.tokens[rows], lengths[rows], None)
-        own.acceptance = Acceptance(rounds.acceptance.accepted[rows], rounds.acceptance.following[rows])
+        own = replace(
+            rounds,
+            draft=Draft(rounds.draft.tokens[rows], lengths[rows], None),
+            acceptance=Acceptance(rounds.acceptance.accepted[rows], rounds.acceptance.following[rows]),
+        )
         own.assert_tokens_follow_p(0)
         own.assert_tokens_follow_p(length)
 
@@ -240,7 +186,7 @@ def test_a_draft_that_shares_no_token_with_the_target_is_never_accepted() -> Non
 
 
 @pytest.mark.parametrize("given", ["as probabilities", "as tokens alone"])
-def test_a_one_hot_draft_is_accepted_as_often_as_p_has_it(given: str) -> None:
+def test_a_one_hot_draft_is_accepted_with_the_probability_that_p_gives_it(given: str) -> None:
     torch.manual_seed(11)
     q = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
     acceptance = one_step(P, q if given == "as probabilities" else None, torch.full((ROUNDS,), 1))
@@ -251,9 +197,9 @@ def test_a_one_hot_draft_is_accepted_as_often_as_p_has_it(given: str) -> None:
     assert_follows(counted(acceptance.following[passed]), P[None])
 
 
-def test_where_rounding_leaves_no_residual_mass_p_itself_is_drawn_from() -> None:
+def test_where_rounding_leaves_no_residual_the_token_is_drawn_from_p() -> None:
     torch.manual_seed(13)
-    q = P * 1.5  # rounding at its worst: q exceeds p everywhere, so tokens fail although nothing is left to recover
+    q = P * 1.5  # rounding at its worst: q exceeds p everywhere, so tokens fail although no residual is left
     acceptance = one_step(P, q, sample(P.expand(ROUNDS, V)))
     assert not acceptance.accepted.all()
     assert_follows(counted(acceptance.following[acceptance.accepted == 0]), P[None])
@@ -268,7 +214,7 @@ def test_an_empty_draft_draws_from_p() -> None:
 
 
 @pytest.mark.parametrize("sampling", [True, False])
-def test_padding_a_draft_changes_nothing_about_its_rows(sampling: bool) -> None:
+def test_padding_a_draft_changes_no_row(sampling: bool) -> None:
     torch.manual_seed(19)
     q = torch.softmax(torch.randn(ROUNDS, 2, V), dim=-1)
     draft = Draft(sample(q), torch.arange(ROUNDS) % 3, q if sampling else None)
@@ -317,23 +263,7 @@ def test_greedy_acceptance_is_the_longest_common_prefix(data: st.DataObject, n: 
 
 # --- End to end: sampled decoding of a tiny model against every text it could have written ---
 
-LENGTH = 4
-ROWS = 499
-CALLS = 2
-EOS = 3
-
 LOOKUP = PromptLookup(gamma=3, min_ngram=1, max_ngram=2)
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "temperature": {"temperature": 0.6},
-    "top_k": {"top_k": 3},
-    "top_p": {"top_p": 0.8},
-    "min_p": {"min_p": 0.15},
-    "repetition_penalty": {"repetition_penalty": 1.4},
-    "all together": {"temperature": 0.8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.2},
-    "stop token": {"eos_token_id": EOS},
-}
 
 
 @pytest.fixture(scope="module")
@@ -341,62 +271,23 @@ def small() -> PreTrainedModel:
     return tiny_model("llama", vocab_size=V, num_hidden_layers=3, seed=4)
 
 
-@torch.no_grad()
-def law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tensor:
-    """The probability of each of the `V ** LENGTH` texts behind a prompt, through the plain model, token by token."""
-    texts = torch.cartesian_prod(*[torch.arange(V)] * LENGTH)
-    tokens = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
-    logits = model(input_ids=tokens).logits.float()
-    chosen = {name: value for name, value in options.items() if name in PROCESSORS}
-    config = model.generation_config.from_dict({"do_sample": True, "top_k": 0, **chosen})
-    chain = model._get_logits_processor(config, input_ids_seq_length=prompt.shape[1])
-    probability = torch.ones(len(texts), dtype=torch.double)
-    stopped = torch.zeros(len(texts), dtype=torch.bool)
-    for step in range(LENGTH):
-        end = prompt.shape[1] + step
-        p = torch.softmax(chain(tokens[:, :end], logits[:, end - 1]), dim=-1).gather(1, tokens[:, end : end + 1])[:, 0]
-        # Behind a stop token there is padding, token 0, and nothing else.
-        probability *= torch.where(stopped, (tokens[:, end] == 0).double(), p.double())
-        stopped |= tokens[:, end] == options.get("eos_token_id", -1)
-    return probability
-
-
 @pytest.mark.parametrize(
     ("setting", "way"),
     [(setting, {}) for setting in OPTIONS]
     + [(setting, {"exit_threshold": 0.5}) for setting in ("plain", "top_p", "stop token")]
-    + [(setting, {"gamma": 0, "prompt_lookup": LOOKUP}) for setting in ("plain", "all together", "stop token")]
-    + [(setting, {"gamma": 2, "prompt_lookup": LOOKUP}) for setting in ("plain", "all together", "stop token")],
+    + [
+        (setting, {"gamma": gamma, "prompt_lookup": LOOKUP})
+        for gamma in (0, 2)
+        for setting in ("plain", "all together", "stop token")
+    ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "layers",
 )
 def test_sampled_texts_of_a_tiny_model_follow_its_own_distribution(
     small: PreTrainedModel, setting: str, way: dict[str, Any]
 ) -> None:
     torch.manual_seed(23)
-    prompts = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the second repeats a token
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    spec = selfspec.wrap(small, Plan(**{"skip_set": SkipSet(attn={0}, mlp={2}), "gamma": 3, **way}))
-    options = {"top_k": 0, **OPTIONS[setting]}
-    counts = torch.zeros(2, V**LENGTH, dtype=torch.long)
-    powers = torch.tensor([V**i for i in reversed(range(LENGTH))])
-    ragged = set()
-    for _ in range(CALLS):
-        texts = spec.generate(
-            prompts,
-            attention_mask=mask,
-            do_sample=True,
-            max_new_tokens=LENGTH,
-            num_return_sequences=ROWS,
-            pad_token_id=0,
-            **options,
-        )[:, 4:]
-        texts = torch.nn.functional.pad(texts, (0, LENGTH - texts.shape[1]))
-        for index, rows in enumerate(texts.split(ROWS)):
-            counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=V**LENGTH)
-        ragged |= {(drafted, accepted) for _, drafted, accepted in spec.stats.history[0]}
-    assert {accepted for _, accepted in ragged} == {0, 1, 2, 3}, "rows were to accept different numbers of tokens"
-    lengths = {drafted for drafted, _ in ragged}
-    assert (len(lengths) > 1) == bool(way), "thresholds make drafts ragged, and so does lookup in one of two rows"
-    expected = torch.stack([law(small, prompts[:1, 1:], options), law(small, prompts[1:], options)])
-    torch.testing.assert_close(expected.sum(dim=1), torch.ones(2, dtype=torch.double))
-    assert_follows(counts, expected)
+    spec = wrap(small, Plan(**{"skip_set": SkipSet(attn={0}, mlp={2}), "gamma": 3, **way}))
+    first_rounds = assert_sampled_texts_follow(spec, setting)
+    assert {accepted for _, accepted in first_rounds} == {0, 1, 2, 3}, "rows must accept different numbers of tokens"
+    lengths = {drafted for drafted, _ in first_rounds}
+    assert (len(lengths) > 1) == bool(way), "thresholds and lookup in one of two rows make drafts ragged"

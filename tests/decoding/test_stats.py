@@ -1,4 +1,4 @@
-"""Stats and the request behind them, counted by hand."""
+"""Stats, and the request that they count, by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, damped_model, prompts
+from models import ENDS_SKIPPED, prompts
 from pairs import llama, speculator
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
@@ -46,7 +46,7 @@ def play(request: Request, stats: Stats, drafts: list[list[int]], best: list[lis
     draft = Draft(tokens, torch.tensor([len(row) for row in drafts]), None)
     scores = torch.nn.functional.one_hot(torch.tensor([row + [0] * (n + 1 - len(row)) for row in best]), V).float()
     host_values = request.commit(draft, accept(draft, scores, sampling=False), scores)
-    committed = request.take(host_values.tolist(), scores, scores)
+    committed = request.receive(host_values.tolist(), scores, scores)
     stats.count_pass(committed)
 
 
@@ -54,7 +54,7 @@ def test_two_rows_of_three_rounds_counted_by_hand() -> None:
     rows, stats = request(max_length=20), Stats(rows=2)
     play(rows, stats, [[1, 2, 3], [4, 5]], [[1, 2, 7, 8], [4, 5, 6]])  # 2 of 3 accepted and recovered; all 2 and bonus
     play(rows, stats, [[1, 2, 3], [6, EOS, 3]], [[5, 2, 3, 4], [6, EOS, 3, 4]])  # none of 3; stops at its second token
-    play(rows, stats, [[EOS, 2], []], [[EOS, 2, 3], [1, 1, 1]])  # stops at once; the other row is no longer counted
+    play(rows, stats, [[EOS, 2], []], [[EOS, 2, 3], [1, 1, 1]])  # stops at once; the finished row does not count
     assert rows.is_done()
     assert rows.ends.tolist() == rows.stopped_at == [8, 8]
     assert rows.result().tolist() == [[1, 2, 3, 1, 2, 7, 5, EOS], [0, 4, 5, 4, 5, 6, 6, EOS]]
@@ -63,7 +63,7 @@ def test_two_rows_of_three_rounds_counted_by_hand() -> None:
     assert stats.history == [((0, 3, 2), (1, 2, 2)), ((0, 3, 0), (1, 3, 2)), ((0, 2, 1),)]
     assert stats.tokens_per_round == 10 / 5
     assert stats.acceptance_rate == 7 / 13
-    # Tokens drafted behind a stop token were neither right nor wrong: the text had ended.
+    # Tokens drafted after a stop token count as neither accepted nor rejected.
     assert stats.reached_at == [5, 3, 1]
     assert stats.accepted_at == [4, 3, 0]
     assert stats.agreement == [4 / 5, 1.0, 0.0]
@@ -90,11 +90,10 @@ def test_rows_that_end_at_different_times_are_padded_and_commit_no_more() -> Non
     assert stats.tokens == 1 + 3
 
 
-@pytest.mark.parametrize(
-    ("max_length", "gamma", "limits"), [(20, 4, [4, 4]), (8, 4, [4, 4]), (7, 4, [3, 3]), (5, 4, [1, 1]), (4, 4, [0, 0])]
-)
-def test_a_row_drafts_at_most_one_less_than_it_may_still_write(max_length: int, gamma: int, limits: list[int]) -> None:
-    assert request(max_length).draft_limits(gamma).tolist() == limits
+@pytest.mark.parametrize(("max_length", "limit"), [(20, 4), (8, 4), (7, 3), (5, 1), (4, 0)])
+def test_a_row_drafts_at_most_one_token_less_than_it_may_still_write(max_length: int, limit: int) -> None:
+    assert request(max_length).draft_limits(4).tolist() == [limit, limit]
+    assert request(max_length).longest_draft(4) == limit
 
 
 def test_a_finished_row_drafts_nothing() -> None:
@@ -103,7 +102,7 @@ def test_a_finished_row_drafts_nothing() -> None:
     assert rows.draft_limits(4).tolist() == [0, 4]
 
 
-def test_kept_scores_are_those_of_committed_tokens_and_zeros_behind_the_end() -> None:
+def test_kept_scores_are_those_of_committed_tokens_then_zeros() -> None:
     rows = request(max_length=9)
     rows.keep_scores = True
     play(rows, Stats(), [[1, 2], [4, 5]], [[1, EOS, 3], [3, 5, 6]])
@@ -133,7 +132,7 @@ def test_the_tokens_counted_are_the_tokens_returned() -> None:
 
 
 @pytest.mark.parametrize("new_tokens", range(1, 8))
-def test_the_last_round_drafts_at_most_one_less_than_is_still_allowed(new_tokens: int) -> None:
+def test_every_round_drafts_gamma_tokens_or_one_less_than_are_allowed(new_tokens: int) -> None:
     _, stats = written(new_tokens)
     left = [new_tokens] * 3
     for rounds in stats.history:
@@ -170,7 +169,7 @@ def test_times_add_up_and_stats_go_to_json() -> None:
     assert f"{stats.tokens} tokens in {stats.rounds} rounds" in str(stats)
 
 
-def test_stats_of_a_call_that_did_nothing_divide_by_nothing() -> None:
+def test_rates_of_an_empty_call_are_zero() -> None:
     stats = Stats()
     assert (stats.tokens_per_round, stats.acceptance_rate, stats.tokens_per_second, stats.agreement) == (0, 0, 0, [])
 
@@ -182,7 +181,7 @@ def test_a_plan_without_speculation_counts_one_token_a_round() -> None:
     assert tokens.shape == (3, 11)
 
 
-def test_each_call_has_stats_of_its_own_and_a_broken_off_stream_counts_what_it_did() -> None:
+def test_each_call_has_stats_of_its_own_and_a_closed_stream_counts_its_rounds() -> None:
     spec = wrap(llama(), Plan(skip_set=ENDS_SKIPPED, gamma=4))
     assert spec.stats.tokens == 0
     first = spec.generate(TOKENS, attention_mask=MASK, max_new_tokens=5, return_dict_in_generate=True).stats
@@ -196,17 +195,12 @@ def test_each_call_has_stats_of_its_own_and_a_broken_off_stream_counts_what_it_d
     assert spec.stats.backend == "sdpa"
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        {"exit_threshold": 0.02},
-        {"exit_threshold": 0.02, "prompt_lookup": PromptLookup(gamma=3, min_ngram=1)},
-    ],
-    ids=["threshold", "cascade"],
-)
-def test_the_steps_counted_are_the_passes_of_the_draft(plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lookup", [None, PromptLookup(gamma=3, min_ngram=1)], ids=["threshold", "cascade"])
+def test_the_steps_counted_are_the_passes_of_the_draft(
+    lookup: PromptLookup | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens, mask = prompts(11, 5)
-    spec = wrap(damped_model("llama", ENDS_SKIPPED), Plan(skip_set=ENDS_SKIPPED, gamma=5, **plan))
+    spec = wrap(llama(), Plan(skip_set=ENDS_SKIPPED, gamma=5, exit_threshold=0.02, prompt_lookup=lookup))
     views, run = [], Runtime.run
 
     def counted(self: Runtime, view: Any, *args: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prompt lookup and the cascade: what they draft, and that nothing changes in what comes out."""
+"""Prompt lookup and the cascade: the drafts, and output that is the model's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def request_of(*rows: list[int], new_tokens: int = 9) -> Request:
 
 def drafted(*rows: list[int], lookup: PromptLookup = LOOKUP, scan: bool = False) -> list[list[int]]:
     request = request_of(*rows)
-    request.is_captured = scan  # what a graph holds scans the context
+    request.is_captured = scan  # captured rounds scan the whole row
     drafter = PromptLookupDrafter(lookup)
     drafter.look(request)
     draft = drafter.draft(request, int(request.found.max()))
@@ -49,33 +49,33 @@ def drafted(*rows: list[int], lookup: PromptLookup = LOOKUP, scan: bool = False)
         row[end : end + n].tolist() for row, end, n in zip(request.sequences, request.ends, draft.lengths, strict=True)
     ]
     returned = [row[:n].tolist() for row, n in zip(draft.tokens, draft.lengths, strict=True)]
-    assert written == returned, "drafted tokens stand behind the committed ones"
+    assert written == returned, "drafted tokens follow the committed tokens"
     return returned
 
 
-def test_what_followed_the_longest_match_is_drafted() -> None:
+def test_the_tokens_after_the_longest_match_are_drafted() -> None:
     assert drafted([5, 6, 7, 8, 9, 1, 2, 7, 4, 4, 4, 4, 5, 6, 7]) == [[8, 9, 1, 2]]
 
 
-def test_of_equal_matches_the_latest_counts() -> None:
+def test_the_latest_of_equal_matches_counts() -> None:
     assert drafted([1, 2, 11, 12, 13, 14, 1, 2, 21, 22, 23, 24, 1, 2]) == [[21, 22, 23, 24]]
 
 
-def test_a_copy_goes_on_beyond_the_last_committed_token() -> None:
+def test_a_copy_continues_with_its_own_tokens_after_the_last_committed_token() -> None:
     assert drafted([9, 1, 2, 3, 1, 2, 3]) == [[1, 2, 3, 1]]
     assert drafted([7, 7]) == [[7, 7, 7, 7]]
 
 
-def test_rows_look_at_their_own_tokens_and_never_at_their_padding() -> None:
+def test_a_row_looks_up_its_own_tokens_and_never_its_padding() -> None:
     assert drafted([4, 3, 8, 8, 4, 3], [3], [5, 6, 3]) == [[8, 8, 4, 3], [], []]
 
 
-def test_a_match_shorter_than_the_least_drafts_nothing() -> None:
+def test_a_match_shorter_than_min_ngram_drafts_nothing() -> None:
     assert drafted([1, 5, 6, 7, 9, 5], lookup=PromptLookup(gamma=4, min_ngram=2, max_ngram=3)) == [[]]
 
 
 def naive(tokens: list[int], lookup: PromptLookup) -> list[int]:
-    """The definition, word for word."""
+    """The definition, token by token."""
     best, place = 0, 0
     for end in range(1, len(tokens)):
         n = 0
@@ -97,7 +97,7 @@ def naive(tokens: list[int], lookup: PromptLookup) -> list[int]:
     least=st.integers(1, 3),
     more=st.integers(0, 3),
 )
-def test_any_rows_draft_what_the_definition_says(rows: list[list[int]], least: int, more: int) -> None:
+def test_rows_draft_as_defined_by_index_and_by_scan(rows: list[list[int]], least: int, more: int) -> None:
     lookup = PromptLookup(gamma=4, min_ngram=least, max_ngram=least + more)
     expected = [naive(row, lookup) for row in rows]
     assert drafted(*rows, lookup=lookup, scan=True) == expected
@@ -105,7 +105,7 @@ def test_any_rows_draft_what_the_definition_says(rows: list[list[int]], least: i
 
 
 @given(text=st.lists(st.integers(3, 5), min_size=2, max_size=23), cuts=st.sets(st.integers(1, 22)))
-def test_an_index_that_grows_finds_what_one_made_at_once_does(text: list[int], cuts: set[int]) -> None:
+def test_a_grown_index_finds_the_match_of_a_whole_index_and_of_a_scan(text: list[int], cuts: set[int]) -> None:
     grown, places = NgramIndex(4), sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
     for start, end in pairwise(places):
         grown.extend(text[start:end])
@@ -115,7 +115,7 @@ def test_an_index_that_grows_finds_what_one_made_at_once_does(text: list[int], c
         assert grown.match == whole.match == ((int(place), int(length)) if length else (0, 0))
 
 
-def test_the_index_of_another_request_is_forgotten() -> None:
+def test_each_request_begins_with_an_empty_index() -> None:
     spec = speculator(0)
     for rows in (3, 1, 3):
         tokens, mask = repetitive(rows)
@@ -124,7 +124,7 @@ def test_the_index_of_another_request_is_forgotten() -> None:
             assert spec.stats.accepted
 
 
-def test_no_match_is_length_zero() -> None:
+def test_without_a_match_the_length_is_zero() -> None:
     request = request_of([1, 2, 4])
     _, length = latest_match(request.sequences, request.pads, request.ends, 3)
     assert length.tolist() == [0]
@@ -146,7 +146,7 @@ def repetitive(rows: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("threshold", [None, 0.2])
 @pytest.mark.parametrize("gamma", [0, 2, 5])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_output_is_the_models_own(rows: int, gamma: int, threshold: float | None) -> None:
+def test_greedy_output_is_the_models_own(rows: int, gamma: int, threshold: float | None) -> None:
     tokens, mask = repetitive(rows)
     stats = assert_same(
         tokens, attention_mask=mask, max_new_tokens=31, do_sample=False, spec=speculator(gamma, threshold)
@@ -154,10 +154,10 @@ def test_the_output_is_the_models_own(rows: int, gamma: int, threshold: float | 
     assert 0 < stats.accepted < stats.drafted
     if gamma == 0:
         assert stats.seconds["draft"] > 0
-        assert any(drafted == 0 for step in stats.history for _, drafted, _ in step), "lookup never missed"
+        assert any(drafted == 0 for step in stats.history for _, drafted, _ in step), "lookup must fail in some round"
 
 
-def test_a_cascade_drafts_by_layers_where_lookup_misses() -> None:
+def test_a_cascade_drafts_by_layers_where_lookup_finds_nothing() -> None:
     tokens, mask = repetitive(3)
     options = {"attention_mask": mask, "max_new_tokens": 31, "do_sample": False}
     alone = assert_same(tokens, **options, spec=speculator(0))
@@ -166,7 +166,7 @@ def test_a_cascade_drafts_by_layers_where_lookup_misses() -> None:
     assert not any(drafted == 0 for step in cascade.history[:-3] for row, drafted, _ in step if row == 0)
 
 
-def test_a_lookup_plan_survives_its_file_and_says_what_it_does() -> None:
+def test_a_lookup_plan_survives_its_file_and_describes_itself() -> None:
     plan = Plan(skip_set=ENDS_SKIPPED, gamma=0, prompt_lookup=LOOKUP)
     again = Plan.from_json(plan.to_json())
     assert again == plan
@@ -176,7 +176,7 @@ def test_a_lookup_plan_survives_its_file_and_says_what_it_does() -> None:
     assert str(Plan(skip_set=ENDS_SKIPPED, gamma=2, prompt_lookup=LOOKUP)).count("on a miss") == 1
 
 
-def test_a_lookup_that_makes_no_sense_is_refused() -> None:
+def test_inconsistent_lookup_settings_are_refused() -> None:
     with pytest.raises(PlanError, match="min_ngram is 5, but it must be at most max_ngram, 3"):
         PromptLookup(gamma=4, min_ngram=5, max_ngram=3)
     with pytest.raises(PlanError, match="gamma"):

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from laws import assert_follows
 from models import LAYERS, assert_exercised, damp
 from near_ties import judge_every_token
 from quantised_models import PROPOSED, TOKENS, damped_model, drafting, few_prompts, quantisable_model
 from tape import NoReads
 from test_compiling import compilations  # noqa: F401  # a fixture
 from test_graphs import compiled_whole, fixed_widths, no_warnings_of_the_compiler, tape_of, taped  # noqa: F401
-from test_sampling import assert_follows
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 

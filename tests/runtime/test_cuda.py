@@ -2,8 +2,8 @@
 
 What of the CUDA-only code each test reaches:
 
-- `CudaRecorder.warm_up`, `.record`, `.nbytes`, `graphs_for`, pinned `decoding.read`, events in `Laps`, passes of
-  `KVCache.begin` over all slots: `test_captured_rounds_write_what_the_model_writes`, and those of `read` and `Laps`.
+- `CudaRecorder.warm_up`, `.record`, `.nbytes`, `graphs_for`, pinned `decoding.read`, events in `DeviceTimer`, passes of
+  `KVCache.begin` over all slots: `test_captured_rounds_write_what_the_model_writes`, tests of `read` and `DeviceTimer`.
 - `CudaRecorder._recover`: `test_a_capture_that_fails_leaves_all_as_it_was`; a new pool once all graphs are dropped:
   `test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held`.
 - The packing of 4-bit weights, and the choice of kernels: `test_the_kernels_of_quantised_weights_...`, and captured in
@@ -43,7 +43,7 @@ import selfspec.decoding.round
 from selfspec import DecodeOptions, Plan, SelfSpeculator, SkipSet, draft_bytes, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.decoding.round import read
-from selfspec.decoding.stats import Laps
+from selfspec.decoding.stats import DeviceTimer
 from selfspec.drafters.build import drafter_of
 from selfspec.huggingface.loading import AUTO, _device, describe_device
 from selfspec.models.quantised_linear import QuantisedWeight, device_unsupported_reason, quantise
@@ -440,17 +440,17 @@ def test_interrupted_captures_are_no_reason_to_stop(device: torch.device, monkey
 
 
 @BOTH
-def test_laps_are_positive_and_no_longer_than_the_whole(device: torch.device) -> None:
+def test_device_times_are_positive_and_no_longer_than_the_whole(device: torch.device) -> None:
     matrix = torch.ones(257, 257, device=device)
-    start, laps = perf_counter(), Laps(device)
+    start, timer = perf_counter(), DeviceTimer(device)
     for _ in range(4):
-        laps.mark()
+        timer.mark()
         matrix = matrix @ matrix
     read(matrix[:1, :1].long())
     total = perf_counter() - start
-    assert len(laps.seconds()) == 3
-    assert all(seconds > 0 for seconds in laps.seconds())
-    assert sum(laps.seconds()) < total
+    assert len(timer.seconds()) == 3
+    assert all(seconds > 0 for seconds in timer.seconds())
+    assert sum(timer.seconds()) < total
 
 
 @BOTH

@@ -235,7 +235,7 @@ def test_a_plan_with_an_exit_threshold_is_not_captured_and_stats_say_so(llama: P
     spec, given = taped(llama, PLAN.model_copy(update={"exit_threshold": 0.4})), batch(11, 5)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
     assert spec.stats.slower_paths == [
-        "rounds are not captured: with an exit threshold, drafts end when the device says so"
+        "rounds are not captured: with an exit threshold, the host reads the device after every drafted token"
     ]
     assert tape_of(spec).recorded == 0
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from saved import PLAN, save_model
 
 from selfspec import InputError, Metrics, SelfspecError, Stats
-from selfspec.decoding.request import Committed
+from selfspec.decoding.acceptance import Committed
 from selfspec.serving.metrics import to_text
 
 PER_POS = "selfspec_spec_decode_num_{}_tokens_per_pos_total"

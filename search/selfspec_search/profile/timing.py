@@ -11,7 +11,7 @@ from torch import Tensor
 from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.decoding.request import Request
-from selfspec.decoding.round import is_captured, prefill, run_draft, settle, step
+from selfspec.decoding.round import bind_buffers, is_captured, run_draft, step
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
@@ -78,7 +78,7 @@ class Bench:
     def prefill(self, runtime: Runtime) -> Call:
         """One prefill."""
         request = self._begin(runtime, NoDrafter())
-        return lambda: prefill(runtime, request)
+        return lambda: runtime.prefill_prompts(request.prompts, request.pads)
 
     def captures(self, runtime: Runtime) -> bool:
         """Whether rounds of requests like these run as graphs."""
@@ -94,7 +94,7 @@ class Bench:
         request = request_for(
             runtime.model, list(self.prompts), 2 * gamma + 2, gamma, sampling=self.sampling, stops=False
         )
-        settle(runtime, drafter, request)
+        bind_buffers(runtime, drafter, request)
         return request
 
 

@@ -1,0 +1,74 @@
+"""Stopping: finds, on the host, where each row ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from selfspec.decoding.acceptance import Committed
+from selfspec.decoding.logits_processors import has_stop_token
+
+
+class Stopping:
+    """Rows end at a stop token, at `max_length`, or where one of the other criteria holds.
+
+    Attributes:
+        tokens: the stop tokens.
+        others: the criteria beyond stop tokens and `max_length`: stop strings, a time limit, the user's own criteria.
+        rows_run_on: in lock-step without a stop token, Hugging Face lets stopped rows run on until all rows stop.
+        text: `b max_length`, the rows on the CPU, so that `others` need not read the device; None if nothing looks.
+        stopped_at: where each row ended, padding included; None for unfinished rows.
+    """
+
+    def __init__(
+        self, criteria: StoppingCriteriaList, prompts: Tensor, max_length: int, pad_token: int, lockstep: bool
+    ) -> None:
+        eos = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
+        self.max_length, self.lockstep = max_length, lockstep
+        self.tokens = frozenset(token for ids in eos for token in ids.flatten().tolist())
+        self.others = StoppingCriteriaList(
+            criterion for criterion in criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+        )
+        self.rows_run_on = lockstep and not has_stop_token(criteria)
+        self.stopped_at: list[int | None] = [None] * prompts.shape[0]
+        self.text: Tensor | None = None
+        if self.others and not lockstep:
+            rows, width = prompts.shape
+            self.text = prompts.new_full((rows, max_length), pad_token, device="cpu")
+            self.text[:, :width] = prompts.cpu()
+
+    def stop(self, committed: list[Committed], sequences: Tensor, scores: list[list[Tensor]] | None) -> bool:
+        """Note the rows that end with their new tokens, and cut the tokens there.
+
+        In lock-step, `others` look at the `sequences` (`b length`) and the kept scores of all rows at once, as in
+        `model.generate`. Returns whether a row ended for a reason that the device cannot find itself.
+        """
+        for row in committed:
+            if self.stopped_at[row.row] is None:
+                self.stopped_at[row.row] = self._end_of(row)
+        if self.lockstep and self.others:
+            steps = None if scores is None else tuple(torch.stack(step) for step in zip(*scores, strict=True))
+            stops: Tensor = self.others(sequences.contiguous(), steps)  # type: ignore[arg-type]
+            for index, stopped in enumerate(stops.tolist()):
+                if stopped and self.stopped_at[index] is None:
+                    self.stopped_at[index] = sequences.shape[1]
+        if self.rows_run_on:
+            return False
+        ended = [(row, end) for row in committed if (end := self.stopped_at[row.row]) is not None]
+        for row, end in ended:
+            row.tokens = row.tokens[: end - row.start]
+            row.accepted = min(row.accepted, len(row.tokens))
+        return bool(ended) and (self.lockstep or bool(self.others))
+
+    def _end_of(self, row: Committed) -> int | None:
+        """Where the row ends if it ends within its new tokens; else None."""
+        if self.text is not None:
+            self.text[row.row, row.start : row.start + len(row.tokens)] = torch.tensor(row.tokens)
+        for end, token in enumerate(row.tokens, start=row.start + 1):
+            if token in self.tokens or end >= self.max_length:
+                return end
+            if self.text is not None and bool(self.others(self.text[row.row : row.row + 1, :end], None)):
+                return end
+        return None

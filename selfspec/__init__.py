@@ -26,7 +26,7 @@ _MODULES = {
     "SelfSpeculator": "speculator",
     "SelfspecError": "errors",
     "SkipSet": "plan.sublayers",
-    "SpeculativeOutput": "speculator",
+    "SpeculativeOutput": "huggingface.output",
     "Stats": "decoding.stats",
     "SubVocabulary": "plan.draft_spec",
     "UnsupportedModelError": "errors",

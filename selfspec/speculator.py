@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +17,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from selfspec.decode_options import DecodeOptions, PolicyName
 from selfspec.decoding.acceptance import Committed
@@ -28,9 +25,10 @@ from selfspec.decoding.request import Request
 from selfspec.decoding.round import decode, is_captured
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.draft_model import check_plan, draft_model_bytes, draft_runtime, refresh
-from selfspec.errors import InputError, PlanWarning, SelfspecError, UnsupportedOptionError
+from selfspec.errors import InputError, PlanWarning, UnsupportedOptionError
 from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_hugging_face
 from selfspec.huggingface.options import with_stop_strings
+from selfspec.huggingface.output import SpeculativeOutput, output_of
 from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import draft_weight_bytes, unsupported_reasons
 from selfspec.models.support import check_supported
@@ -38,13 +36,7 @@ from selfspec.plan import Plan
 from selfspec.policy import drafter_for, too_many_rows
 from selfspec.runtime.cuda_graphs import Recorder
 from selfspec.runtime.runtime import Runtime
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """Hugging Face's output without a cache, and `stats`. Scores and logits behind a row's own end are zeros."""
-
-    stats: Stats | None = None
+from selfspec.utils.request_lock import RequestLock
 
 
 def wrap(
@@ -129,11 +121,11 @@ class SelfSpeculator:
         """Where a draft model runs, if there is one."""
         if draft_model is not None:
             self.draft_runtime = draft_runtime(self.runtime, draft_model, options)
-        self._warn_if_stale(**self.runtime.conditions)
-        self._told_of_sampling = self._told_of_rows = False
+        _warn_if_stale(self.plan, **self.runtime.conditions)
+        self._warned_of_sampling = self._warned_of_rows = False
         self.stats = Stats()
         """Of the latest call that began to decode, also if it was then broken off."""
-        self._turns = Turns()
+        self._lock = RequestLock()
 
     def generate(
         self,
@@ -179,7 +171,7 @@ class SelfSpeculator:
             for committed in rounds:
                 for token in committed.tokens:
                     yield token
-                    self._turns.pass_on()
+                    self._lock.transfer()
 
     def stream_rounds(
         self,
@@ -202,11 +194,11 @@ class SelfSpeculator:
             raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
         if request.keep_scores or request.keep_logits:
             raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
-        with self._turns.taken(), closing(self._rounds(request)) as rounds:
+        with self._lock.held(), closing(self._rounds(request)) as rounds:
             for committed in rounds:
                 for row in committed:
                     yield row
-                    self._turns.pass_on()
+                    self._lock.transfer()
 
     def __call__(
         self,
@@ -224,9 +216,10 @@ class SelfSpeculator:
         request = self._prepare(
             model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
         )
-        with self._turns.taken():
+        with self._lock.held():
             if isinstance(request, PlainDecoding):
-                return self._decode_plainly(request, selfspec_streamer)
+                self.stats = Stats(rows=request.prompts.shape[0], slower_paths=[request.reason])
+                return request.decode(self.stats, selfspec_streamer)
             streamed = Streamed(selfspec_streamer, request) if selfspec_streamer is not None else None
             with closing(self._rounds(request)) as rounds:
                 for committed in rounds:
@@ -234,20 +227,7 @@ class SelfSpeculator:
                         streamed.put(committed)
             if streamed is not None:
                 streamed.end()
-            return self._output(request, generation_config)
-
-    def _warn_if_stale(self, **here: Any) -> None:
-        if (reason := self.plan.stale_because(**here)) is not None:
-            advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
-            warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
-
-    def _warn_if_too_many(self, rows: int) -> None:
-        if self.options.policy == "fixed" or self.draft_runtime is not None or self._told_of_rows:
-            return
-        if (reason := too_many_rows(self.plan, rows)) is not None:
-            self._told_of_rows = True
-            advice = f"search for {rows} rows (--rows, or --other-rows), or keep to the plan with policy 'fixed'"
-            warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=4)
+            return output_of(request, generation_config, self.stats)
 
     def _prepare(
         self,
@@ -267,10 +247,11 @@ class SelfSpeculator:
             generation_config=generation_config,
             model_kwargs=model_kwargs,
         )
-        if not self._told_of_sampling:
-            self._told_of_sampling = True
-            self._warn_if_stale(do_sample=bool(generation_config.do_sample))
-        self._warn_if_too_many(input_ids.shape[0])
+        if not self._warned_of_sampling:
+            self._warned_of_sampling = True
+            _warn_if_stale(self.plan, do_sample=bool(generation_config.do_sample))
+        if self.options.policy == "adaptive" and self.draft_runtime is None and not self._warned_of_rows:
+            self._warned_of_rows = _warn_if_too_many_rows(self.plan, input_ids.shape[0])
         return prepared.request(self.plan)
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
@@ -295,72 +276,41 @@ class SelfSpeculator:
             yield from decode(self.runtime, drafter, request, self.stats)
             whole = True
         finally:
-            self._tell_paths(request)
+            _record_paths(self.stats, self.runtime, self.draft_runtime, request)
             self.stats.changes = list(drafter.changes)
             if not whole:  # an error may have left a NaN behind, even in a slot that is masked
                 self.runtime.zero_cache()
                 if self.draft_runtime is not None:
                     self.draft_runtime.zero_cache()
 
-    def _tell_paths(self, request: Request) -> None:
-        """Write to the stats what was compiled and captured, and why the rest was not."""
-        runtime, stats = self.runtime, self.stats
-        stats.compiled, stats.draft_bytes = runtime.passes.compile, runtime.views.draft_weights.nbytes
-        if self.draft_runtime is not None:
-            stats.draft_bytes += draft_model_bytes(self.model, self.draft_runtime)
-            if self.draft_runtime.passes.uncompiled_reason not in (None, runtime.passes.uncompiled_reason):
-                reason = self.draft_runtime.passes.uncompiled_reason
-                stats.slower_paths.append(f"the draft model runs eagerly: {reason}")
-        stats.slower_paths += [f"of the draft, {line}" for line in unsupported_reasons(self.model, runtime.draft_spec)]
-        if runtime.passes.uncompiled_reason is not None:
-            stats.slower_paths.append(f"passes run eagerly: {runtime.passes.uncompiled_reason}")
-        if runtime.uncaptured_reason is not None:
-            stats.slower_paths.append(f"rounds are not captured: {runtime.uncaptured_reason}")
-        elif runtime.graphs is not None and is_captured(runtime, request):
-            stats.captured, stats.graph_bytes = True, runtime.graphs.nbytes
 
-    def _decode_plainly(self, plain: PlainDecoding, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
-        self.stats = Stats(rows=plain.prompts.shape[0], slower_paths=[plain.reason])
-        if streamer is not None:
-            streamer.put(plain.prompts.cpu())
-        try:
-            with self.stats.timed("total"):
-                output = plain.run(streamer)
-        finally:
-            self.stats.tokens = plain.criteria.tokens
-        return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=self.stats)
-
-    def _output(self, request: Request, generation_config: GenerationConfig) -> Tensor | SpeculativeOutput:
-        sequences = request.result()
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return SpeculativeOutput(
-            sequences=sequences,  # type: ignore[arg-type]
-            scores=request.result_steps(request.scores) if request.keep_scores else None,  # type: ignore[arg-type]
-            logits=request.result_steps(request.logits) if request.keep_logits else None,  # type: ignore[arg-type]
-            stats=self.stats,
-        )
+def _warn_if_stale(plan: Plan, **here: Any) -> None:
+    if (reason := plan.stale_because(**here)) is not None:
+        advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
+        warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
 
 
-class Turns:
-    """Threads wait for each other; a second request from the same thread would wait for itself, so it is refused."""
+def _warn_if_too_many_rows(plan: Plan, rows: int) -> bool:
+    """Warn if the plan knows no round costs of as many rows; whether it warned."""
+    if (reason := too_many_rows(plan, rows)) is None:
+        return False
+    advice = f"search for {rows} rows (--rows, or --more-rows), or keep to the plan with policy 'fixed'"
+    warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=4)
+    return True
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """In this context nobody else has a turn."""
-        if self._owner == threading.get_ident():
-            raise SelfspecError("a stream of this object is still open in this thread; exhaust or close it first")
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
-
-    def pass_on(self) -> None:
-        """The turn is this thread's from now on: a stream may change hands."""
-        self._owner = threading.get_ident()
+def _record_paths(stats: Stats, runtime: Runtime, draft_runtime: Runtime | None, request: Request) -> None:
+    """Write to `stats` what was compiled and captured, and why the rest was not."""
+    passes = runtime.passes
+    stats.compiled, stats.draft_bytes = passes.compile, runtime.views.draft_weights.nbytes
+    if draft_runtime is not None:
+        stats.draft_bytes += draft_model_bytes(runtime.model, draft_runtime)
+        if (reason := draft_runtime.passes.uncompiled_reason) not in (None, passes.uncompiled_reason):
+            stats.slower_paths.append(f"the draft model runs eagerly: {reason}")
+    stats.slower_paths += [f"of the draft, {line}" for line in unsupported_reasons(runtime.model, runtime.draft_spec)]
+    if passes.uncompiled_reason is not None:
+        stats.slower_paths.append(f"passes run eagerly: {passes.uncompiled_reason}")
+    if runtime.uncaptured_reason is not None:
+        stats.slower_paths.append(f"rounds are not captured: {runtime.uncaptured_reason}")
+    elif runtime.graphs is not None and is_captured(runtime, request):
+        stats.captured, stats.graph_bytes = True, runtime.graphs.nbytes

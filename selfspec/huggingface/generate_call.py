@@ -14,8 +14,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from selfspec.decoding.logits_processors import needs_lockstep
 from selfspec.decoding.request import Request
+from selfspec.decoding.stats import Stats
 from selfspec.errors import InputError
 from selfspec.huggingface.options import check_arguments, check_prepared, max_length
+from selfspec.huggingface.output import SpeculativeOutput
 from selfspec.models.rope import longrope_switch
 from selfspec.plan import Plan
 from selfspec.policy import longest_draft
@@ -138,8 +140,18 @@ class PlainDecoding:
     def prompts(self) -> Tensor:
         return self.prepared.input_ids
 
-    def run(self, streamer: BaseStreamer | None) -> Any:
-        """What `model.generate` returns."""
+    def decode(self, stats: Stats, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
+        """What `model.generate` returns. `stats` counts the tokens and the time, also of a call that fails."""
+        if streamer is not None:
+            streamer.put(self.prompts.cpu())
+        try:
+            with stats.timed("total"):
+                output = self._run(streamer)
+        finally:
+            stats.tokens = self.criteria.tokens
+        return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=stats)
+
+    def _run(self, streamer: BaseStreamer | None) -> Any:
         call = self.prepared
         return call.model._sample(  # type: ignore[operator]
             call.input_ids,

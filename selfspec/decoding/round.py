@@ -14,6 +14,7 @@ from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Committed, Request
 from selfspec.decoding.stats import Laps, Stats
+from selfspec.runtime.prefill import prefill_prompts
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import wait_for
 
@@ -151,4 +152,4 @@ def _run(runtime: Runtime, request: Request, key: Hashable, work: Callable[[], A
 
 def prefill(runtime: Runtime, request: Request) -> None:
     """Cache all of each prompt but its last token; ragged prompts lose their padding here."""
-    runtime.prefill_prompts(request.prompts, request.pads)
+    prefill_prompts(runtime, request.prompts, request.pads)

@@ -18,6 +18,7 @@ from selfspec.models.rope import longrope_switch
 from selfspec.models.support import check_supported
 from selfspec.plan import Plan
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.runtime.prefill import extend, prefill_prompts
 from selfspec.runtime.runtime import Runtime
 
 WIDEST = 16
@@ -67,7 +68,7 @@ class DraftModelDrafter(StepwiseDrafter):
         self._reach = reach(self.runtime.model, width - min(self._pads))
         self.runtime.reserve(b, request.max_length + request.room)
         if self._longest(request):
-            self.runtime.prefill_prompts(self._known(request.prompts), request.pads)
+            prefill_prompts(self.runtime, self._known(request.prompts), request.pads)
 
     def choose(self, request: Request) -> tuple[Drafter, int]:
         self._n = self._longest(request)
@@ -116,7 +117,7 @@ class DraftModelDrafter(StepwiseDrafter):
         """Logits `b 1 v` behind each row's last committed token, once all before it are cached."""
         texts, width = request.ends - request.pads, self._width  # b
         if width > WIDEST:
-            self.runtime.extend(self._last(request, width)[:, :-1], static=self.runtime.static)
+            extend(self.runtime, self._last(request, width)[:, :-1], static=self.runtime.static)
             width = 2 if self.runtime.static else 1
         logits = self.runtime.run("target", self._last(request, width))  # b t v
         at = texts - 1 - self.runtime.cache.lengths  # b

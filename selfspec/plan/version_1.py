@@ -1,4 +1,4 @@
-"""Plan files of version 1: their parts get today's names. One warning names parts that no longer exist."""
+"""Reads plan files of version 1: renames their parts, and warns about parts that no longer exist."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RETIRED: tuple[str, ...] = (
     "other_rows.*.rescued",
     "provenance.profile",
 )
-"""Dotted keys of parts that version 1 knew and no release knows any more. A `*` stands for every entry of a list."""
+"""Dotted keys of version 1 that no longer exist. `*` matches every entry of a list."""
 
 
 def read_version_1(data: dict[str, Any], source: str) -> dict[str, Any]:
-    """The content of a plan file of version 1, as version 2 has it; `data` stays as it is.
+    """Convert a plan file's content from version 1 to version 2. Does not change `data`.
 
-    Version 2 keeps the round costs of every number of rows in one list (version 1: `outlook` and `other_rows`), and
-    calls `padding` `pass_lengths`.
+    Version 2 holds all round costs in one list (version 1: `outlook` and `other_rows`), and `padding` became
+    `pass_lengths`.
     """
     data = {**without_retired_parts(data, source), "selfspec_version": 2}
     first, others = data.pop("outlook", None), data.pop("other_rows", None) or []
@@ -37,16 +37,16 @@ def read_version_1(data: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _renamed(part: Any, old: str, new: str) -> Any:
-    """`part` with a key renamed. A part that is not a dictionary is left for the plan to refuse."""
+    """`part` with a key renamed. A part that is not a dictionary stays unchanged: the plan refuses the part."""
     if not isinstance(part, dict):
         return part
     return {new if key == old else key: value for key, value in part.items()}
 
 
 def without_retired_parts(data: dict[str, Any], source: str) -> dict[str, Any]:
-    """A plan file's content without its retired parts; `data` stays as it is.
+    """A plan file's content without retired parts. Does not change `data`.
 
-    Warns once, naming every retired part that changed how the plan drafts. A part that was off is dropped silently.
+    One warning names every retired part that was on. Parts that were off are dropped silently.
     """
     dropped: list[str] = []
     for key in RETIRED:
@@ -55,7 +55,7 @@ def without_retired_parts(data: dict[str, Any], source: str) -> dict[str, Any]:
             dropped.append(key)
     if dropped:
         parts = ", ".join(dropped)
-        warnings.warn(f"{source} has parts that no longer exist, and they are ignored: {parts}", PlanWarning, 4)
+        warnings.warn(f"{source} has parts that no longer exist and are ignored: {parts}", PlanWarning, 4)
     return data
 
 

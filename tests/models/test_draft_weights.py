@@ -426,7 +426,7 @@ def test_a_draft_beyond_the_limit_is_refused_before_anything_is_made(
     for plan in (drafting(), drafting(head=False, trimmed=True)):
         needs = f"{-(-draft_bytes(model, plan) * 10 // 1024) / 10:g} KiB"
         message = (
-            f"^the draft's own layers take {needs} beside the model, but draft_memory allows {allows}; "
+            f"^the draft's own layers take {needs} in addition to the model, but draft_memory allows {allows}; "
             "allow more, or search for a smaller draft with that limit$"
         )
         with pytest.raises(InputError, match=message):
@@ -471,8 +471,8 @@ def test_layers_of_sizes_that_no_kernel_takes_stay_as_they_are_and_stats_say_so(
     assert quantisable(model, INT4) == QuantisedSet(attn=range(LAYERS), mlp=range(LAYERS)), "gate and up fit"
     assert unsupported_reasons(model, plan.draft_spec) == [
         "mlp 1's down_proj and 2 more not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of "
-        "16, and it has 80 and 96",
-        "the head not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, and it has 96 "
+        "16, but it has 80 and 96",
+        "the head not in int4: int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, but it has 96 "
         "and 211",
     ]
     assert len(unsupported_reasons(model, drafting(INT8).draft_spec)) == 1

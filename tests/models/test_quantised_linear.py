@@ -233,7 +233,7 @@ def test_int4_rounds_each_group_for_itself() -> None:
 def test_rounding_in_parts_is_rounding_at_once(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(50, 256)
     whole = QuantisedWeight.of(weight, format)
-    monkeypatch.setattr(selfspec.models.quantised_linear, "ROWS_ON_CPU", 7)
+    monkeypatch.setattr(selfspec.models.quantised_linear, "ROUNDING_ROWS_ON_CPU", 7)
     parts = QuantisedWeight.of(weight, format)
     assert torch.equal(parts.dequantised(), whole.dequantised())
     assert parts.values.dtype == whole.values.dtype
@@ -273,13 +273,13 @@ def test_weights_of_zeros_and_groups_of_equal_ones_give_finite_products(format: 
     ("outputs", "inputs", "format", "reason"),
     [
         (16, 32, INT4, None),
-        (16, 16, INT4, "int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, and it has 16 and 16"),
+        (16, 16, INT4, "int4 in groups of 32 takes inputs in multiples of 32 and outputs of 16, but it has 16 and 16"),
         (16, 48, INT4, "it has 48 and 16"),
         (24, 32, INT4, "it has 32 and 24"),
         (16, 96, Format("int4", 64), "int4 in groups of 64 takes inputs in multiples of 64"),
-        (16, 128, Format("int4", 256), "takes inputs in multiples of 256 and outputs of 16, and it has 128 and 16"),
+        (16, 128, Format("int4", 256), "takes inputs in multiples of 256 and outputs of 16, but it has 128 and 16"),
         (16, 16, INT8, None),
-        (16, 24, INT8, "int8 takes inputs in multiples of 16 and outputs of 16, and it has 24 and 16"),
+        (16, 24, INT8, "int8 takes inputs in multiples of 16 and outputs of 16, but it has 24 and 16"),
         (17, 16, INT8, "it has 16 and 17"),
     ],
 )
@@ -314,8 +314,8 @@ class Adapted(nn.Linear):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Adapted(32, 16), "it is no ordinary linear layer"),
-        (nn.Embedding(16, 32), "it is no ordinary linear layer"),
+        (Adapted(32, 16), "it is not a plain linear layer"),
+        (nn.Embedding(16, 32), "it is not a plain linear layer"),
         (nn.Linear(32, 16).to(torch.float8_e4m3fn), "its weight is torch.float8_e4m3fn already"),
     ],
     ids=["a subclass", "another module", "8 bits"],
@@ -338,7 +338,7 @@ def test_a_weight_that_is_a_tensor_of_another_kind_has_no_copy() -> None:
     linear = nn.Linear(32, 16)
     del linear.weight
     linear.weight = torch.zeros(16, 32).as_subclass(Packed)  # type: ignore[assignment]
-    assert linear_unsupported_reason(linear, INT8) == "it is no ordinary linear layer"
+    assert linear_unsupported_reason(linear, INT8) == "it is not a plain linear layer"
 
 
 def test_every_device_says_whether_it_multiplies_in_a_format() -> None:
@@ -357,4 +357,4 @@ def test_a_device_without_a_product_says_so_in_a_line(monkeypatch: pytest.Monkey
     finally:
         device_unsupported_reason.cache_clear()
     assert reason is not None
-    assert reason.endswith("has no product in int8 on cpu: Could not run 'aten::_weight_int8pack_mm'")
+    assert reason.endswith("has no kernel for int8 on cpu: Could not run 'aten::_weight_int8pack_mm'")

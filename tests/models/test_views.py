@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-import selfspec.runtime.runtime
+import selfspec.runtime.prefill
 from selfspec import Plan, SelfSpeculator, SkipSet, UnsupportedModelError, wrap
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
 from selfspec.models.rope import longrope_switch, pin_longrope
@@ -409,7 +409,7 @@ def test_a_prompt_beyond_the_switch_may_be_prefilled_in_chunks(
     longrope: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first chunks hold no position beyond the switch, and Hugging Face would give them the short frequencies.
-    monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", 7)
     spec = wrap(longrope, PLAN)
     assert_lossless(spec, longrope, SWITCH + 9, SWITCH + 2, max_new_tokens=11)
 
@@ -417,7 +417,7 @@ def test_a_prompt_beyond_the_switch_may_be_prefilled_in_chunks(
 def test_the_side_of_the_switch_survives_a_cast_of_the_model(
     longrope: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", 7)
     spec = wrap(longrope, PLAN)
     longrope.to(torch.float64)
     assert_lossless(spec, longrope, SWITCH + 9, max_new_tokens=11)

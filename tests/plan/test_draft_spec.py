@@ -46,11 +46,11 @@ def test_formats_are_named_and_4_bits_have_groups() -> None:
         ("fp8", None, "format is 'fp8', but it must be one of int8, int4$"),
         (None, None, "format is None, but it must be one of int8, int4$"),
         (["int4"], 32, r"format is \['int4'\], but it must be one of"),
-        ("int4", None, "int4 has a group_size of 32, 64, 128, 256, not None"),
-        ("int4", 48, "int4 has a group_size of 32, 64, 128, 256, not 48"),
-        ("int4", "64", "int4 has a group_size of 32, 64, 128, 256, not '64'"),
-        ("int8", 32, "int8 has no groups; leave out group_size, 32 was given"),
-        ("int8", 0, "int8 has no groups; leave out group_size, 0 was given"),
+        ("int4", None, "int4 needs a group_size of 32, 64, 128, 256, not None"),
+        ("int4", 48, "int4 needs a group_size of 32, 64, 128, 256, not 48"),
+        ("int4", "64", "int4 needs a group_size of 32, 64, 128, 256, not '64'"),
+        ("int8", 32, "int8 takes no group_size, but 32 was given; leave out group_size"),
+        ("int8", 0, "int8 takes no group_size, but 0 was given; leave out group_size"),
     ],
 )
 def test_what_is_no_format_is_refused(name: Any, group_size: Any, message: str) -> None:
@@ -60,7 +60,7 @@ def test_what_is_no_format_is_refused(name: Any, group_size: Any, message: str) 
 
 
 def test_a_group_size_that_is_no_whole_number_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"int4 has a group_size of 32, 64, 128, 256, not 64\.0"):
+    with pytest.raises(PlanError, match=r"int4 needs a group_size of 32, 64, 128, 256, not 64\.0"):
         Format("int4", 64.0)  # type: ignore[arg-type]
 
 
@@ -105,15 +105,15 @@ def test_a_quantised_set_is_no_skip_set_though_it_names_the_same() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "quantised has the keys attn, format, group_size, head, mlp, of which format is needed, but {} was given"),
-        ({"format": "int8", "bits": 8}, "quantised has the keys .*, but {'format': 'int8', 'bits': 8} was given"),
-        (["int8"], r"quantised has the keys .*, but \['int8'\] was given"),
-        ({"format": "int8", "head": 1}, "quantised: head is true or false, but 1 was given"),
-        ({"format": "int8", "head": "yes"}, "quantised: head is true or false, but 'yes' was given"),
+        ({}, "quantised takes the keys attn, format, group_size, head, mlp and needs format, but {} was given"),
+        ({"format": "int8", "bits": 8}, "quantised takes the keys .*, but {'format': 'int8', 'bits': 8} was given"),
+        (["int8"], r"quantised takes the keys .*, but \['int8'\] was given"),
+        ({"format": "int8", "head": 1}, "quantised: head must be true or false, but 1 was given"),
+        ({"format": "int8", "head": "yes"}, "quantised: head must be true or false, but 'yes' was given"),
         ({"format": "int8", "attn": "34"}, "quantised set: attn must be layer indices, but '34' was given"),
-        ({"format": "int8", "mlp": [-1]}, "quantised set: mlp holds -1, but layers are whole numbers from 0"),
+        ({"format": "int8", "mlp": [-1]}, "quantised set: mlp holds -1, but layers are integers from 0"),
         ({"format": "fp8"}, "format is 'fp8', but it must be one of int8, int4$"),
-        ({"format": "int4"}, "int4 has a group_size of 32, 64, 128, 256, not None"),
+        ({"format": "int4"}, "int4 needs a group_size of 32, 64, 128, 256, not None"),
     ],
 )
 def test_what_is_no_quantised_part_of_a_plan_is_refused(data: Any, message: str) -> None:
@@ -172,7 +172,7 @@ CODE = SubVocabulary.of([3, 5, 8], 1999).code
     ],
 )
 def test_a_code_that_was_cut_or_changed_is_refused(code: str) -> None:
-    message = "draft_vocabulary cannot be read: it was cut or changed; search again"
+    message = "draft_vocabulary cannot be decoded: the text was cut or changed; search again"
     with pytest.raises(PlanError, match=message) as error:
         _ = SubVocabulary(code).tokens
     assert one_line(error) == message
@@ -182,7 +182,7 @@ def test_a_code_that_was_cut_or_changed_is_refused(code: str) -> None:
 
 def test_a_vocabulary_of_no_token_is_refused_in_a_plan() -> None:
     nothing = base64.b64encode(zlib.compress(bytes(7))).decode()
-    with pytest.raises(PlanError, match="draft_vocabulary holds no token; remove the key, or search again"):
+    with pytest.raises(PlanError, match="draft_vocabulary is empty; remove the key, or search again"):
         Plan(skip_set=SkipSet(), gamma=2, draft_vocabulary=nothing)
 
 
@@ -217,9 +217,9 @@ def test_a_skip_set_alone_is_a_draft_spec_and_so_is_nothing() -> None:
 
 
 def test_the_head_is_the_drafts_own_where_it_is_quantised_or_trimmed() -> None:
-    assert not DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={1}))).head_is_own
-    assert DraftSpec(quantised=Quantised(format=INT8, head=True)).head_is_own
-    assert DraftSpec(vocabulary=DRAFT_SPEC.vocabulary).head_is_own
+    assert not DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(attn={1}))).has_own_head
+    assert DraftSpec(quantised=Quantised(format=INT8, head=True)).has_own_head
+    assert DraftSpec(vocabulary=DRAFT_SPEC.vocabulary).has_own_head
     assert DraftSpec(vocabulary=DRAFT_SPEC.vocabulary).format is None
 
 

@@ -114,7 +114,7 @@ def test_wrap_reads_a_plan_from_a_file_or_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [None, {"skip_set": {}, "gamma": 2}, 4, b"plan.json", SkipSet()], ids=repr)
 def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
-    message = f"a plan is a Plan, a plan file, or a directory that holds one, but {type(given).__name__} was given"
+    message = f"expected a Plan, a plan file, or a directory with a plan, but {type(given).__name__} was given"
     with pytest.raises(PlanError, match=message) as caught:
         wrap(tiny_model("llama"), given)
     assert "\n" not in str(caught.value)
@@ -134,9 +134,9 @@ def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
         ({"gamma": 4.0}, "key 'gamma': .*valid integer"),
         ({"exit_threshold": 1.0}, "key 'exit_threshold': .*less than 1"),
         ({"exit_threshold": 0}, "key 'exit_threshold': .*greater than 0"),
-        ({"skip_set": {"attn": [-1]}}, "skip set: attn holds -1, but layers are whole numbers from 0"),
-        ({"skip_set": {"heads": [1]}}, "a skip set has the keys 'attn' and 'mlp'"),
-        ({"skip_set": None}, "a skip set has the keys 'attn' and 'mlp'"),
+        ({"skip_set": {"attn": [-1]}}, "skip set: attn holds -1, but layers are integers from 0"),
+        ({"skip_set": {"heads": [1]}}, "a skip set takes the keys 'attn' and 'mlp'"),
+        ({"skip_set": None}, "a skip set takes the keys 'attn' and 'mlp'"),
         ({"quantised": {"format": "fp8"}}, "format is 'fp8', but it must be one of int8, int4"),
         (
             {"model": {"model_type": "llama", "num_layers": 3, "fingerprint": "0", "size": 7}},
@@ -180,18 +180,18 @@ def test_a_plan_that_lacks_a_key_is_refused(key: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", '{"gamma": 4,}', "gamma: 4"])
 def test_what_is_not_json_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match=r"p\.json is not JSON \(.* at line 1\); write it again"):
+    with pytest.raises(PlanError, match=r"p\.json is not JSON \(.* at line 1\); save the plan again"):
         Plan.from_json(text, source="p.json")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "4", '{"gamma": 4}', '{"model_type": "llama"}'])
 def test_json_that_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match="is not a selfspec plan: it has no selfspec_version; make one with 'selfspec"):
+    with pytest.raises(PlanError, match="is not a selfspec plan: it lacks selfspec_version; make a plan with"):
         Plan.from_json(text)
 
 
 def test_a_missing_file_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make one with 'selfspec search MODEL --out"):
+    with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make a plan with 'selfspec search MODEL --out"):
         Plan.from_pretrained(tmp_path / "absent.json")
     with pytest.raises(PlanError, match=r"no plan at .*selfspec_plan\.json"):
         Plan.from_pretrained(tmp_path)
@@ -206,14 +206,14 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PromptLookup(), "PromptLookup lacks 'gamma'; give it"),
+        (lambda: PromptLookup(), "PromptLookup lacks 'gamma'; add it"),
         (lambda: PromptLookup(gamma=0), r"PromptLookup's gamma: .*greater than or equal to 1 \(given: 0\)"),
         (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
         (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
-        (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; give it"),
+        (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; add it"),
         (
             lambda: PassLengths(rows=1, target=[1, 1]),
-            "PassLengths: a pass cannot be padded to fewer tokens",
+            "PassLengths: target is .*, but a pass over t tokens must have at least t",
         ),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], objec
 
 @pytest.mark.parametrize(("part", "named"), [({"resume": True}, "resume")], ids=str)
 def test_an_old_plan_is_read_with_a_warning_that_names_what_no_longer_exists(part: dict[str, Any], named: str) -> None:
-    with pytest.warns(PlanWarning, match=f"parts that no longer exist, and they are ignored: {named}$"):
+    with pytest.warns(PlanWarning, match=f"parts that no longer exist and are ignored: {named}$"):
         assert Plan.from_json(json.dumps(EDITABLE | part | {"selfspec_version": 1})) == Plan(**EDITABLE)
 
 
@@ -248,7 +248,7 @@ def test_a_plan_of_an_earlier_release_that_holds_its_profile_is_read_without_it(
     data = json.loads(plan.to_json()) | {"selfspec_version": 1}
     data["provenance"]["profile"] = {"device": "cpu", "contexts": [7]}
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.warns(PlanWarning, match=r"parts that no longer exist, and they are ignored: provenance\.profile$"):
+    with pytest.warns(PlanWarning, match=r"parts that no longer exist and are ignored: provenance\.profile$"):
         assert Plan.from_pretrained(tmp_path / "plan.json") == plan
 
 
@@ -315,9 +315,7 @@ def test_a_plan_with_a_tree_of_siblings_is_read_without_it_and_one_warning_names
     parts = "tree, outlook.branching, outlook.rescued, other_rows.*.branching, other_rows.*.rescued"
     with pytest.warns(PlanWarning) as caught:
         assert Plan.from_json(version_1(**with_siblings)) == Plan.from_json(version_1(**costs))
-    assert [str(one.message) for one in caught] == [
-        f"plan has parts that no longer exist, and they are ignored: {parts}"
-    ]
+    assert [str(one.message) for one in caught] == [f"plan has parts that no longer exist and are ignored: {parts}"]
 
 
 def test_a_plan_that_drafted_without_a_tree_is_read_without_a_warning() -> None:

@@ -42,7 +42,7 @@ def test_an_early_exit_skips_all_from_its_layer_on() -> None:
 
 @pytest.mark.parametrize("exit_layer", [-1, 6])
 def test_an_early_exit_outside_the_model_is_an_error(exit_layer: int) -> None:
-    with pytest.raises(PlanError, match=rf"exit layer is {exit_layer}, but this model has 5 layers \(give 0\.\.5\)"):
+    with pytest.raises(PlanError, match=rf"exit layer is {exit_layer}, but this model has 5 layers; give 0\.\.5"):
         SkipSet.early_exit(exit_layer, 5)
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_layer_is_refused(layers: Any) -> None:
 
 @pytest.mark.parametrize("data", [[], None, 3, {"attention": [1]}, {"attn": [1], "mlp": [2], "kv": [3]}], ids=repr)
 def test_what_is_no_skip_set_is_refused(data: Any) -> None:
-    with pytest.raises(PlanError, match="a skip set has the keys 'attn' and 'mlp'"):
+    with pytest.raises(PlanError, match="a skip set takes the keys 'attn' and 'mlp'"):
         SkipSet.from_dict(data)
 
 

@@ -379,7 +379,7 @@ def test_few_lengths_compete_where_each_must_be_captured(llama: PreTrainedModel)
         return list(drafter.policy.layers), list(drafter.policy.lookups), list(drafter.policy.leasts)
 
     assert competing(both) == (list(range(LONGEST + 1)), list(range(1, LONGEST + 1)), list(MATCHES))
-    runtime = Runtime(llama, recorder=TapeRecorder())
+    runtime = Runtime(llama, graphs=TapeRecorder())
     assert competing(both) == ([0, 2, 3, 6], [5], [3])
     assert competing(plan(gamma=5, round_costs=[round_costs(0.6, matches=SHARES)])) == ([0, 3, 5, 7], [7], [2])
     assert competing(plan(gamma=7)) == ([0, 4, 7], [], [2])
@@ -452,7 +452,7 @@ def test_an_unknown_policy_is_refused(llama: PreTrainedModel) -> None:
 
 
 def test_round_costs_that_end_before_gamma_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match="gamma is 9, but its round_costs of 1 rows end at 7 drafted tokens"):
+    with pytest.raises(PlanError, match="gamma is 9, but its round_costs for 1 rows end at 7 drafted tokens"):
         Plan(skip_set=FIRST_DROPPED, gamma=9, round_costs=[round_costs(0.6)])
 
 

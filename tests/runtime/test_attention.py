@@ -376,8 +376,8 @@ def test_flash_attn_serves_soft_caps_and_windows() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"device": torch.device("cpu")}, "flash kernels need CUDA, the model is on cpu"),
-        ({"dtype": torch.float32}, "flash kernels need float16 or bfloat16, the model is in float32"),
+        ({"device": torch.device("cpu")}, "flash kernels need CUDA, but the model is on cpu"),
+        ({"dtype": torch.float32}, "flash kernels need float16 or bfloat16, but the model is in float32"),
         ({"head_dims": frozenset({20})}, r"multiples of 8 up to 256, not \[20\]"),
         ({"head_dims": frozenset({64, 264})}, r"multiples of 8 up to 256, not \[64, 264\]"),
     ],
@@ -387,7 +387,9 @@ def test_sdpa_serves_what_flash_kernels_cannot_and_says_why(changes: dict[str, o
     choice = choose_backend(needs(**changes))
     assert isinstance(choice.backend, Sdpa)
     for name in ("flash-attn", "torch-flash"):
-        with pytest.raises(InputError, match=f"attention backend '{name}' cannot be used: .*{why}; choose another or"):
+        with pytest.raises(
+            InputError, match=f"attention backend '{name}' cannot be used: .*{why}; choose another backend or"
+        ):
             choose_backend(needs(**changes), name)
 
 
@@ -403,7 +405,7 @@ def test_old_gpus_get_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_may_be_asked_for_by_name() -> None:
     choice = choose_backend(needs(), "torch-flash")
     assert isinstance(choice.backend, TorchFlash)
-    assert choice.reason == "asked for by name"
+    assert choice.reason == "requested by name"
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import selfspec
+import selfspec.runtime.prefill
 from selfspec import Plan, SkipSet
 from selfspec.models.views import decoder_layers
 from selfspec.runtime import compiling
@@ -178,15 +179,15 @@ def test_layers_are_compiled_within_a_round_and_nowhere_else(
 ) -> None:
     spec = selfspec.wrap(damped_model("llama", FIRST_DROPPED), FUSED, compile=True)
     layers = [layer for view in spec.runtime.views for layer in decoder_layers(view)]
-    prefill, seen = spec.runtime.prefill, []
+    prefill, seen = selfspec.runtime.prefill.prefill, []
 
-    def watched(*args: Tensor) -> None:
+    def watched(*args: Any) -> None:
         seen.append(len(compilations))
         prefill(*args)
         assert len(compilations) == seen[-1]
         assert not any("forward" in vars(layer) for layer in layers)
 
-    monkeypatch.setattr(spec.runtime, "prefill", watched)
+    monkeypatch.setattr(selfspec.runtime.prefill, "prefill", watched)
     for length in (11, 17):
         spec.generate(prompts(length)[0], do_sample=False, max_new_tokens=7)
     assert seen == [0, 4]

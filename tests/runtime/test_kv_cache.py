@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import selfspec.decoding.round
 import selfspec.runtime.kv_cache
+import selfspec.runtime.prefill
 import selfspec.runtime.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.decoding.request import Request
@@ -22,6 +23,7 @@ from selfspec.models.draft_view import attention_modules
 from selfspec.models.views import reachable_tensors
 from selfspec.runtime.attention.sdpa import Sdpa
 from selfspec.runtime.kv_cache import KVCache
+from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
 
 GAMMA = 3
@@ -149,7 +151,7 @@ def test_rewinding_is_an_assignment(model: PreTrainedModel) -> None:
     runtime = Runtime(model, FIRST_DROPPED)
     runtime.reserve(2, 32)
     tokens, _ = prompts(7, 7)
-    runtime.prefill(tokens, torch.tensor([7, 4]))
+    prefill(runtime, tokens, torch.tensor([7, 4]))
     following, wrong = prompts(3, 3, seed=1)[0], prompts(5, 5, seed=2)[0]
     expected = runtime.run("target", following)
     for name in ("draft", "target"):
@@ -165,7 +167,7 @@ def test_rows_do_not_see_each_other(model: PreTrainedModel) -> None:
     tokens, _ = prompts(11, 11, 11)
     lengths = torch.tensor([2, 11, 5])
     runtime.reserve(3, 32)
-    runtime.prefill(tokens, lengths)
+    prefill(runtime, tokens, lengths)
     following = prompts(2, 2, 2, seed=1)[0]
     together = runtime.run("target", following)
     for row, length in enumerate(lengths.tolist()):
@@ -223,9 +225,9 @@ def test_prefill_in_chunks_equals_prefill_in_one_pass(family: str, monkeypatch: 
     tokens, lengths = prompts(19, 19, 19)[0], torch.tensor([19, 4, 12])
     held = []
     for chunk in (512, 19, 7, 1):
-        monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", chunk)
         runtime.reserve(3, 32)
-        runtime.prefill(tokens, lengths)
+        prefill(runtime, tokens, lengths)
         assert runtime.cache.lengths.tolist() == lengths.tolist()
         held.append([tensor[:, :19].clone() for tensor in cache_tensors(runtime.cache)])
     for other in held[1:]:

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import selfspec.runtime.kv_cache
-import selfspec.runtime.runtime
+import selfspec.runtime.prefill
 from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PassLengths, PromptLookup, RoundCosts
 from selfspec.runtime.forward_pass import Pass
 from selfspec.runtime.kv_cache import KVCache
+from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
 
 NEW_TOKENS = 24
@@ -63,7 +64,7 @@ def llama() -> PreTrainedModel:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass is made of, those of the prompt left out."""
     lengths: list[int] = []
-    begin, prefill = KVCache.begin, Runtime.prefill
+    begin, inner = KVCache.begin, selfspec.runtime.prefill.prefill
     prompt = False
 
     def noted(self: KVCache, t: int, **options: Any) -> Pass:
@@ -71,14 +72,14 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             lengths.append(t)
         return begin(self, t, **options)
 
-    def of_the_prompt(self: Runtime, *args: Tensor) -> None:
+    def of_the_prompt(*args: Any) -> None:
         nonlocal prompt
         prompt = True
-        prefill(self, *args)
+        inner(*args)
         prompt = False
 
     monkeypatch.setattr(KVCache, "begin", noted)
-    monkeypatch.setattr(Runtime, "prefill", of_the_prompt)
+    monkeypatch.setattr(selfspec.runtime.prefill, "prefill", of_the_prompt)
     return lengths
 
 
@@ -210,7 +211,7 @@ def test_logits_of_a_padded_pass_are_those_of_the_bare_one(llama: PreTrainedMode
     runtime = Runtime(llama, FIRST_DROPPED, pass_lengths=PassLengths(rows=2, target=[7, 7], draft=6))
     runtime.reserve(2, 32)
     tokens, _ = prompts(11, 11)
-    runtime.prefill(tokens, torch.tensor([11, 4]))
+    prefill(runtime, tokens, torch.tensor([11, 4]))
     for view, t in (("target", 1), ("target", 2), ("draft", 1), ("target", 3)):
         some = prompts(t, t, seed=1)[0]
         long = runtime.run(view, some)  # type: ignore[arg-type]
@@ -353,7 +354,7 @@ def test_padding_knows_how_much_it_adds_at_most(target: list[int], draft: int, m
 def test_a_prompt_is_prefilled_in_passes_of_its_own_lengths(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", 3)
     begin, lengths = KVCache.begin, list[int]()
 
     def noted(self: KVCache, t: int, **options: Any) -> Pass:

@@ -20,7 +20,7 @@ import selfspec.decoding.round
 from selfspec import DecodeOptions, Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup
-from selfspec.runtime.cuda_graphs import MOST_GRAPHS, Graphs
+from selfspec.runtime.cuda_graphs import MAX_GRAPHS, Graphs
 from selfspec.runtime.runtime import Runtime
 
 GAMMA = 3
@@ -260,7 +260,7 @@ def test_graphs_are_not_made_where_they_are_not_wanted(llama: PreTrainedModel) -
     assert wrap(llama, PLAN).runtime.graphs is None  # a CPU has none
     spec = wrap(llama, PLAN, graphs=True)
     spec.generate(**batch(11), **GREEDY)
-    assert spec.stats.slower_paths == ["rounds are not captured: CUDA graphs need a GPU, the model is on cpu"]
+    assert spec.stats.slower_paths == ["rounds are not captured: CUDA graphs need a GPU, but the model is on cpu"]
 
 
 # --- When graphs are dropped ---
@@ -285,11 +285,11 @@ def test_another_skip_set_drops_the_graphs(llama: PreTrainedModel) -> None:
 
 def test_ever_new_settings_do_not_pile_up_graphs() -> None:
     graphs, done = Graphs(TapeRecorder()), []
-    for key in range(2 * MOST_GRAPHS + 1):
+    for key in range(2 * MAX_GRAPHS + 1):
         for _ in range(2):
             graphs.run(key, lambda: Result(torch.ones(1)))
         done.append(len(graphs))
-    assert max(done) == MOST_GRAPHS
+    assert max(done) == MAX_GRAPHS
 
 
 def test_a_check_never_reads_a_draft_of_an_earlier_graph(llama: PreTrainedModel) -> None:

@@ -11,27 +11,34 @@ from typing import Any
 
 import pytest
 import torch
+from captured import (
+    GREEDY,
+    LOOKUP,
+    NEW_TOKENS,
+    WARPERS,
+    assert_captured,
+    assert_replays,
+    assert_same_draws,
+    compiled_whole,
+    fixed_widths,
+    graphs_of,
+    kinds_of_layers,
+    taped,
+)
 from models import LAYERS, assert_exercised, damp
 from near_ties import judge_every_token
 from quantised_models import PROPOSED, TOKENS, damped_model, drafting, few_prompts, quantisable_model
-from tape import NoReads
-from test_compiling import compilations  # noqa: F401  # a fixture
-from test_graphs import compiled_whole, fixed_widths, no_warnings_of_the_compiler, tape_of, taped  # noqa: F401
 from test_sampling import assert_follows
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-import selfspec.decoding.round
 from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, SubVocabulary, wrap
 from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup, RoundCosts
 from selfspec.plan.draft_spec import INT4, INT8
 
-NEW_TOKENS = 24
-GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "top_k": 0}
-LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 
 FEW = {"gemma3_text", "llama", "phi", "qwen3_moe"}
 FAMILIES = [
@@ -322,18 +329,9 @@ def test_replayed_rounds_are_those_of_uncaptured_decoding(family: str, trimmed: 
     model, plan = damped_model(family), drafting(INT4 if trimmed else INT8, trimmed=trimmed)
     if family == "qwen3_moe":
         plan = drafting(plan.quantised.format, trimmed=trimmed, quantised=attention_alone(plan))  # type: ignore[union-attr]
-    given = few_prompts(13, 7, 10)
-    # Passes of other widths sum in another order, and kernels round what they multiply: a draft may differ, seldom.
-    spec, uncaptured = taped(model, plan), fixed_widths(model, plan)
-    expected = model.generate(**given, **GREEDY)
-    uncaptured.generate(**given, **GREEDY)
-    for _ in range(2):  # the second time, from the first round on
-        assert torch.equal(spec.generate(**given, **GREEDY), expected)
-        assert spec.stats.history == uncaptured.stats.history, "a wrong draft shows in nothing else"
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert tape_of(spec).recorded == 2
-    assert tape_of(spec).played > spec.stats.passes
+    # `fixed_widths`: in passes of other widths sums have another order, and kernels round, so that drafts may differ.
+    spec = taped(model, plan)
+    assert_replays(spec, fixed_widths(model, plan), few_prompts(13, 7, 10))
     assert 0.2 < spec.stats.acceptance_rate < 0.9
 
 
@@ -343,56 +341,27 @@ def attention_alone(plan: Plan) -> Quantised:
     return Quantised(format=plan.quantised.format, sublayers=sublayers, head=True)
 
 
-WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3}
-
-
 @pytest.mark.parametrize("lookup", [None, LOOKUP], ids=["layers", "cascade"])
 @pytest.mark.slow
-def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
+def test_with_the_same_seed_replayed_and_uncaptured_rounds_draw_the_same_tokens(
     lookup: PromptLookup | None, llama: PreTrainedModel
 ) -> None:
-    plan, given, written = drafting(trimmed=True, prompt_lookup=lookup), few_prompts(11, 5, 7), []
-    for spec in (fixed_widths(llama, plan), taped(llama, plan)):
-        for seed in (3, 5):
-            torch.manual_seed(seed)
-            written.append(spec.generate(**given, **SAMPLING | WARPERS))
-    assert torch.equal(written[0], written[2])
-    assert torch.equal(written[1], written[3])
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert 0 < spec.stats.accepted < spec.stats.drafted
+    plan = drafting(trimmed=True, prompt_lookup=lookup)
+    spec = taped(llama, plan)
+    assert_same_draws(fixed_widths(llama, plan), spec, few_prompts(11, 5, 7), **SAMPLING | WARPERS)
+    assert_captured(spec)
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING | WARPERS], ids=["greedy", "sampling"]
-)
 @pytest.mark.slow
-def test_the_host_reads_once_a_round_and_nothing_else_reads(
-    options: dict[str, Any], llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
+def test_the_host_reads_once_per_round(
+    options: dict[str, Any], llama: PreTrainedModel, reads_by_round: list[list[str]]
 ) -> None:
-    spec, seen = taped(llama, drafting(trimmed=True)), list[str]()
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
-        method = getattr(Tensor, name)
-
-        def reading(self: Tensor, *args: Any, _name: str = name, _method: Any = method, **kwargs: Any) -> Any:
-            seen.append(_name)
-            return _method(self, *args, **kwargs)
-
-        monkeypatch.setattr(Tensor, name, reading)
-    step, rounds = selfspec.decoding.round.step, list[list[str]]()
-
-    def counted(*args: Any) -> Any:
-        before = len(seen)
-        with NoReads():
-            committed = step(*args)
-        rounds.append(seen[before:])
-        return committed
-
-    monkeypatch.setattr(selfspec.decoding.round, "step", counted)
+    spec = taped(llama, drafting(trimmed=True))
     for _ in range(2):
         spec.generate(**few_prompts(11, 5, 7), **options)
-    assert len(rounds) > NEW_TOKENS // 4
-    assert all(reads == ["tolist"] for reads in rounds)
+    assert len(reads_by_round) > NEW_TOKENS // 4
+    assert all(reads == ["tolist"] for reads in reads_by_round)
 
 
 @pytest.mark.slow
@@ -402,7 +371,7 @@ def test_another_draft_spec_drops_the_graphs(llama: PreTrainedModel) -> None:
     expected = llama.generate(**given, **options)
     for plan in (drafting(INT8), drafting(INT4, trimmed=True), drafting(INT8)):
         spec.runtime.draft_with(plan.draft_spec)
-        assert len(spec.runtime.graphs or ()) == 0
+        assert len(graphs_of(spec)) == 0
         fresh = fixed_widths(llama, plan)
         fresh.generate(**given, **options)
         for _ in range(2):
@@ -446,7 +415,7 @@ def test_compiled_passes_of_a_quantised_draft_give_the_tokens_of_the_model(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("no_warnings_of_the_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow: PreTrainedModel) -> None:
     spec, given = compiled_whole(shallow, Plan(**SHALLOW), "eager"), few_prompts(11, 5)
     assert torch.equal(spec.generate(**given, **GREEDY), shallow.generate(**given, **GREEDY))
@@ -456,10 +425,7 @@ def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
-    family: str,
-    compilations: list[int],  # noqa: F811
-) -> None:
+def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(family: str, compilations: list[int]) -> None:
     model, plan = damped_model(family), drafting(INT4, trimmed=True)
     spec = wrap(model, plan, compile=True)
     given = few_prompts(11, 5, 7)
@@ -469,22 +435,9 @@ def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
         assert spec.stats.compiled, spec.stats.slower_paths
         counts.append(len(compilations))
-    assert counts[0] == counts[1] == kinds(model, Plan(skip_set=SkipSet(), gamma=3)) + kinds(model, plan)
+    assert counts[0] == counts[1] == kinds_of_layers(model) + kinds_of_layers(model, plan.draft_spec)
     assert not spec.stats.slower_paths
     assert 0 < spec.stats.accepted < spec.stats.drafted
-
-
-def kinds(model: PreTrainedModel, plan: Plan) -> int:
-    """How many layers differ in more than their weights, in a draft by this plan."""
-    windows = getattr(model.config, "layer_types", None) or [None] * LAYERS
-    choices = [(plan.draft_spec.choice("attn", layer), plan.draft_spec.choice("mlp", layer)) for layer in range(LAYERS)]
-    return len(
-        {
-            (attn != "skip" and window, attn, mlp)
-            for window, (attn, mlp) in zip(windows, choices, strict=True)
-            if (attn, mlp) != ("skip", "skip")
-        }
-    )
 
 
 # --- bfloat16 ---

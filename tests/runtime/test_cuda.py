@@ -10,7 +10,7 @@ What of the CUDA-only code each test reaches:
   `test_quantised_drafts_are_captured`.
 - `fuses_layers`, `uncompiled_reason`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
 - `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
-- `Runtime.prefill_chunk`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
+- `prefill.chunk_length`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
   `loading.describe_device`: `test_devices_are_named`.
 - In the search `statistics.wait_for`, `Memory.default`, `_Contender.decode`:
   `test_the_search_times_and_measures_a_device`.
@@ -29,13 +29,25 @@ import pytest
 import quantised_models
 import selfspec_search.confirm.confirm
 import torch
+from captured import (
+    CASCADE,
+    GAMMA,
+    GREEDY,
+    NEW_TOKENS,
+    PLAN,
+    SAMPLING,
+    WARPERS,
+    addresses,
+    assert_captured,
+    batch,
+    graphs_of,
+)
 from models import FIRST_DROPPED, damp, damped_model, prompts
 from quantised_models import drafting, few_prompts
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.texts import Text
 from selfspec_search.settings import SearchSettings
 from tape import NoReads, TapeRecorder
-from test_graphs import CASCADE, GAMMA, GREEDY, NEW_TOKENS, PLAN, SAMPLING, WARPERS, addresses
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,12 +64,14 @@ from selfspec.plan.draft_spec import INT4, INT8, Format
 from selfspec.runtime.attention.flash import TorchFlash
 from selfspec.runtime.compiling import uncompiled_reason
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work
-from selfspec.runtime.runtime import PREFILL_CHUNK, device_name
+from selfspec.runtime.prefill import CPU_CHUNK, chunk_length
+from selfspec.utils.devices import device_name
 from selfspec.utils.statistics import timed_task
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)  # `test_graphs.py` has the quick ones
+ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)
 BOTH = pytest.mark.parametrize("device", [ON_CPU, ON_GPU], indirect=True)
+QUICK = pytest.mark.parametrize("device", ["cpu", ON_GPU], indirect=True)
 
 
 @pytest.fixture
@@ -86,22 +100,6 @@ def captured(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfS
     return SelfSpeculator(model, plan, DecodeOptions(**{"compile": False} | options), recorder=recorder)
 
 
-def batch(device: torch.device, *lengths: int) -> dict[str, Tensor]:
-    tokens, mask = prompts(*lengths)
-    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-
-
-def graphs_of(spec: SelfSpeculator) -> Graphs:
-    assert spec.runtime.graphs is not None
-    return spec.runtime.graphs
-
-
-def assert_captured(spec: SelfSpeculator) -> None:
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert len(graphs_of(spec)) >= 2
-
-
 # --- The same tokens ---
 
 
@@ -114,7 +112,7 @@ FAMILIES = [
 @pytest.mark.parametrize(("device", "family"), FAMILIES, indirect=["device"])
 def test_captured_rounds_write_what_the_model_writes(device: torch.device, family: str) -> None:
     model = model_on(device, family)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
     for _ in range(3):  # the last time, from the first round on
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
@@ -129,11 +127,11 @@ def test_captured_rounds_write_what_the_model_writes(device: torch.device, famil
 LOOKUP = Plan.none(prompt_lookup=PromptLookup(gamma=4, min_ngram=1, max_ngram=3))
 
 
-@BOTH
+@QUICK
 @pytest.mark.parametrize("plan", [CASCADE, LOOKUP, Plan.none()], ids=["cascade", "lookup", "plain"])
 def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
     model = model_on(device)
-    spec, given = captured(model, plan), batch(device, 22, 5, 14)
+    spec, given = captured(model, plan), batch(22, 5, 14, device=device)
     given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
@@ -146,7 +144,7 @@ def test_a_draft_model_is_captured(lookup: PromptLookup | None, device: torch.de
     model, plan = model_on(device), Plan(skip_set=SkipSet(), gamma=GAMMA, prompt_lookup=lookup)
     draft_model = copy.deepcopy(model)
     damp(draft_model, FIRST_DROPPED, 0.0)
-    spec, given = captured(model, plan, draft_model=draft_model), batch(device, 22, 5, 14)
+    spec, given = captured(model, plan, draft_model=draft_model), batch(22, 5, 14, device=device)
     given["input_ids"][:, -3:] = given["input_ids"][:, :3]
     uncaptured = wrap(model, plan, compile=False, graphs=False, draft_model=draft_model)
     for _ in range(3):
@@ -194,7 +192,7 @@ def test_quantised_drafts_are_captured(format: Format, device: torch.device) -> 
     assert spec.stats.draft_bytes == draft_bytes(model, plan) > 0
 
 
-@BOTH
+@QUICK
 def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(device: torch.device) -> None:
     model = model_on(device)
     spec = captured(model)
@@ -207,7 +205,7 @@ def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(devic
         ((4, 9), 29, 11),
     ):
         options = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": stop, "pad_token_id": 0}
-        given = batch(device, *lengths)
+        given = batch(*lengths, device=device)
         assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
         assert_captured(spec)
         kept = kept or addresses(spec)
@@ -215,12 +213,12 @@ def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(devic
     assert len(graphs_of(spec)) == 2
 
 
-@BOTH
+@QUICK
 def test_a_cache_that_grows_drops_its_graphs(device: torch.device) -> None:
     model = model_on(device)
     spec = captured(model)
     for lengths, limit in (((11,), 37), ((11,), 131), ((11, 5), 23)):
-        given, options = batch(device, *lengths), GREEDY | {"max_new_tokens": limit}
+        given, options = batch(*lengths, device=device), GREEDY | {"max_new_tokens": limit}
         for _ in range(2):
             assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
         assert_captured(spec)
@@ -256,7 +254,7 @@ class Result:
 
 @BOTH
 def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: torch.device) -> None:
-    spec, given = captured(model_on(device)), batch(device, 11, 5, 7)
+    spec, given = captured(model_on(device)), batch(11, 5, 7, device=device)
     written = []
     for seed in (0, 3, 3, 5):  # while seed 0 draws, rounds are captured
         torch.manual_seed(seed)
@@ -269,7 +267,7 @@ def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: 
 @BOTH
 def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
     model = model_on(device)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **SAMPLING | {"top_k": 1}), expected)
@@ -280,7 +278,7 @@ def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
 def test_captured_rounds_draw_the_models_distribution(device: torch.device) -> None:
     """The second new token of many rows, against its exact distribution, by chi-squared."""
     rows, model = 64, model_on(device)
-    prompt = batch(device, 11)["input_ids"]
+    prompt = batch(11, device=device)["input_ids"]
     spec, draws = captured(model), 16 * rows
     options = {"do_sample": True, "max_new_tokens": 2, "top_k": 5}  # a round drafts one of the two
     with torch.inference_mode():
@@ -355,7 +353,7 @@ def test_captured_work_never_waits_for_the_device(plan: Plan, options: dict[str,
     options_of_all = DecodeOptions(compile=False)
     spec = SelfSpeculator(model_on(device), plan, options_of_all, recorder=Watched(recorder, device))
     for _ in range(3):
-        spec.generate(**batch(device, 11, 5, 7), **options)
+        spec.generate(**batch(11, 5, 7, device=device), **options)
     assert_captured(spec)
 
 
@@ -377,7 +375,7 @@ def test_the_one_read_of_a_round_is_right(device: torch.device) -> None:
 @BOTH
 def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
     recorder, process, recording = graphs_of(spec).recorder, selfspec.decoding.round.process, []
     record = recorder.record
@@ -416,7 +414,7 @@ def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeyp
 @BOTH
 def test_interrupted_captures_are_no_reason_to_stop(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     recorder = graphs_of(spec).recorder
     record = recorder.record
 
@@ -457,7 +455,7 @@ def test_laps_are_positive_and_no_longer_than_the_whole(device: torch.device) ->
 def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
     spec = captured(model_on(device))
     for _ in range(2):
-        spec.generate(**batch(device, 11), **GREEDY)
+        spec.generate(**batch(11, device=device), **GREEDY)
     seconds = spec.stats.seconds
     assert seconds["draft"] > 0
     assert seconds["verify"] > 0
@@ -479,7 +477,7 @@ def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.d
     spec, plain = captured(model, backend=backend), captured(model, Plan.none(), backend=backend)
     compared = []
     for length in (11, 5, 7):
-        given = batch(device, length)
+        given = batch(length, device=device)
         got, expected = (one.generate(**given, **GREEDY)[0, length:] for one in (spec, plain))
         compared.append((given["input_ids"][0], expected, got))
     assert_captured(spec)
@@ -498,7 +496,7 @@ def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.d
 def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
     assert uncompiled_reason(cuda) is None
     model = model_on(cuda, family, dtype=dtype, head_dim=32)
-    spec, given = wrap(model, PLAN), batch(cuda, 11, 5, 7)
+    spec, given = wrap(model, PLAN), batch(11, 5, 7, device=cuda)
     for _ in range(3):
         got = spec.generate(**given, **GREEDY)
     assert_captured(spec)
@@ -515,11 +513,11 @@ def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torc
 
 @pytest.mark.gpu
 def test_prompts_longer_than_a_chunk_are_cached_in_several_passes(cuda: torch.device) -> None:
-    model, rows, longest = model_on(cuda), 64, PREFILL_CHUNK // 4 + 13
-    spec, given = captured(model), batch(cuda, *range(longest - rows + 1, longest + 1))
+    model, rows, longest = model_on(cuda), 64, CPU_CHUNK // 4 + 13
+    spec, given = captured(model), batch(*range(longest - rows + 1, longest + 1), device=cuda)
     options = GREEDY | {"max_new_tokens": 7}
     assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
-    assert spec.runtime.prefill_chunk == PREFILL_CHUNK // 4
+    assert chunk_length(spec.runtime) == CPU_CHUNK // 4
 
 
 @BOTH
@@ -548,7 +546,7 @@ def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_a_request_may_run_in_any_stream(cuda: torch.device) -> None:
     model = model_on(cuda)
-    spec, given = captured(model), batch(cuda, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=cuda)
     expected = model.generate(**given, **GREEDY)
     torch.cuda.synchronize(cuda)
     for stream in (torch.cuda.Stream(cuda), torch.cuda.default_stream(cuda), torch.cuda.Stream(cuda)):
@@ -564,7 +562,7 @@ def test_the_model_need_not_be_on_the_current_device(cuda: torch.device) -> None
         pytest.skip("one GPU")
     other = torch.device("cuda", 1)
     model = model_on(other)
-    spec, given = captured(model), batch(other, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=other)
     assert torch.cuda.current_device() == 0
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))

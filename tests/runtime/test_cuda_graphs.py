@@ -1,60 +1,51 @@
-"""Captured rounds: the same tokens, no read of the device but one a round, and addresses that stay.
+"""Captured rounds are lossless, read the device once per round, and keep the addresses of their tensors.
 
-On a CPU a tape stands in for CUDA graphs (see `tape.py`). The tests marked `gpu` do the same with the real ones.
+On a CPU a tape replaces CUDA graphs (see `tape.py`). `test_cuda.py` runs similar tests with CUDA graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from models import FIRST_DROPPED, PAD, VOCABULARY, damp, damped_model, prompts, tiny_model
-from tape import HostReadError, NoReads, TapeRecorder, tensors_of
+from captured import (
+    CASCADE,
+    GAMMA,
+    GREEDY,
+    LOOKUP,
+    NEW_TOKENS,
+    PLAN,
+    SAMPLING,
+    WARPERS,
+    addresses,
+    assert_captured,
+    assert_replays,
+    assert_same_draws,
+    batch,
+    compiled_whole,
+    fixed_widths,
+    graphs_of,
+    tape_of,
+    taped,
+)
+from models import FIRST_DROPPED, PAD, VOCABULARY, damp, damped_model, tiny_model
+from tape import HostReadError, NoReads, TapeRecorder
 from torch import Tensor
-from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 import selfspec.decoding.round
-from selfspec import DecodeOptions, Plan, SelfSpeculator, SkipSet, wrap
+from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
-from selfspec.plan import PromptLookup
 from selfspec.runtime.cuda_graphs import MAX_GRAPHS, Graphs
-from selfspec.runtime.runtime import Runtime
 
-GAMMA = 3
-PLAN = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA)
-LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
-CASCADE = Plan(skip_set=FIRST_DROPPED, gamma=GAMMA, prompt_lookup=LOOKUP)
-NEW_TOKENS = 23
-GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
-SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS}
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return damped_model("llama", FIRST_DROPPED)
-
-
-def taped(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfSpeculator:
-    """A speculator whose rounds are recorded on a tape and played."""
-    return SelfSpeculator(model, plan, DecodeOptions(**options), recorder=TapeRecorder())
-
-
-def tape_of(spec: SelfSpeculator) -> TapeRecorder:
-    assert spec.runtime.graphs is not None
-    recorder = spec.runtime.graphs.recorder
-    assert isinstance(recorder, TapeRecorder)
-    return recorder
-
-
-def batch(*lengths: int) -> dict[str, Tensor]:
-    tokens, mask = prompts(*lengths)
-    return {"input_ids": tokens, "attention_mask": mask}
-
-
-# --- The same tokens ---
+# --- Lossless ---
 
 
 FEW = ("gemma3_text", "llama", "qwen3_moe")
@@ -62,44 +53,18 @@ OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in sorted(SUPP
 
 
 @pytest.mark.parametrize("family", [*FEW, *OTHERS])
-def test_replayed_rounds_write_what_the_model_writes(family: str) -> None:
+def test_replayed_rounds_are_lossless_and_equal_uncaptured_rounds(family: str) -> None:
     model = damped_model(family, FIRST_DROPPED)
-    spec, uncaptured, given = taped(model), wrap(model, PLAN), batch(11, 5, 7)
-    expected = model.generate(**given, **GREEDY)
-    uncaptured.generate(**given, **GREEDY)
-    for _ in range(2):  # the second time, from the first round on
-        assert torch.equal(spec.generate(**given, **GREEDY), expected)
-        assert spec.stats.history == uncaptured.stats.history, "a wrong draft shows in nothing else"
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert tape_of(spec).recorded == 2
-    assert tape_of(spec).played > spec.stats.passes
+    spec = taped(model)
+    assert_replays(spec, wrap(model, PLAN), batch(11, 5, 7))
     assert 0.2 < spec.stats.acceptance_rate < 0.9
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [CASCADE, Plan.none(prompt_lookup=LOOKUP), Plan.none()],
-    ids=["cascade", "lookup", "plain"],
-)
-def test_every_drafter_is_captured(plan: Plan, llama: PreTrainedModel) -> None:
-    spec, given = taped(llama, plan), batch(22, 5, 14)
-    given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
-    expected = llama.generate(**given, **GREEDY)
-    assert torch.equal(spec.generate(**given, **GREEDY), expected)
-    assert torch.equal(spec.generate(**given, **GREEDY), expected)
-    assert spec.stats.captured
-    assert tape_of(spec).played > spec.stats.passes
-    if plan.gamma:
-        assert 0 < spec.stats.accepted < spec.stats.drafted
-    assert bool(spec.stats.drafted) == plan.speculates
 
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("lengths", [(1,), (11, 11)], ids=str)
 @pytest.mark.parametrize("pad", [-1, VOCABULARY])
 @pytest.mark.parametrize("drafts", ["cascade", "draft model"])
-def test_what_pads_need_be_no_token_of_the_model(
+def test_the_pad_token_may_be_outside_the_vocabulary(
     drafts: str, pad: int, lengths: tuple[int, ...], captured: bool, llama: PreTrainedModel
 ) -> None:
     short = {"prompt_lookup": LOOKUP.model_copy(update={"gamma": 1})}
@@ -111,33 +76,22 @@ def test_what_pads_need_be_no_token_of_the_model(
     assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
 
 
-WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3}
-
-
-@pytest.mark.parametrize("options", [{}, WARPERS, {"repetition_penalty": 1.3, "do_sample": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, WARPERS, {"repetition_penalty": 1.3}], ids=str)
 @pytest.mark.parametrize("plan", [PLAN, pytest.param(CASCADE, marks=pytest.mark.slow)], ids=["layers", "cascade"])
-def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
+def test_with_the_same_seed_replayed_and_uncaptured_rounds_draw_the_same_tokens(
     options: dict[str, Any], plan: Plan, llama: PreTrainedModel
 ) -> None:
-    given = batch(11, 5, 7)
-    written = []
-    for spec in (fixed_widths(llama, plan), taped(llama, plan)):
-        for seed in (3, 5):
-            torch.manual_seed(seed)
-            written.append(spec.generate(**given, **SAMPLING | options))
-    assert torch.equal(written[0], written[2])
-    assert torch.equal(written[1], written[3])
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
+    spec = taped(llama, plan)
+    assert_same_draws(fixed_widths(llama, plan), spec, batch(11, 5, 7), **SAMPLING | options)
+    assert_captured(spec)
 
 
-def fixed_widths(model: PreTrainedModel, plan: Plan) -> SelfSpeculator:
-    """A speculator that does the captured work, but does it anew every time."""
-    recorder = TapeRecorder()
-    recorder.record = lambda work: pytest.fail("nothing is to be recorded")  # type: ignore[method-assign, assignment]
-    spec = SelfSpeculator(model, plan, recorder=recorder)
-    spec.runtime.graphs.run = lambda key, work: work()  # type: ignore[method-assign]
-    return spec
+def test_captured_greedy_rounds_apply_a_repetition_penalty(llama: PreTrainedModel) -> None:
+    options = GREEDY | {"repetition_penalty": 1.3}
+    spec, given = taped(llama), batch(11, 5, 7)
+    for _ in range(2):
+        assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
+    assert_captured(spec)
 
 
 def test_rows_end_at_their_own_stop_tokens(llama: PreTrainedModel) -> None:
@@ -151,25 +105,7 @@ def test_rows_end_at_their_own_stop_tokens(llama: PreTrainedModel) -> None:
     assert spec.stats.captured
 
 
-def test_more_stop_tokens_than_there_is_room_for_are_served_uncaptured(llama: PreTrainedModel) -> None:
-    given, stops = batch(11, 5), {"eos_token_id": list(range(17)), "pad_token_id": PAD}
-    spec = taped(llama)
-    assert torch.equal(spec.generate(**given, **GREEDY | stops), llama.generate(**given, **GREEDY | stops))
-    assert spec.stats.slower_paths == [
-        "rounds are not captured: there are 17 stop tokens, and captured rounds have room for 16"
-    ]
-
-
-def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(llama: PreTrainedModel) -> None:
-    spec = taped(llama)
-    for lengths, limit, stop in (((11, 5), 23, 7), ((3, 17), 41, 3), ((2, 2), 1, 5), ((13, 1), 2, None)):
-        options = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": stop, "pad_token_id": PAD}
-        given = batch(*lengths)
-        assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
-    assert tape_of(spec).recorded == 2
-
-
-def test_other_settings_are_captured_anew_and_never_mixed_up(llama: PreTrainedModel) -> None:
+def test_each_repetition_penalty_has_its_own_graph(llama: PreTrainedModel) -> None:
     spec, given = taped(llama), batch(11)
     for penalty in (1.0, 1.5, 1.0, 1.5):
         options = GREEDY | {"repetition_penalty": penalty}
@@ -177,28 +113,45 @@ def test_other_settings_are_captured_anew_and_never_mixed_up(llama: PreTrainedMo
     assert tape_of(spec).recorded == 4
 
 
-@pytest.mark.parametrize("ignored", [4, 11])
-def test_a_penalty_that_ignores_more_than_padding_is_right_and_not_captured(
-    ignored: int, llama: PreTrainedModel
+def processed(processor: LogitsProcessor) -> dict[str, Any]:
+    return {"logits_processor": LogitsProcessorList([processor])}
+
+
+MANY_STOPS = {"eos_token_id": list(range(17)), "pad_token_id": PAD}
+TENSOR_WARPER = processed(MinPLogitsWarper(torch.tensor(0.3)))
+IGNORES = "RepetitionPenaltyLogitsProcessor that ignores other tokens than padding is not captured"
+UNCAPTURED = [
+    (
+        {},
+        {"eos_token_id": list(range(17)), "pad_token_id": PAD},
+        "there are 17 stop tokens, and captured rounds have room for 16",
+    ),
+    ({"exit_threshold": 0.4}, {}, "with an exit threshold, drafts end when the device says so"),
+    ({}, {"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor is not captured"),
+    (
+        {},
+        processed(MinPLogitsWarper(torch.tensor(0.3))),
+        "MinPLogitsWarper with a tensor among its settings is not captured",
+    ),
+    *(
+        ({}, processed(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=torch.full((2,), n))), IGNORES)
+        for penalty in (0.1, 3.0)
+        for n in (4, 11)
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "reason"), UNCAPTURED)
+def test_requests_that_cannot_be_captured_are_lossless_and_stats_say_why(
+    changes: dict[str, Any], options: dict[str, Any], reason: str, llama: PreTrainedModel
 ) -> None:
-    given = batch(11, 5)
-    for penalty in (0.1, 3.0):
-        processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=torch.full((2,), ignored))
-        options = GREEDY | {"logits_processor": LogitsProcessorList([processor])}
-        spec = taped(llama)
-        assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
-        assert "ignores other tokens than padding is not captured" in spec.stats.slower_paths[0]
+    spec, given = taped(llama, PLAN.model_copy(update=changes)), batch(11, 5)
+    assert torch.equal(spec.generate(**given, **GREEDY | options), llama.generate(**given, **GREEDY | options))
+    assert spec.stats.slower_paths == [f"rounds are not captured: {reason}"]
+    assert tape_of(spec).recorded == 0
 
 
-def test_a_processor_with_a_tensor_among_its_settings_is_not_captured(llama: PreTrainedModel) -> None:
-    spec, processors = taped(llama), LogitsProcessorList([MinPLogitsWarper(min_p=torch.tensor(0.3))])
-    spec.generate(**batch(11), **SAMPLING, logits_processor=processors)
-    assert spec.stats.slower_paths == [
-        "rounds are not captured: MinPLogitsWarper with a tensor among its settings is not captured"
-    ]
-
-
-def test_a_streamer_needs_no_further_read(llama: PreTrainedModel, reads: list[str]) -> None:
+def test_a_streamer_reads_the_device_once_for_the_prompt(llama: PreTrainedModel, reads: list[str]) -> None:
     spec, given, put = taped(llama), batch(11, 5), []
 
     class Streamer:
@@ -214,11 +167,11 @@ def test_a_streamer_needs_no_further_read(llama: PreTrainedModel, reads: list[st
     alone = len(reads)
     reads.clear()
     spec.generate(**given, **GREEDY, streamer=Streamer())
-    assert len(reads) == alone + 1, "one for the prompt, which goes to the CPU"
+    assert len(reads) == alone + 1
     assert len(put) == 1 + NEW_TOKENS
 
 
-def test_kept_scores_and_logits_are_those_of_each_round(llama: PreTrainedModel) -> None:
+def test_captured_rounds_return_scores_and_logits(llama: PreTrainedModel) -> None:
     spec, given = taped(llama), batch(11, 5)
     options = GREEDY | {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     expected = llama.generate(**given, **options)
@@ -231,22 +184,7 @@ def test_kept_scores_and_logits_are_those_of_each_round(llama: PreTrainedModel) 
 # --- What is not captured ---
 
 
-def test_a_plan_with_an_exit_threshold_is_not_captured_and_stats_say_so(llama: PreTrainedModel) -> None:
-    spec, given = taped(llama, PLAN.model_copy(update={"exit_threshold": 0.4})), batch(11, 5)
-    assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
-    assert spec.stats.slower_paths == [
-        "rounds are not captured: with an exit threshold, drafts end when the device says so"
-    ]
-    assert tape_of(spec).recorded == 0
-
-
-def test_another_processor_is_not_captured_and_stats_say_so(llama: PreTrainedModel) -> None:
-    spec, given, options = taped(llama), batch(11, 5), GREEDY | {"no_repeat_ngram_size": 2}
-    assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
-    assert spec.stats.slower_paths == ["rounds are not captured: NoRepeatNGramLogitsProcessor is not captured"]
-
-
-def test_a_capture_that_fails_leaves_the_tokens_right_and_the_reason(llama: PreTrainedModel) -> None:
+def test_a_failed_capture_is_lossless_and_stats_say_why(llama: PreTrainedModel) -> None:
     class Failing(TapeRecorder):
         def record(self, work: Any) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing\nand a page of advice")
@@ -256,8 +194,8 @@ def test_a_capture_that_fails_leaves_the_tokens_right_and_the_reason(llama: PreT
     assert spec.stats.slower_paths == ["rounds are not captured: operation not permitted when stream is capturing"]
 
 
-def test_graphs_are_not_made_where_they_are_not_wanted(llama: PreTrainedModel) -> None:
-    assert wrap(llama, PLAN).runtime.graphs is None  # a CPU has none
+def test_a_cpu_has_no_graphs_and_stats_say_so_if_graphs_are_requested(llama: PreTrainedModel) -> None:
+    assert wrap(llama, PLAN).runtime.graphs is None
     spec = wrap(llama, PLAN, graphs=True)
     spec.generate(**batch(11), **GREEDY)
     assert spec.stats.slower_paths == ["rounds are not captured: CUDA graphs need a GPU, but the model is on cpu"]
@@ -266,24 +204,14 @@ def test_graphs_are_not_made_where_they_are_not_wanted(llama: PreTrainedModel) -
 # --- When graphs are dropped ---
 
 
-def test_a_cache_that_grows_drops_its_graphs(llama: PreTrainedModel) -> None:
-    spec = taped(llama)
-    spec.generate(**batch(11), **GREEDY)
-    assert len(spec.runtime.graphs or ()) == 2
-    given, options = batch(11), GREEDY | {"max_new_tokens": 173}
-    assert torch.equal(spec.generate(**given, **options), llama.generate(**given, **options))
-    assert tape_of(spec).recorded == 4
-    assert len(spec.runtime.graphs or ()) == 2
-
-
 def test_another_skip_set_drops_the_graphs(llama: PreTrainedModel) -> None:
     spec = taped(llama)
     spec.generate(**batch(11), **GREEDY)
     spec.runtime.draft_with(PLAN.skip_set)
-    assert len(spec.runtime.graphs or ()) == 0
+    assert len(graphs_of(spec)) == 0
 
 
-def test_ever_new_settings_do_not_pile_up_graphs() -> None:
+def test_the_number_of_graphs_is_limited() -> None:
     graphs, done = Graphs(TapeRecorder()), []
     for key in range(2 * MAX_GRAPHS + 1):
         for _ in range(2):
@@ -292,23 +220,22 @@ def test_ever_new_settings_do_not_pile_up_graphs() -> None:
     assert max(done) == MAX_GRAPHS
 
 
-def test_a_check_never_reads_a_draft_of_an_earlier_graph(llama: PreTrainedModel) -> None:
+def test_verify_never_reads_the_draft_of_a_dropped_graph(llama: PreTrainedModel) -> None:
     spec, given = taped(llama), batch(11, 5)
     expected = spec.generate(**given, **GREEDY)
     history = spec.stats.history
-    graphs = spec.runtime.graphs
-    assert graphs is not None
+    graphs = graphs_of(spec)
     run, calls = graphs.run, iter(range(1000))
 
     def forgetful(key: Any, work: Any) -> Any:
-        if next(calls) % 7 == 5:  # between a draft and its check, as when too many graphs have piled up
+        if next(calls) % 7 == 5:  # between draft and verify, as at the limit of graphs
             graphs.drop()
         return run(key, work)
 
     graphs.run = forgetful  # type: ignore[method-assign]
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
-        assert spec.stats.history == history, "a stale draft would be checked as well, but seldom accepted"
+        assert spec.stats.history == history, "an old draft would be accepted less often"
 
 
 class Result:
@@ -316,50 +243,24 @@ class Result:
         self.tensor = tensor
 
 
-# --- One read a round ---
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every way in which Python reads a tensor, as it happens."""
-    seen: list[str] = []
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
-        method = getattr(Tensor, name)
-
-        def reading(self: Tensor, *args: Any, _name: str = name, _method: Any = method, **kwargs: Any) -> Any:
-            seen.append(_name)
-            return _method(self, *args, **kwargs)
-
-        monkeypatch.setattr(Tensor, name, reading)
-    return seen
+# --- One read per round ---
 
 
 @pytest.mark.parametrize(
     "options", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING | WARPERS], ids=["greedy", "sampling"]
 )
 @pytest.mark.parametrize("plan", [PLAN, CASCADE, Plan.none()], ids=["layers", "cascade", "plain"])
-def test_the_host_reads_once_a_round_and_nothing_else_reads(
-    plan: Plan, options: dict[str, Any], llama: PreTrainedModel, reads: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_host_reads_once_per_round(
+    plan: Plan, options: dict[str, Any], llama: PreTrainedModel, reads_by_round: list[list[str]]
 ) -> None:
     spec = taped(llama, plan)
-    rounds: list[list[str]] = []
-    step = selfspec.decoding.round.step
-
-    def counted(*args: Any) -> Any:
-        before = len(reads)
-        with NoReads():
-            committed = step(*args)
-        rounds.append(reads[before:])
-        return committed
-
-    monkeypatch.setattr(selfspec.decoding.round, "step", counted)
     for _ in range(2):
         spec.generate(**batch(11, 5, 7), **options)
-    assert len(rounds) > NEW_TOKENS // (1 + plan.longest_draft)
-    assert all(seen == ["tolist"] for seen in rounds), "one read: that of `read`"
+    assert len(reads_by_round) > NEW_TOKENS // (1 + plan.longest_draft)
+    assert all(seen == ["tolist"] for seen in reads_by_round)
 
 
-def test_stop_strings_and_time_limits_need_no_further_read(
+def test_a_time_limit_needs_no_further_read(
     llama: PreTrainedModel, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = taped(llama)
@@ -389,33 +290,24 @@ def test_stop_strings_and_time_limits_need_no_further_read(
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_a_graph_forbids_is_noticed(work: Any, inference: bool) -> None:
+def test_the_tape_refuses_what_a_graph_forbids(work: Any, inference: bool) -> None:
     with torch.inference_mode(inference), pytest.raises(HostReadError), NoReads():
         work(torch.arange(5.0) - 2)
 
 
-def test_a_number_that_the_host_computed_while_recording_gives_wrong_results_on_a_tape() -> None:
+def test_a_tape_replays_the_host_numbers_of_the_recording_as_a_graph_does() -> None:
     graphs, counter = Graphs(TapeRecorder()), iter(range(100))
     state = torch.zeros(1, dtype=torch.long)
 
     def wrong() -> Result:
-        state.add_(next(counter))  # baked in
+        state.add_(next(counter))  # the recording holds the number
         return Result(state + 0)
 
     seen = [int(graphs.run("wrong", wrong).tensor) for _ in range(4)]
-    assert seen == [0, 1, 2, 3], "a tape adds the 1 of its recording for ever"
+    assert seen == [0, 1, 2, 3], "each replay adds the 1 of the recording"
 
 
 # --- Addresses ---
-
-
-def addresses(spec: SelfSpeculator) -> list[int]:
-    runtime = spec.runtime
-    tensors = [tensor for index in runtime.views.layer_shapes for tensor in runtime.cache.layer(index)]
-    tensors += [runtime.cache.lengths, *tensors_of(runtime.row_buffers)]
-    assert runtime.graphs is not None
-    results = [result for _, result in runtime.graphs._captured.values()]
-    return [tensor.data_ptr() for tensor in tensors + [t for result in results for t in tensors_of(result)]]
 
 
 @pytest.mark.slow
@@ -432,47 +324,14 @@ def test_buffers_keep_their_addresses_over_a_thousand_rounds() -> None:
     assert addresses(spec) == before
 
 
-# --- Compiled whole ---
-
-
-def compiled_whole(model: PreTrainedModel, plan: Plan, backend: str) -> SelfSpeculator:
-    """Every captured function compiled as one graph, which a read of the device would break."""
-    spec = fixed_widths(model, plan)
-    runtime = spec.runtime
-    assert runtime.graphs is not None
-    # Inference mode holds already, around every round: entered again within, it would be compiled, too.
-    runtime.run = MethodType(Runtime.run.__wrapped__, runtime)  # type: ignore[attr-defined, method-assign]
-    compiled: dict[Any, Any] = {}
-    first: dict[Any, Any] = {}
-
-    def run(key: Any, work: Any) -> Any:
-        if key not in compiled:
-            compiled[key] = torch.compile(work, fullgraph=True, dynamic=False, backend=backend)
-        result = compiled[key]()
-        # As a graph's results do, they lie where the first ones lay; else every check would be of another draft.
-        kept = first.setdefault(key, result)
-        for old, new in zip(tensors_of(kept), tensors_of(result), strict=True):
-            old.copy_(new)
-        return kept
-
-    runtime.graphs.run = run  # type: ignore[method-assign]
-    return spec
-
-
-@pytest.fixture
-def no_warnings_of_the_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+# --- Compiled as whole graphs ---
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("no_warnings_of_the_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("plan", "backend"), [(PLAN, "inductor"), (CASCADE, "eager")], ids=["layers", "cascade"])
-def test_captured_functions_compile_as_whole_graphs_with_the_same_tokens(
-    plan: Plan, backend: str, llama: PreTrainedModel
-) -> None:
+def test_captured_functions_compile_as_whole_graphs(plan: Plan, backend: str, llama: PreTrainedModel) -> None:
     spec, given = compiled_whole(llama, plan, backend), batch(11, 5)
     assert torch.equal(spec.generate(**given, **GREEDY), llama.generate(**given, **GREEDY))
     assert 0 < spec.stats.accepted < spec.stats.drafted
@@ -480,12 +339,7 @@ def test_captured_functions_compile_as_whole_graphs_with_the_same_tokens(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("no_warnings_of_the_compiler")
-def test_captured_functions_that_sample_compile_as_whole_graphs(llama: PreTrainedModel) -> None:
-    spec, given = compiled_whole(llama, PLAN, "eager"), batch(11, 5)
-    uncompiled = fixed_widths(llama, PLAN)
-    written = []
-    for one in (uncompiled, spec):
-        torch.manual_seed(7)
-        written.append(one.generate(**given, **SAMPLING | WARPERS))
-    assert torch.equal(*written)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_captured_sampling_compiles_as_whole_graphs(llama: PreTrainedModel) -> None:
+    spec = compiled_whole(llama, PLAN, "eager")
+    assert_same_draws(fixed_widths(llama, PLAN), spec, batch(11, 5), **SAMPLING | WARPERS)

@@ -1,7 +1,6 @@
-"""Quantised drafts change how fast text comes, and nothing about it.
+"""Quantised drafts are lossless: greedy output is `model.generate`'s, sampled text has the model's distribution.
 
-Greedy output is `model.generate`'s, token for token; sampled text has the model's own distribution. Statistical tests
-fix their seed. Were the seed drawn anew, each would raise a false alarm with probability 1e-6.
+Statistical tests fix their seed. With a random seed each would raise a false alarm with probability 1e-6.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def llama() -> PreTrainedModel:
 
 
 def assert_lossless(model: PreTrainedModel, plan: Plan, given: dict[str, Tensor], **options: Any) -> SelfSpeculator:
-    """Greedy, with drafts that were right and wrong."""
+    """Greedy decoding is lossless, with accepted and with rejected drafts."""
     spec = wrap(model, plan)
     ours = spec.generate(**given, **GREEDY | options)
     assert torch.equal(ours, model.generate(**given, **GREEDY | options))
@@ -90,7 +89,7 @@ def test_greedy_output_with_a_trimmed_head_is_model_generates(
     written = spec.generate(**given, **GREEDY)[:, 13:]
     assert 0.3 < spec.stats.acceptance_rate < 0.9
     outside = set(range(TOKENS)) - set(PROPOSED.tokens)
-    assert outside & set(written.flatten().tolist()), "the model writes what the draft never proposes"
+    assert outside & set(written.flatten().tolist()), "the model must write tokens that the draft never proposes"
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
@@ -131,14 +130,14 @@ def test_a_stream_yields_the_same_tokens(llama: PreTrainedModel, tmp_path: Path)
         {"no_repeat_ngram_size": 1},
         {"suppress_tokens": list(PROPOSED.tokens)},
         {"bad_words_ids": [[token] for token in PROPOSED.tokens[::2]]},
-        {"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 5},  # which the draft cannot propose
+        {"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 5},  # the draft cannot propose 5
         {"forced_eos_token_id": 5},
         {"remove_invalid_values": True},
         {"min_new_tokens": 9, "eos_token_id": list(PROPOSED.tokens[:40])},
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_processors_see_a_trimmed_heads_scores_and_do_no_harm(options: dict[str, Any], llama: PreTrainedModel) -> None:
+def test_processors_are_lossless_with_a_trimmed_head(options: dict[str, Any], llama: PreTrainedModel) -> None:
     assert 5 not in PROPOSED.tokens
     given = few_prompts(13, 7, 10)
     spec = wrap(llama, drafting(trimmed=True))
@@ -147,24 +146,24 @@ def test_processors_see_a_trimmed_heads_scores_and_do_no_harm(options: dict[str,
     assert not spec.stats.slower_paths
 
 
-# --- Beside thresholds, lookups and policies ---
+# --- With exit thresholds, prompt lookup and policies ---
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_an_exit_threshold_reads_the_quantised_drafts_confidence(trimmed: bool, llama: PreTrainedModel) -> None:
+def test_an_exit_threshold_ends_quantised_drafts_early(trimmed: bool, llama: PreTrainedModel) -> None:
     given = few_prompts(13, 7, 10)
     for threshold in (0.05, 0.07):
         spec = assert_lossless(llama, drafting(trimmed=trimmed, exit_threshold=threshold), given)
         lengths = {drafted for rounds in spec.stats.history for _, drafted, _ in rounds}
-        assert len(lengths) > 2, "rows stop at lengths of their own"
+        assert len(lengths) > 2, "rows must stop at different lengths"
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_prompt_lookup_goes_before_a_quantised_draft(trimmed: bool, llama: PreTrainedModel) -> None:
+def test_prompt_lookup_works_with_a_quantised_draft(trimmed: bool, llama: PreTrainedModel) -> None:
     given = few_prompts(22, 5, 14)
     given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
     spec = assert_lossless(llama, drafting(trimmed=trimmed, prompt_lookup=LOOKUP), given)
-    assert {drafted for drafted, _ in ((d, a) for rounds in spec.stats.history for _, d, a in rounds)} >= {3, 4}
+    assert {drafted for rounds in spec.stats.history for _, drafted, _ in rounds} >= {3, 4}
 
 
 def test_a_policy_chooses_the_length_of_a_quantised_draft(llama: PreTrainedModel) -> None:
@@ -174,12 +173,12 @@ def test_a_policy_chooses_the_length_of_a_quantised_draft(llama: PreTrainedModel
     assert len(spec.stats.choices) > 2
 
 
-# --- Sampling: every text that a tiny model could have written ---
+# --- Sampling: the counts of all texts that a tiny model can write ---
 
 ROWS = 499
 CALLS = 2
 LENGTH = 3
-PADDED = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the second repeats a token
+PADDED = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first row is padded, the second repeats a token
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 V = 5
 SOME = SubVocabulary.of([0, 1, 3], V)
@@ -199,12 +198,12 @@ def small() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def wider() -> PreTrainedModel:
-    """Of so many tokens that its head can be quantised, also where half of it is trimmed off."""
+    """A model whose head can be quantised, even after trimming half of the vocabulary."""
     return quantisable_model("llama", vocab_size=WIDE, num_hidden_layers=3, seed=4)
 
 
 def chain_of(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> LogitsProcessorList:
-    """The processors that Hugging Face makes of these options."""
+    """The processors that Hugging Face builds from these options."""
     held: list[LogitsProcessorList] = []
 
     def hold(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **_: Any) -> Tensor:
@@ -217,15 +216,15 @@ def chain_of(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) ->
 
 @torch.no_grad()
 def law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tensor:
-    """The probability of each of the `v ** LENGTH` texts behind a prompt, by the plain model, token by token."""
+    """The probabilities of the `v ** LENGTH` texts after a prompt, from the plain model."""
     v, chain, eos = model.config.vocab_size, chain_of(model, prompt, options), options.get("eos_token_id", -1)
-    tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # of texts that may come, and where they are counted
+    tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # texts with a probability above 0, and their indices
     probability, stopped = torch.ones(1, dtype=torch.double), torch.zeros(1, dtype=torch.bool)
-    pass_lengths = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # is all that stands behind a stop token
+    padding = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # after a stop token
     for _ in range(LENGTH):
         p = torch.softmax(chain(tokens, model(input_ids=tokens).logits[:, -1].float()), dim=-1).double()
         probability, place = (
-            probability[:, None] * torch.where(stopped[:, None], pass_lengths, p),
+            probability[:, None] * torch.where(stopped[:, None], padding, p),
             place[:, None] * v + torch.arange(v),
         )
         before, token = probability.nonzero(as_tuple=True)
@@ -256,7 +255,7 @@ def assert_texts_follow_the_model(
         for index, rows in enumerate(texts.split(ROWS)):
             counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=v**LENGTH)
         seen |= {accepted for _, _, accepted in spec.stats.history[0]}
-    assert seen == (set(range(LENGTH)) if accepts is None else accepts), "rows were to accept different numbers"
+    assert seen == (set(range(LENGTH)) if accepts is None else accepts), "rows must accept different numbers of tokens"
     expected = torch.stack([law(model, PADDED[:1, 1:], options), law(model, PADDED[1:], options)])
     torch.testing.assert_close(expected.sum(dim=1), torch.ones(2, dtype=torch.double))
     assert_follows(counts, expected)
@@ -310,7 +309,7 @@ def test_sampled_texts_of_ragged_quantised_drafts_follow_the_models_own_distribu
     assert_texts_follow_the_model(small, Plan(**HALF_QUANTISED, draft_vocabulary=SOME.code, **way), {"top_k": 0})
 
 
-def test_where_processors_leave_nothing_of_what_is_proposed_texts_follow_the_model_all_the_same(
+def test_sampled_texts_follow_the_model_if_processors_suppress_every_proposed_token(
     small: PreTrainedModel,
 ) -> None:
     plan = Plan(**HALF_QUANTISED, draft_vocabulary=SubVocabulary.of([0, 1], V).code)
@@ -325,7 +324,7 @@ def test_where_processors_leave_nothing_of_what_is_proposed_texts_follow_the_mod
     "family",
     ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3_text", "phi", "qwen3_moe"))],
 )
-def test_replayed_rounds_are_those_of_uncaptured_decoding(family: str, trimmed: bool) -> None:
+def test_replayed_rounds_are_lossless_and_equal_uncaptured_rounds(family: str, trimmed: bool) -> None:
     model, plan = damped_model(family), drafting(INT4 if trimmed else INT8, trimmed=trimmed)
     if family == "qwen3_moe":
         plan = drafting(plan.quantised.format, trimmed=trimmed, quantised=attention_alone(plan))  # type: ignore[union-attr]
@@ -394,14 +393,14 @@ SHALLOW = {
 
 @pytest.fixture(scope="module")
 def shallow() -> PreTrainedModel:
-    """Of few layers, for compiling takes long."""
+    """A model with few layers: compiling takes long."""
     model = quantisable_model("llama", num_hidden_layers=3)
     damp(model, SHALLOW["skip_set"], 0.1)
     return model
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings
 @pytest.mark.parametrize("format", [INT4, INT8], ids=str)
 def test_compiled_passes_of_a_quantised_draft_give_the_tokens_of_the_model(
     format: Format, shallow: PreTrainedModel
@@ -425,7 +424,7 @@ def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(family: str, compilations: list[int]) -> None:
+def test_all_layers_of_a_kind_share_one_compilation_quantised_layers_too(family: str, compilations: list[int]) -> None:
     model, plan = damped_model(family), drafting(INT4, trimmed=True)
     spec = wrap(model, plan, compile=True)
     given = few_prompts(11, 5, 7)

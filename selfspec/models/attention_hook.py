@@ -64,7 +64,6 @@ class AttentionNeeds:
     device: torch.device
     dtype: torch.dtype
     head_dims: frozenset[int]
-    windows: frozenset[int | None] = frozenset({None})
     softcaps: frozenset[float | None] = frozenset({None})
 
     @property

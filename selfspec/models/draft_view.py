@@ -20,18 +20,16 @@ from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 
 
-class SkippedAttention(nn.Module):
-    """Replaces a skipped attention sub-layer."""
+class Skipped(nn.Module):
+    """Replaces a skipped sub-layer: returns zeros, for attention in a pair with None."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    def __init__(self, *, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
 
-
-class SkippedMLP(nn.Module):
-    """Replaces a skipped MLP sub-layer."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.attention else zeros
 
 
 def draft_view(
@@ -101,8 +99,8 @@ def change_draft(
     draft_spec.validate(len(full.layers))
     skip_set = draft_spec.skip_set
     for index, layer in enumerate(full.layers):
-        layer.self_attn = SkippedAttention() if index in skip_set.attn else full.branches["attn", index]
-        layer.mlp = SkippedMLP() if index in skip_set.mlp else full.branches["mlp", index]
+        layer.self_attn = Skipped(attention=True) if index in skip_set.attn else full.branches["attn", index]
+        layer.mlp = Skipped(attention=False) if index in skip_set.mlp else full.branches["mlp", index]
     _place_draft_weights(view, full, draft_spec, draft_weights)
     kept = [index for index in range(len(full.layers)) if index not in skip_set.dropped_layers()]
     view.get_decoder().layers = nn.ModuleList(full.layers[index] for index in kept)
@@ -132,4 +130,4 @@ def _place_draft_weights(
 def attention_modules(view: PreTrainedModel) -> list[nn.Module]:
     """The attention modules that the view runs. A module's `layer_idx` is its layer in the full model."""
     modules = [layer.get_submodule("self_attn") for layer in decoder_layers(view)]
-    return [module for module in modules if not isinstance(module, SkippedAttention)]
+    return [module for module in modules if not isinstance(module, Skipped)]

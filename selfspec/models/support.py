@@ -103,14 +103,12 @@ class ProbePass:
     """Attends causally within the pass, and records what each layer caches and requires."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
-    windows: set[int | None] = field(default_factory=set)
     softcaps: set[float | None] = field(default_factory=set)
     masks: set[tuple[int | None, int]] = field(default_factory=set)
     """Pairs of window and query heads per key head, one pair for each mask that the layers use."""
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
         self.shapes[int(layer.layer_idx)] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[arg-type]
-        self.windows.add(args.window)
         self.softcaps.add(args.softcap)
         groups = query.shape[1] // key.shape[1]
         self.masks.add((args.window, groups))
@@ -126,7 +124,6 @@ class ProbePass:
             device=model.device,
             dtype=model.dtype,
             head_dims=frozenset(dim for shape in self.shapes.values() for dim in (shape.key_dim, shape.value_dim)),
-            windows=frozenset(self.windows),
             softcaps=frozenset(self.softcaps),
         )
 

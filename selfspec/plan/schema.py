@@ -30,38 +30,25 @@ class Setting(Strict):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise PlanError(_problem_by_hand(type(self).__name__, error)) from None
+            raise PlanError(first_problem(error, type(self).__name__)) from None
 
     # With this mark pydantic does not call `__init__` for a part of a plan: the plan reports the part's problems.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first problem of a plan in one line: the key, the problem, what to do."""
-    kind, where, message = _first(error)
-    if kind == "extra_forbidden":
-        return f"plan has an unknown key '{where}'; remove it, or search again"
-    if kind == "missing":
-        return f"plan lacks the key '{where}'; search again"
-    return f"plan key '{where or 'plan'}': {message}"
-
-
-def _problem_by_hand(name: str, error: ValidationError) -> str:
-    """The first problem of a part that a user made by hand, in one line."""
-    kind, where, message = _first(error)
-    if kind == "extra_forbidden":
-        return f"{name} takes no '{where}'; leave it out"
-    if kind == "missing":
-        return f"{name} lacks '{where}'; add it"
-    return f"{name}'s {where}: {message}" if where else f"{name}: {message}"
-
-
-def _first(error: ValidationError) -> tuple[str, str, str]:
-    """The first problem's type, the path of the key, and a message with the given value."""
+def first_problem(error: ValidationError, part: str | None = None) -> str:
+    """The first problem of a plan, or of a part made by hand, in one line: the key, the problem, what to do."""
     problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
-    message = problem["msg"].removeprefix("Value error, ")
-    return problem["type"], where, f"{message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+    where, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    message = f"{message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+    if problem["type"] == "extra_forbidden":
+        unknown = f"plan has an unknown key '{where}'; remove it, or search again"
+        return f"{part} takes no '{where}'; leave it out" if part else unknown
+    if problem["type"] == "missing":
+        return f"{part} lacks '{where}'; add it" if part else f"plan lacks the key '{where}'; search again"
+    if part:
+        return f"{part}'s {where}: {message}" if where else f"{part}: {message}"
+    return f"plan key '{where or 'plan'}': {message}"
 
 
 def _to_skip_set(value: Any) -> Any:

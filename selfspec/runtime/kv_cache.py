@@ -65,11 +65,12 @@ class KVCache:
             module.register_buffer("selfspec_values", values, persistent=False)
 
     @staticmethod
-    def detach(attention: nn.Module) -> None:
-        """Remove the keys and values from an attention module."""
-        for name in ("selfspec_keys", "selfspec_values"):
-            attention._buffers.pop(name, None)
-            attention._non_persistent_buffers_set.discard(name)
+    def detach(attention_modules: Iterable[nn.Module]) -> None:
+        """Remove the keys and values from attention modules."""
+        for module in attention_modules:
+            for name in ("selfspec_keys", "selfspec_values"):
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
 
     @torch.inference_mode()  # inference tensors cannot be written outside inference mode
     def reset(self) -> None:

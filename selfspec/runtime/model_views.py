@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
@@ -86,16 +85,13 @@ class ModelViews:
 
     def attach(self, cache: KVCache) -> None:
         """Give the cache to both views."""
-        cache.attach(self._attention_modules())
+        for view in self:
+            cache.attach(attention_modules(view))
 
     def detach(self) -> None:
         """Remove the cache from both views."""
-        for attention in self._attention_modules():
-            KVCache.detach(attention)
-
-    def _attention_modules(self) -> Iterator[nn.Module]:
         for view in self:
-            yield from attention_modules(view)
+            KVCache.detach(attention_modules(view))
 
     def _check(self, draft_spec: DraftSpec) -> None:
         check_memory(self.model, draft_spec, self._draft_memory)

@@ -1,20 +1,8 @@
-"""The CUDA path on a GPU; and, where a CPU has something that stands in for it (a tape for graphs), on a CPU too.
+"""The CUDA path on a GPU. Tests with a CPU substitute, such as a tape for graphs, also run on a CPU.
 
-What of the CUDA-only code each test reaches:
-
-- `CudaRecorder.warm_up`, `.record`, `.nbytes`, `graphs_for`, pinned `decoding.read`, events in `Laps`, passes of
-  `KVCache.begin` over all slots: `test_captured_rounds_write_what_the_model_writes`, and those of `read` and `Laps`.
-- `CudaRecorder._recover`: `test_a_capture_that_fails_leaves_all_as_it_was`; a new pool once all graphs are dropped:
-  `test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held`.
-- The packing of 4-bit weights, and the choice of kernels: `test_the_kernels_of_quantised_weights_...`, and captured in
-  `test_quantised_drafts_are_captured`.
-- `fuses_layers`, `uncompiled_reason`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
-- `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
-- `prefill.chunk_length`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
-  `loading.describe_device`: `test_devices_are_named`.
-- In the search `statistics.wait_for`, `Memory.default`, `_Contender.decode`:
-  `test_the_search_times_and_measures_a_device`.
-- Streams and devices that are not the default ones: the last two tests.
+The CUDA-only code that these tests run: `CudaRecorder` with `_recover`, `graphs_for`, pinned reads, events in `Laps`,
+static passes, packing and kernels of 4-bit weights, layers compiled by Triton, flash kernels, `prefill.chunk_length`,
+device names, `wait_for`, `Memory.default`, other streams, and other devices than the default.
 """
 
 from __future__ import annotations
@@ -110,11 +98,11 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("device", "family"), FAMILIES, indirect=["device"])
-def test_captured_rounds_write_what_the_model_writes(device: torch.device, family: str) -> None:
+def test_captured_rounds_are_lossless(device: torch.device, family: str) -> None:
     model = model_on(device, family)
     spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
-    for _ in range(3):  # the last time, from the first round on
+    for _ in range(3):  # the last request replays all its rounds
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
     assert_captured(spec)
     assert 0.2 < spec.stats.acceptance_rate < 0.9
@@ -139,7 +127,7 @@ def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("lookup", [None, LOOKUP.prompt_lookup], ids=["alone", "behind lookup"])
+@pytest.mark.parametrize("lookup", [None, LOOKUP.prompt_lookup], ids=["alone", "after lookup"])
 def test_a_draft_model_is_captured(lookup: PromptLookup | None, device: torch.device) -> None:
     model, plan = model_on(device), Plan(skip_set=SkipSet(), gamma=GAMMA, prompt_lookup=lookup)
     draft_model = copy.deepcopy(model)
@@ -164,7 +152,7 @@ QUANTISED = [INT4, INT8]
 
 @BOTH
 @pytest.mark.parametrize("format", QUANTISED, ids=str)
-def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_for(
+def test_the_kernels_of_quantised_weights_multiply_by_the_dequantised_weight(
     format: Format, device: torch.device
 ) -> None:
     if (unsupported_reason := device_unsupported_reason(format, device)) is not None:
@@ -174,7 +162,7 @@ def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_f
     product = quantise(weight, None, format)(inputs)
     expected = inputs @ QuantisedWeight.of(weight, format).dequantised().T
     assert (product - expected).norm() < 0.01 * expected.norm()
-    assert torch.equal(quantise(weight, None, format)(inputs), product), "the same every time"
+    assert torch.equal(quantise(weight, None, format)(inputs), product)
 
 
 @BOTH
@@ -193,7 +181,7 @@ def test_quantised_drafts_are_captured(format: Format, device: torch.device) -> 
 
 
 @QUICK
-def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(device: torch.device) -> None:
+def test_one_graph_serves_requests_with_other_lengths_limits_and_stop_tokens(device: torch.device) -> None:
     model = model_on(device)
     spec = captured(model)
     kept: list[int] = []
@@ -226,8 +214,8 @@ def test_a_cache_that_grows_drops_its_graphs(device: torch.device) -> None:
 
 
 @BOTH
-def test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held(device: torch.device) -> None:
-    """As the frames of an error are, in a notebook; what is held keeps its memory, but not the pool's handle."""
+def test_graphs_are_captured_again_while_results_of_dropped_graphs_are_held(device: torch.device) -> None:
+    """A notebook holds results in the frames of an error: the results keep their memory, but not the pool's handle."""
     graphs = Graphs(CudaRecorder(device) if device.type == "cuda" else TapeRecorder())
     number = torch.zeros(1, device=device)
 
@@ -253,10 +241,10 @@ class Result:
 
 
 @BOTH
-def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: torch.device) -> None:
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_draws_others(device: torch.device) -> None:
     spec, given = captured(model_on(device)), batch(11, 5, 7, device=device)
     written = []
-    for seed in (0, 3, 3, 5):  # while seed 0 draws, rounds are captured
+    for seed in (0, 3, 3, 5):  # rounds are captured during the first request
         torch.manual_seed(seed)
         written.append(spec.generate(**given, **SAMPLING | WARPERS))
     assert_captured(spec)
@@ -265,7 +253,7 @@ def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: 
 
 
 @BOTH
-def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
+def test_sampling_with_top_k_of_one_is_greedy(device: torch.device) -> None:
     model = model_on(device)
     spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
@@ -275,12 +263,12 @@ def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
 
 
 @BOTH
-def test_captured_rounds_draw_the_models_distribution(device: torch.device) -> None:
-    """The second new token of many rows, against its exact distribution, by chi-squared."""
+def test_captured_rounds_sample_the_models_distribution(device: torch.device) -> None:
+    """Chi-square test of the second new token of many rows against the exact distribution."""
     rows, model = 64, model_on(device)
     prompt = batch(11, device=device)["input_ids"]
     spec, draws = captured(model), 16 * rows
-    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 5}  # a round drafts one of the two
+    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 5}  # a round drafts one token
     with torch.inference_mode():
         first = top5(model(prompt).logits[0, -1])
         exact = torch.zeros_like(first)
@@ -297,7 +285,7 @@ def test_captured_rounds_draw_the_models_distribution(device: torch.device) -> N
     expected, counts = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected, counts))
     deviation = ((counts - expected).square() / expected.clamp(min=1)).sum()
     freedom = len(expected) - 1
-    # By chance alone, less than once in a thousand seeds.
+    # False alarm: fewer than one in a thousand seeds.
     assert deviation < freedom + 5 * (2 * freedom) ** 0.5
 
 
@@ -307,11 +295,11 @@ def top5(logits: Tensor) -> Tensor:
     return kept.scatter_(0, indices, values).softmax(0)
 
 
-# --- No reads, and what happens to them ---
+# --- Reads of the device ---
 
 
 class Watched:
-    """A recorder whose work may not read the device."""
+    """A recorder that refuses work that reads the device."""
 
     def __init__(self, recorder: Recorder, device: torch.device) -> None:
         self.recorder, self.device = recorder, device
@@ -348,7 +336,7 @@ def no_reads(device: torch.device) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("plan", [PLAN, CASCADE], ids=["layers", "cascade"])
-def test_captured_work_never_waits_for_the_device(plan: Plan, options: dict[str, Any], device: torch.device) -> None:
+def test_captured_work_never_reads_the_device(plan: Plan, options: dict[str, Any], device: torch.device) -> None:
     recorder = CudaRecorder(device) if device.type == "cuda" else TapeRecorder()
     options_of_all = DecodeOptions(compile=False)
     spec = SelfSpeculator(model_on(device), plan, options_of_all, recorder=Watched(recorder, device))
@@ -359,21 +347,21 @@ def test_captured_work_never_waits_for_the_device(plan: Plan, options: dict[str,
 
 @BOTH
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_waiting_for_the_device_is_noticed(device: torch.device) -> None:
+def test_a_read_of_the_device_is_an_error(device: torch.device) -> None:
     number = torch.ones(3, device=device)
     with pytest.raises(RuntimeError), no_reads(device):
         number.sum().item()
 
 
 @BOTH
-def test_the_one_read_of_a_round_is_right(device: torch.device) -> None:
+def test_read_returns_the_values(device: torch.device) -> None:
     host_values = torch.arange(35, device=device).view(5, 7)
     assert read(host_values) == host_values.tolist()
     assert read(host_values.T) == host_values.T.tolist()
 
 
 @BOTH
-def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_restores_stream_and_generators(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
     spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
@@ -401,18 +389,18 @@ def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeyp
     (reason,) = spec.stats.slower_paths
     assert reason.startswith("rounds are not captured: ")
     if stream is not None:
-        assert "capturing" in reason, "the cause, and not that there was one"
+        assert "capturing" in reason, "the reason must name the cause"
         assert torch.cuda.current_stream(device) == stream
-    for options in (GREEDY, SAMPLING | {"top_k": 1}):  # draws are as good as before, too
+    for options in (GREEDY, SAMPLING | {"top_k": 1}):  # random generators work, too
         assert torch.equal(spec.generate(**given, **options), expected)
-    fresh = captured(model)  # and so are captures
+    fresh = captured(model)  # captures work, too
     for options in (GREEDY, SAMPLING | {"top_k": 1}) * 2:
         assert torch.equal(fresh.generate(**given, **options), expected)
     assert_captured(fresh)
 
 
 @BOTH
-def test_interrupted_captures_are_no_reason_to_stop(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_captured_after_an_interrupt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
     spec, given = captured(model), batch(11, 5, 7, device=device)
     recorder = graphs_of(spec).recorder
@@ -438,7 +426,7 @@ def test_interrupted_captures_are_no_reason_to_stop(device: torch.device, monkey
 
 
 @BOTH
-def test_laps_are_positive_and_no_longer_than_the_whole(device: torch.device) -> None:
+def test_laps_are_positive_and_sum_to_less_than_the_total(device: torch.device) -> None:
     matrix = torch.ones(257, 257, device=device)
     start, laps = perf_counter(), Laps(device)
     for _ in range(4):
@@ -452,7 +440,7 @@ def test_laps_are_positive_and_no_longer_than_the_whole(device: torch.device) ->
 
 
 @BOTH
-def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
+def test_draft_verify_and_prefill_take_less_than_the_total_time(device: torch.device) -> None:
     spec = captured(model_on(device))
     for _ in range(2):
         spec.generate(**batch(11, device=device), **GREEDY)
@@ -463,7 +451,7 @@ def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
     assert seconds["draft"] + seconds["verify"] + seconds["prefill"] < seconds["total"]
 
 
-# --- Flash kernels and fused layers ---
+# --- Flash kernels and compiled layers ---
 
 
 @pytest.mark.parametrize(
@@ -472,7 +460,7 @@ def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
     indirect=["device"],
 )
 def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.device, backend: str) -> None:
-    """Its own plain decoding, one row at a time: what else may differ is not what near-ties are about."""
+    """Compares with captured plain decoding, one row at a time, so that only near-ties may differ."""
     model = model_on(device, head_dim=32, dtype=torch.bfloat16)
     spec, plain = captured(model, backend=backend), captured(model, Plan.none(), backend=backend)
     compared = []
@@ -489,11 +477,11 @@ def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.d
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", torch.float32), ("gemma3_text", torch.float32), ("llama", torch.bfloat16)]
 )
-def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
+def test_layers_are_compiled_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
     assert uncompiled_reason(cuda) is None
     model = model_on(cuda, family, dtype=dtype, head_dim=32)
     spec, given = wrap(model, PLAN), batch(11, 5, 7, device=cuda)
@@ -508,11 +496,11 @@ def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torc
     assert spec.runtime.passes.uncompiled_reason is None
 
 
-# --- All that asks which device it is ---
+# --- Code that depends on the device ---
 
 
 @pytest.mark.gpu
-def test_prompts_longer_than_a_chunk_are_cached_in_several_passes(cuda: torch.device) -> None:
+def test_long_prompts_are_prefilled_in_chunks(cuda: torch.device) -> None:
     model, rows, longest = model_on(cuda), 64, CPU_CHUNK // 4 + 13
     spec, given = captured(model), batch(*range(longest - rows + 1, longest + 1), device=cuda)
     options = GREEDY | {"max_new_tokens": 7}
@@ -530,7 +518,7 @@ def test_devices_are_named(device: torch.device) -> None:
 
 
 @BOTH
-def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
+def test_the_search_times_a_device(device: torch.device) -> None:
     matrix = torch.ones(257, 257, device=device)
     assert timed_task(lambda: matrix @ matrix, device)() > 0
     assert Memory.default(device) > 2**20
@@ -544,7 +532,7 @@ def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_request_may_run_in_any_stream(cuda: torch.device) -> None:
+def test_requests_run_in_any_stream(cuda: torch.device) -> None:
     model = model_on(cuda)
     spec, given = captured(model), batch(11, 5, 7, device=cuda)
     expected = model.generate(**given, **GREEDY)
@@ -557,7 +545,7 @@ def test_a_request_may_run_in_any_stream(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_the_model_need_not_be_on_the_current_device(cuda: torch.device) -> None:
+def test_the_model_may_be_on_another_device(cuda: torch.device) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     other = torch.device("cuda", 1)

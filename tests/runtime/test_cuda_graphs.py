@@ -121,18 +121,10 @@ MANY_STOPS = {"eos_token_id": list(range(17)), "pad_token_id": PAD}
 TENSOR_WARPER = processed(MinPLogitsWarper(torch.tensor(0.3)))
 IGNORES = "RepetitionPenaltyLogitsProcessor that ignores other tokens than padding is not captured"
 UNCAPTURED = [
-    (
-        {},
-        {"eos_token_id": list(range(17)), "pad_token_id": PAD},
-        "there are 17 stop tokens, and captured rounds have room for 16",
-    ),
+    ({}, MANY_STOPS, "there are 17 stop tokens, and captured rounds have room for 16"),
     ({"exit_threshold": 0.4}, {}, "with an exit threshold, drafts end when the device says so"),
     ({}, {"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor is not captured"),
-    (
-        {},
-        processed(MinPLogitsWarper(torch.tensor(0.3))),
-        "MinPLogitsWarper with a tensor among its settings is not captured",
-    ),
+    ({}, TENSOR_WARPER, "MinPLogitsWarper with a tensor among its settings is not captured"),
     *(
         ({}, processed(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=torch.full((2,), n))), IGNORES)
         for penalty in (0.1, 3.0)

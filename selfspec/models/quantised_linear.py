@@ -66,10 +66,7 @@ class QuantisedWeight:
         return rearrange(weight, "n g i -> n (g i)").to(dtype)
 
 
-Rounded = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _round_to_int4(weight: Tensor, format: Format) -> Rounded:
+def _round_to_int4(weight: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round to 16 levels between the minimum and the maximum of each group, then alternate two steps.
 
     One step fits scales and zeros to the rounded weights by least squares, the other rounds again. On normally
@@ -100,7 +97,7 @@ def _as_kernels_read(scales: Tensor) -> Tensor:
     return scales.clamp(min=1e-9).to(COMPUTE).float()
 
 
-def _round_to_int8(weight: Tensor, format: Format) -> Rounded:
+def _round_to_int8(weight: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
     scales = _as_kernels_read(weight.abs().amax(dim=-1, keepdim=True) / 127)
     return (weight / scales).round_().clamp_(-127, 127).to(torch.int8), scales, None
 
@@ -180,8 +177,8 @@ class Int8Linear(QuantisedLinear):
 class DequantisedLinear(QuantisedLinear):
     """The same layer for passes over thousands of tokens, as in a replay: each call dequantises the weight.
 
-    The kernels of `Int4Linear` and `Int8Linear` are slow in long passes. In float32 the outputs equal theirs except for
-    the order of sums. In bfloat16 the dequantised weight is also rounded to bfloat16.
+    The 4-bit and 8-bit kernels are slow in long passes. In float32 the outputs equal the kernels' except for the order
+    of sums. In bfloat16 the dequantised weight is also rounded to bfloat16.
     """
 
     values: Tensor

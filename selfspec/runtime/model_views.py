@@ -13,6 +13,7 @@ from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import probe
 from selfspec.models.views import state_of, target_view
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.runtime.forward_pass import Backend
 from selfspec.runtime.kv_cache import KVCache
 
 ViewName = Literal["target", "draft"]
@@ -82,6 +83,15 @@ class ModelViews:
         for view in self:
             pin_longrope(view, long=self._pinned_long)
         return True
+
+    def new_cache(self, rows: int, slots: int, backend: Backend) -> KVCache:
+        """A cache with at least `slots` slots for each of `rows` rows, attached to both views."""
+        slots, model = KVCache.bucketed(slots), self.model
+        cache = KVCache(
+            self.layer_shapes, rows=rows, slots=slots, device=model.device, dtype=model.dtype, backend=backend
+        )
+        self.attach(cache)
+        return cache
 
     def attach(self, cache: KVCache) -> None:
         """Give the cache to both views."""

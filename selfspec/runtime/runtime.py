@@ -151,16 +151,8 @@ class Runtime:
             self._cache.reset()
             return
         self._free_cache()
-        self._cache = KVCache(
-            self.views.layer_shapes,
-            rows=rows,
-            slots=KVCache.bucketed(slots),
-            device=self.model.device,
-            dtype=self.model.dtype,
-            backend=self.backend.backend,
-        )
+        self._cache = self.views.new_cache(rows, slots, self.backend.backend)
         self.row_buffers = RowBuffers(rows, self._cache.slots, self.model.device)
-        self.views.attach(self._cache)
 
     def adopt_cache(self, other: Runtime) -> None:
         """Share the cache of another runtime of the same model. Only one of the runtimes may decode at a time."""

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import selfspec.decoding.round
 import selfspec.runtime.kv_cache
+import selfspec.runtime.model_views
 import selfspec.runtime.prefill
-import selfspec.runtime.runtime
 from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.decoding.request import Request
 from selfspec.models.attention_hook import LayerShape
@@ -320,7 +320,7 @@ def test_the_old_cache_is_freed_before_a_larger_cache_is_allocated(
             alive.append(sum(reference() is not None for reference in old))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(selfspec.runtime.runtime, "KVCache", Watched)
+    monkeypatch.setattr(selfspec.runtime.model_views, "KVCache", Watched)
     runtime.reserve(1, 1300)
     assert alive == [0]
 

@@ -1,7 +1,7 @@
 """selfspec: self-speculative decoding by layer skipping.
 
-Letters for shapes, everywhere: `b` rows, `t` tokens, `n` drafted, `v` vocabulary, `h` heads, `d` head size, `s` cache
-slots.
+Letters for shapes in all packages: `b` rows, `t` tokens, `n` drafted tokens, `v` vocabulary, `h` heads, `d` head size,
+`s` cache slots.
 """
 
 from importlib import import_module
@@ -34,13 +34,13 @@ _MODULES = {
     "draft_bytes": "speculator",
     "wrap": "speculator",
 }
-"""The module of every public name."""
+"""The module that defines each public name."""
 
 __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: `selfspec --help` need not wait seconds for torch."""
+    """Import a public name at first use, so that `selfspec --help` does not wait seconds for torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,31 +1,31 @@
-"""One base class for everything that a user can cause and mend; one warning; and how memory that is missing is told."""
+"""Errors that a user can cause and fix, one warning, and the test for a failed memory allocation."""
 
 
 class SelfspecError(Exception):
-    """A one-line message: what was given, what was expected, what to do."""
+    """Base class. The message is one line: what was given, what was expected, what to do."""
 
 
 class PlanError(SelfspecError):
-    """A plan or skip set that is malformed, or that does not fit the model."""
+    """A plan or skip set is malformed or does not fit the model."""
 
 
 class UnsupportedModelError(SelfspecError):
-    """A model that the views cannot reproduce."""
+    """The views cannot reproduce the model."""
 
 
 class UnsupportedOptionError(SelfspecError):
-    """A generation option that speculative decoding does not serve."""
+    """Speculative decoding does not support the generation option."""
 
 
 class InputError(SelfspecError):
-    """Prompts, files or tensors that cannot be used as given."""
+    """Prompts, files, tensors or settings cannot be used as given."""
 
 
 class PlanWarning(UserWarning):
-    """A plan that was searched in other conditions: right, but perhaps not the fastest here."""
+    """The plan was searched under other conditions: the output is right, but the plan may not be the fastest here."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that memory does not suffice, on an accelerator or a CPU."""
-    said = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    """Whether an accelerator or a CPU could not allocate memory."""
+    messages = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(message in str(error) for message in messages)

@@ -111,8 +111,7 @@ class SelfSpeculator:
             self.plan.draft_spec if self.plan.gamma else None,  # a draft that never runs needs no draft weights
             backend=options.backend,
             compile=options.compile,
-            graphs=options.graphs,
-            recorder=recorder,
+            graphs=options.graphs if recorder is None else recorder,
             draft_memory=options.draft_memory_bytes,
             pass_lengths=self.plan.pass_lengths,
             measured_in=self.plan.measured_in,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
 
 
@@ -128,7 +129,7 @@ def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int, *, 
     padding = -(row.shape[1] - start) % t  # the last pass is as long as the others; nothing before it sees the filling
     row = torch.nn.functional.pad(row, (0, padding))
     runtime.reserve(1, row.shape[1])
-    runtime.prefill(row[:, :start], torch.tensor([start], device=row.device))
+    prefill(runtime, row[:, :start], torch.tensor([start], device=row.device))
     with runtime.padded(runtime.passes.lengths if padded else None):
         for chunk in row[:, start:].split(t, dim=1):
             logits = runtime.run("target", chunk)

@@ -14,6 +14,7 @@ from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.request import Request
 from selfspec.decoding.stats import DeviceTimer, Stats
+from selfspec.runtime.prefill import prefill_prompts
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import wait_for
 
@@ -24,7 +25,7 @@ def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -
     with stats.timed("total"), stats.timed("prefill"):
         if (reason := bind_buffers(runtime, drafter, request)) is not None:
             stats.slower_paths.append(f"rounds are not captured: {reason}")
-        runtime.prefill_prompts(request.prompts, request.pads)  # all of each prompt but its last token
+        prefill_prompts(runtime, request.prompts, request.pads)  # all of each prompt but its last token
         drafter.begin(request)
         if (looked := drafter.look(request)) is not None:
             drafter.receive(read(looked))

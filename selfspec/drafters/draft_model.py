@@ -19,6 +19,7 @@ from selfspec.models.rope import longrope_switch
 from selfspec.models.support import check_supported
 from selfspec.plan import Plan
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.runtime.prefill import extend, prefill_prompts
 from selfspec.runtime.runtime import Runtime
 
 WIDEST_WITH_HEAD = 16
@@ -67,7 +68,7 @@ class DraftModelDrafter(StepwiseDrafter):
         self._positions = positions(self.runtime.model, width - min(self._pads))
         self.runtime.reserve(b, request.max_length + request.room)
         if self._longest(request):
-            self.runtime.prefill_prompts(self._known(request.prompts), request.pads)
+            prefill_prompts(self.runtime, self._known(request.prompts), request.pads)
 
     def choose(self, request: Request) -> tuple[Drafter, int]:
         self._n = self._longest(request)
@@ -107,7 +108,7 @@ class DraftModelDrafter(StepwiseDrafter):
         """Cache each row's backlog; logits `b 1 v` after its last committed token."""
         texts, width = request.ends - request.pads, self._catch_up_width  # b
         if width > WIDEST_WITH_HEAD:
-            self.runtime.extend(self._last(request, width)[:, :-1], static=self.runtime.static)
+            extend(self.runtime, self._last(request, width)[:, :-1], static=self.runtime.static)
             width = 2 if self.runtime.static else 1
         logits = self.runtime.run("target", self._last(request, width))  # b t v
         at = texts - 1 - self.runtime.cache.lengths  # b

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from selfspec.errors import InputError, UnsupportedModelError
-from selfspec.models.support import SUPPORTED_MODEL_TYPES, check_supported
+from selfspec.errors import InputError
+from selfspec.models.support import check_supported, check_supported_config
 
 DEMO = "demo"
 """The name of the embedded model."""
@@ -150,13 +150,7 @@ def _config(path: str, name: str) -> PretrainedConfig:
     """The config, checked before any weights are downloaded."""
     with _explained(f"model '{name}' cannot be loaded"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"'{config.model_type}' is an encoder-decoder model; selfspec decodes decoder-only models"
-        )
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
-        raise UnsupportedModelError(f"model type '{config.model_type}' is not supported; supported are {supported}")
+    check_supported_config(config)
     return config
 
 

@@ -1,4 +1,4 @@
 """Models: how a Hugging Face model becomes its own draft.
 
-Imported by the runtime and all above it.
+The runtime and all packages above the runtime import this package.
 """

@@ -1,8 +1,8 @@
-"""The attention function that views call, and what it hands on.
+"""The attention function that Hugging Face calls in a view, and the passes that the function forwards to.
 
-Hugging Face's attention modules look their attention function up by name. A view's config carries our name, and the
-function registered under it does nothing but ask the pass it was handed: the runtime's pass appends to the KV cache
-and attends to it, the probe's records shapes, the replay's attends to recorded keys.
+Hugging Face's attention modules look up their attention function by name. A view's config holds `ATTENTION_NAME`, and
+the function registered under that name forwards each call to the current pass. The runtime's pass appends to the KV
+cache and attends to it, the probe's pass records shapes, and the replay's pass attends to recorded keys.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ATTENTION_NAME = "selfspec"
 
 
 class AttentionPass(Protocol):
-    """What a view's attention modules ask. Query `b h t d`, key and value `b hkv t d`; returns `b t h d`."""
+    """Computes attention for a view's attention modules: query `b h t d`, key and value `b hkv t d`; to `b t h d`."""
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor: ...
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """What the model asks of attention: a window of w sees the token itself and the w - 1 before it."""
+    """One attention layer's settings. A token with window `w` attends to itself and the `w - 1` tokens before it."""
 
     scale: float
     window: int | None = None
@@ -46,25 +46,24 @@ def dispatch(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Hugging Face's attention function: hand everything to the pass."""
+    """Attention function with Hugging Face's signature: forward the call to the pass."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    how = AttentionArgs(scale=scale, window=sliding_window, softcap=softcap)
-    return selfspec_pass.attend(module, query, key, value, how), None
+    args = AttentionArgs(scale=scale, window=sliding_window, softcap=softcap)
+    return selfspec_pass.attend(module, query, key, value, args), None
 
 
 def register() -> None:
-    """Make `ATTENTION_NAME` known to Hugging Face. No mask function goes with it, so that no mask is built."""
+    """Register `dispatch` with Hugging Face, without a mask function: Hugging Face then builds no mask."""
     AttentionInterface.register(ATTENTION_NAME, dispatch)
 
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What a model asks of a backend, found by the probe."""
+    """What a model requires of an attention backend, as the probe found."""
 
     device: torch.device
     dtype: torch.dtype
     head_dims: frozenset[int]
-    windows: frozenset[int | None] = frozenset({None})
     softcaps: frozenset[float | None] = frozenset({None})
 
     @property
@@ -74,19 +73,19 @@ class AttentionNeeds:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one attention layer caches per token: key and value heads, and their sizes."""
+    """What one attention layer caches per token: the number of key and value heads, and the head sizes."""
 
     heads: int
     key_dim: int
     value_dim: int
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionArgs) -> Tensor:
-    """Attention of `b h t d` over `b h s d`, with an additive mask that broadcasts to `b h t s` and the soft cap."""
-    if how.softcap is None:
-        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scale)
-    scores = query @ key.transpose(-1, -2) * how.scale
-    scores = torch.tanh(scores / how.softcap) * how.softcap
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:
+    """Attention of `b h t d` over `b h s d`, with the soft cap and an additive mask that broadcasts to `b h t s`."""
+    if args.softcap is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=args.scale)
+    scores = query @ key.transpose(-1, -2) * args.scale
+    scores = torch.tanh(scores / args.softcap) * args.softcap
     if mask is not None:
         scores = scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
@@ -98,5 +97,5 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fold_mask(mask: Tensor, groups: int) -> Tensor:
-    """A mask `b t s` for queries whose groups of heads were folded into their length: `b 1 (g t) s`."""
+    """Repeat a mask `b t s` to `b 1 (g t) s`, for queries with the heads of a group folded into the token axis."""
     return repeat(mask, "b t s -> b 1 (g t) s", g=groups)

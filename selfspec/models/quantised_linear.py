@@ -1,12 +1,11 @@
-"""Quantised linear layers: rounded weights, multiplied by PyTorch's own kernels for such weights.
+"""Quantised linear layers: rounded weights, multiplied by PyTorch's own kernels for quantised weights.
 
-Each is one operator on plain tensors, which graphs capture and compilers know. torchao's tensors call the same ones for
-4 bits, but through Python's dispatch of a tensor subclass (20 us a layer, as much as a small layer takes), keep the
-packing for CPUs among its prototypes, and make 8-bit weights floats again at every call (14 ms for a layer that takes
-1.4 in bfloat16, and 0.4 here; measured with its release 0.18).
+Each product is one operator on plain tensors, which graphs capture and compilers support. torchao (release 0.18) calls
+the same 4-bit operators through a tensor subclass, which adds 20 us of Python per layer: as long as a small layer
+takes. Its 8-bit weights become floats in every call: 14 ms for a layer that takes 1.4 ms in bfloat16, and 0.4 ms here.
 
-Activations are bfloat16 whatever the model's dtype: these kernels are fast for nothing else, and a draft need not be
-exact. On a CPU, a row's product with integers does not depend on the rows beside it.
+Activations are bfloat16 whatever the model's dtype: the kernels are fast only in bfloat16, and a draft need not be
+exact. On a CPU, a row's product does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from torch import Tensor, nn
 from selfspec.plan.draft_spec import Format
 
 COMPUTE = torch.bfloat16
-ROWS_AT_ONCE, ROWS_ON_CPU = 4096, 256
-"""So many outputs' weights are rounded at a time: rounding holds several float32 copies."""
-FITS = 3
-"""So often the steps of 4 bits are fitted to the weights: more changes little."""
+ROUNDING_ROWS, ROUNDING_ROWS_ON_CPU = 4096, 256
+"""Rows of a weight that are rounded together: rounding holds several float32 copies of the rows."""
+INT4_FITS = 3
+"""Least-squares fits of the 4-bit scales: more fits change little."""
 ALIGNED = 16
-"""Kernels take sizes that are multiples of this; on others some read what is not theirs."""
+"""Elements: sizes must be multiples. With other sizes, some kernels read outside the weight."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight:
-    """A weight `n k` as `(values - 8) * scales + zeros` in 4 bits, `values * scales` else.
+    """A rounded weight `n k`: `(values - 8) * scales + zeros` for int4, `values * scales` for int8.
 
     Attributes:
-        values: `n k`: 0 to 15 in a byte, or signed bytes.
+        values: `n k`, one byte each: 0 to 15 for int4, -127 to 127 for int8.
         scales: `n g` for `g` groups of inputs, float32.
-        zeros: the same, in 4 bits alone.
+        zeros: `n g`, float32; None for int8.
     """
 
     format: Format
@@ -48,17 +47,17 @@ class QuantisedWeight:
     @classmethod
     @torch.inference_mode()
     def of(cls, weight: Tensor, format: Format) -> QuantisedWeight:
-        """Round a weight, whatever its dtype, where it lies."""
+        """Round a weight of any floating-point dtype on its own device."""
         round_to = {"int4": _round_to_int4, "int8": _round_to_int8}[format.name]
-        at_once = ROWS_ON_CPU if weight.device.type == "cpu" else ROWS_AT_ONCE
-        parts = [round_to(some.float(), format) for some in weight.detach().split(at_once)]
+        rows = ROUNDING_ROWS_ON_CPU if weight.device.type == "cpu" else ROUNDING_ROWS
+        parts = [round_to(part.float(), format) for part in weight.detach().split(rows)]
         values, scales, zeros = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
         assert values is not None
         assert scales is not None
         return cls(format, values, scales, zeros)
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that it stands for, `n k`."""
+        """The weight after rounding, `n k`."""
         groups = rearrange(self.values.float(), "n (g i) -> n g i", g=self.scales.shape[1])
         if self.zeros is None:
             weight = groups * self.scales[..., None]
@@ -67,26 +66,25 @@ class QuantisedWeight:
         return rearrange(weight, "n g i -> n (g i)").to(dtype)
 
 
-Rounded = tuple[Tensor, Tensor, Tensor | None]
+def _round_to_int4(weight: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round to 16 levels between the minimum and the maximum of each group, then alternate two steps.
 
-
-def _round_to_int4(weight: Tensor, format: Format) -> Rounded:
-    """Sixteen steps between each group's least and greatest weight; then, a few times, the steps that fit the weights
-    best as they were rounded (least squares), and the weights rounded to these. On normal weights that takes 7 % from
-    the error."""
+    One step fits scales and zeros to the rounded weights by least squares, the other rounds again. On normally
+    distributed weights the fits reduce the error by 7 %.
+    """
     groups = rearrange(weight, "n (g i) -> n g i", i=format.group_size)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scales, values = _as_kernels_read((high - low) / 15), groups
     zeros = (low + 8 * scales).to(COMPUTE).float()
-    for fit in range(FITS + 1):
+    for fit in range(INT4_FITS + 1):
         values = ((groups - zeros) / scales + 8).round_().clamp_(0, 15)
-        if fit < FITS:
+        if fit < INT4_FITS:
             scales, zeros = _fitted(values - 8, groups)
     return values.to(torch.uint8).flatten(1), scales[..., 0], zeros[..., 0]
 
 
 def _fitted(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zeros `n g 1` with which `values` come nearest to `groups`, both `n g i`."""
+    """Least-squares scales and zeros `n g 1` that map `values` to `groups`, both `n g i`."""
     middle, mean = values.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
     around = values - middle
     slope = (around * (groups - mean)).sum(-1, keepdim=True) / around.square().sum(-1, keepdim=True).clamp(min=1e-9)
@@ -95,21 +93,21 @@ def _fitted(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_kernels_read(scales: Tensor) -> Tensor:
-    """Rounded to what kernels take, and never zero: a group of equal weights has no steps."""
+    """Round scales to the kernels' dtype, and avoid zero scales: a group of equal weights has range 0."""
     return scales.clamp(min=1e-9).to(COMPUTE).float()
 
 
-def _round_to_int8(weight: Tensor, format: Format) -> Rounded:
+def _round_to_int8(weight: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
     scales = _as_kernels_read(weight.abs().amax(dim=-1, keepdim=True) / 127)
     return (weight / scales).round_().clamp_(-127, 127).to(torch.int8), scales, None
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer with a quantised weight. What a format is multiplied by is its subclass's.
+    """A linear layer with a quantised weight. A subclass implements the product of one format.
 
     Args:
         weight: `n k`.
-        bias: `n`, shared with the layer that this is a copy of; None if it has none.
+        bias: `n`, shared with the original layer; None if the original has no bias.
     """
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
@@ -119,26 +117,21 @@ class QuantisedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, self.in_features).to(COMPUTE).contiguous()  # kernels want no other
+        rows = inputs.reshape(-1, self.in_features).to(COMPUTE).contiguous()  # kernels require this
         outputs = self.product(rows).to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
         return outputs if self.bias is None else outputs + self.bias
 
     @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
-        """`r k` in bfloat16, times the weight: `r n`."""
+        """The product of `rows` (`r k`, bfloat16) and the weight: `r n`."""
 
-    @property
-    def nbytes(self) -> int:
-        """What it takes beside the layer that it is a copy of."""
-        return sum(tensor.nbytes for tensor in self.buffers())
-
-    def _keep(self, **tensors: Tensor) -> None:
+    def _register(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.contiguous(), persistent=False)
 
 
 class Int4Linear(QuantisedLinear):
-    """Four bits a weight, unpacked on the way into the product."""
+    """An int4 layer. The kernel unpacks the weights as it multiplies."""
 
     packed: Tensor
     scales_and_zeros: Tensor  # g n 2
@@ -149,7 +142,7 @@ class Int4Linear(QuantisedLinear):
         assert weight.format.group_size is not None
         self.group_size = weight.format.group_size
         pairs = rearrange(torch.stack([weight.scales, weight.zeros]), "pair n g -> g n pair").to(COMPUTE)
-        self._keep(packed=_pack(weight.values), scales_and_zeros=pairs)
+        self._register(packed=_pack(weight.values), scales_and_zeros=pairs)
 
     def product(self, rows: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -159,7 +152,7 @@ class Int4Linear(QuantisedLinear):
 
 
 def _pack(values: Tensor) -> Tensor:
-    """Two to a byte, in the order that the device's kernel reads."""
+    """Pack two values into a byte, in the order of the device's kernel."""
     if values.device.type != "cuda":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)  # type: ignore[no-any-return]
     pairs = values[:, ::2] << 4 | values[:, 1::2]
@@ -168,24 +161,24 @@ def _pack(values: Tensor) -> Tensor:
 
 
 class Int8Linear(QuantisedLinear):
-    """A byte a weight, made a float on the way into the product."""
+    """An int8 layer. The kernel converts the weights as it multiplies."""
 
     values: Tensor
     scales: Tensor  # n
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        self._keep(values=weight.values, scales=weight.scales[:, 0].to(COMPUTE))
+        self._register(values=weight.values, scales=weight.scales[:, 0].to(COMPUTE))
 
     def product(self, rows: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(rows, self.values, self.scales)  # type: ignore[no-any-return]
 
 
 class DequantisedLinear(QuantisedLinear):
-    """The same layer for passes over very many tokens, such as a replay's, for which the kernels of `Int4Linear` and
-    `Int8Linear` are not made: its weight becomes floats at every call, then multiplies as any other.
+    """The same layer for passes over thousands of tokens, as in a replay: each call dequantises the weight.
 
-    In float32 it gives what they give, but for the order of sums. In bfloat16 the weight is rounded to that, too.
+    The 4-bit and 8-bit kernels are slow in long passes. In float32 the outputs equal the kernels' except for the order
+    of sums. In bfloat16 the dequantised weight is also rounded to bfloat16.
     """
 
     values: Tensor
@@ -195,15 +188,15 @@ class DequantisedLinear(QuantisedLinear):
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight, bias)
         self._dtype = dtype if dtype == torch.float32 else COMPUTE
-        self._in_pairs = weight.zeros is not None
-        values = weight.values[:, ::2] << 4 | weight.values[:, 1::2] if self._in_pairs else weight.values
-        self._keep(values=values, scales=weight.scales.to(COMPUTE))
+        self._packed = weight.zeros is not None
+        values = weight.values[:, ::2] << 4 | weight.values[:, 1::2] if self._packed else weight.values
+        self._register(values=values, scales=weight.scales.to(COMPUTE))
         if weight.zeros is not None:
-            self._keep(zeros=weight.zeros.to(COMPUTE))
+            self._register(zeros=weight.zeros.to(COMPUTE))
 
     def product(self, rows: Tensor) -> Tensor:
         values, zeros = self.values, None
-        if self._in_pairs:
+        if self._packed:
             values = rearrange(torch.stack([values >> 4, values & 15]), "pair n k -> n (k pair)")
             zeros = self.zeros.float()
         weight = QuantisedWeight(self.format, values, self.scales.float(), zeros).dequantised(self._dtype)
@@ -214,9 +207,9 @@ _KERNELS: dict[str, type[QuantisedLinear]] = {"int4": Int4Linear, "int8": Int8Li
 
 
 def quantise(weight: Tensor, bias: Tensor | None, format: Format, *, many_tokens: bool = False) -> QuantisedLinear:
-    """A quantised copy of a linear layer; for passes over few tokens, or over `many_tokens`.
+    """A quantised copy of a linear layer, for passes over a few tokens or over `many_tokens`.
 
-    The caller has asked `linear_unsupported_reason` and `device_unsupported_reason` before.
+    Call `linear_unsupported_reason` and `device_unsupported_reason` first.
     """
     rounded = QuantisedWeight.of(weight, format)
     if many_tokens:
@@ -225,32 +218,32 @@ def quantise(weight: Tensor, bias: Tensor | None, format: Format, *, many_tokens
 
 
 def quantised_bytes(outputs: int, inputs: int, format: Format) -> int:
-    """What a copy takes, before it is made."""
+    """Bytes: memory of the quantised copy of a linear layer, without its bias."""
     if format.name == "int4":
         return outputs * inputs // 2 + 2 * COMPUTE.itemsize * outputs * (inputs // (format.group_size or inputs))
     return outputs * inputs + COMPUTE.itemsize * outputs
 
 
 def linear_unsupported_reason(linear: nn.Module, format: Format) -> str | None:
-    """Why a module cannot have a copy in this format, or None if it can."""
+    """Why a module cannot be quantised to this format, or None if it can."""
     if type(linear) is not nn.Linear or type(linear.weight) not in (Tensor, nn.Parameter):
-        return "it is no ordinary linear layer"
+        return "it is not a plain linear layer"
     outputs, inputs = linear.weight.shape
     if not linear.weight.dtype.is_floating_point or linear.weight.dtype.itemsize < 2:
         return f"its weight is {linear.weight.dtype} already"
     if outputs % ALIGNED or inputs % (format.group_size or ALIGNED):
         wanted = f"inputs in multiples of {format.group_size or ALIGNED} and outputs of {ALIGNED}"
-        return f"{format} takes {wanted}, and it has {inputs} and {outputs}"
+        return f"{format} takes {wanted}, but it has {inputs} and {outputs}"
     return None
 
 
 @cache
 def device_unsupported_reason(format: Format, device: torch.device) -> str | None:
-    """Why this device cannot multiply in a format, or None if it can: a small product is tried."""
+    """Why this device cannot multiply in a format, or None if it can. Tries a small product."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     size = max(128, format.group_size or 0)
     try:
         quantise(torch.ones(size, size, device=device), None, format)(torch.ones(1, size, device=device))
     except (NotImplementedError, RuntimeError) as error:
-        return f"PyTorch {torch.__version__} has no product in {format} on {where}: {str(error).splitlines()[0]}"
+        return f"PyTorch {torch.__version__} has no kernel for {format} on {where}: {str(error).splitlines()[0]}"
     return None

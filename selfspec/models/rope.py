@@ -1,4 +1,4 @@
-"""RoPE that depends on the length of the text: which kinds a model uses, and how longrope is pinned on a view."""
+"""RoPE that depends on the text length: the RoPE types of a model, and how a view pins longrope."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def rope_types(model: PreTrainedModel) -> set[str]:
-    """The kinds of RoPE in use, over all layers."""
+    """The RoPE types of all layers."""
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return {str(entry.get("rope_type", "default")) for entry in (nested or [parameters])}
 
 
 def longrope_switch(model: PreTrainedModel) -> int | None:
-    """The length beyond which longrope (Phi-3) uses its long factors; None for every other RoPE."""
+    """Tokens: the text length above which longrope (Phi-3) uses its long factors; None for every other RoPE type."""
     if "longrope" not in rope_types(model):
         return None
     config = model.config.get_text_config()
@@ -23,10 +23,10 @@ def longrope_switch(model: PreTrainedModel) -> int | None:
 
 
 def pin_longrope(view: PreTrainedModel, *, long: bool) -> None:
-    """Fix one side of the longrope switch on a view.
+    """Fix a view to the long or the short factors of longrope.
 
-    Hugging Face chooses by the largest position of each pass, which a chunk of a prompt or a draft would get wrong.
-    The frequencies are new tensors on the view: the user's model keeps its own.
+    Hugging Face chooses by the largest position of each pass, and would choose wrongly in a chunk of a prompt or in a
+    draft. The frequencies are new tensors on the view: the user's model keeps its own frequencies.
     """
     for module in view.modules():
         if getattr(module, "rope_type", None) not in ("longrope", "pinned longrope"):

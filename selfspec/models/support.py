@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from selfspec.errors import UnsupportedModelError
 from selfspec.models.attention_hook import AttentionArgs, AttentionNeeds, LayerShape, additive_mask, masked_attention
@@ -14,7 +14,7 @@ from selfspec.models.rope import rope_types
 from selfspec.models.views import decoder_layers, run_view
 
 SUPPORTED_MODEL_TYPES = frozenset(
-    {
+    [
         "apertus",
         "arcee",
         "cohere",
@@ -44,45 +44,53 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "seed_oss",
         "smollm3",
         "starcoder2",
-    }
+    ]
 )
-"""Families that the tests decode with. Anything else is refused, whatever the probe would say."""
-
+"""Families that the tests decode with. Every other family is refused, even if the probe would accept it."""
 
 _PROBE_LENGTH = 11
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse, by name, what the views cannot reproduce."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"selfspec wraps a Hugging Face causal language model, but {type(model).__name__} was given"
-        )
-    config = model.config
+def vocabulary_size(config: PretrainedConfig) -> int:
+    """The number of logits of a model with this config."""
+    return int(config.get_text_config().vocab_size)
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Tokens: the longest text that the model's positions reach; None if the config has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_supported_config(config: PretrainedConfig) -> None:
+    """Raise `UnsupportedModelError` if the model type is not supported. Needs no weights."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"'{config.model_type}' is an encoder-decoder model; selfspec decodes decoder-only models"
         )
     if config.model_type not in SUPPORTED_MODEL_TYPES:
+        supported = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+        raise UnsupportedModelError(f"model type '{config.model_type}' is not supported; supported are {supported}")
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError`, naming the reason, if the views cannot reproduce the model."""
+    if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' is not supported; "
-            f"supported are {', '.join(sorted(SUPPORTED_MODEL_TYPES))}"
+            f"selfspec wraps a Hugging Face causal language model, but {type(model).__name__} was given"
         )
+    check_supported_config(model.config)
     if not hasattr(model, "lm_head") or not model.can_generate():
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
     if "dynamic" in rope_types(model):
         raise UnsupportedModelError(
-            "RoPE of type 'dynamic' rescales all positions as the text grows, which no cache can follow; "
+            "RoPE of type 'dynamic' rescales all positions as the text grows, but a KV cache keeps the old positions; "
             "use yarn or llama3"
         )
     devices = {str(tensor.device) for tensor in model.parameters()}
-    devices |= {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()} & {
-        "cpu",
-        "disk",
-        "meta",
-    }
+    mapped = (getattr(model, "hf_device_map", None) or {}).values()
+    devices |= {str(device) for device in mapped} & {"cpu", "disk", "meta"}
     if len(devices) > 1 or "meta" in devices:
         raise UnsupportedModelError(
             f"the model is spread over {', '.join(sorted(devices))}; "
@@ -92,46 +100,45 @@ def check_supported(model: PreTrainedModel) -> None:
 
 @dataclass
 class ProbePass:
-    """Attends causally within the tokens at hand and records what each layer caches and asks for."""
+    """Attends causally within the pass, and records what each layer caches and requires."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
-    windows: set[int | None] = field(default_factory=set)
     softcaps: set[float | None] = field(default_factory=set)
     masks: set[tuple[int | None, int]] = field(default_factory=set)
-    """Windows, and query heads for each key head, with which layers will ask for a mask."""
+    """Pairs of window and query heads per key head, one pair for each mask that the layers use."""
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
         self.shapes[int(layer.layer_idx)] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[arg-type]
-        self.windows.add(how.window)
-        self.softcaps.add(how.softcap)
+        self.softcaps.add(args.softcap)
         groups = query.shape[1] // key.shape[1]
-        self.masks.add((how.window, groups))
+        self.masks.add((args.window, groups))
         positions = torch.arange(query.shape[2], device=query.device)
         visible = positions <= positions[:, None]
-        if how.window is not None:
-            visible = visible & (positions > positions[:, None] - how.window)
+        if args.window is not None:
+            visible = visible & (positions > positions[:, None] - args.window)
         key, value = (kv.repeat_interleave(groups, dim=1) for kv in (key, value))
-        return masked_attention(query, key, value, additive_mask(visible, query.dtype), how).transpose(1, 2)
+        return masked_attention(query, key, value, additive_mask(visible, query.dtype), args).transpose(1, 2)
 
     def needs(self, model: PreTrainedModel) -> AttentionNeeds:
         return AttentionNeeds(
             device=model.device,
             dtype=model.dtype,
             head_dims=frozenset(dim for shape in self.shapes.values() for dim in (shape.key_dim, shape.value_dim)),
-            windows=frozenset(self.windows),
             softcaps=frozenset(self.softcaps),
         )
 
 
 @torch.inference_mode()
 def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
-    """Run the target view and the user's model on one short random input and compare their logits.
+    """Compare the logits of the target view and of the user's model on one short random input.
 
-    Raises `UnsupportedModelError` if they differ by more than rounding explains: then the family needs something that
-    the views do not give it. The bound is wide for rounding and narrow for a mistake.
+    The bound on the difference is wide for rounding errors and narrow for a wrong computation.
+
+    Raises:
+        UnsupportedModelError: the logits differ by more than rounding explains, or are not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.get_text_config().vocab_size, (1, _PROBE_LENGTH), generator=generator)
+    tokens = torch.randint(vocabulary_size(model.config), (1, _PROBE_LENGTH), generator=generator)
     tokens = tokens.to(model.device)
     recorded = ProbePass()
     ours = run_view(view, tokens, torch.arange(_PROBE_LENGTH, device=tokens.device)[None], recorded).float()
@@ -146,7 +153,7 @@ def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
     try:
         theirs = model(input_ids=tokens, use_cache=False).logits.float()
     finally:
-        for module in training:  # one by one: the user may have frozen some
+        for module in training:  # not model.train(): the user may have put some modules in evaluation mode
             module.training = True
     difference = (ours - theirs).abs().max().item()
     if not theirs.isfinite().all():

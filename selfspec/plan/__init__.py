@@ -1,4 +1,4 @@
-"""Plan: what the search writes and everything else reads, and the parts that it is made of."""
+"""Plan: what the search writes and everything else reads. The package imports no torch."""
 
 from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.plan import PLAN_FILE, PLAN_VERSION, Plan

@@ -1,4 +1,4 @@
-"""DraftSpec: what the draft is made of: sub-layers kept, quantised or skipped, and its head."""
+"""DraftSpec: what the draft is made of: kept, quantised and skipped sub-layers, and the head."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from selfspec.plan.sublayers import QuantisedSet, SkipSet
 FormatName = Literal["int8", "int4"]
 GROUP_SIZES = (32, 64, 128, 256)
 MOST_DRAFTED = 64
-"""The longest draft that a plan may ask for."""
+"""Tokens: the largest draft length of a plan."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are stored: integers of 8 bits with a scale for every output; or of 4 bits with a scale and a zero
-    for every `group_size` inputs of an output.
+    """How quantised weights are stored.
+
+    `int8` has one scale per output. `int4` has a scale and a zero for every `group_size` inputs of each output.
 
     >>> str(Format("int4", 64)), str(Format("int8"))
     ('int4 in groups of 64', 'int8')
@@ -35,9 +36,9 @@ class Format:
         if self.name not in get_args(FormatName):
             raise PlanError(f"format is {self.name!r}, but it must be one of {', '.join(get_args(FormatName))}")
         if self.name == "int4" and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
-            raise PlanError(f"int4 has a group_size of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
+            raise PlanError(f"int4 needs a group_size of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
         if self.name != "int4" and self.group_size is not None:
-            raise PlanError(f"{self.name} has no groups; leave out group_size, {self.group_size!r} was given")
+            raise PlanError(f"{self.name} takes no group_size, but {self.group_size!r} was given; leave out group_size")
 
     @classmethod
     def parse(cls, code: str) -> Self:
@@ -47,7 +48,7 @@ class Format:
 
     @property
     def code(self) -> str:
-        """In one word, as studies and profiles name it: `int8`, `int4/32`."""
+        """The format as one word, for studies and profiles: `int8`, `int4/32`."""
         return self.name if self.group_size is None else f"{self.name}/{self.group_size}"
 
     def __str__(self) -> str:
@@ -59,7 +60,7 @@ INT8, INT4 = Format("int8"), Format("int4", 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Quantised:
-    """What the draft runs in weight-only quantised copies: sub-layers, by their linear layers, and perhaps the head."""
+    """The sub-layers whose linear layers the draft runs with quantised weights, and whether the head is quantised."""
 
     format: Format
     sublayers: QuantisedSet = field(default_factory=QuantisedSet)
@@ -67,7 +68,7 @@ class Quantised:
 
     @classmethod
     def everything(cls, format: Format, num_layers: int, *, skip_set: SkipSet | None = None) -> Quantised:
-        """All sub-layers but those of a skip set, and the head."""
+        """All sub-layers except those of a skip set, and the head."""
         skip_set, layers = skip_set or SkipSet(), set(range(num_layers))
         kept = QuantisedSet(attn=layers - skip_set.attn, mlp=layers - skip_set.mlp)
         return cls(format=format, sublayers=kept, head=True)
@@ -78,10 +79,10 @@ class Quantised:
         known = {"format", "group_size", "attn", "mlp", "head"}
         if not isinstance(data, Mapping) or "format" not in data or not set(data) <= known:
             raise PlanError(
-                f"quantised has the keys {', '.join(sorted(known))}, of which format is needed, but {data!r} was given"
+                f"quantised takes the keys {', '.join(sorted(known))} and needs format, but {data!r} was given"
             )
         if not isinstance(head := data.get("head", False), bool):
-            raise PlanError(f"quantised: head is true or false, but {head!r} was given")
+            raise PlanError(f"quantised: head must be true or false, but {head!r} was given")
         sublayers = QuantisedSet.from_dict({kind: data[kind] for kind in ("attn", "mlp") if kind in data})
         return cls(format=Format(data["format"], data.get("group_size")), sublayers=sublayers, head=head)
 
@@ -96,9 +97,9 @@ class Quantised:
 
 @dataclass(frozen=True)
 class SubVocabulary:
-    """Some of a vocabulary's tokens, the only ones that a trimmed head proposes.
+    """The tokens of a vocabulary that a trimmed head proposes.
 
-    `code` is what files hold: a bit for each token of the vocabulary, compressed, in base64.
+    `code` is the form in plan files: one bit per token of the vocabulary, compressed with zlib, in base64.
 
     >>> SubVocabulary.of([5, 3, 8], 11).tokens
     (3, 5, 8)
@@ -108,7 +109,7 @@ class SubVocabulary:
 
     @classmethod
     def of(cls, tokens: Iterable[int], vocabulary: int) -> SubVocabulary:
-        """These tokens, of a vocabulary of so many; `PlanError` for one that is not in it."""
+        """The sub-vocabulary of `tokens`; raises `PlanError` if a token is not in `0..vocabulary - 1`."""
         bits = bytearray(-(-vocabulary // 8))
         for token in tokens:
             if not 0 <= token < vocabulary:
@@ -120,12 +121,12 @@ class SubVocabulary:
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """In order; `PlanError` if `code` is not what `of` makes."""
+        """The tokens in ascending order; raises `PlanError` if `code` cannot be decoded."""
         try:
             bits = zlib.decompress(base64.b64decode(self.code, validate=True))
         except (binascii.Error, zlib.error, ValueError):
-            raise PlanError("draft_vocabulary cannot be read: it was cut or changed; search again") from None
-        return tuple(place * 8 + bit for place, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
+            raise PlanError("draft_vocabulary cannot be decoded: the text was cut or changed; search again") from None
+        return tuple(index * 8 + bit for index, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -133,7 +134,7 @@ class SubVocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSpec:
-    """What the draft is made of. With nothing but a skip set it takes no memory beside the model.
+    """What the draft is made of. A draft that only skips sub-layers needs no memory in addition to the model.
 
     >>> quantised = Quantised(format=INT8, sublayers=QuantisedSet(mlp={0, 1}))
     >>> str(DraftSpec(skip_set=SkipSet(attn={1}), quantised=quantised))
@@ -154,27 +155,32 @@ class DraftSpec:
 
     @classmethod
     def of(cls, draft_spec: DraftSpec | SkipSet | None) -> DraftSpec:
-        """A skip set alone is a draft spec, and so is nothing."""
+        """The draft spec itself, or the draft spec of a skip set; None skips nothing."""
         return draft_spec if isinstance(draft_spec, DraftSpec) else cls(skip_set=draft_spec or SkipSet())
 
     def validate(self, num_layers: int) -> None:
-        """Raise `PlanError` if it names a layer that a model of `num_layers` layers does not have."""
+        """Raise `PlanError` if the draft spec names a layer that a model of `num_layers` layers does not have."""
         self.skip_set.validate(num_layers)
         if self.quantised is not None:
             self.quantised.sublayers.validate(num_layers)
 
     @property
     def format(self) -> Format | None:
-        """Of the quantised copies."""
+        """The format of the quantised layers; None if nothing is quantised."""
         return self.quantised.format if self.quantised else None
 
     @property
-    def head_is_own(self) -> bool:
-        """Whether the draft has a head of its own."""
-        return self.vocabulary is not None or (self.quantised is not None and self.quantised.head)
+    def head_format(self) -> Format | None:
+        """The format of the head; None if the head is not quantised."""
+        return self.quantised.format if self.quantised and self.quantised.head else None
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the draft's head differs from the model's: quantised, trimmed, or both."""
+        return self.vocabulary is not None or self.head_format is not None
 
     def choice(self, kind: str, layer: int) -> Literal["keep", "quantise", "skip"]:
-        """What becomes of a sub-layer."""
+        """What the draft does with a sub-layer."""
         if layer in getattr(self.skip_set, kind):
             return "skip"
         if self.quantised is not None and layer in getattr(self.quantised.sublayers, kind):
@@ -182,7 +188,7 @@ class DraftSpec:
         return "keep"
 
     def strip(self, num_layers: int) -> str:
-        """Two rows of blocks for the terminal, one column per layer: full = runs, half = quantised, light = skipped.
+        """Two rows of blocks for the terminal, one column per layer: █ kept, ▒ quantised, ░ skipped.
 
         >>> print(DraftSpec(skip_set=SkipSet(attn={0, 2}, mlp={3})).strip(5))
         attn ░█░██

@@ -1,4 +1,4 @@
-"""PromptLookup: what a plan drafts beside the layers' own guesses."""
+"""PromptLookup: the plan's settings for drafting by prompt lookup."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from selfspec.plan.schema import Setting
 
 
 class PromptLookup(Setting):
-    """Prompt lookup: draft up to `gamma` tokens that followed an earlier match of `min_ngram` last tokens or more.
+    """Prompt lookup: find the last tokens earlier in the text, and draft up to `gamma` tokens that followed there.
 
-    The longest match counts, of up to `max_ngram` tokens.
+    The longest match of `min_ngram` to `max_ngram` tokens counts.
     """
 
     gamma: Annotated[int, Field(ge=1, le=MOST_DRAFTED)]

@@ -28,18 +28,19 @@ PLAN_VERSION = 2
 
 
 class Plan(Strict):
-    """How to draft: the skip set, the draft length gamma and the exit threshold, and prompt lookup before it, if any.
+    """How to decode a model faster. A plan never changes the output.
 
-    `quantised` sub-layers (and the head, if it says so) run in weight-only quantised copies, and with a
-    `draft_vocabulary` the draft proposes no other tokens: both take memory beside the model, for the draft alone.
-
-    `round_costs` let a policy choose drafter and draft length, for the numbers of rows that they are of and those in
-    between; without them, the plan is kept to. `pass_lengths` make passes longer where that is faster, also those of
-    plain decoding.
-
-    `gamma=0` means that the draft is never run; without prompt lookup either, that one does not speculate.
-
-    A plan never changes what comes out, only how fast.
+    Attributes:
+        skip_set: the sub-layers that the draft skips.
+        quantised: the sub-layers that the draft runs with quantised weights; None for none. Needs memory.
+        draft_vocabulary: the tokens that the draft may propose, as `SubVocabulary.code`; None for all. Needs memory.
+        gamma: the draft length; with 0 the draft never runs.
+        exit_threshold: the draft ends early below this probability of the drafted token; None for never.
+        prompt_lookup: drafts before the layers draft; None for no prompt lookup.
+        round_costs: with round costs a policy chooses drafter and draft length; without them the plan is fixed.
+        pass_lengths: pads passes, also of plain decoding, to lengths that are faster.
+        model: the model that the plan was made for; None if the plan fits any model with these layers.
+        provenance: how the search found the plan; None for a plan made by hand.
 
     >>> Plan(skip_set=SkipSet(attn={3}, mlp={4}), gamma=4).speculates
     True
@@ -59,7 +60,7 @@ class Plan(Strict):
 
     def __init__(self, **data: Any) -> None:
         version = data.get("selfspec_version", PLAN_VERSION)
-        if version != PLAN_VERSION:  # first, for another version's other keys are no mistake
+        if version != PLAN_VERSION:  # checked first: another version has other keys
             raise PlanError(
                 f"plan has selfspec_version {version!r}, but this selfspec reads 1 and {PLAN_VERSION}; "
                 "search again, or install the selfspec that wrote it"
@@ -70,25 +71,25 @@ class Plan(Strict):
             raise PlanError(first_problem(error)) from None
         draft_spec = self.draft_spec
         if draft_spec.vocabulary is not None and not draft_spec.vocabulary.tokens:
-            raise PlanError("draft_vocabulary holds no token; remove the key, or search again")
+            raise PlanError("draft_vocabulary is empty; remove the key, or search again")
         if self.model is not None:
             draft_spec.validate(self.model.num_layers)
         self._check_round_costs()
 
     def _check_round_costs(self) -> None:
-        """Raise `PlanError` unless the round costs are of different numbers of rows and of rounds as long as gamma."""
+        """Raise `PlanError` if two round costs have the same rows, or if round costs do not reach gamma."""
         if repeated := [one for one, other in pairwise(self.rows) if one == other]:
-            raise PlanError(f"plan has two round_costs of {repeated[0]} rows; remove one, or search again")
+            raise PlanError(f"plan has two round_costs for {repeated[0]} rows; remove one of them, or search again")
         for costs in self.round_costs:
             if len(costs.rounds) <= self.gamma:
                 raise PlanError(
-                    f"plan's gamma is {self.gamma}, but its round_costs of {costs.rows} rows end at "
+                    f"plan's gamma is {self.gamma}, but its round_costs for {costs.rows} rows end at "
                     f"{len(costs.rounds) - 1} drafted tokens; remove the key 'round_costs', or search again"
                 )
 
     @classmethod
     def none(cls, **data: Any) -> Plan:
-        """The plan that decodes plainly."""
+        """A plan for plain decoding."""
         return cls(skip_set=SkipSet(), gamma=0, **data)
 
     @property
@@ -99,11 +100,11 @@ class Plan(Strict):
 
     @property
     def rows(self) -> list[int]:
-        """The numbers of rows whose costs are known, in order."""
+        """The numbers of rows with round costs, in ascending order."""
         return sorted(costs.rows for costs in self.round_costs)
 
     def round_costs_for(self, rows: int) -> RoundCosts | None:
-        """What to expect of so many rows; None where only fewer or only more are known."""
+        """The round costs for `rows` rows, interpolated if needed; None outside the range of `self.rows`."""
         by_rows = sorted(self.round_costs, key=lambda costs: costs.rows)
         fewer = [costs for costs in by_rows if costs.rows <= rows]
         more = [costs for costs in by_rows if costs.rows >= rows]
@@ -117,11 +118,11 @@ class Plan(Strict):
 
     @property
     def longest_draft(self) -> int:
-        """The most tokens that a round drafts, whoever drafts them."""
+        """Tokens: the largest draft length of all drafters."""
         return max(self.gamma, self.prompt_lookup.gamma if self.prompt_lookup else 0)
 
     def __str__(self) -> str:
-        """In words: what is looked up, what is skipped, how far is drafted."""
+        """One line: prompt lookup, draft spec and draft length."""
         parts = [str(self.prompt_lookup)] if self.prompt_lookup else []
         if self.gamma:
             threshold = f", exit below {self.exit_threshold:.3f}" if self.exit_threshold is not None else ""
@@ -129,7 +130,7 @@ class Plan(Strict):
         return "; on a miss ".join(parts) or "do not speculate"
 
     def check_fits(self, config: PretrainedConfig) -> None:
-        """Raise `PlanError` if this plan was made for another model."""
+        """Raise `PlanError` if the plan does not fit the model with this config."""
         self.draft_spec.validate(config.num_hidden_layers)
         if self.model is None:
             return
@@ -147,16 +148,16 @@ class Plan(Strict):
 
     @property
     def measured_in(self) -> dict[str, Any] | None:
-        """Device, dtype and `compiled` of the search; None for a plan made by hand."""
+        """The search's device, dtype and `compiled`; None for a plan made by hand."""
         if self.provenance is None:
             return None
         found = self.provenance.conditions
         return {"device": found.device, "dtype": found.dtype, "compiled": found.compiled}
 
     def stale_because(self, **here: Any) -> str | None:
-        """Why this plan's figures (never its output) may not hold here; None if they were found in such conditions.
+        """The fields of `Conditions` in `here` that differ from the search's; None if no field differs.
 
-        `here` are fields of `Conditions`.
+        Under other conditions the plan's figures may not hold; its output does.
         """
         if self.provenance is None:
             return None
@@ -165,7 +166,7 @@ class Plan(Strict):
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
-        unused = set() if self.round_costs else {"round_costs"}  # what is not used need not be read
+        unused = set() if self.round_costs else {"round_costs"}  # keeps the file short
         return self.model_dump_json(indent=2, exclude_none=True, exclude=unused) + "\n"
 
     @classmethod
@@ -173,10 +174,10 @@ class Plan(Strict):
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); write it again") from None
+            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); save the plan again") from None
         if not isinstance(data, dict) or "selfspec_version" not in data:
             raise PlanError(
-                f"{source} is not a selfspec plan: it has no selfspec_version; make one with 'selfspec search'"
+                f"{source} is not a selfspec plan: it lacks selfspec_version; make a plan with 'selfspec search'"
             )
         try:
             return cls(**(read_version_1(data, source) if data["selfspec_version"] == 1 else data))
@@ -184,11 +185,11 @@ class Plan(Strict):
             raise PlanError(f"{source}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan to a file, whole or not at all."""
+        """Write the plan to a file, completely or not at all."""
         return write_atomically(path, self.to_json())
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the plan beside a model's `config.json`, as `selfspec_plan.json`."""
+        """Write the plan to `selfspec_plan.json` in a directory, such as the model's."""
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -200,16 +201,16 @@ class Plan(Strict):
         """Read a plan from a file, or from `selfspec_plan.json` in a directory."""
         if not isinstance(directory_or_file, str | os.PathLike):
             raise PlanError(
-                f"a plan is a Plan, a plan file, or a directory that holds one, but {type(directory_or_file).__name__} "
-                "was given; make one with Plan(skip_set=..., gamma=...), or with 'selfspec search'"
+                f"expected a Plan, a plan file, or a directory with a plan, but {type(directory_or_file).__name__} "
+                "was given; make a plan with Plan(skip_set=..., gamma=...), or with 'selfspec search'"
             )
         path = Path(directory_or_file)
-        if os.path.isdir(path):  # which answers no where `Path.is_dir` raises
+        if os.path.isdir(path):  # `Path.is_dir` raises for some paths
             path = path / PLAN_FILE
         try:
             text = path.read_text("utf8")
         except FileNotFoundError:
-            raise PlanError(f"no plan at {path}; make one with 'selfspec search MODEL --out {path}'") from None
+            raise PlanError(f"no plan at {path}; make a plan with 'selfspec search MODEL --out {path}'") from None
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"plan {path} cannot be read: {error}") from None
         return cls.from_json(text, source=f"plan {path}")

@@ -1,4 +1,4 @@
-"""Provenance: which model a plan was made for, and what the search saw that found it."""
+"""Provenance: the model that a plan was made for, and how the search found the plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INCIDENTAL_PREFIXES = ("_attn_implementation", "output_", "return_dict")
 
 
 class ModelIdentity(Strict):
-    """Which model a plan was made for. The fingerprint is a hash of its config."""
+    """The model that a plan was made for. The fingerprint is a hash of the model's config."""
 
     model_type: str
     num_layers: int
@@ -36,10 +36,10 @@ class ModelIdentity(Strict):
 
 
 def config_fingerprint(config: PretrainedConfig) -> str:
-    """Sixteen hex digits that change with anything in the config that changes what the model computes.
+    """Sixteen hex digits that change with every config setting that changes what the model computes.
 
-    Only settings that differ from the family's defaults count: a release of transformers that adds a setting must not
-    turn plans away.
+    Only settings that differ from the family's defaults count, so that a new setting in transformers does not
+    invalidate plans.
     """
     essential = {
         key: value
@@ -52,9 +52,14 @@ def config_fingerprint(config: PretrainedConfig) -> str:
 
 
 class Conditions(Strict):
-    """Where and how the search ran: another device, dtype or sampling makes its figures (not its output) stale.
+    """Where and how the search ran. Under other conditions the plan's figures may not hold; its output does.
 
-    `context` is how many tokens a row had cached on average while it was decoded.
+    Attributes:
+        rows: rows that decode together.
+        context: Tokens: the average number of cached tokens per row during decoding.
+        sampling: the sampling settings; empty for greedy decoding.
+        compiled: whether passes were compiled.
+        versions: versions of the libraries.
     """
 
     device: str
@@ -67,16 +72,19 @@ class Conditions(Strict):
 
     @property
     def do_sample(self) -> bool:
-        """Whether the search was for sampling, and not for greedy decoding."""
+        """Whether the search was for sampling rather than greedy decoding."""
         return bool(self.sampling.get("do_sample", False))
 
 
 class Figures(Strict):
-    """Speed of one plan, predicted or measured; speedup is against the plain model in the same run.
+    """The speed of one plan, predicted or measured.
 
-    `agreement` is by draft position: the share accepted of tokens drafted there behind an accepted prefix. Measured
-    figures have the speedup's 95 % `interval`, and the lowest, median and highest tokens per round of a prompt as
-    `spread`.
+    Attributes:
+        speedup: ratio to the plain model's speed in the same run.
+        texts: the number of texts.
+        agreement: by draft position, the share of drafted tokens accepted, given that all tokens before were accepted.
+        interval: the 95 % interval of a measured speedup; empty if predicted.
+        spread: minimum, median and maximum over the prompts of measured tokens per round; empty if predicted.
     """
 
     tokens_per_round: float
@@ -90,10 +98,12 @@ class Figures(Strict):
 
 
 class Provenance(Strict):
-    """What the search saw: predicted and measured figures side by side.
+    """How the search found the plan, with predicted and measured figures.
 
-    `errors` are measured over predicted on the texts that were decoded, less 1; of the best contender where plain
-    decoding won. `study` is the study's name in its storage.
+    Attributes:
+        study: the study's name in its storage.
+        errors: measured / predicted - 1, by figure, on the decoded texts. For a plan that does not speculate, the
+            errors are those of the best plan that does.
     """
 
     conditions: Conditions

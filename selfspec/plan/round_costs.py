@@ -1,4 +1,4 @@
-"""RoundCosts and PassLengths: what rounds cost, and which pass lengths are fast, on the device of the search."""
+"""RoundCosts and PassLengths: measured costs of rounds, and fast pass lengths, on the device of the search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 MATCHES = (1, 2, 3, 5, 8)
-"""Tokens: the shortest match of each length class of prompt lookup; the last class has no end."""
+"""Tokens: the shortest match of each length class of prompt lookup. The last class has no upper limit."""
 
 
 def match_class(matched: int) -> int:
@@ -23,16 +23,16 @@ def match_class(matched: int) -> int:
 
 
 class RoundCosts(Setting):
-    """What the search expects of drafts of every kind and length, on its device: what a policy starts from.
+    """Measured costs and agreement of every drafter: where a policy starts.
 
     Args:
-        rows: how many are decoded together; all figures are for all of them.
-        draft_step: seconds to draft one token in every row.
-        rounds: seconds of all but drafting in a round over 0, 1, ... drafted tokens.
-        agreement: of drafts by layers, by draft position.
-        lookup: seconds of prompt lookup in a round.
-        matches: of prompt lookup, by the length class of its match (`MATCHES`): how often the first looked-up token is
-            right, and how often a later one is where all before it were; empty where prompt lookup takes no part.
+        rows: rows that decode together. All costs are for all rows together.
+        draft_step: Seconds: drafting one token in every row.
+        rounds: Seconds: a round over 0, 1, ... drafted tokens, without drafting.
+        agreement: the agreement of layer skipping, by draft position.
+        lookup: Seconds: prompt lookup in one round.
+        matches: the agreement of prompt lookup by length class of the match (`MATCHES`): for the first drafted token,
+            and for later tokens. Empty without prompt lookup.
     """
 
     rows: Annotated[int, Field(ge=1)]
@@ -49,11 +49,11 @@ class RoundCosts(Setting):
     @model_validator(mode="after")
     def _knows_every_match(self) -> Self:
         if len(self.matches) not in (0, len(MATCHES)):
-            raise ValueError(f"matches are of {len(MATCHES)} lengths, or none")
+            raise ValueError(f"matches has {len(self.matches)} entries, but must have {len(MATCHES)} or none")
         return self
 
     def between(self, other: RoundCosts, rows: int) -> RoundCosts:
-        """What so many rows cost, between the costs of fewer and of more."""
+        """Round costs for `rows` rows, interpolated between these costs and `other`."""
         weight = (rows - self.rows) / (other.rows - self.rows)
         changed: dict[str, Any] = {"rows": rows}
         for name in ("draft_step", "lookup"):
@@ -67,12 +67,12 @@ def _between(one: float, other: float, weight: float) -> float:
 
 
 class PassLengths(Setting):
-    """Lengths of passes that are faster than shorter ones, as measured for so many rows on the search's device.
+    """Pass lengths that are faster than shorter passes, measured for `rows` rows on the search's device.
 
     Args:
-        rows: how many are decoded together.
-        target: how many tokens a pass of the full model over 1, 2, ... tokens is made of; longer ones of what they are.
-        draft: how many tokens a draft's pass over one token is made of.
+        rows: rows that decode together.
+        target: Tokens: padded lengths of the target's passes over 1, 2, ... tokens. Longer passes are not padded.
+        draft: Tokens: the padded length of the draft's pass over one token.
     """
 
     rows: Annotated[int, Field(ge=1)]
@@ -82,13 +82,14 @@ class PassLengths(Setting):
     @model_validator(mode="after")
     def _never_cuts(self) -> Self:
         if any(padded < t for t, padded in enumerate(self.target, start=1)):
-            raise ValueError("a pass cannot be padded to fewer tokens than it has")
+            raise ValueError(f"target is {self.target}, but a pass over t tokens must have at least t")
         return self
 
     def of_target(self, t: int) -> int:
+        """Tokens: the padded length of a target pass over `t` tokens."""
         return self.target[t - 1] if t <= len(self.target) else t
 
     @property
     def most(self) -> int:
-        """How many tokens it may add to a pass."""
+        """Tokens: the most padding of any pass."""
         return max(self.draft - 1, *(padded - t for t, padded in enumerate(self.target, start=1)), 0)

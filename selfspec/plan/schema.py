@@ -1,4 +1,4 @@
-"""What the parts of a plan have in common: nothing is taken that was not asked for, and what is wrong is one line."""
+"""Base classes of a plan's parts: they refuse unknown keys, and report the first problem in one line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from selfspec.plan.draft_spec import Quantised
 from selfspec.plan.sublayers import SkipSet
 
 LONGEST_SHOWN = 100
-"""Characters of what was given that a message repeats."""
+"""Characters: the longest excerpt of a given value in a message."""
 
 
 class Strict(BaseModel):
-    """Takes no unknown key and no value of another type, and never changes."""
+    """Refuses unknown keys and values of other types. Instances are immutable."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True, ser_json_inf_nan="constants"
@@ -24,44 +24,31 @@ class Strict(BaseModel):
 
 
 class Setting(Strict):
-    """What users make by hand, too."""
+    """A part of a plan that users also make by hand."""
 
     def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise PlanError(_problem_by_hand(type(self).__name__, error)) from None
+            raise PlanError(first_problem(error, type(self).__name__)) from None
 
-    # Else pydantic would call it for a part of a plan, too, whose problems the plan tells, with their path.
+    # With this mark pydantic does not call `__init__` for a part of a plan: the plan reports the part's problems.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
-def first_problem(error: ValidationError) -> str:
-    """What is wrong with a plan, in one line: which key, what is wrong with it, what to do."""
-    kind, where, message = _first(error)
-    if kind == "extra_forbidden":
-        return f"plan has an unknown key '{where}'; remove it, or search again"
-    if kind == "missing":
-        return f"plan lacks the key '{where}'; search again"
-    return f"plan key '{where or 'plan'}': {message}"
-
-
-def _problem_by_hand(name: str, error: ValidationError) -> str:
-    """The same of a part that somebody made by hand."""
-    kind, where, message = _first(error)
-    if kind == "extra_forbidden":
-        return f"{name} takes no '{where}'; leave it out"
-    if kind == "missing":
-        return f"{name} lacks '{where}'; give it"
-    return f"{name}'s {where}: {message}" if where else f"{name}: {message}"
-
-
-def _first(error: ValidationError) -> tuple[str, str, str]:
-    """The first problem's kind, its key's path, and what is wrong with what was given."""
+def first_problem(error: ValidationError, part: str | None = None) -> str:
+    """The first problem of a plan, or of a part made by hand, in one line: the key, the problem, what to do."""
     problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
-    message = problem["msg"].removeprefix("Value error, ")
-    return problem["type"], where, f"{message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+    where, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    message = f"{message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+    if problem["type"] == "extra_forbidden":
+        unknown = f"plan has an unknown key '{where}'; remove it, or search again"
+        return f"{part} takes no '{where}'; leave it out" if part else unknown
+    if problem["type"] == "missing":
+        return f"{part} lacks '{where}'; add it" if part else f"plan lacks the key '{where}'; search again"
+    if part:
+        return f"{part}'s {where}: {message}" if where else f"{part}: {message}"
+    return f"plan key '{where or 'plan'}': {message}"
 
 
 def _to_skip_set(value: Any) -> Any:

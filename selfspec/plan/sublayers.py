@@ -1,4 +1,4 @@
-"""SublayerSet: attention and MLP sub-layers of a model; SkipSet: those that the draft leaves out."""
+"""SublayerSet: attention and MLP sub-layers of a model. SkipSet: the sub-layers that the draft skips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SublayerSet:
     attn: frozenset[int] = frozenset()
     mlp: frozenset[int] = frozenset()
     name = "sub-layer set"
-    """What errors call it."""
+    """The name of the set in error messages."""
 
     def __init__(self, attn: Iterable[int] = (), mlp: Iterable[int] = ()) -> None:
         object.__setattr__(self, "attn", self._layer_indices("attn", attn))
@@ -27,7 +27,7 @@ class SublayerSet:
         """The inverse of `to_dict`."""
         if not isinstance(data, Mapping) or not set(data) <= {"attn", "mlp"}:
             raise PlanError(
-                f"a {cls.name} has the keys 'attn' and 'mlp', each a list of layers, but {data!r} was given"
+                f"a {cls.name} takes the keys 'attn' and 'mlp', each a list of layers, but {data!r} was given"
             )
         return cls(attn=data.get("attn", ()), mlp=data.get("mlp", ()))
 
@@ -35,7 +35,7 @@ class SublayerSet:
         return {"attn": sorted(self.attn), "mlp": sorted(self.mlp)}
 
     def validate(self, num_layers: int) -> None:
-        """Raise `PlanError` if a layer is named that a model of `num_layers` layers does not have."""
+        """Raise `PlanError` if the set names a layer that a model of `num_layers` layers does not have."""
         for kind, layers in (("attn", self.attn), ("mlp", self.mlp)):
             outside = [layer for layer in sorted(layers) if layer >= num_layers]
             if outside:
@@ -45,7 +45,7 @@ class SublayerSet:
                 )
 
     def __len__(self) -> int:
-        """How many sub-layers."""
+        """The number of sub-layers."""
         return len(self.attn) + len(self.mlp)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -63,7 +63,7 @@ class SublayerSet:
         indices = list(layers)
         for index in indices:
             if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-                raise PlanError(f"{cls.name}: {kind} holds {index!r}, but layers are whole numbers from 0")
+                raise PlanError(f"{cls.name}: {kind} holds {index!r}, but layers are integers from 0")
         return frozenset(indices)
 
 
@@ -78,15 +78,13 @@ class SkipSet(SublayerSet):
 
     @classmethod
     def early_exit(cls, exit_layer: int, num_layers: int) -> SkipSet:
-        """Everything from layer `exit_layer` on: the draft runs the first `exit_layer` layers only."""
+        """All sub-layers from layer `exit_layer` on: the draft runs only the first `exit_layer` layers."""
         if not 0 <= exit_layer <= num_layers:
-            raise PlanError(
-                f"exit layer is {exit_layer}, but this model has {num_layers} layers (give 0..{num_layers})"
-            )
+            raise PlanError(f"exit layer is {exit_layer}, but this model has {num_layers} layers; give 0..{num_layers}")
         return cls(attn=range(exit_layer, num_layers), mlp=range(exit_layer, num_layers))
 
     def dropped_layers(self) -> frozenset[int]:
-        """Layers that lose both sub-layers, and so need not be run at all."""
+        """Layers with both sub-layers skipped: the draft drops these layers."""
         return self.attn & self.mlp
 
     def __str__(self) -> str:
@@ -94,7 +92,7 @@ class SkipSet(SublayerSet):
 
 
 class QuantisedSet(SublayerSet):
-    """Attention and MLP sub-layers whose linear layers the draft runs in weight-only quantised copies."""
+    """Attention and MLP sub-layers whose linear layers the draft runs with quantised weights."""
 
     name = "quantised set"
 

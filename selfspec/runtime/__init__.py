@@ -1,4 +1,4 @@
-"""Runtime: passes of target and draft over one KV cache, compiled and captured where the device allows it.
+"""Runtime: passes of target and draft over one KV cache, compiled and captured where the device supports it.
 
-Imported by decoding and all above it.
+The package `decoding` and all packages above `decoding` import this package.
 """

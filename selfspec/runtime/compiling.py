@@ -1,8 +1,9 @@
-"""Fusing passes with `torch.compile`, and why that may not be possible here.
+"""Compiling passes with `torch.compile`, and why compiling may not be possible on a device.
 
-On a CPU a pass is compiled whole: the Python between layers takes as long as what fusion saves (a pass of the embedded
-model: 6.3 ms eager, 6.3 with fused layers, 4.0 whole), but that takes half a minute for each view and length. On CUDA,
-where captured rounds run no Python, a layer is compiled once for all layers of its kind.
+On a CPU a pass is compiled whole, because the Python between the layers takes as long as fusion saves. A pass of the
+embedded model takes 6.3 ms eagerly, 6.3 ms with compiled layers and 4.0 ms compiled whole. Compiling a whole pass takes
+half a minute for each view and pass length. On CUDA captured rounds run no Python, so a layer is compiled once and the
+code serves all layers of the same kind.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit, InductorError)
-"""What `torch.compile` raises for code that it cannot compile, as opposed to what that code raises when it runs."""
+"""Errors that `torch.compile` raises for code that cannot be compiled. Running the code raises other errors."""
 
 _serial = itertools.count()
 
 
 def will_compile(wanted: bool | None, device: torch.device) -> bool:
-    """Whether passes are to be compiled, where None leaves it to the device."""
-    return device.type == "cuda" if wanted is None else wanted  # the gain must come soon
+    """Whether to compile passes; None compiles on CUDA only, where compiling pays off within one request."""
+    return device.type == "cuda" if wanted is None else wanted
 
 
 def fuses_layers(device: torch.device) -> bool:
-    """Whether layers are compiled one by one, and not whole passes."""
+    """Whether single layers are compiled instead of whole passes."""
     return device.type == "cuda"
 
 
 def uncompiled_reason(device: torch.device) -> str | None:
-    """Why `torch.compile` cannot serve this device, or None if it can."""
+    """Why `torch.compile` does not work on this device, or None if it does."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "Triton is not installed, or does not serve this GPU"
+        return None if has_triton() else "Triton is not installed, or does not support this GPU"
     if device.type != "cpu":
         return None
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -53,11 +54,11 @@ def uncompiled_reason(device: torch.device) -> str | None:
 
 
 def compile_pass(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward` as one fused graph, for the shapes of its first call only.
+    """`forward` compiled as one graph, for the shapes of the first call only.
 
-    The caller keeps one compiled pass per shape and drops it when anything it closes over changes, so the checks that
-    `torch.compile` would make at every call (a tenth of a small model's pass) are left out. Each pass gets code of its
-    own: unchecked entries of two passes must not meet.
+    The compiled pass skips the guards of `torch.compile`, which take a tenth of a small model's pass. The caller
+    therefore keeps one compiled pass per shape, and drops the pass when anything changes that `forward` closes over.
+    Each pass has its own code object: without guards, two passes with one code object would run each other's code.
     """
     own = _with_own_code(forward, forward.__name__)
     options: dict[str, Any] = {"guard_filter_fn": _no_guards}
@@ -68,7 +69,7 @@ def compile_pass(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def or_eager(
     compiled: Callable[..., Tensor], eager: Callable[..., Tensor], on_refusal: Callable[[str], None]
 ) -> Callable[..., Tensor]:
-    """A compiled pass that, where this model cannot be compiled, becomes eager and tells the reason."""
+    """The compiled pass; if compiling fails, the eager pass from then on, after `on_refusal` got the reason."""
     run = compiled
 
     def attempt(*args: Any) -> Tensor:
@@ -86,15 +87,17 @@ def or_eager(
 
 
 class FusedLayers:
-    """Decoder layers that run as compiled code: one compilation for each pass length and kind of layer, shared by all
-    layers of that kind in either view (nothing in a layer's forward reads which layer it is)."""
+    """Compiles decoder layers: once for each pass length and kind of layer.
+
+    All layers of one kind in both views share the compiled code, because no layer's forward reads the layer index.
+    """
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @contextmanager
     def of_length(self, layers: Iterable[nn.Module], t: int) -> Iterator[None]:
-        """In this context the layers run compiled code for passes of `t` tokens."""
+        """Inside this context the layers run compiled code for passes of `t` tokens."""
         layers = list(layers)
         for layer in layers:
             layer.forward = MethodType(self._forward_of(layer, t), layer)
@@ -102,7 +105,7 @@ class FusedLayers:
             yield
         finally:
             for layer in layers:
-                del layer.forward  # the class's own shows again
+                del layer.forward  # uncovers the forward of the class
 
     def _forward_of(self, layer: nn.Module, t: int) -> Callable[..., Any]:
         kind = type(layer)
@@ -119,24 +122,27 @@ class FusedLayers:
 
 
 def _kind_of_child(module: nn.Module) -> tuple[Any, ...]:
-    """What compiled code certainly depends on. What it depends on beside that (a window, say) it checks itself, but
-    only so many variants of one code are allowed: caches that grow, or rows that change, would use them up."""
+    """The part of a compiled layer's cache key that comes from one child module.
+
+    Dynamo guards everything else, such as a window, but allows few variants of one code object. New cache shapes would
+    use up the variants.
+    """
     keys = module._buffers.get("selfspec_keys")
-    parts = tuple(type(part) for part in module.modules())  # quantised copies among them
-    return parts, None if keys is None else keys.shape
+    types = tuple(type(part) for part in module.modules())  # includes quantised linear layers
+    return types, None if keys is None else keys.shape
 
 
 def _with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A copy with a code object of its own: compiled code is looked up by code object, and counted by it."""
+    """A copy of the function with a new code object: Dynamo finds and counts compiled code by code object."""
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{name}_{next(_serial)}")
     return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, without the pages that follow."""
+    """The first line of the error message, without torch's long explanation."""
     if isinstance(error, FailOnRecompileLimitHit) and error.__cause__ is not None:
-        error = error.__cause__  # which says what limit
+        error = error.__cause__  # the cause names the limit
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

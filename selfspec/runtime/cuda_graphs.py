@@ -1,4 +1,4 @@
-"""Graphs: stretches of device work, captured once as CUDA graphs, then replayed with no Python in between."""
+"""Graphs: captures device work once as CUDA graphs, then replays the work without running Python."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 
 from selfspec.runtime.compiling import first_line
 
-MOST_GRAPHS = 256
-"""Beyond so many, for requests with ever new settings, all are dropped and captured anew as they are needed."""
+MAX_GRAPHS = 256
+"""Graphs: the limit. At the limit all graphs are dropped: requests with ever new settings would fill the memory."""
 
 Work = Callable[[], Any]
-"""A stretch of device work on tensors whose addresses stay. It returns what it made, never reads the device, and does
-the same whenever it is called."""
+"""Device work on tensors with fixed addresses. Work returns its result, never copies device data to the host, and runs
+the same operations in every call."""
 
 
 class Recorder(Protocol):
     """Captures work."""
 
     def warm_up(self, work: Work) -> Any:
-        """Do the work, as it will be captured."""
+        """Run the work under the conditions of a capture, without capturing."""
 
     def record(self, work: Work) -> tuple[Callable[[], None], Any]:
-        """Capture the work without doing it: what does it from now on, and where its result will be each time."""
+        """Capture the work without running it. Returns a replay function and the result that each replay fills."""
 
     def nbytes(self) -> int:
-        """The device memory in use by now."""
+        """Bytes: device memory in use."""
 
 
 class CudaRecorder:
@@ -41,7 +41,7 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may ask them still
+        self._failed: list[torch.cuda.CUDAGraph] = []  # kept alive: the allocator may still use them
 
     def warm_up(self, work: Work) -> Any:
         current = torch.cuda.current_stream(self.device)
@@ -54,11 +54,11 @@ class CudaRecorder:
 
     def record(self, work: Work) -> tuple[Callable[[], None], Any]:
         if not self._alive:
-            self.pool = torch.cuda.graph_pool_handle()  # a pool's handle is dead when its last graph is
+            self.pool = torch.cuda.graph_pool_handle()  # a pool is freed with its last graph
         current = torch.cuda.current_stream(self.device)
         graph, cause = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.device(self.device), _uncollected(), self._capturing(graph, self.pool):
+            with torch.cuda.device(self.device), _without_garbage_collection(), self._capturing(graph, self.pool):
                 try:
                     result = work()
                 except BaseException as error:
@@ -66,27 +66,27 @@ class CudaRecorder:
                     raise
         except BaseException as error:
             self._recover(graph, current)
-            # What ends an invalid capture says only that there was an error before.
+            # The error at the end of an invalid capture says only that an earlier error happened.
             raise (cause or error) from None
         self._alive.add(graph)
         return graph.replay, result
 
     def nbytes(self) -> int:
-        torch.cuda.empty_cache()  # as a capture does first: else what it frees would hide what it takes
+        torch.cuda.empty_cache()  # a capture empties the cache first: emptying here keeps the difference exact
         return torch.cuda.memory_reserved(self.device)
 
     def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-        # Other threads may do what a capture forbids.
+        # thread_local: other threads may run operations that a capture forbids.
         return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
 
     def _recover(self, graph: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
-        """Undo what torch leaves of a capture that became invalid.
+        """Restore torch's state after an invalid capture.
 
-        Its end raises before anything was put back: work would go on in the stream of the capture, the allocator would
-        take the pool for one that records, and generators (a flag of theirs, in some versions) would refuse to draw.
+        The end of an invalid capture raises before torch restores anything. The capture's stream stays current, the
+        allocator keeps recording into the pool, and in some versions random generators refuse to draw.
         """
         torch.cuda.set_stream(current)
-        with suppress(RuntimeError):  # not recording: the capture ended as it should
+        with suppress(RuntimeError):  # the pool does not record: the capture ended normally
             index = self.stream.device.index
             torch._C._cuda_endAllocateToPool(index, self.pool)
             torch._C._cuda_releasePool(index, self.pool)
@@ -94,16 +94,16 @@ class CudaRecorder:
         self._failed.append(graph)
         try:
             with torch.cuda.device(self.device), self._capturing(torch.cuda.CUDAGraph(), None):
-                torch.zeros(1, device=self.device)  # a capture that ends well resets the generators
-        except RuntimeError:  # the device itself is lost, and the work, done again, will say so
+                torch.zeros(1, device=self.device)  # a valid capture resets the random generators
+        except RuntimeError:  # the device is lost: running the work again raises the error
             pass
         finally:
             torch.cuda.set_stream(current)
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage is collected here: it may hold graphs, which cannot be destroyed during a capture."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection: destroying a graph during a capture is an error, and garbage may hold graphs."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -114,14 +114,14 @@ def _uncollected() -> Iterator[None]:
 
 
 class Graphs:
-    """Captured work by key.
+    """Captured work, by key.
 
-    What is asked for the first time is only done, which also warms it up (kernels are built and libraries loaded then,
-    which a capture forbids); the second time it is captured, and from then on replayed.
+    The first call with a key runs the work. The first run builds kernels and loads libraries, which a capture forbids.
+    The second call captures the work, and all later calls replay the captured work.
 
     Attributes:
-        nbytes: device memory that capturing has taken.
-        uncaptured_reason: why nothing is captured any more, after a capture that failed; else None.
+        nbytes: Bytes: device memory that the captures took.
+        uncaptured_reason: why captures stopped after a failed capture; else None.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -130,7 +130,7 @@ class Graphs:
         self.drop()
 
     def drop(self) -> None:
-        """Forget everything: what was captured holds addresses that no longer count."""
+        """Drop all captured work, when the addresses of its tensors are no longer valid."""
         self.nbytes = 0
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, tuple[Callable[[], None], Any]] = {}
@@ -139,7 +139,7 @@ class Graphs:
         return len(self._captured)
 
     def run(self, key: Hashable, work: Work) -> Any:
-        """Do the work that goes by this key; its result is overwritten when it is done the next time."""
+        """Run, capture or replay the work of this key. The next call with the key overwrites the result."""
         if self.uncaptured_reason is not None:
             return work()
         if key in self._captured:
@@ -147,7 +147,7 @@ class Graphs:
             replay()
             return result
         if key not in self._seen:
-            if len(self._seen) >= MOST_GRAPHS:
+            if len(self._seen) >= MAX_GRAPHS:
                 self.drop()
             self._seen.add(key)
             return self.recorder.warm_up(work)
@@ -157,7 +157,7 @@ class Graphs:
         before = self.recorder.nbytes()
         try:
             replay, result = self.recorder.record(work)
-        except RuntimeError as error:  # what torch raises for an operation that a capture forbids
+        except RuntimeError as error:  # torch's error for an operation that a capture forbids
             self.drop()
             self.uncaptured_reason = first_line(error)
             return work()
@@ -167,6 +167,8 @@ class Graphs:
         return result
 
 
-def graphs_for(device: torch.device) -> Graphs | None:
-    """Graphs where this device has them."""
-    return Graphs(CudaRecorder(device)) if device.type == "cuda" else None
+def graphs_for(device: torch.device, option: bool | Recorder | None) -> Graphs | None:
+    """Graphs that capture with the given recorder, or as CUDA graphs; None if the device or the option rules it out."""
+    if option is None or isinstance(option, bool):
+        return Graphs(CudaRecorder(device)) if option is not False and device.type == "cuda" else None
+    return Graphs(option)

@@ -1,4 +1,4 @@
-"""KVCache: one static cache, shared by draft and target."""
+"""KVCache: one static cache that draft and target share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from selfspec.models.attention_hook import LayerShape
 from selfspec.runtime.forward_pass import Backend, Pass
 
 SLOT_BUCKET = 128
-"""Capacities are rounded up to a multiple of this, so that nearby requests reuse one cache."""
+"""Slots: capacities are multiples, so that requests of similar lengths reuse one cache."""
 
 
 class KVCache:
-    """Keys and values of every layer, `b s h d` each, and `lengths`, the tokens cached per row. Nothing else is state.
+    """Keys and values of every layer, `b s h d` each, and `lengths`: the number of cached tokens of each row.
 
-    Between rounds every layer holds exactly the committed tokens but the last one. Rewinding is assigning `lengths`;
-    what lies beyond them stays finite and is never seen.
+    The cache has no other state. Between rounds every layer holds exactly the committed tokens except the last one. To
+    rewind, assign `lengths`. Slots beyond `lengths` stay finite, and no pass sees them.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class KVCache:
 
     @staticmethod
     def bucketed(slots: int) -> int:
-        """`slots` rounded up to a whole bucket."""
+        """`slots` rounded up to a multiple of `SLOT_BUCKET`."""
         return -(-slots // SLOT_BUCKET) * SLOT_BUCKET
 
     @property
@@ -55,9 +55,9 @@ class KVCache:
         return self._tensors[index]
 
     def attach(self, attention_modules: Iterable[nn.Module]) -> None:
-        """Give each attention module its own layer's keys and values, shared with every other view's.
+        """Give each attention module the keys and values of its layer. All views share the keys and values.
 
-        They are buffers, so that compiled code reads no layer index (which would compile once per layer).
+        Keys and values are buffers, so that compiled code reads no layer index: torch would compile every layer.
         """
         for module in attention_modules:
             keys, values = self._tensors[module.layer_idx]  # type: ignore[index]
@@ -65,29 +65,30 @@ class KVCache:
             module.register_buffer("selfspec_values", values, persistent=False)
 
     @staticmethod
-    def detach(attention: nn.Module) -> None:
-        """Take the keys and values from an attention module that no longer runs."""
-        for name in ("selfspec_keys", "selfspec_values"):
-            attention._buffers.pop(name, None)
-            attention._non_persistent_buffers_set.discard(name)
+    def detach(attention_modules: Iterable[nn.Module]) -> None:
+        """Remove the keys and values from attention modules."""
+        for module in attention_modules:
+            for name in ("selfspec_keys", "selfspec_values"):
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
 
-    @torch.inference_mode()  # its tensors are inference tensors: outside, they cannot be written
+    @torch.inference_mode()  # inference tensors cannot be written outside inference mode
     def reset(self) -> None:
-        """Forget every token."""
+        """Empty the cache."""
         self.lengths.zero_()
 
     @torch.inference_mode()
     def zero(self) -> None:
-        """Zero everything: after an error a slot may hold a NaN, which poisons attention even where it is masked."""
+        """Empty the cache and zero all slots: a NaN that an error left behind would spread even through a mask."""
         self.reset()
         for keys, values in self._tensors.values():
             keys.zero_()
             values.zero_()
 
     def begin(self, t: int, *, static: bool = False) -> Pass:
-        """A pass over `t` tokens of every row, appended behind `lengths`. The caller moves `lengths` on.
+        """Begin a pass over `t` new tokens of every row, after `lengths` cached tokens. The caller updates `lengths`.
 
-        A `static` one looks at every slot, in use or not, so that its shapes never change.
+        A `static` pass looks at every slot, used or unused, so that its shapes never change.
         """
         if static or self.lengths.device.type != "cpu":  # reading `lengths` would stall another device
             return Pass(self.lengths, t, self.slots, self.backend)

@@ -1,11 +1,10 @@
-"""ModelViews: a model's target view and draft view, the draft weights, and what the probe found."""
+"""ModelViews: a model's target view and draft view, the draft weights, and the findings of the probe."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
@@ -14,29 +13,30 @@ from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import probe
 from selfspec.models.views import state_of, target_view
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.runtime.forward_pass import Backend
 from selfspec.runtime.kv_cache import KVCache
 
 ViewName = Literal["target", "draft"]
 
 
 class ModelViews:
-    """Both views of a model, as the model is when they are built.
+    """Both views of a model, for the model's state at construction.
 
     Args:
         model: a supported model.
         draft_spec: what the draft is made of.
-        draft_weights: shared with other views of the model; by default these views make their own.
-        draft_memory: the most bytes that the draft weights may take; None for no limit.
+        draft_weights: draft weights shared with other views of the model; by default the views make their own.
+        draft_memory: Bytes: the limit of the draft weights; None for no limit.
 
     Attributes:
-        layer_shapes: what each attention layer caches, by layer.
-        masks: windows, and query heads for each key head, with which layers ask for a mask.
-        needs: what the model asks of an attention backend.
+        layer_shapes: the shape of each attention layer's cache, by layer.
+        masks: pairs of window and query heads per key head, one pair for each mask that the layers use.
+        needs: what the model requires of an attention backend.
 
     Raises:
-        InputError: the draft weights would take more than `draft_memory`.
-        PlanError: the draft's vocabulary holds tokens that the model does not have.
-        UnsupportedModelError: the probe found a difference.
+        InputError: the draft weights would exceed `draft_memory`.
+        PlanError: the draft vocabulary holds tokens that the model does not have.
+        UnsupportedModelError: the probe found that the target view differs from the model.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ModelViews:
         self._by_name = {"target": target_view(model), "draft": draft_view(model, draft_spec, self.draft_weights)}
         recorded = probe(model, self["target"])
         self.layer_shapes, self.masks, self.needs = recorded.shapes, recorded.masks, recorded.needs(model)
-        self._pinned_long: bool | None = None  # the side of the longrope switch that is served
+        self._pinned_long: bool | None = None  # None until the first pin
         self._state = state_of(model)
 
     def __getitem__(self, name: ViewName) -> PreTrainedModel:
@@ -63,11 +63,11 @@ class ModelViews:
         return iter(self._by_name.values())
 
     def are_current(self) -> bool:
-        """Whether the views still compute what the model computes: nobody moved, cast or re-adapted it."""
+        """Whether the views still compute what the model computes: the model was not moved, cast or adapted."""
         return state_of(self.model) == self._state
 
     def change_draft(self, draft_spec: DraftSpec) -> None:
-        """Make the draft by another draft spec. A draft spec that is refused changes nothing."""
+        """Change the draft to another draft spec. A refused draft spec changes nothing."""
         draft_spec.validate(self.model.config.num_hidden_layers)
         self._check(draft_spec)
         change_draft(self["draft"], draft_spec, self.draft_weights)
@@ -75,8 +75,7 @@ class ModelViews:
             self.draft_weights.keep_only(draft_spec)
 
     def pin_longrope(self, longest: int) -> bool:
-        """Serve the side of the longrope switch on which prompts of up to `longest` tokens are; whether that changed
-        anything."""
+        """Choose the factors of longrope for prompts of up to `longest` tokens. Returns whether the views changed."""
         switch = longrope_switch(self.model)
         if switch is None or self._pinned_long == (longest > switch):
             return False
@@ -85,18 +84,24 @@ class ModelViews:
             pin_longrope(view, long=self._pinned_long)
         return True
 
+    def new_cache(self, rows: int, slots: int, backend: Backend) -> KVCache:
+        """A cache with at least `slots` slots for each of `rows` rows, attached to both views."""
+        slots, model = KVCache.bucketed(slots), self.model
+        cache = KVCache(
+            self.layer_shapes, rows=rows, slots=slots, device=model.device, dtype=model.dtype, backend=backend
+        )
+        self.attach(cache)
+        return cache
+
     def attach(self, cache: KVCache) -> None:
-        """Let both views write to a cache."""
-        cache.attach(self._attention_modules())
+        """Give the cache to both views."""
+        for view in self:
+            cache.attach(attention_modules(view))
 
     def detach(self) -> None:
-        """Take the cache from both views."""
-        for attention in self._attention_modules():
-            KVCache.detach(attention)
-
-    def _attention_modules(self) -> Iterator[nn.Module]:
+        """Remove the cache from both views."""
         for view in self:
-            yield from attention_modules(view)
+            KVCache.detach(attention_modules(view))
 
     def _check(self, draft_spec: DraftSpec) -> None:
         check_memory(self.model, draft_spec, self._draft_memory)

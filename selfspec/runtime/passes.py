@@ -1,4 +1,4 @@
-"""Passes: the forward passes of both views, one function for each view and pass length, fused where possible."""
+"""Passes: forward passes of both views: one function for each view and pass length, compiled where possible."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.model_views import ModelViews, ViewName
 
 PassFunction = Callable[[Tensor], Tensor]
-"""From tokens `b t` to logits `b t v`."""
+"""Maps tokens `b t` to logits `b t v`."""
 
 
 class Passes:
-    """Makes the functions that run passes, and keeps them until what they close over changes.
+    """Builds and keeps the functions that run passes. Call `forget` when the views or the cache change.
 
     Args:
-        device: the model's.
+        device: the model's device.
         compile: fuse passes with `torch.compile`; None for the device's default.
 
     Attributes:
-        compile: whether passes are fused. A model that cannot be compiled turns this off.
-        uncompiled_reason: why passes run eagerly though compiling was asked for; else None.
-        lengths: how passes are padded; None for not at all.
+        compile: whether passes are compiled. Becomes False if the model cannot be compiled.
+        uncompiled_reason: why passes run eagerly although `compile` requests compiled passes; else None.
+        lengths: the padding of passes; None for no padding.
     """
 
     def __init__(self, device: torch.device, compile: bool | None) -> None:
@@ -56,13 +56,13 @@ class Passes:
         if (key := (view, padded)) not in self._functions:
             self._functions[key] = self._function(views, cache, view, padded, static)
         if padded == t:
-            return self._functions[key](tokens.contiguous())  # a compiled function knows one layout
-        # The tokens do not see the padding behind them, and later passes write over it.
+            return self._functions[key](tokens.contiguous())  # a compiled function accepts one memory layout
+        # No token sees the padding after the last token, and later passes overwrite the padding.
         padding = tokens[:, -1:].expand(-1, padded - t)
         return self._functions[key](torch.cat([tokens, padding], dim=1))[:, :t]
 
     def _padded(self, view: ViewName, t: int, rows: int) -> int:
-        """How many tokens a pass over `t` tokens is made of."""
+        """Tokens: the length of a pass over `t` tokens after padding."""
         if self.lengths is None or self.lengths.rows != rows:
             return t
         if view == "target":
@@ -78,7 +78,7 @@ class Passes:
 
         def forward_in_fused_layers(tokens: Tensor) -> Tensor:
             step = cache.begin(t, static=True)
-            # Before the layers: their shared code must not depend on which layer runs first.
+            # Before the layers run: layers share compiled code, which must not build a mask in the first layer only.
             step.make_masks(views.masks, views.model.dtype)
             with self._fused.of_length(decoder_layers(module), t):
                 return run_view(module, tokens, step.positions, step)

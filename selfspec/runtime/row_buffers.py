@@ -1,34 +1,34 @@
-"""RowBuffers: what a round reads and writes of its rows on the device, beside the KV cache."""
+"""RowBuffers: the device tensors of a batch that rounds read and write, in addition to the KV cache."""
 
 from __future__ import annotations
 
 import torch
 
 STOP_TOKENS = 16
-"""So many stop tokens fit into buffers that outlive a request."""
+"""Tokens: the number of stop tokens that the buffers of captured rounds hold."""
 
 
 class RowBuffers:
-    """Tensors whose addresses stay, so that captured work serves one request after another.
+    """Tensors with fixed addresses, so that a captured round serves one request after another.
 
     Attributes:
-        sequences: `b w`, left-padded prompts, then what was committed, then room for a draft.
-        pads: `b`, how many tokens of padding each prompt has.
-        ends: `b`, committed tokens of each row, padding included.
-        finished: `b`, rows that no longer commit.
-        found: `b`, how many tokens prompt lookup wrote behind `ends` for the next round.
-        matched: `b`, how many of a row's last tokens stand where these were found.
-        limit: where every row ends at the latest, padding included; a single number.
-        stop_tokens: any one of them ends a row; -1, which no token is, where there are fewer.
+        sequences: `b w`, each row's left-padded prompt, then committed tokens, then room for a draft.
+        pads: `b`, pad tokens of each prompt.
+        ends: `b`, prompt and committed tokens of each row, including the padding.
+        finished: `b`, whether the row is finished.
+        found: `b`, tokens that prompt lookup wrote after `ends` for the next round.
+        matched: `b`, length of the match that prompt lookup found.
+        limit: a scalar: the largest `ends` that a row may reach, including the padding.
+        stop_tokens: tokens that end a row; unused entries are -1, which is no token.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device, stop_tokens: int = STOP_TOKENS) -> None:
-        def numbers(*shape: int) -> torch.Tensor:
+        def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
-        self.sequences = numbers(rows, width)
-        self.pads, self.ends = numbers(rows), numbers(rows)
-        self.found, self.matched = numbers(rows), numbers(rows)
+        self.sequences = zeros(rows, width)
+        self.pads, self.ends = zeros(rows), zeros(rows)
+        self.found, self.matched = zeros(rows), zeros(rows)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.limit = numbers()
-        self.stop_tokens = numbers(max(1, stop_tokens))
+        self.limit = zeros()
+        self.stop_tokens = zeros(max(1, stop_tokens))

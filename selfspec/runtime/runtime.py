@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import DraftWeights
 from selfspec.models.support import check_supported
-from selfspec.models.views import run_view
 from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
@@ -22,31 +21,33 @@ from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.model_views import ModelViews, ViewName
 from selfspec.runtime.passes import Passes
 from selfspec.runtime.row_buffers import RowBuffers
-
-PREFILL_CHUNK = 512
-"""Tokens of each row in a pass of prefill on a CPU."""
-PREFILL_TOKENS = 8192
-"""Tokens of all rows in a pass of prefill: enough to keep a GPU busy, and an MLP's activations below a gigabyte."""
+from selfspec.utils.devices import device_name, dtype_name
 
 
 class Runtime:
     """Runs passes of the target and of the draft over one shared cache.
 
-    Adds the cache and the draft weights to the model's memory: both views share every other weight with `model`.
+    In addition to the model, a runtime holds the cache and the draft weights. Both views share all other weights with
+    `model`.
 
     Args:
         model: a supported causal language model, whole on one device.
-        draft_spec: what the draft is made of, a skip set alone or more; `draft_with` changes it later.
-        backend: an attention backend by name; by default the first that serves this model.
-        compile: fuse passes with `torch.compile`, by default on CUDA. `uncompiled_reason` says why passes run eagerly.
-        graphs: capture rounds as CUDA graphs, by default where the device has them. `uncaptured_reason` says why rounds
-            are not captured.
-        recorder: captures rounds in the place of CUDA graphs, on any device.
-        captured_with: a runtime whose graphs capture this one's passes as well.
-        draft_weights: shared with other runtimes of the model; by default this one makes and frees its own.
-        draft_memory: the most bytes that draft weights may take; None for no limit.
-        pass_lengths: how passes are padded, for the rows and the conditions that the lengths were measured for.
-        measured_in: device, dtype and `compiled` for which `pass_lengths` hold; None for all.
+        draft_spec: what the draft is made of, or a skip set alone; `draft_with` changes the draft later.
+        backend: the name of an attention backend; by default the first that serves this model.
+        compile: fuse passes with `torch.compile`; by default on CUDA. `passes.uncompiled_reason` says why passes run
+            eagerly.
+        graphs: capture rounds as CUDA graphs; by default where the device has CUDA graphs. `uncaptured_reason` says why
+            rounds are not captured. A `Recorder` captures rounds on any device instead.
+        captured_with: a runtime whose graphs also capture this runtime's passes.
+        draft_weights: draft weights shared with other runtimes of the model; by default the runtime makes its own.
+        draft_memory: Bytes: the limit of the draft weights; None for no limit.
+        pass_lengths: pads passes, for the rows and the conditions of the measurement.
+        measured_in: device, dtype and `compiled` of the measurement of `pass_lengths`; None if they hold everywhere.
+
+    Raises:
+        InputError: the backend cannot be used, or the draft weights exceed `draft_memory`.
+        PlanError: the draft spec does not fit the model.
+        UnsupportedModelError: the views cannot reproduce the model.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class Runtime:
         *,
         backend: str | None = None,
         compile: bool | None = None,
-        graphs: bool | None = None,
-        recorder: Recorder | None = None,
+        graphs: bool | Recorder | None = None,
         captured_with: Runtime | None = None,
         draft_weights: DraftWeights | None = None,
         draft_memory: int | None = None,
@@ -67,34 +67,30 @@ class Runtime:
         check_supported(model)
         self.model, self.draft_spec = model, DraftSpec.of(draft_spec)
         self._backend_name, self._compile_option = backend, compile
-        self._graphs_option, self._recorder, self._captured_with = graphs, recorder, captured_with
+        self._graphs_option, self._captured_with = graphs, captured_with
         self._shared_weights, self._draft_memory = draft_weights, draft_memory
         self._pass_lengths, self._measured_in = pass_lengths, measured_in
+        self._graphs: Graphs | None = None
         self._build()
 
     def _build(self) -> None:
-        self._views: ModelViews | None = None  # until all is built: a build that is refused must be made up for
-        self._cache: KVCache | None = None  # freed before its successor is made
+        self._views: ModelViews | None = None  # set last: after a refused build, `refresh` builds again
+        self._cache: KVCache | None = None  # freed before the next cache is allocated
         self._drop_graphs()
         self.passes = Passes(self.model.device, self._compile_option)
         views = ModelViews(self.model, self.draft_spec, self._shared_weights, self._draft_memory)
         self.backend: BackendChoice = choose_backend(views.needs, self._backend_name)
-        self._graphs = self._make_graphs()
+        self._graphs = None if self._captured_with is not None else graphs_for(self.model.device, self._graphs_option)
         self._views = views
 
-    def _make_graphs(self) -> Graphs | None:
-        if self._graphs_option is False or self._captured_with is not None:
-            return None
-        return graphs_for(self.model.device) if self._recorder is None else Graphs(self._recorder)
-
     def refresh(self) -> None:
-        """Build the views again if the user moved, cast or re-adapted the model since."""
+        """Rebuild the views if the user moved, cast or adapted the model since the last build."""
         if self._views is None or not self._views.are_current():
             check_supported(self.model)
-            self._shared_weights = None  # they are of what the model was
+            self._shared_weights = None  # made of the model's old weights
             self._build()
 
-    # --- What it holds ---
+    # --- Parts and conditions ---
 
     @property
     def views(self) -> ModelViews:
@@ -108,44 +104,45 @@ class Runtime:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the cache takes by now."""
+        """Bytes: memory of the cache; 0 before the first `reserve`."""
         return 0 if self._cache is None else self._cache.nbytes
 
     @property
     def graphs(self) -> Graphs | None:
-        """The captured stretches of rounds; None where nothing is captured."""
+        """The captured parts of rounds; None if rounds are not captured."""
         return self._graphs if self._captured_with is None else self._captured_with.graphs
 
     @property
     def uncaptured_reason(self) -> str | None:
-        """Why rounds are not captured though that was asked for; None where they are, or were not asked for."""
+        """Why rounds are not captured although the options request capture; else None."""
         if self.graphs is not None:
             return self.graphs.uncaptured_reason
-        return f"CUDA graphs need a GPU, the model is on {self.model.device.type}" if self._graphs_option else None
+        needs_gpu = f"CUDA graphs need a GPU, but the model is on {self.model.device.type}"
+        return needs_gpu if self._graphs_option is True else None
 
     @property
     def static(self) -> bool:
-        """Whether every pass looks at all slots, in use or not, so that shapes never change."""
+        """Whether every pass looks at all slots, used or unused, so that shapes never change."""
         return self.passes.compile or self.graphs is not None
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What the cost of a pass depends on, as `Plan.stale_because` takes it."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"device": device_name(self.model.device), "dtype": dtype, "compiled": self.passes.compile}
+        """The conditions that the cost of a pass depends on, as arguments of `Plan.stale_because`."""
+        device, dtype = device_name(self.model.device), dtype_name(self.model.dtype)
+        return {"device": device, "dtype": dtype, "compiled": self.passes.compile}
 
     @property
     def pass_lengths(self) -> PassLengths | None:
-        """How passes are padded; None where the lengths were measured in other conditions."""
+        """The padding of passes; None if the pass lengths were measured under other conditions."""
         return self._pass_lengths if self._measured_in in (None, self.conditions) else None
 
     # --- The cache ---
 
     @torch.inference_mode()
     def reserve(self, rows: int, slots: int) -> None:
-        """Make sure that the cache has room for `slots` tokens in each of `rows` rows, and forget what it held.
+        """Empty the cache, and make room for `slots` tokens in each of `rows` rows.
 
-        A cache that fits is kept; growing replaces it, and drops what was compiled for the old one.
+        A cache that is large enough is kept. A new cache drops all compiled passes and captured graphs.
         """
         lengths = self.pass_lengths
         self._pad_passes(lengths if lengths is not None and lengths.rows == rows else None)
@@ -154,45 +151,41 @@ class Runtime:
             self._cache.reset()
             return
         self._free_cache()
-        self._cache = KVCache(
-            self.views.layer_shapes,
-            rows=rows,
-            slots=KVCache.bucketed(slots),
-            device=self.model.device,
-            dtype=self.model.dtype,
-            backend=self.backend.backend,
-        )
+        self._cache = self.views.new_cache(rows, slots, self.backend.backend)
         self.row_buffers = RowBuffers(rows, self._cache.slots, self.model.device)
-        self.views.attach(self._cache)
 
     def adopt_cache(self, other: Runtime) -> None:
-        """Use another runtime's cache, of the same model: one at a time."""
+        """Share the cache of another runtime of the same model. Only one of the runtimes may decode at a time."""
         self._free_cache()
         self._pad_passes(self.pass_lengths)
         self._cache, self.row_buffers = other.cache, other.row_buffers
         self.views.attach(self.cache)
 
     def zero_cache(self) -> None:
-        """After an error: zero the cache, if there is one."""
+        """Zero the cache after an error."""
         if self._cache is not None:
             self._cache.zero()
 
     def _free_cache(self) -> None:
-        """Free the cache: everything that holds it must let go."""
+        """Drop every reference to the cache, so that its memory is free before the next cache is allocated."""
         self._cache = None
         self.passes.forget()
         self._drop_graphs()
         self.views.detach()
 
     def _drop_graphs(self) -> None:
-        graphs = self._captured_with.graphs if self._captured_with is not None else getattr(self, "_graphs", None)
-        if graphs is not None:
-            graphs.drop()
+        if self.graphs is not None:
+            self.graphs.drop()
 
     # --- What passes compute ---
 
     def draft_with(self, draft_spec: DraftSpec | SkipSet) -> None:
-        """Draft by this draft spec from now on."""
+        """Change the draft. A refused draft spec changes nothing.
+
+        Raises:
+            InputError: the draft weights exceed the memory limit.
+            PlanError: the draft spec does not fit the model.
+        """
         draft_spec = DraftSpec.of(draft_spec)
         self.views.detach()  # a layer that no longer runs must not keep a replaced cache alive
         try:
@@ -206,7 +199,7 @@ class Runtime:
 
     @contextmanager
     def padded(self, lengths: PassLengths | None) -> Iterator[None]:
-        """In this context passes have these lengths, until the cache is reserved again. For measuring."""
+        """Pad passes to other lengths inside this context, to measure them. Do not call `reserve` inside."""
         before = self.passes.lengths
         self._pad_passes(lengths)
         try:
@@ -216,57 +209,16 @@ class Runtime:
 
     def _pad_passes(self, lengths: PassLengths | None) -> None:
         if lengths != self.passes.lengths:
-            self._drop_graphs()  # they hold passes of the old lengths
+            self._drop_graphs()  # graphs hold passes of the old lengths
             self.passes.lengths = lengths
 
     def pin_longrope(self, longest: int) -> None:
-        """Serve the side of the longrope switch on which prompts of up to `longest` tokens are, if there is one."""
+        """Choose the factors of longrope for prompts of up to `longest` tokens. Does nothing for other RoPE types."""
         if self.views.pin_longrope(longest):
             self.passes.forget()  # the frequencies are new tensors
             self._drop_graphs()
 
-    # --- Passes ---
-
     @torch.inference_mode()
     def run(self, view: ViewName, tokens: Tensor) -> Tensor:
-        """Logits `b t v` of one pass over `tokens` (`b t`), cached behind `lengths`, which stay as they are."""
+        """One pass: append `tokens` (`b t`) to the cache and return logits `b t v`. Does not change `cache.lengths`."""
         return self.passes.run(self.views, self.cache, view, tokens, static=self.static)
-
-    @property
-    def prefill_chunk(self) -> int:
-        """How many tokens of every row a pass of prefill takes."""
-        if self.model.device.type == "cpu":
-            return PREFILL_CHUNK
-        return max(PREFILL_CHUNK // 4, PREFILL_TOKENS // self.cache.rows)
-
-    def prefill_prompts(self, prompts: Tensor, pads: Tensor) -> None:
-        """Cache all of each prompt (`b P`, padded on the left by `pads`, `b`) but its last token."""
-        b, width = prompts.shape
-        lengths = width - pads  # b
-        longest = int(lengths.max())
-        self.pin_longrope(longest)
-        columns = torch.arange(longest - 1, device=prompts.device)
-        # Row r's tokens start behind its padding; what lies beyond its last token is never seen.
-        compact = prompts.gather(1, (columns + pads[:, None]).clamp(max=width - 1).expand(b, -1))
-        self.prefill(compact, lengths - 1)
-
-    @torch.inference_mode()
-    def prefill(self, tokens: Tensor, lengths: Tensor) -> None:
-        """Cache each row's first `lengths` (`b`) of `tokens` (`b t`), without the head, in chunks."""
-        self.cache.reset()
-        self.extend(tokens)
-        self.cache.lengths.copy_(lengths)
-
-    @torch.inference_mode()
-    def extend(self, tokens: Tensor, *, static: bool = False) -> None:
-        """Cache `tokens` (`b t`) behind `lengths`, which move on, without the head, in chunks."""
-        cache = self.cache
-        for chunk in tokens.split(self.prefill_chunk, dim=1) if tokens.shape[1] else ():  # prompts of one token: none
-            step = cache.begin(chunk.shape[1], static=static)
-            run_view(self.views["target"], chunk, step.positions, step, head=False)
-            cache.lengths += chunk.shape[1]
-
-
-def device_name(device: torch.device) -> str:
-    """What plans and profiles call a device: an accelerator's model, or `cpu`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selfspec.errors import PlanError
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write to a temporary name beside `path`, then rename: readers see the old file or the new, never half of one."""
+    """Write a temporary file next to `path`, then rename: readers see the old file or the new file, never a part."""
     path, temporary = Path(path), None
     try:
         with tempfile.NamedTemporaryFile(
@@ -18,13 +18,11 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
         ) as file:
             temporary = Path(file.name)
             file.write(text)
-        temporary.chmod(0o644)  # NamedTemporaryFile makes it private; plans and reports are meant to be shared
+        temporary.chmod(0o644)  # NamedTemporaryFile makes private files, but users share plans and reports
         temporary.replace(path)
         temporary = None
     except OSError as error:
-        raise PlanError(
-            f"cannot write {path}: {error.strerror or error}; choose a directory that is writable"
-        ) from None
+        raise PlanError(f"cannot write {path}: {error.strerror or error}; choose a writable directory") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Described settings: one place says what a setting is for, and which values it takes.
+"""Described settings: help text and bounds in one place, for the library and the command line.
 
 A settings class is a frozen dataclass. Its fields read `rows: Annotated[int, Described("Rows that decode together.",
 least=1)] = 1`. Its `__post_init__` calls `check_settings`. The command line makes an option of each described field.
@@ -14,21 +14,21 @@ from selfspec.errors import InputError
 
 @dataclass(frozen=True)
 class Described:
-    """The help text of a setting, and its bounds. What is no number has no bounds."""
+    """The help text and the bounds of a setting. Bounds apply to numbers only."""
 
     help: str
     _: KW_ONLY
     least: float | None = None
     above: float | None = None
-    """A bound that is itself excluded."""
+    """An exclusive lower bound."""
     most: float | None = None
     unit: str = ""
-    """Written behind a refused value."""
+    """Follows a refused value in error messages."""
     is_size: bool = False
-    """Whether the value is a number of bytes, which the command line reads from text such as 4G."""
+    """Whether the value is in bytes. The command line accepts text such as 4G for bytes."""
 
     def complaint(self, value: Any) -> str | None:
-        """What is wrong with `value`, without the setting's name; None where the value is within the bounds."""
+        """What is wrong with `value`, without the setting's name; None if the value is within the bounds."""
         if not isinstance(value, (int, float)) or self._holds(value):
             return None
         return f"is {value}{self.unit and ' '}{self.unit}, but it must be {self._range()}"
@@ -51,7 +51,7 @@ class Described:
 
 
 class SettingError(InputError):
-    """A setting has a value that it does not take. The command line spells the name in `setting` as an option."""
+    """A setting has a value that is not allowed. The command line shows `setting` as an option name."""
 
     def __init__(self, setting: str, reason: str) -> None:
         super().__init__(f"{setting} {reason}")
@@ -59,7 +59,7 @@ class SettingError(InputError):
 
 
 def described(hint: Any) -> Described | None:
-    """The description that an annotation carries, if any."""
+    """The `Described` of an annotation; None if the annotation has none."""
     return next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Described)), None)
 
 
@@ -70,7 +70,7 @@ def described_fields(settings: type) -> dict[str, Any]:
 
 
 def check_settings(settings: Any) -> None:
-    """Check a settings object's described fields against their bounds, and against their choices.
+    """Check the described fields of a settings object against their bounds and choices.
 
     Raises:
         SettingError: a value is not allowed.

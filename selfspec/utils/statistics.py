@@ -1,7 +1,7 @@
-"""Timing in turn, and ratios of speeds with their intervals: the one harness of the benchmark, the search and scripts.
+"""Interleaved timing, and speed ratios with intervals: the one harness of the benchmark, the search and the scripts.
 
-`interleaved` runs all tasks once per repeat, one right after the other, so that drift (clocks, heat, neighbours) falls
-on all tasks alike. A task returns its own seconds: `timed_task` makes one of any call.
+`interleaved` runs all tasks once per repeat, one right after the other, so that drift (clocks, heat, other processes)
+affects all tasks equally. A task returns its own seconds: `timed_task` turns any call into a task.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 RESAMPLES = 2000
-"""Resamples of the bootstrap."""
+"""Resamples: of the bootstrap."""
 RARE_EVERY = 5
-"""Repeats from one run of a rare task to the next."""
+"""Repeats: from one run of a rare task to the next."""
 MOST_REPEATS = 4
-"""Times `repeats` that a budget can add up to."""
+"""Factor: a budget extends the repeats to at most this many times `repeats`."""
 
 Array = np.ndarray[Any, Any]
 Key = TypeVar("Key", bound=Hashable)
 Task = Callable[[], float]
-"""Does its work and returns the seconds that the work took."""
+"""Runs the work and returns its duration in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +53,16 @@ def interleaved(
     rare: Callable[[Key], bool] = lambda key: False,
     on_repeat: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Key, list[float]]:
-    """Seconds of every run of every task, in the order of the runs; all tasks take turns.
+    """Run all tasks in turn. Returns the seconds of every run of each task, in the order of the runs.
 
     Args:
         repeats: runs of each task.
-        warmup: runs of each task before, which do not count; all of one task's in a row.
-        budget: seconds from the first repeat in which more repeats may begin, up to MOST_REPEATS times `repeats`.
-        group: consecutive tasks that compete. The order within a group rotates from repeat to repeat and from group to
-            group, so that no task always comes first. All tasks are one group by default.
-        rare: whether a task, by its key, runs in every RARE_EVERY-th repeat only, from the first one on.
-        on_repeat: called with (repeats done, `repeats`), for the first time before the warm-up.
+        warmup: uncounted runs of each task before the first repeat.
+        budget: Seconds: more repeats begin within this time from the first repeat, up to MOST_REPEATS * `repeats`.
+        group: the number of consecutive tasks that are compared; by default all. The order within a group rotates with
+            the repeat and the group, so that no task always comes first.
+        rare: whether the task with this key runs only in every RARE_EVERY-th repeat, starting with the first repeat.
+        on_repeat: called with (repeats done, `repeats`), first before the warm-up.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in tasks}
     on_repeat(0, repeats)
@@ -82,7 +82,7 @@ def interleaved(
 def timed_task(call: Callable[[], Any], device: torch.device, *, in_a_row: int = 1) -> Task:
     """A task that makes a call `in_a_row` times and returns the seconds per call.
 
-    The clock is read when the device is idle. Many quick calls in a row make reading it cost nothing.
+    The task waits for the device before reading the clock. With many calls in a row the waiting costs nothing.
     """
 
     def task() -> float:
@@ -106,7 +106,7 @@ def median_seconds(
     rare: Callable[[Key], bool] = lambda key: False,
     on_repeat: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Key, float]:
-    """The median seconds of each call: `timed_task`s that are `interleaved`, after one run that warms up."""
+    """The median seconds of each call, timed in turn after one warm-up run."""
     tasks = {key: timed_task(call, device, in_a_row=in_a_row) for key, call in calls.items()}
     return medians(interleaved(tasks, repeats=repeats, budget=budget, rare=rare, on_repeat=on_repeat))
 
@@ -117,20 +117,20 @@ def medians(seconds: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done all that it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def speed_ratio(seconds: Array, tokens: Array, *, seed: int = 0) -> Ratio:
-    """The speed of the first decoder over that of the second.
+    """The speed of the first decoder divided by the speed of the second decoder.
 
-    The 95 % interval comes from a bootstrap over the prompts, and over the repeats of each, drawn for both decoders
-    alike (paired): the decodings must have been interleaved.
+    The 95 % interval comes from a bootstrap over the prompts and over each prompt's repeats. Both decoders get the same
+    resamples (paired), so the runs must be interleaved.
 
     Args:
         seconds: `2 repeats prompts`.
-        tokens: `2 prompts`; or `2 repeats prompts` where repeats differ in what they write, as samples do.
+        tokens: `2 prompts`, or `2 repeats prompts` if the repeats differ, as samples do.
     """
     _, repeats, prompts = seconds.shape
     random = np.random.default_rng(seed)
@@ -144,15 +144,18 @@ def speed_ratio(seconds: Array, tokens: Array, *, seed: int = 0) -> Ratio:
 
 
 def speed(seconds: Array, tokens: Array) -> Any:
-    """Tokens per second, of the median repeat of each prompt (`... repeats prompts` and `... prompts`), or of all
-    samples (both `... repeats prompts`)."""
+    """Tokens per second.
+
+    From `seconds` `... repeats prompts` and `tokens` `... prompts`: by each prompt's median repeat. If `tokens` also
+    has repeats: over all repeats together.
+    """
     if tokens.ndim == seconds.ndim:
         return tokens.sum(axis=(-2, -1)) / seconds.sum(axis=(-2, -1))
     return tokens.sum(axis=-1) / np.median(seconds, axis=-2).sum(axis=-1)
 
 
 def _in_turn(keys: Sequence[Key], group: int, repeat: int) -> list[Key]:
-    """All keys, each group of `group` keys rotated by the repeat and by the group's place."""
+    """All keys, with each group of `group` keys rotated by the repeat and the index of the group."""
     order: list[Key] = []
     for first in range(0, len(keys), group):
         members = keys[first : first + group]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from selfspec.drafters.build import drafter_of
 from selfspec.plan import Plan
+from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
 
 NEW_TOKENS = 23
@@ -100,7 +101,7 @@ def _draft_logits(runtime: Runtime, text: Text, start: int, end: int, t: int) ->
     """
     first, last = text.prompt - 1 + start, text.prompt - 1 + end
     runtime.reserve(1, len(text))
-    runtime.prefill(text.tokens[None, :first], torch.tensor([first]))
+    prefill(runtime, text.tokens[None, :first], torch.tensor([first]))
     logits = []
     for chunk in text.tokens[None, first:last].split(t, dim=1):
         logits.append(runtime.run("draft", chunk)[0].float())

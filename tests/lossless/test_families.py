@@ -1,4 +1,4 @@
-"""Every supported family: greedy output is `model.generate`'s, and the draft view computes what it claims to."""
+"""Every supported family: greedy decoding is lossless, and the draft view computes the draft of the skip set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from selfspec.runtime.runtime import Runtime
 FAMILIES = sorted(SUPPORTED_MODEL_TYPES)
 NEW_TOKENS = 24
 MOSTLY_DROPPED = SkipSet(attn=range(1, LAYERS), mlp={1, 2, 3, 4, 6})
-"""Leaves layers 0 and 5: what remains stands far from its place in any list by layer."""
+"""Keeps only parts of layers 0 and 5, so that kept layers have another index in the view than in the model."""
 
 
 def test_twenty_nine_families_are_supported() -> None:
@@ -44,7 +44,7 @@ def test_greedy_output_of_left_padded_prompts_is_model_generates(family: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_output_with_skip_sets_and_batches_exchanged_is_model_generates(family: str) -> None:
+def test_greedy_output_with_the_other_skip_set_is_model_generates(family: str) -> None:
     assert_lossless(damped_model(family, FIRST_DROPPED), FIRST_DROPPED, [11])
     assert_lossless(damped_model(family, ENDS_SKIPPED), ENDS_SKIPPED, [13, 7, 10])
 
@@ -60,7 +60,7 @@ def assert_lossless(model: PreTrainedModel, skip_set: SkipSet, lengths: list[int
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_draft_view_computes_the_model_with_its_skipped_branches_zeroed(family: str) -> None:
-    # A wrong draft shows in no test of output: it is only rejected more often.
+    # No test of the output finds a wrong draft: a wrong draft is only rejected more often.
     model = tiny_model(family, dtype=torch.float64)
     model.set_experts_implementation("eager")  # the grouped kernels have no float64
     assert_draft_is_exact(model, [ENDS_SKIPPED, MOSTLY_DROPPED])
@@ -69,7 +69,7 @@ def test_a_draft_view_computes_the_model_with_its_skipped_branches_zeroed(family
 @pytest.mark.parametrize(
     "family", ["cohere2", "exaone4", "gemma2", "gemma3_text", "ministral", "olmo3", "qwen3", "smollm3"]
 )
-def test_dropping_any_one_layer_keeps_the_kind_of_every_other(family: str) -> None:
+def test_dropping_a_layer_keeps_the_attention_type_of_every_other_layer(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     assert len(set(model.config.layer_types)) == 2
     assert_draft_is_exact(model, [SkipSet(attn={i}, mlp={i}) for i in range(LAYERS)])
@@ -77,9 +77,9 @@ def test_dropping_any_one_layer_keeps_the_kind_of_every_other(family: str) -> No
 
 @torch.inference_mode()
 def assert_draft_is_exact(model: PreTrainedModel, skip_sets: list[SkipSet]) -> None:
-    """Compare one pass over several windows of tokens, cached in two parts, with the user's model under hooks.
+    """Compare the draft view, in two passes over several windows of tokens, with the user's model under hooks.
 
-    In float64, but to float32's precision: Hugging Face's norms, rotations and some softmaxes round to it.
+    The tolerance is float32's: Hugging Face computes norms, rotations and some softmaxes in float32.
     """
     tokens, _ = prompts(4 * WINDOW - 1, 4 * WINDOW - 1)
     runtime = Runtime(model)
@@ -92,7 +92,7 @@ def assert_draft_is_exact(model: PreTrainedModel, skip_sets: list[SkipSet]) -> N
         expected = model(tokens).logits
         for hook in hooks:
             hook.remove()
-        assert (expected - full).abs().max() > 0.1 * full.abs().max(), "the skip set changes nothing, so proves nothing"
+        assert (expected - full).abs().max() > 0.1 * full.abs().max(), "a skip set without effect proves nothing"
         torch.testing.assert_close(
             _in_two_passes(runtime, tokens), expected, rtol=0, atol=1e-6 * full.abs().max().item()
         )

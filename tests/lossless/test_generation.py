@@ -1,4 +1,4 @@
-"""What `generate` returns and leaves behind: outputs, `custom_generate`, the cache, errors, threads, longrope."""
+"""`generate`: outputs, `custom_generate`, sampling, errors, threads and longrope."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def batch(**options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def own() -> tuple[PreTrainedModel, SelfSpeculator]:
-    """A model that a test may change, and an object of its own."""
+    """A model that the test may change, and a speculator of the model."""
     model = copy.deepcopy(llama())
     return model, wrap(model, speculator().plan)
 
@@ -44,7 +44,7 @@ def own() -> tuple[PreTrainedModel, SelfSpeculator]:
 # --- Outputs ---
 
 
-def test_the_output_object_holds_hugging_faces_fields_and_the_stats() -> None:
+def test_the_output_object_has_hugging_faces_fields_and_the_stats() -> None:
     options = batch(return_dict_in_generate=True)
     ours, theirs = speculator().generate(**options), llama().generate(**options)
     assert isinstance(ours, SpeculativeOutput)
@@ -88,7 +88,7 @@ def test_transition_scores_can_be_computed_from_the_output() -> None:
     torch.testing.assert_close(mine, their, atol=1e-4, rtol=1e-4)
 
 
-def test_outputs_are_ordinary_tensors_that_a_training_step_may_use() -> None:
+def test_outputs_can_be_used_in_a_training_step() -> None:
     model, spec = copy.deepcopy(llama()), speculator()
     output = spec.generate(**batch(return_dict_in_generate=True, output_scores=True, output_logits=True))
     assert not any(t.is_inference() for t in (output.sequences, *output.scores, *output.logits))
@@ -99,7 +99,7 @@ def test_outputs_are_ordinary_tensors_that_a_training_step_may_use() -> None:
     output.sequences.add_(1)
 
 
-def test_the_object_is_a_custom_generate_of_the_model_it_wraps() -> None:
+def test_a_speculator_works_as_custom_generate() -> None:
     spec = speculator()
     assert torch.equal(llama().generate(**batch(), custom_generate=spec), llama().generate(**batch()))
     assert spec.stats.drafted
@@ -133,41 +133,18 @@ def test_sampling_with_top_k_of_one_is_greedy_decoding() -> None:
     assert speculator().stats.accepted
 
 
-def test_processors_shape_drafts_as_they_shape_the_target() -> None:
-    spec = wrap(llama(), Plan(skip_set=SkipSet(), gamma=3))  # drafts with the whole model: q is p
+def test_processors_change_draft_and_target_alike() -> None:
+    spec = wrap(llama(), Plan(skip_set=SkipSet(), gamma=3))  # the draft is the whole model: q = p
     shaped = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 2.5, "no_repeat_ngram_size": 2}
     for options in ({"do_sample": True, **shaped}, {"repetition_penalty": 2.5, "no_repeat_ngram_size": 1}):
         spec.generate(**batch(**options))
-        assert spec.stats.acceptance_rate > 0.98, "an equal draft fails by rounding alone"
+        assert spec.stats.acceptance_rate > 0.98, "only rounding rejects tokens of an equal draft"
 
 
-# --- The model and the cache ---
+# --- One request after another ---
 
 
-def test_the_users_model_is_left_as_it_was() -> None:
-    model = copy.deepcopy(llama()).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config, generation_config = model.config.to_dict(), model.generation_config.to_dict()
-    spec = wrap(model, speculator().plan)
-    spec.generate(**batch())
-    assert model.training
-    assert (model.config.to_dict(), model.generation_config.to_dict()) == (config, generation_config)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_repeated_calls_neither_reallocate_nor_grow_the_cache(own: tuple[PreTrainedModel, SelfSpeculator]) -> None:
-    _, spec = own
-    spec.generate(**batch())
-    cache, size = spec.runtime.cache, spec.runtime.cache.nbytes
-    places = [tensor.data_ptr() for layer in range(7) for tensor in cache.layer(layer)]
-    for new_tokens in (1, 5, NEW, 40):
-        assert_same(**batch(max_new_tokens=new_tokens), spec=spec)
-    assert spec.runtime.cache is cache
-    assert spec.runtime.cache.nbytes == size
-    assert places == [tensor.data_ptr() for layer in range(7) for tensor in cache.layer(layer)]
-
-
-def test_a_request_leaves_nothing_behind_that_another_can_see(own: tuple[PreTrainedModel, SelfSpeculator]) -> None:
+def test_requests_do_not_depend_on_earlier_requests(own: tuple[PreTrainedModel, SelfSpeculator]) -> None:
     _, spec = own
     for seed in range(3):
         tokens, mask = prompts(3, 11 - seed, 6, seed=seed)
@@ -177,7 +154,7 @@ def test_a_request_leaves_nothing_behind_that_another_can_see(own: tuple[PreTrai
 # --- Errors ---
 
 
-def test_nan_in_the_logits_is_one_clear_line_and_the_object_recovers(
+def test_nan_in_the_logits_is_a_one_line_error_and_the_speculator_recovers(
     own: tuple[PreTrainedModel, SelfSpeculator],
 ) -> None:
     model, spec = own
@@ -191,7 +168,7 @@ def test_nan_in_the_logits_is_one_clear_line_and_the_object_recovers(
         assert "\n" not in str(error.value)
         with torch.no_grad():
             weight.copy_(kept)
-        shorter, mask = prompts(2, 3, 1)  # what the longer prompts left behind must not poison masked slots
+        shorter, mask = prompts(2, 3, 1)  # NaN left by the longer prompts must not spread through the mask
         assert_same(shorter, attention_mask=mask, max_new_tokens=NEW, spec=spec)
 
 
@@ -201,7 +178,7 @@ class Overflows(LogitsProcessor):
         return scores
 
 
-def test_infinite_scores_serve_greedy_decoding_and_are_refused_in_sampling_as_by_hugging_face() -> None:
+def test_infinite_scores_work_in_greedy_decoding_and_are_refused_in_sampling() -> None:
     options = batch(logits_processor=LogitsProcessorList([Overflows()]))
     assert_same(**options)
     with pytest.raises(RuntimeError, match="inf"):
@@ -211,7 +188,7 @@ def test_infinite_scores_serve_greedy_decoding_and_are_refused_in_sampling_as_by
 
 
 class Fails(LogitsProcessor):
-    """Raises at one step of the batch."""
+    """Raises at one length of the batch."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -222,24 +199,24 @@ class Fails(LogitsProcessor):
         return scores
 
 
-def test_an_error_of_the_users_own_comes_out_unchanged_and_the_object_recovers() -> None:
+def test_an_error_in_a_users_processor_is_raised_unchanged_and_the_speculator_recovers() -> None:
     spec = speculator()
     with pytest.raises(ValueError, match="this\nis the user's own"):
         spec.generate(**batch(logits_processor=LogitsProcessorList([Fails(WIDTH + 4)])))
-    assert spec.stats.tokens == 3 * 4, "stats say how far the broken call came"
+    assert spec.stats.tokens == 3 * 4, "the stats count the tokens before the error"
     assert not spec.runtime.cache.lengths.any()
     assert_same(**batch())
 
 
 class Recurses(LogitsProcessor):
-    """Asks the object that is calling it for another text."""
+    """Calls the speculator that is calling the processor."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         speculator().generate(TOKENS[1:2], max_new_tokens=2)
         return scores
 
 
-def test_a_call_from_within_a_call_is_refused_rather_than_waiting_for_itself() -> None:
+def test_a_call_inside_a_call_is_refused() -> None:
     with pytest.raises(SelfspecError, match="still open in this thread"):
         speculator().generate(**batch(logits_processor=LogitsProcessorList([Recurses()])))
     assert_same(**batch())
@@ -248,7 +225,7 @@ def test_a_call_from_within_a_call_is_refused_rather_than_waiting_for_itself() -
 # --- Threads ---
 
 
-def test_concurrent_calls_wait_for_each_other_and_all_get_their_own_answers() -> None:
+def test_concurrent_calls_all_get_their_own_output() -> None:
     spec = speculator()
     texts = [prompts(2 + i, 5, seed=i) for i in range(6)]
     expected = [llama().generate(t, attention_mask=m, max_new_tokens=9) for t, m in texts]
@@ -293,7 +270,7 @@ def phi3() -> SelfSpeculator:
     ("lengths", "new_tokens", "falls_back"),
     [((9,), 7, False), ((9,), 8, True), ((17,), 9, False), ((16, 3), 1, True), ((6, 2), 9, False)],
 )
-def test_longrope_is_served_on_either_side_of_its_switch_and_falls_back_across_it(
+def test_longrope_is_decoded_on_both_sides_of_the_switch_and_falls_back_across_it(
     phi3: SelfSpeculator, lengths: tuple[int, ...], new_tokens: int, falls_back: bool
 ) -> None:
     tokens, mask = prompts(*lengths)
@@ -302,15 +279,7 @@ def test_longrope_is_served_on_either_side_of_its_switch_and_falls_back_across_i
     assert (stats.passes == 0) == falls_back
 
 
-def test_the_side_of_the_switch_is_kept_when_views_are_rebuilt(phi3: SelfSpeculator) -> None:
-    spec = wrap(copy.deepcopy(phi3.model), phi3.plan)
-    tokens, mask = prompts(21)
-    assert_same(tokens, attention_mask=mask, max_new_tokens=5, spec=spec)
-    spec.model.to(torch.float64)
-    assert_same(tokens, attention_mask=mask, max_new_tokens=5, spec=spec)
-
-
-def test_the_longrope_fallback_streams_and_returns_stats_like_any_call(phi3: SelfSpeculator) -> None:
+def test_the_longrope_fallback_streams_and_returns_stats(phi3: SelfSpeculator) -> None:
     class Recorder(TextStreamer):
         def __init__(self) -> None:
             self.calls: list[Any] = []
@@ -334,20 +303,24 @@ def test_the_longrope_fallback_streams_and_returns_stats_like_any_call(phi3: Sel
         next(phi3.stream(tokens[:1], max_new_tokens=11))
 
 
-def test_the_longrope_fallback_counts_each_rows_tokens_up_to_its_own_end(phi3: SelfSpeculator) -> None:
+def test_the_longrope_fallback_counts_tokens_up_to_the_end_of_each_row(phi3: SelfSpeculator) -> None:
     tokens, mask = prompts(9, 4)
     given = {"attention_mask": mask, "max_new_tokens": 11}
     written = phi3.generate(tokens, **given)[:, 9:]
     assert (phi3.stats.tokens, phi3.stats.passes) == (2 * 11, 0)
     stop = int(written[1, 4])
-    assert stop not in [*written[1, :4].tolist(), *written[0].tolist()], "choose another place"
-    for pad in (PAD, stop, int(written[0, -1])):  # also one that a row ends with, and one that it writes
+    assert stop not in [*written[1, :4].tolist(), *written[0].tolist()], "choose another token"
+    for pad in (
+        PAD,
+        stop,
+        int(written[0, -1]),
+    ):  # also the stop token, and a token that a row writes
         stats = assert_same(tokens, **given, eos_token_id=stop, pad_token_id=pad, spec=phi3)
         assert stats.tokens == 11 + 5
         assert stats.tokens_per_second == 16 / stats.seconds["total"] > 0
 
 
-def test_a_longrope_fallback_that_is_broken_off_has_counted_what_it_wrote(phi3: SelfSpeculator) -> None:
+def test_an_interrupted_longrope_fallback_counts_the_tokens_written(phi3: SelfSpeculator) -> None:
     class Broken(TextStreamer):
         def __init__(self) -> None:
             self.left = 4  # the prompt, and three steps
@@ -360,16 +333,16 @@ def test_a_longrope_fallback_that_is_broken_off_has_counted_what_it_wrote(phi3: 
     tokens, mask = prompts(9, 4)
     with pytest.raises(KeyboardInterrupt):
         phi3.generate(tokens, attention_mask=mask, max_new_tokens=11, streamer=Broken())
-    assert phi3.stats.tokens in (2 * 3, 2 * 4)  # Hugging Face may check a step before or behind its being streamed
+    assert phi3.stats.tokens in (2 * 3, 2 * 4)  # Hugging Face may check the criteria before or after streaming
 
 
-def test_a_plan_searched_in_other_conditions_warns_that_another_may_be_faster() -> None:
+def test_a_plan_from_other_conditions_warns_that_another_plan_may_be_faster() -> None:
     def plan(**changes: object) -> Plan:
         conditions = {"device": "cpu", "dtype": "float32", "compiled": False} | changes
         provenance = {"conditions": conditions, "seed": 0, "trials": 1}
         return Plan(skip_set=SkipSet(mlp={1}), gamma=2, provenance=provenance)
 
-    wrap(llama(), plan())  # a warning would be an error here
+    wrap(llama(), plan())  # pytest turns a warning into an error
     with pytest.warns(PlanWarning, match="searched with dtype bfloat16, here float32: the output stays right"):
         wrap(llama(), plan(dtype="bfloat16"))
     with pytest.warns(PlanWarning, match="compiled True, here False"):
@@ -380,4 +353,4 @@ def test_a_plan_searched_in_other_conditions_warns_that_another_may_be_faster() 
     spec = wrap(llama(), plan(sampling={"do_sample": True}))
     with pytest.warns(PlanWarning, match="do_sample True, here False"):
         spec.generate(tokens, max_new_tokens=3, do_sample=False)
-    spec.generate(tokens, max_new_tokens=3, do_sample=False)  # told once
+    spec.generate(tokens, max_new_tokens=3, do_sample=False)  # warns once

@@ -1,7 +1,6 @@
-"""Quantised drafts change how fast text comes, and nothing about it.
+"""Quantised drafts are lossless: greedy output is `model.generate`'s, sampled text has the model's distribution.
 
-Greedy output is `model.generate`'s, token for token; sampled text has the model's own distribution. Statistical tests
-fix their seed. Were the seed drawn anew, each would raise a false alarm with probability 1e-6.
+Statistical tests fix their seed. With a random seed each would raise a false alarm with probability 1e-6.
 """
 
 from __future__ import annotations
@@ -11,27 +10,34 @@ from typing import Any
 
 import pytest
 import torch
+from captured import (
+    GREEDY,
+    LOOKUP,
+    NEW_TOKENS,
+    WARPERS,
+    assert_captured,
+    assert_replays,
+    assert_same_draws,
+    compiled_whole,
+    fixed_widths,
+    graphs_of,
+    kinds_of_layers,
+    taped,
+)
 from laws import assert_follows
 from models import LAYERS, assert_exercised, damp
 from near_ties import judge_every_token
 from quantised_models import PROPOSED, TOKENS, damped_model, drafting, few_prompts, quantisable_model
-from tape import NoReads
-from test_compiling import compilations  # noqa: F401  # a fixture
-from test_graphs import compiled_whole, fixed_widths, no_warnings_of_the_compiler, tape_of, taped  # noqa: F401
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-import selfspec.decoding.round
 from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, SubVocabulary, wrap
 from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.plan import PromptLookup, RoundCosts
 from selfspec.plan.draft_spec import INT4, INT8
 
-NEW_TOKENS = 24
-GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "top_k": 0}
-LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 
 FEW = {"gemma3_text", "llama", "phi", "qwen3_moe"}
 FAMILIES = [
@@ -45,7 +51,7 @@ def llama() -> PreTrainedModel:
 
 
 def assert_lossless(model: PreTrainedModel, plan: Plan, given: dict[str, Tensor], **options: Any) -> SelfSpeculator:
-    """Greedy, with drafts that were right and wrong."""
+    """Greedy decoding is lossless, with accepted and with rejected drafts."""
     spec = wrap(model, plan)
     ours = spec.generate(**given, **GREEDY | options)
     assert torch.equal(ours, model.generate(**given, **GREEDY | options))
@@ -83,7 +89,7 @@ def test_greedy_output_with_a_trimmed_head_is_model_generates(
     written = spec.generate(**given, **GREEDY)[:, 13:]
     assert 0.3 < spec.stats.acceptance_rate < 0.9
     outside = set(range(TOKENS)) - set(PROPOSED.tokens)
-    assert outside & set(written.flatten().tolist()), "the model writes what the draft never proposes"
+    assert outside & set(written.flatten().tolist()), "the model must write tokens that the draft never proposes"
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
@@ -124,14 +130,14 @@ def test_a_stream_yields_the_same_tokens(llama: PreTrainedModel, tmp_path: Path)
         {"no_repeat_ngram_size": 1},
         {"suppress_tokens": list(PROPOSED.tokens)},
         {"bad_words_ids": [[token] for token in PROPOSED.tokens[::2]]},
-        {"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 5},  # which the draft cannot propose
+        {"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 5},  # the draft cannot propose 5
         {"forced_eos_token_id": 5},
         {"remove_invalid_values": True},
         {"min_new_tokens": 9, "eos_token_id": list(PROPOSED.tokens[:40])},
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_processors_see_a_trimmed_heads_scores_and_do_no_harm(options: dict[str, Any], llama: PreTrainedModel) -> None:
+def test_processors_are_lossless_with_a_trimmed_head(options: dict[str, Any], llama: PreTrainedModel) -> None:
     assert 5 not in PROPOSED.tokens
     given = few_prompts(13, 7, 10)
     spec = wrap(llama, drafting(trimmed=True))
@@ -140,24 +146,24 @@ def test_processors_see_a_trimmed_heads_scores_and_do_no_harm(options: dict[str,
     assert not spec.stats.slower_paths
 
 
-# --- Beside thresholds, lookups and policies ---
+# --- With exit thresholds, prompt lookup and policies ---
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_an_exit_threshold_reads_the_quantised_drafts_confidence(trimmed: bool, llama: PreTrainedModel) -> None:
+def test_an_exit_threshold_ends_quantised_drafts_early(trimmed: bool, llama: PreTrainedModel) -> None:
     given = few_prompts(13, 7, 10)
     for threshold in (0.05, 0.07):
         spec = assert_lossless(llama, drafting(trimmed=trimmed, exit_threshold=threshold), given)
         lengths = {drafted for rounds in spec.stats.history for _, drafted, _ in rounds}
-        assert len(lengths) > 2, "rows stop at lengths of their own"
+        assert len(lengths) > 2, "rows must stop at different lengths"
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_prompt_lookup_goes_before_a_quantised_draft(trimmed: bool, llama: PreTrainedModel) -> None:
+def test_prompt_lookup_works_with_a_quantised_draft(trimmed: bool, llama: PreTrainedModel) -> None:
     given = few_prompts(22, 5, 14)
     given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
     spec = assert_lossless(llama, drafting(trimmed=trimmed, prompt_lookup=LOOKUP), given)
-    assert {drafted for drafted, _ in ((d, a) for rounds in spec.stats.history for _, d, a in rounds)} >= {3, 4}
+    assert {drafted for rounds in spec.stats.history for _, drafted, _ in rounds} >= {3, 4}
 
 
 def test_a_policy_chooses_the_length_of_a_quantised_draft(llama: PreTrainedModel) -> None:
@@ -167,12 +173,12 @@ def test_a_policy_chooses_the_length_of_a_quantised_draft(llama: PreTrainedModel
     assert len(spec.stats.choices) > 2
 
 
-# --- Sampling: every text that a tiny model could have written ---
+# --- Sampling: the counts of all texts that a tiny model can write ---
 
 ROWS = 499
 CALLS = 2
 LENGTH = 3
-PADDED = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the second repeats a token
+PADDED = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first row is padded, the second repeats a token
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 V = 5
 SOME = SubVocabulary.of([0, 1, 3], V)
@@ -192,12 +198,12 @@ def small() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def wider() -> PreTrainedModel:
-    """Of so many tokens that its head can be quantised, also where half of it is trimmed off."""
+    """A model whose head can be quantised, even after trimming half of the vocabulary."""
     return quantisable_model("llama", vocab_size=WIDE, num_hidden_layers=3, seed=4)
 
 
 def chain_of(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> LogitsProcessorList:
-    """The processors that Hugging Face makes of these options."""
+    """The processors that Hugging Face builds from these options."""
     held: list[LogitsProcessorList] = []
 
     def hold(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **_: Any) -> Tensor:
@@ -210,15 +216,15 @@ def chain_of(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) ->
 
 @torch.no_grad()
 def law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tensor:
-    """The probability of each of the `v ** LENGTH` texts behind a prompt, by the plain model, token by token."""
+    """The probabilities of the `v ** LENGTH` texts after a prompt, from the plain model."""
     v, chain, eos = model.config.vocab_size, chain_of(model, prompt, options), options.get("eos_token_id", -1)
-    tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # of texts that may come, and where they are counted
+    tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # texts with a probability above 0, and their indices
     probability, stopped = torch.ones(1, dtype=torch.double), torch.zeros(1, dtype=torch.bool)
-    pass_lengths = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # is all that stands behind a stop token
+    padding = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # after a stop token
     for _ in range(LENGTH):
         p = torch.softmax(chain(tokens, model(input_ids=tokens).logits[:, -1].float()), dim=-1).double()
         probability, place = (
-            probability[:, None] * torch.where(stopped[:, None], pass_lengths, p),
+            probability[:, None] * torch.where(stopped[:, None], padding, p),
             place[:, None] * v + torch.arange(v),
         )
         before, token = probability.nonzero(as_tuple=True)
@@ -249,7 +255,7 @@ def assert_texts_follow_the_model(
         for index, rows in enumerate(texts.split(ROWS)):
             counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=v**LENGTH)
         seen |= {accepted for _, _, accepted in spec.stats.history[0]}
-    assert seen == (set(range(LENGTH)) if accepts is None else accepts), "rows were to accept different numbers"
+    assert seen == (set(range(LENGTH)) if accepts is None else accepts), "rows must accept different numbers of tokens"
     expected = torch.stack([law(model, PADDED[:1, 1:], options), law(model, PADDED[1:], options)])
     torch.testing.assert_close(expected.sum(dim=1), torch.ones(2, dtype=torch.double))
     assert_follows(counts, expected)
@@ -303,7 +309,7 @@ def test_sampled_texts_of_ragged_quantised_drafts_follow_the_models_own_distribu
     assert_texts_follow_the_model(small, Plan(**HALF_QUANTISED, draft_vocabulary=SOME.code, **way), {"top_k": 0})
 
 
-def test_where_processors_leave_nothing_of_what_is_proposed_texts_follow_the_model_all_the_same(
+def test_sampled_texts_follow_the_model_if_processors_suppress_every_proposed_token(
     small: PreTrainedModel,
 ) -> None:
     plan = Plan(**HALF_QUANTISED, draft_vocabulary=SubVocabulary.of([0, 1], V).code)
@@ -318,22 +324,13 @@ def test_where_processors_leave_nothing_of_what_is_proposed_texts_follow_the_mod
     "family",
     ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3_text", "phi", "qwen3_moe"))],
 )
-def test_replayed_rounds_are_those_of_uncaptured_decoding(family: str, trimmed: bool) -> None:
+def test_replayed_rounds_are_lossless_and_equal_uncaptured_rounds(family: str, trimmed: bool) -> None:
     model, plan = damped_model(family), drafting(INT4 if trimmed else INT8, trimmed=trimmed)
     if family == "qwen3_moe":
         plan = drafting(plan.quantised.format, trimmed=trimmed, quantised=attention_alone(plan))  # type: ignore[union-attr]
-    given = few_prompts(13, 7, 10)
-    # Passes of other widths sum in another order, and kernels round what they multiply: a draft may differ, seldom.
-    spec, uncaptured = taped(model, plan), fixed_widths(model, plan)
-    expected = model.generate(**given, **GREEDY)
-    uncaptured.generate(**given, **GREEDY)
-    for _ in range(2):  # the second time, from the first round on
-        assert torch.equal(spec.generate(**given, **GREEDY), expected)
-        assert spec.stats.history == uncaptured.stats.history, "a wrong draft shows in nothing else"
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert tape_of(spec).recorded == 2
-    assert tape_of(spec).played > spec.stats.passes
+    # `fixed_widths`: in passes of other widths sums have another order, and kernels round, so that drafts may differ.
+    spec = taped(model, plan)
+    assert_replays(spec, fixed_widths(model, plan), few_prompts(13, 7, 10))
     assert 0.2 < spec.stats.acceptance_rate < 0.9
 
 
@@ -343,56 +340,27 @@ def attention_alone(plan: Plan) -> Quantised:
     return Quantised(format=plan.quantised.format, sublayers=sublayers, head=True)
 
 
-WARPERS = {"temperature": 0.8, "top_k": 41, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3}
-
-
 @pytest.mark.parametrize("lookup", [None, LOOKUP], ids=["layers", "cascade"])
 @pytest.mark.slow
-def test_with_one_seed_replayed_rounds_draw_what_uncaptured_ones_draw(
+def test_with_the_same_seed_replayed_and_uncaptured_rounds_draw_the_same_tokens(
     lookup: PromptLookup | None, llama: PreTrainedModel
 ) -> None:
-    plan, given, written = drafting(trimmed=True, prompt_lookup=lookup), few_prompts(11, 5, 7), []
-    for spec in (fixed_widths(llama, plan), taped(llama, plan)):
-        for seed in (3, 5):
-            torch.manual_seed(seed)
-            written.append(spec.generate(**given, **SAMPLING | WARPERS))
-    assert torch.equal(written[0], written[2])
-    assert torch.equal(written[1], written[3])
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert 0 < spec.stats.accepted < spec.stats.drafted
+    plan = drafting(trimmed=True, prompt_lookup=lookup)
+    spec = taped(llama, plan)
+    assert_same_draws(fixed_widths(llama, plan), spec, few_prompts(11, 5, 7), **SAMPLING | WARPERS)
+    assert_captured(spec)
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING | WARPERS], ids=["greedy", "sampling"]
-)
 @pytest.mark.slow
-def test_the_host_reads_once_a_round_and_nothing_else_reads(
-    options: dict[str, Any], llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
+def test_the_host_reads_once_per_round(
+    options: dict[str, Any], llama: PreTrainedModel, reads_by_round: list[list[str]]
 ) -> None:
-    spec, seen = taped(llama, drafting(trimmed=True)), list[str]()
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
-        method = getattr(Tensor, name)
-
-        def reading(self: Tensor, *args: Any, _name: str = name, _method: Any = method, **kwargs: Any) -> Any:
-            seen.append(_name)
-            return _method(self, *args, **kwargs)
-
-        monkeypatch.setattr(Tensor, name, reading)
-    step, rounds = selfspec.decoding.round.step, list[list[str]]()
-
-    def counted(*args: Any) -> Any:
-        before = len(seen)
-        with NoReads():
-            committed = step(*args)
-        rounds.append(seen[before:])
-        return committed
-
-    monkeypatch.setattr(selfspec.decoding.round, "step", counted)
+    spec = taped(llama, drafting(trimmed=True))
     for _ in range(2):
         spec.generate(**few_prompts(11, 5, 7), **options)
-    assert len(rounds) > NEW_TOKENS // 4
-    assert all(reads == ["tolist"] for reads in rounds)
+    assert len(reads_by_round) > NEW_TOKENS // 4
+    assert all(reads == ["tolist"] for reads in reads_by_round)
 
 
 @pytest.mark.slow
@@ -402,7 +370,7 @@ def test_another_draft_spec_drops_the_graphs(llama: PreTrainedModel) -> None:
     expected = llama.generate(**given, **options)
     for plan in (drafting(INT8), drafting(INT4, trimmed=True), drafting(INT8)):
         spec.runtime.draft_with(plan.draft_spec)
-        assert len(spec.runtime.graphs or ()) == 0
+        assert len(graphs_of(spec)) == 0
         fresh = fixed_widths(llama, plan)
         fresh.generate(**given, **options)
         for _ in range(2):
@@ -425,14 +393,14 @@ SHALLOW = {
 
 @pytest.fixture(scope="module")
 def shallow() -> PreTrainedModel:
-    """Of few layers, for compiling takes long."""
+    """A model with few layers: compiling takes long."""
     model = quantisable_model("llama", num_hidden_layers=3)
     damp(model, SHALLOW["skip_set"], 0.1)
     return model
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings
 @pytest.mark.parametrize("format", [INT4, INT8], ids=str)
 def test_compiled_passes_of_a_quantised_draft_give_the_tokens_of_the_model(
     format: Format, shallow: PreTrainedModel
@@ -446,7 +414,7 @@ def test_compiled_passes_of_a_quantised_draft_give_the_tokens_of_the_model(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("no_warnings_of_the_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow: PreTrainedModel) -> None:
     spec, given = compiled_whole(shallow, Plan(**SHALLOW), "eager"), few_prompts(11, 5)
     assert torch.equal(spec.generate(**given, **GREEDY), shallow.generate(**given, **GREEDY))
@@ -456,10 +424,7 @@ def test_captured_functions_of_a_quantised_draft_compile_as_whole_graphs(shallow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
-    family: str,
-    compilations: list[int],  # noqa: F811
-) -> None:
+def test_all_layers_of_a_kind_share_one_compilation_quantised_layers_too(family: str, compilations: list[int]) -> None:
     model, plan = damped_model(family), drafting(INT4, trimmed=True)
     spec = wrap(model, plan, compile=True)
     given = few_prompts(11, 5, 7)
@@ -469,22 +434,9 @@ def test_fused_layers_are_compiled_once_for_each_kind_quantised_ones_too(
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
         assert spec.stats.compiled, spec.stats.slower_paths
         counts.append(len(compilations))
-    assert counts[0] == counts[1] == kinds(model, Plan(skip_set=SkipSet(), gamma=3)) + kinds(model, plan)
+    assert counts[0] == counts[1] == kinds_of_layers(model) + kinds_of_layers(model, plan.draft_spec)
     assert not spec.stats.slower_paths
     assert 0 < spec.stats.accepted < spec.stats.drafted
-
-
-def kinds(model: PreTrainedModel, plan: Plan) -> int:
-    """How many layers differ in more than their weights, in a draft by this plan."""
-    windows = getattr(model.config, "layer_types", None) or [None] * LAYERS
-    choices = [(plan.draft_spec.choice("attn", layer), plan.draft_spec.choice("mlp", layer)) for layer in range(LAYERS)]
-    return len(
-        {
-            (attn != "skip" and window, attn, mlp)
-            for window, (attn, mlp) in zip(windows, choices, strict=True)
-            if (attn, mlp) != ("skip", "skip")
-        }
-    )
 
 
 # --- bfloat16 ---

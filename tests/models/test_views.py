@@ -1,8 +1,9 @@
-"""Views share everything with the user's model, leave it alone, and refuse what they cannot reproduce."""
+"""Views share every tensor with the user's model, never change the model, and refuse unsupported models."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-import selfspec.runtime.runtime
+import selfspec.runtime.prefill
 from selfspec import Plan, SelfSpeculator, SkipSet, UnsupportedModelError, wrap
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
 from selfspec.models.rope import longrope_switch, pin_longrope
@@ -44,7 +45,9 @@ def storages(module: nn.Module) -> set[int]:
 # --- Sharing ---
 
 
-def test_views_share_every_tensor_and_hold_no_other(model: PreTrainedModel) -> None:
+def test_views_hold_the_models_tensors_and_no_others(model: PreTrainedModel) -> None:
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    assert target_view(tied).lm_head.weight is tied.get_input_embeddings().weight
     for view in (target_view(model), draft_view(model, SkipSet())):
         assert storages(view) == storages(model)
         for name, parameter in model.named_parameters():
@@ -69,19 +72,13 @@ def test_views_share_tensors_that_are_neither_parameters_nor_buffers(model: PreT
     assert copied.codebook[0] is projection.codebook[0]
 
 
-def test_tied_embeddings_stay_tied() -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
-    view = target_view(model)
-    assert view.lm_head.weight is view.get_input_embeddings().weight is model.lm_head.weight
-
-
 def test_a_draft_view_runs_only_the_layers_that_keep_a_sub_layer(model: PreTrainedModel) -> None:
     view = draft_view(model, ENDS_SKIPPED)
     assert [module.layer_idx for module in attention_modules(view)] == [1, 4, 5]
     assert len(decoder_layers(view)) == view.config.num_hidden_layers == LAYERS - 2
 
 
-def test_dropped_layers_take_their_entries_of_every_list_in_the_config_along() -> None:
+def test_dropped_layers_lose_their_entries_in_every_list_of_the_config() -> None:
     model = tiny_model("gemma3_text")
     kinds = model.config.layer_types
     view = draft_view(model, SkipSet(attn={1, 3}, mlp={0, 1, 3}))
@@ -90,10 +87,10 @@ def test_dropped_layers_take_their_entries_of_every_list_in_the_config_along() -
     assert len(kinds) == LAYERS
 
 
-# --- The user's model stays as it was ---
+# --- The user's model does not change ---
 
 
-def test_the_users_model_is_untouched_while_wrapped_and_after_generating(model: PreTrainedModel) -> None:
+def test_the_users_model_does_not_change_while_wrapped_or_after_generating(model: PreTrainedModel) -> None:
     tokens, mask = prompts(13, 7, 10)
     options = GREEDY | {"attention_mask": mask}
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -105,7 +102,7 @@ def test_the_users_model_is_untouched_while_wrapped_and_after_generating(model: 
     assert torch.equal(model.generate(tokens, **options), before)
     stream = spec.stream(tokens[:1], max_new_tokens=9)
     next(stream)
-    assert torch.equal(model.generate(tokens, **options), before)  # while a request of ours is under way
+    assert torch.equal(model.generate(tokens, **options), before)  # while a stream is open
     stream.close()
     spec.generate(tokens, **options)
 
@@ -118,7 +115,7 @@ def test_the_users_model_is_untouched_while_wrapped_and_after_generating(model: 
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_model_in_training_stays_so_module_by_module(model: PreTrainedModel) -> None:
+def test_every_module_keeps_its_training_mode(model: PreTrainedModel) -> None:
     model.train()
     model.get_submodule("model.layers.3").eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -127,7 +124,7 @@ def test_a_model_in_training_stays_so_module_by_module(model: PreTrainedModel) -
     assert not any(module.training for module in spec.runtime.views["target"].modules())
 
 
-def test_hooks_watch_the_users_model_and_not_the_views(model: PreTrainedModel) -> None:
+def test_the_users_hooks_never_run_in_the_views(model: PreTrainedModel) -> None:
     calls: list[str] = []
     attention = decoder_layers(model)[1].get_submodule("self_attn")
     attention.register_forward_hook(lambda *_: calls.append("after"))
@@ -145,7 +142,7 @@ def test_hooks_watch_the_users_model_and_not_the_views(model: PreTrainedModel) -
 # --- Changing what is skipped ---
 
 
-def test_changing_the_skip_set_back_and_forth_equals_a_fresh_view() -> None:
+def test_a_changed_skip_set_equals_a_fresh_view() -> None:
     model = tiny_model("gemma3_text")
     tokens, _ = prompts(19)
     changed, fresh = Runtime(model, ENDS_SKIPPED), {s: Runtime(model, s) for s in (ENDS_SKIPPED, FIRST_DROPPED)}
@@ -166,14 +163,14 @@ def draft_logits(runtime: Runtime, tokens: Tensor) -> Tensor:
     return runtime.run("draft", tokens)
 
 
-def test_a_skip_set_beyond_the_models_layers_changes_nothing(model: PreTrainedModel) -> None:
+def test_a_refused_skip_set_does_not_change_the_view(model: PreTrainedModel) -> None:
     view = draft_view(model, ENDS_SKIPPED)
     with pytest.raises(selfspec.PlanError, match=r"mlp layer 7, but this model has 7 \(0\.\.6\)"):
         change_draft(view, SkipSet(mlp={7}))
     assert len(decoder_layers(view)) == LAYERS - 2
 
 
-def test_everything_may_be_skipped(model: PreTrainedModel) -> None:
+def test_all_sub_layers_can_be_skipped(model: PreTrainedModel) -> None:
     spec = wrap(model, Plan(skip_set=SkipSet.early_exit(0, LAYERS), gamma=2))
     assert_lossless(spec, model, 7)
     assert spec.stats.drafted > 0
@@ -192,38 +189,44 @@ def test_families_that_are_not_supported_are_refused_by_name(family: str) -> Non
         wrap(AutoModelForCausalLM.from_config(config), PLAN)
 
 
-def test_an_encoder_decoder_model_is_refused_by_name() -> None:
-    model = T5(T5Config(d_model=16, d_kv=8, d_ff=17, num_layers=1, num_heads=2, vocab_size=23))
-    with pytest.raises(UnsupportedModelError, match="'t5' is an encoder-decoder model"):
-        wrap(model, PLAN)
+def changed(change: Callable[[PreTrainedModel], object], **options: Any) -> PreTrainedModel:
+    model = tiny_model("llama", **options)
+    change(model)
+    return model
 
 
-def test_a_model_without_a_head_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="LlamaModel has no language-model head"):
-        wrap(LlamaModel(tiny_model("llama").config), PLAN)
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+OFFLOADED = {"model.layers.0": "cpu", "model.layers.1": "disk"}
 
 
-def test_what_is_no_hugging_face_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="a Hugging Face causal language model, but Linear was given"):
-        wrap(nn.Linear(3, 5), PLAN)  # type: ignore[arg-type]
-
-
-def test_dynamic_rope_is_refused_by_name() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(UnsupportedModelError, match="RoPE of type 'dynamic'"):
-        wrap(tiny_model("llama", rope_parameters=rope), PLAN)
-
-
-def test_a_model_spread_over_devices_is_refused(model: PreTrainedModel) -> None:
-    decoder_layers(model)[6].to("meta")
-    with pytest.raises(UnsupportedModelError, match="spread over cpu, meta; selfspec needs it whole on one device"):
-        wrap(model, PLAN)
-
-
-def test_an_offloaded_model_is_refused(model: PreTrainedModel) -> None:
-    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    with pytest.raises(UnsupportedModelError, match="spread over cpu, disk"):
-        wrap(model, PLAN)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(3, 5), "a Hugging Face causal language model, but Linear was given"),
+        (lambda: LlamaModel(tiny_model("llama").config), "LlamaModel has no language-model head"),
+        (
+            lambda: T5(T5Config(d_model=16, d_kv=8, d_ff=17, num_layers=1, num_heads=2, vocab_size=23)),
+            "'t5' is an encoder-decoder model",
+        ),
+        (lambda: tiny_model("llama", rope_parameters=DYNAMIC), "RoPE of type 'dynamic'"),
+        (
+            lambda: changed(lambda model: decoder_layers(model)[6].to("meta")),
+            "spread over cpu, meta; selfspec needs it whole on one device",
+        ),
+        (lambda: changed(lambda model: setattr(model, "hf_device_map", OFFLOADED)), "spread over cpu, disk"),
+        (
+            lambda: changed(lambda model: model.lm_head.weight.data[3].fill_(torch.nan)),
+            "the model's own logits hold NaN or infinity",
+        ),
+        (
+            lambda: changed(lambda model: model.lm_head.weight.data[3].fill_(torch.inf)),
+            "the model's own logits hold NaN or infinity",
+        ),
+    ],
+)
+def test_unsupported_models_are_refused_with_the_reason(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        wrap(make(), PLAN)
 
 
 def test_a_model_moved_to_another_device_after_wrapping_is_refused_at_the_next_call(model: PreTrainedModel) -> None:
@@ -233,7 +236,7 @@ def test_a_model_moved_to_another_device_after_wrapping_is_refused_at_the_next_c
         spec.generate(prompts(7)[0], **GREEDY)
 
 
-def test_a_model_that_its_view_does_not_reproduce_is_refused_with_the_difference(
+def test_a_model_that_the_view_does_not_reproduce_is_refused_with_the_difference(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = type(decoder_layers(model)[0].self_attn).forward
@@ -250,40 +253,33 @@ def test_a_model_that_its_view_does_not_reproduce_is_refused_with_the_difference
 
 def test_a_model_whose_forward_was_replaced_is_refused(model: PreTrainedModel) -> None:
     forward = model.forward
-    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as torch.compile(model.forward) would be
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as torch.compile(model.forward) does
     with pytest.raises(UnsupportedModelError, match=r"attention of layer 0 cannot be reached .* wrap the model before"):
         wrap(model, PLAN)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_probe_passes_whatever_attention_the_user_chose(implementation: str, dtype: torch.dtype) -> None:
+def test_the_probe_passes_with_every_attention_implementation(implementation: str, dtype: torch.dtype) -> None:
     model = tiny_model("qwen3", dtype=dtype)
     model.set_attn_implementation(implementation)
     recorded = probe(model, target_view(model))
     assert set(recorded.shapes) == set(range(LAYERS))
-    assert recorded.windows == {None, 5}
+    assert {window for window, _ in recorded.masks} == {None, 5}
 
 
 @pytest.mark.parametrize(("implementation", "cap"), [("sdpa", None), ("eager", 1.5)])
-def test_a_view_does_without_the_soft_cap_that_sdpa_leaves_out(implementation: str, cap: float | None) -> None:
+def test_a_view_of_an_sdpa_model_ignores_the_soft_cap_as_sdpa_does(implementation: str, cap: float | None) -> None:
     model = tiny_model("gemma2")
-    model.config._attn_implementation = implementation  # newer transformers would not let the user choose sdpa
+    model.config._attn_implementation = implementation  # newer transformers refuse this choice
     assert {module.attn_logit_softcapping for module in attention_modules(target_view(model))} == {cap}
     assert {module.attn_logit_softcapping for module in attention_modules(model)} == {1.5}
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_model_whose_logits_are_not_finite_is_refused(model: PreTrainedModel, value: float) -> None:
-    model.lm_head.weight.data[3, 5] = value
-    with pytest.raises(UnsupportedModelError, match="the model's own logits hold NaN or infinity"):
-        wrap(model, PLAN)
 
 
 # --- What the user does to the model after wrapping ---
 
 
-def test_views_follow_a_model_cast_after_wrapping(model: PreTrainedModel) -> None:
+def test_casting_the_model_rebuilds_the_views(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     first = assert_lossless(spec, model, 13, 7, 10)
     target = spec.runtime.views["target"]
@@ -294,7 +290,7 @@ def test_views_follow_a_model_cast_after_wrapping(model: PreTrainedModel) -> Non
     assert storages(model) <= storages(spec.runtime.views["target"])
 
 
-def test_views_are_kept_while_nothing_changes(model: PreTrainedModel) -> None:
+def test_views_are_kept_while_the_model_does_not_change(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     assert_lossless(spec, model, 7)
     target = spec.runtime.views["target"]
@@ -302,7 +298,7 @@ def test_views_are_kept_while_nothing_changes(model: PreTrainedModel) -> None:
     assert spec.runtime.views["target"] is target
 
 
-def test_weights_changed_in_place_are_followed(model: PreTrainedModel) -> None:
+def test_views_see_weights_changed_in_place(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     before = assert_lossless(spec, model, 7)
     with torch.no_grad():  # as when an adapter is merged
@@ -322,7 +318,7 @@ class Adapted(nn.Module):
         return self.base(x) if self.off else self.base(x) + self.extra(x)  # type: ignore[no-any-return]
 
 
-def test_adapters_put_on_and_switched_off_after_wrapping_are_followed(model: PreTrainedModel) -> None:
+def test_views_are_rebuilt_when_an_adapter_is_added_or_switched_off(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     before = assert_lossless(spec, model, 7)
     mlp = decoder_layers(model)[1].get_submodule("mlp")
@@ -381,22 +377,17 @@ def test_scaled_rope_equals_model_generate_beyond_the_original_length(rope: dict
 
 
 @pytest.mark.parametrize("lengths", [(5, 3), (SWITCH + 1, SWITCH + 7), (SWITCH + 1, 5)], ids=["short", "long", "mixed"])
-def test_longrope_is_served_on_either_side_of_its_switch(longrope: PreTrainedModel, lengths: tuple[int, ...]) -> None:
+def test_longrope_is_decoded_on_both_sides_of_the_switch(longrope: PreTrainedModel, lengths: tuple[int, ...]) -> None:
     spec = wrap(longrope, PLAN)
     assert longrope_switch(longrope) == SWITCH
-    assert_lossless(spec, longrope, *lengths, max_new_tokens=13)
-    assert spec.stats.slower_paths == []
+    for row in ([5], lengths, [SWITCH + 3], lengths):  # one side of the switch after the other
+        assert_lossless(spec, longrope, *row, max_new_tokens=13)
+        assert spec.stats.slower_paths == []
     assert 0 < spec.stats.accepted < spec.stats.drafted
 
 
-def test_longrope_serves_both_sides_one_after_the_other(longrope: PreTrainedModel) -> None:
-    spec = wrap(longrope, PLAN)
-    for length in (5, SWITCH + 3, 7):
-        assert_lossless(spec, longrope, length, max_new_tokens=11)
-
-
 @pytest.mark.parametrize("length", [SWITCH - 5, SWITCH])
-def test_a_request_that_crosses_the_longrope_switch_falls_back_and_says_so(
+def test_a_request_across_the_longrope_switch_falls_back_and_stats_say_so(
     longrope: PreTrainedModel, length: int
 ) -> None:
     spec = wrap(longrope, PLAN)
@@ -405,25 +396,23 @@ def test_a_request_that_crosses_the_longrope_switch_falls_back_and_says_so(
     assert "crosses the longrope switch" in spec.stats.slower_paths[0]
 
 
-def test_a_prompt_beyond_the_switch_may_be_prefilled_in_chunks(
+def test_prefill_in_chunks_uses_the_long_factors_for_a_prompt_above_the_switch(
     longrope: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The first chunks hold no position beyond the switch, and Hugging Face would give them the short frequencies.
-    monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", 7)
+    # The first chunks have no position above the switch: Hugging Face would use the short factors.
+    monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", 7)
     spec = wrap(longrope, PLAN)
     assert_lossless(spec, longrope, SWITCH + 9, SWITCH + 2, max_new_tokens=11)
 
 
-def test_the_side_of_the_switch_survives_a_cast_of_the_model(
-    longrope: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", 7)
+def test_a_cast_model_keeps_the_long_factors(longrope: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", 7)
     spec = wrap(longrope, PLAN)
     longrope.to(torch.float64)
     assert_lossless(spec, longrope, SWITCH + 9, max_new_tokens=11)
 
 
-def test_the_two_sides_of_the_switch_have_frequencies_of_their_own_and_the_users_model_keeps_its(
+def test_pinning_longrope_changes_the_view_and_not_the_users_model(
     longrope: PreTrainedModel,
 ) -> None:
     view = target_view(longrope)
@@ -433,13 +422,13 @@ def test_the_two_sides_of_the_switch_have_frequencies_of_their_own_and_the_users
     for long, factors in ((False, "short_factor"), (True, "long_factor"), (False, "short_factor")):
         pin_longrope(view, long=long)
         torch.testing.assert_close(rotary.inv_freq, plain / torch.tensor(LONGROPE[factors]))
-        rotary(torch.zeros(1, 1, 72), torch.tensor([[SWITCH * 2]]))  # Hugging Face would switch here
+        rotary(torch.zeros(1, 1, 72), torch.tensor([[SWITCH * 2]]))  # an unpinned view would switch here
         torch.testing.assert_close(rotary.inv_freq, plain / torch.tensor(LONGROPE[factors]))
     assert torch.equal(users.inv_freq, before)
     assert users.rope_type == "longrope"
 
 
-def test_pinning_does_nothing_to_other_ropes(model: PreTrainedModel) -> None:
+def test_pinning_does_not_change_other_rope_types(model: PreTrainedModel) -> None:
     view = target_view(model)
     pin_longrope(view, long=True)
     assert longrope_switch(model) is None

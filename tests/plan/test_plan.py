@@ -1,4 +1,4 @@
-"""Plan and its file: strict, whole or not at all, and only for the model it was made for."""
+"""Plan and plan file: strict, written completely or not at all, and only for the model of the plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models import LAYERS, tiny_model
 from transformers import AutoConfig
 
 import selfspec
-from selfspec import PassLengths, Plan, PlanError, PlanWarning, PromptLookup, RoundCosts, SkipSet, wrap
+from selfspec import PassLengths, Plan, PlanError, PromptLookup, RoundCosts, SkipSet, wrap
 from selfspec.plan import Conditions, Figures, ModelIdentity, Provenance, config_fingerprint
 
 EDITABLE = {"selfspec_version": 2, "skip_set": {"attn": [1], "mlp": []}, "gamma": 4}
@@ -59,7 +59,7 @@ plans = st.builds(
 # --- In code ---
 
 
-def test_a_plan_can_be_built_in_code_and_handed_to_wrap() -> None:
+def test_wrap_takes_a_plan_made_by_hand() -> None:
     plan = Plan(skip_set=SkipSet(attn={1, 3}, mlp={2}), gamma=4)
     spec = wrap(tiny_model("llama"), plan)
     assert spec.plan is plan
@@ -67,7 +67,7 @@ def test_a_plan_can_be_built_in_code_and_handed_to_wrap() -> None:
     assert selfspec.plan.Plan is selfspec.Plan
 
 
-def test_a_plan_may_say_do_not_speculate() -> None:
+def test_a_plan_may_decode_plainly() -> None:
     assert not Plan.none().speculates
     assert Plan.none().skip_set == SkipSet()
     assert Plan(skip_set=SkipSet(attn={1}), gamma=1).speculates
@@ -82,11 +82,11 @@ def test_a_plan_cannot_be_changed() -> None:
 
 
 @given(plans)
-def test_a_plan_comes_back_from_json_as_it_was(plan: Plan) -> None:
+def test_a_plan_survives_json(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-def test_a_plan_file_is_json_that_a_person_can_read() -> None:
+def test_a_plan_file_is_readable_json() -> None:
     text = Plan(skip_set=SkipSet(attn={9, 3}, mlp={4}), gamma=4, exit_threshold=0.25).to_json()
     assert json.loads(text) == {
         "selfspec_version": 2,
@@ -98,7 +98,7 @@ def test_a_plan_file_is_json_that_a_person_can_read() -> None:
     assert text.endswith("}\n")
 
 
-def test_a_plan_is_saved_beside_a_model_and_found_there(tmp_path: Path) -> None:
+def test_a_plan_is_saved_in_the_directory_of_a_model(tmp_path: Path) -> None:
     plan = Plan(skip_set=SkipSet(attn={1}), gamma=2)
     path = plan.save_pretrained(tmp_path / "new" / "model")
     assert path == tmp_path / "new" / "model" / "selfspec_plan.json"
@@ -113,8 +113,8 @@ def test_wrap_reads_a_plan_from_a_file_or_a_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, {"skip_set": {}, "gamma": 2}, 4, b"plan.json", SkipSet()], ids=repr)
-def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
-    message = f"a plan is a Plan, a plan file, or a directory that holds one, but {type(given).__name__} was given"
+def test_wrap_refuses_other_types_than_plans_and_paths(given: Any) -> None:
+    message = f"expected a Plan, a plan file, or a directory with a plan, but {type(given).__name__} was given"
     with pytest.raises(PlanError, match=message) as caught:
         wrap(tiny_model("llama"), given)
     assert "\n" not in str(caught.value)
@@ -134,9 +134,9 @@ def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
         ({"gamma": 4.0}, "key 'gamma': .*valid integer"),
         ({"exit_threshold": 1.0}, "key 'exit_threshold': .*less than 1"),
         ({"exit_threshold": 0}, "key 'exit_threshold': .*greater than 0"),
-        ({"skip_set": {"attn": [-1]}}, "skip set: attn holds -1, but layers are whole numbers from 0"),
-        ({"skip_set": {"heads": [1]}}, "a skip set has the keys 'attn' and 'mlp'"),
-        ({"skip_set": None}, "a skip set has the keys 'attn' and 'mlp'"),
+        ({"skip_set": {"attn": [-1]}}, "skip set: attn holds -1, but layers are integers from 0"),
+        ({"skip_set": {"heads": [1]}}, "a skip set takes the keys 'attn' and 'mlp'"),
+        ({"skip_set": None}, "a skip set takes the keys 'attn' and 'mlp'"),
         ({"quantised": {"format": "fp8"}}, "format is 'fp8', but it must be one of int8, int4"),
         (
             {"model": {"model_type": "llama", "num_layers": 3, "fingerprint": "0", "size": 7}},
@@ -162,7 +162,7 @@ def test_what_is_neither_a_plan_nor_a_path_is_refused(given: Any) -> None:
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_an_edited_plan_is_refused_by_what_is_wrong_with_it(edit: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_invalid_plan_is_refused_with_key_and_problem(edit: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(EDITABLE | edit))
     with pytest.raises(PlanError, match=message) as caught:
@@ -172,32 +172,32 @@ def test_an_edited_plan_is_refused_by_what_is_wrong_with_it(edit: dict[str, Any]
 
 
 @pytest.mark.parametrize("key", ["skip_set", "gamma"])
-def test_a_plan_that_lacks_a_key_is_refused(key: str) -> None:
+def test_a_plan_without_a_required_key_is_refused(key: str) -> None:
     data = {name: value for name, value in EDITABLE.items() if name != key}
     with pytest.raises(PlanError, match=f"plan lacks the key '{key}'; search again"):
         Plan.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"gamma": 4,}', "gamma: 4"])
-def test_what_is_not_json_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match=r"p\.json is not JSON \(.* at line 1\); write it again"):
+def test_text_that_is_not_json_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match=r"p\.json is not JSON \(.* at line 1\); save the plan again"):
         Plan.from_json(text, source="p.json")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "4", '{"gamma": 4}', '{"model_type": "llama"}'])
-def test_json_that_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match="is not a selfspec plan: it has no selfspec_version; make one with 'selfspec"):
+def test_json_that_is_not_a_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="is not a selfspec plan: it lacks selfspec_version; make a plan with"):
         Plan.from_json(text)
 
 
-def test_a_missing_file_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make one with 'selfspec search MODEL --out"):
+def test_a_missing_file_is_an_error_with_the_command_that_makes_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make a plan with 'selfspec search MODEL --out"):
         Plan.from_pretrained(tmp_path / "absent.json")
     with pytest.raises(PlanError, match=r"no plan at .*selfspec_plan\.json"):
         Plan.from_pretrained(tmp_path)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(PlanError, match=r"cannot be read: .*utf"):
         Plan.from_pretrained(tmp_path / "weights")
@@ -206,53 +206,27 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PromptLookup(), "PromptLookup lacks 'gamma'; give it"),
+        (lambda: PromptLookup(), "PromptLookup lacks 'gamma'; add it"),
         (lambda: PromptLookup(gamma=0), r"PromptLookup's gamma: .*greater than or equal to 1 \(given: 0\)"),
         (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
         (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
-        (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; give it"),
+        (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; add it"),
         (
             lambda: PassLengths(rows=1, target=[1, 1]),
-            "PassLengths: a pass cannot be padded to fewer tokens",
+            "PassLengths: target is .*, but a pass over t tokens must have at least t",
         ),
     ],
 )
-def test_a_part_made_by_hand_is_refused_by_its_own_name(make: Callable[[], object], message: str) -> None:
+def test_an_invalid_part_made_by_hand_is_refused_with_its_class_name(make: Callable[[], object], message: str) -> None:
     with pytest.raises(PlanError, match=f"^{message}") as caught:
         make()
     assert "\n" not in str(caught.value)
 
 
-# --- Plans of earlier releases ---
+# --- Writing completely or not at all ---
 
 
-@pytest.mark.parametrize(("part", "named"), [({"resume": True}, "resume")], ids=str)
-def test_an_old_plan_is_read_with_a_warning_that_names_what_no_longer_exists(part: dict[str, Any], named: str) -> None:
-    with pytest.warns(PlanWarning, match=f"parts that no longer exist, and they are ignored: {named}$"):
-        assert Plan.from_json(json.dumps(EDITABLE | part | {"selfspec_version": 1})) == Plan(**EDITABLE)
-
-
-def test_an_old_plan_with_checked_lookup_looks_up_without_the_check() -> None:
-    lookup = PromptLookup(gamma=5)
-    old = EDITABLE | {"selfspec_version": 1, "prompt_lookup": lookup.model_dump() | {"checked": True}}
-    with pytest.warns(PlanWarning, match=r"ignored: prompt_lookup\.checked$"):
-        assert Plan.from_json(json.dumps(old)) == Plan(**EDITABLE, prompt_lookup=lookup)
-
-
-# --- Writing whole or not at all ---
-
-
-def test_a_plan_of_an_earlier_release_that_holds_its_profile_is_read_without_it(tmp_path: Path) -> None:
-    conditions = Conditions(device="cpu", dtype="float32")
-    plan = Plan(skip_set=SkipSet(), gamma=2, provenance=Provenance(conditions=conditions, seed=3, trials=5))
-    data = json.loads(plan.to_json()) | {"selfspec_version": 1}
-    data["provenance"]["profile"] = {"device": "cpu", "contexts": [7]}
-    (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.warns(PlanWarning, match=r"parts that no longer exist, and they are ignored: provenance\.profile$"):
-        assert Plan.from_pretrained(tmp_path / "plan.json") == plan
-
-
-def test_a_plan_replaces_the_one_before(tmp_path: Path) -> None:
+def test_saving_replaces_the_old_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     Plan(skip_set=SkipSet(), gamma=1).save(path)
     Plan(skip_set=SkipSet(), gamma=2).save(path)
@@ -261,71 +235,18 @@ def test_a_plan_replaces_the_one_before(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_saving_in_a_missing_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No such file or directory"):
         Plan.none().save(tmp_path / "absent" / "plan.json")
 
 
-def test_a_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+def test_saving_in_a_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(PlanError, match=r"cannot make the directory .*taken: File exists"):
         Plan.none().save_pretrained(tmp_path / "taken")
 
 
-# --- Files of earlier releases ---
-
-
-VERSION_1_COSTS = {"rows": 1, "draft_step": 0.1, "rounds": [1.0, 1.1, 1.2], "agreement": [0.7]}
-
-
-def version_1(**parts: Any) -> str:
-    return json.dumps(EDITABLE | {"selfspec_version": 1, "gamma": 2} | parts)
-
-
-def test_a_plan_of_version_1_is_read_under_todays_names() -> None:
-    three_rows = VERSION_1_COSTS | {"rows": 3, "looking": 0.01, "matches": [[0.5, 0.6]] * 5}
-    lengths = {"rows": 1, "target": [3, 3, 3], "draft": 2}
-    plan = Plan.from_json(version_1(outlook=VERSION_1_COSTS, other_rows=[three_rows], padding=lengths))
-    costs = RoundCosts(rows=1, draft_step=0.1, rounds=[1.0, 1.1, 1.2], agreement=[0.7])
-    more = costs.model_copy(update={"rows": 3, "lookup": 0.01, "matches": [[0.5, 0.6]] * 5})
-    assert (plan.round_costs, plan.pass_lengths) == ([costs, more], PassLengths(**lengths))
-    assert plan.selfspec_version == 2
-    assert Plan.from_json(plan.to_json()) == plan
-
-
-def test_what_is_wrong_with_a_plan_of_version_1_is_refused_in_one_line() -> None:
-    for parts, message in (
-        ({"outlook": 3}, "round_costs.0"),
-        ({"outlook": VERSION_1_COSTS, "other_rows": 4}, "round_costs.1"),
-        ({"padding": "no"}, "pass_lengths"),
-        ({"gama": 3}, "unknown key 'gama'"),
-    ):
-        with pytest.raises(PlanError, match=message):
-            Plan.from_json(version_1(**parts))
-
-
-def test_a_plan_with_a_tree_of_siblings_is_read_without_it_and_one_warning_names_its_parts() -> None:
-    siblings = {"branching": 0.02, "rescued": 0.3}
-    costs = {"outlook": VERSION_1_COSTS, "other_rows": [VERSION_1_COSTS | {"rows": 3}]}
-    with_siblings = {
-        "outlook": costs["outlook"] | siblings,
-        "other_rows": [costs["other_rows"][0] | siblings],
-        "tree": {"siblings": 2, "width": 3},
-    }
-    parts = "tree, outlook.branching, outlook.rescued, other_rows.*.branching, other_rows.*.rescued"
-    with pytest.warns(PlanWarning) as caught:
-        assert Plan.from_json(version_1(**with_siblings)) == Plan.from_json(version_1(**costs))
-    assert [str(one.message) for one in caught] == [
-        f"plan has parts that no longer exist, and they are ignored: {parts}"
-    ]
-
-
-def test_a_plan_that_drafted_without_a_tree_is_read_without_a_warning() -> None:
-    off = VERSION_1_COSTS | {"branching": 0.0, "rescued": 0.0}
-    assert Plan.from_json(version_1(outlook=off)) == Plan.from_json(version_1(outlook=VERSION_1_COSTS))
-
-
-# --- Which model it fits ---
+# --- The model of the plan ---
 
 
 def test_a_plan_fits_the_model_it_was_made_for() -> None:
@@ -351,13 +272,13 @@ def test_a_plan_for_another_model_is_refused(family: str, changes: dict[str, Any
         wrap(tiny_model(family, **changes), plan)
 
 
-def test_a_skip_set_beyond_the_model_is_refused_also_without_an_identity() -> None:
+def test_a_skip_set_outside_the_model_is_refused_without_an_identity() -> None:
     with pytest.raises(PlanError, match=r"names attn layer 7, but this model has 7 \(0\.\.6\)"):
         wrap(tiny_model("llama"), Plan(skip_set=SkipSet(attn={7}), gamma=2))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "phi3"])
-def test_the_fingerprint_survives_saving_casting_and_another_token_for_padding(family: str, tmp_path: Path) -> None:
+def test_the_fingerprint_survives_saving_casting_and_another_pad_token(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     fingerprint = config_fingerprint(model.config)
     model.config.save_pretrained(tmp_path)
@@ -369,7 +290,7 @@ def test_the_fingerprint_survives_saving_casting_and_another_token_for_padding(f
     assert config_fingerprint(model.config) == fingerprint
 
 
-def test_the_fingerprint_ignores_settings_that_a_later_release_adds_with_a_default() -> None:
+def test_the_fingerprint_ignores_new_settings_with_default_values() -> None:
     config = tiny_model("llama").config
     before = config_fingerprint(config)
     later = type("LaterConfig", (type(config),), {"clip_queries": None})

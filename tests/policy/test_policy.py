@@ -379,7 +379,7 @@ def test_few_draft_lengths_compete_where_each_must_be_captured(llama: PreTrained
         assert isinstance(drafter, AdaptiveDrafter)
         return list(drafter.policy.layers), list(drafter.policy.lookups), list(drafter.policy.leasts)
 
-    eager, captured = Runtime(llama, FIRST_DROPPED), Runtime(llama, recorder=TapeRecorder())
+    eager, captured = Runtime(llama, FIRST_DROPPED), Runtime(llama, graphs=TapeRecorder())
     assert competing(both, eager) == (list(range(LONGEST + 1)), list(range(1, LONGEST + 1)), list(MATCHES))
     assert competing(both, captured) == ([0, 2, 3, 6], [5], [3])
     assert competing(plan(gamma=5, round_costs=WITH_LOOKUP), captured) == ([0, 3, 5, 7], [7], [2])
@@ -444,7 +444,7 @@ def test_an_unknown_policy_is_refused(llama: PreTrainedModel) -> None:
 
 
 def test_round_costs_shorter_than_gamma_or_longer_than_any_draft_are_refused() -> None:
-    with pytest.raises(PlanError, match="gamma is 9, but its round_costs of 1 rows end at 7 drafted tokens"):
+    with pytest.raises(PlanError, match="gamma is 9, but its round_costs for 1 rows end at 7 drafted tokens"):
         Plan(skip_set=FIRST_DROPPED, gamma=9, round_costs=[round_costs(0.6)])
     too_long = round_costs(0.6).model_dump() | {"rounds": [1.0] * 66}
     with pytest.raises(PlanError, match=r"round_costs\.0\.rounds.*at most 65"):

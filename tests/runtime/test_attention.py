@@ -1,15 +1,12 @@
-"""Attention over the cache: backends against a plain reference, and how one is chosen."""
+"""Attention over the cache: every backend against plain attention, and the choice of the backend."""
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
+from flash_kernels import reference
 from tape import TapeRecorder
 from torch import Tensor
 
@@ -25,24 +22,8 @@ SLOTS = 37
 LENGTHS = [0, 19, 7]
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, how: AttentionArgs) -> Tensor:
-    """One row, the plain way: the last `t` of `n` tokens attend to those up to themselves. `t h d`, `n hkv d`."""
-    t, heads, _ = query.shape
-    n, kv_heads, _ = key.shape
-    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
-    out = query.new_zeros(t, heads, value.shape[-1])
-    for i in range(t):
-        end = n - t + i + 1
-        start = 0 if how.window is None else max(0, end - how.window)
-        scores = torch.einsum("hd,nhd->nh", query[i], key[start:end]) * how.scale
-        if how.softcap is not None:
-            scores = how.softcap * torch.tanh(scores / how.softcap)
-        out[i] = torch.einsum("nh,nhd->hd", scores.softmax(0), value[start:end])
-    return out
-
-
 class Case:
-    """Ragged rows of a cache whose free slots hold large finite numbers, and `t` new tokens for each row."""
+    """A cache with rows of unequal length and large finite numbers in unused slots, and `t` new tokens per row."""
 
     def __init__(
         self,
@@ -69,28 +50,28 @@ class Case:
         self.key, self.value = normal(b, t, kv_heads, dim), normal(b, t, kv_heads, dim)
         self.keys, self.values = normal(b, slots, kv_heads, dim), normal(b, slots, kv_heads, dim)
         for row, length in enumerate(self.lengths.tolist()):
-            self.keys[row, length:], self.values[row, length:] = 50, 1000  # left behind by a rejected draft, say
+            self.keys[row, length:], self.values[row, length:] = 50, 1000  # as a rejected draft leaves behind
 
-    def attend(self, backend: Backend, how: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
-        """The result and the cache after it; this case stays as it is."""
+    def attend(self, backend: Backend, args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the cache afterwards. Does not change the case."""
         keys, values = self.keys.clone(), self.values.clone()
         step = Pass(self.lengths.clone(), self.t, self.slots, backend)
         new = (
             x.transpose(1, 2) for x in (self.query, self.key, self.value)
         )  # b h t d, as Hugging Face hands them over
-        return backend.attend(*new, keys, values, step, how), keys, values
+        return backend.attend(*new, keys, values, step, args), keys, values
 
     def tensors(self, other: Case) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor beside another case's."""
+        """Pairs of each tensor and the tensor of another case."""
         return [(own, vars(other)[name]) for name, own in vars(self).items() if isinstance(own, Tensor)]
 
-    def expected(self, how: AttentionArgs) -> Tensor:
+    def expected(self, args: AttentionArgs) -> Tensor:
         """The result in float64."""
         rows = []
         for row, length in enumerate(self.lengths.tolist()):
             key = torch.cat([self.keys[row, :length], self.key[row]])
             value = torch.cat([self.values[row, :length], self.value[row]])
-            rows.append(reference(self.query[row].double(), key.double(), value.double(), how))
+            rows.append(reference(self.query[row].double(), key.double(), value.double(), args))
         return torch.stack(rows)
 
 
@@ -100,21 +81,21 @@ class Case:
 @pytest.mark.parametrize("softcap", [None, 1.7], ids=["no cap", "soft cap"])
 @pytest.mark.parametrize("window", [None, 1, 5, 23])
 @pytest.mark.parametrize("t", [1, 2, 5, 17])
-def test_sdpa_equals_a_plain_reference_over_ragged_rows(t: int, window: int | None, softcap: float | None) -> None:
-    case, how = Case(t), AttentionArgs(scale=0.7, window=window, softcap=softcap)
-    tolerance = 1e-12 if softcap is None else 1e-6  # with a cap the softmax is taken in float32, as Hugging Face does
-    torch.testing.assert_close(case.attend(Sdpa(), how)[0], case.expected(how), rtol=0, atol=tolerance)
+def test_sdpa_equals_plain_attention_over_unequal_rows(t: int, window: int | None, softcap: float | None) -> None:
+    case, args = Case(t), AttentionArgs(scale=0.7, window=window, softcap=softcap)
+    tolerance = 1e-12 if softcap is None else 1e-6  # with a cap the softmax runs in float32, as in Hugging Face
+    torch.testing.assert_close(case.attend(Sdpa(), args)[0], case.expected(args), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("kv_heads", "groups"), [(1, 1), (1, 7), (5, 1), (3, 2)])
 @pytest.mark.parametrize("dim", [3, 20])
 def test_sdpa_serves_grouped_queries_of_any_head_size(kv_heads: int, groups: int, dim: int) -> None:
-    case, how = Case(3, kv_heads, groups, dim), AttentionArgs(scale=dim**-0.5, window=5)
-    torch.testing.assert_close(case.attend(Sdpa(), how)[0], case.expected(how), rtol=0, atol=1e-12)
+    case, args = Case(3, kv_heads, groups, dim), AttentionArgs(scale=dim**-0.5, window=5)
+    torch.testing.assert_close(case.attend(Sdpa(), args)[0], case.expected(args), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [1, 5])
-def test_new_keys_and_values_are_appended_behind_each_row_and_nothing_else_is_written(t: int) -> None:
+def test_a_pass_appends_keys_and_values_to_each_row_and_writes_nothing_else(t: int) -> None:
     case = Case(t)
     _, keys, values = case.attend(Sdpa(), AttentionArgs(scale=1.0))
     for row, length in enumerate(LENGTHS):
@@ -125,19 +106,19 @@ def test_new_keys_and_values_are_appended_behind_each_row_and_nothing_else_is_wr
 
 
 def test_a_pass_may_fill_the_cache_to_its_last_slot() -> None:
-    case, how = Case(5, lengths=[SLOTS - 5, 3, SLOTS - 5]), AttentionArgs(scale=1.0)
-    torch.testing.assert_close(case.attend(Sdpa(), how)[0], case.expected(how), rtol=0, atol=1e-12)
+    case, args = Case(5, lengths=[SLOTS - 5, 3, SLOTS - 5]), AttentionArgs(scale=1.0)
+    torch.testing.assert_close(case.attend(Sdpa(), args)[0], case.expected(args), rtol=0, atol=1e-12)
 
 
 def test_layers_of_one_pass_may_differ_in_window_and_groups() -> None:
     step = None
     for groups in (3, 1):
         for window in (None, 5, 2):
-            case, how = Case(4, groups=groups), AttentionArgs(scale=1.0, window=window)
+            case, args = Case(4, groups=groups), AttentionArgs(scale=1.0, window=window)
             step = step or Pass(case.lengths, case.t, case.slots, Sdpa())
             new = (x.transpose(1, 2) for x in (case.query, case.key, case.value))
-            result = Sdpa().attend(*new, case.keys.clone(), case.values.clone(), step, how)
-            torch.testing.assert_close(result, case.expected(how), rtol=0, atol=1e-12)
+            result = Sdpa().attend(*new, case.keys.clone(), case.values.clone(), step, args)
+            torch.testing.assert_close(result, case.expected(args), rtol=0, atol=1e-12)
 
 
 # --- All backends ---
@@ -157,17 +138,17 @@ def test_sdpa_agrees_with_float64(dtype: torch.dtype, dim: int, groups: int, win
         assert_agrees(large_case(t, groups, dim, dtype=dtype), Sdpa(), AttentionArgs(scale=dim**-0.5, window=window))
 
 
-@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.usefixtures("flash_kernels")
 @SIZES
 @pytest.mark.parametrize("backend", [FlashAttn(), TorchFlash()], ids=lambda backend: backend.name)
-def test_what_flash_kernels_are_asked_for_is_right(backend: Backend, dim: int, groups: int, window: int | None) -> None:
+def test_flash_kernels_get_the_right_arguments(backend: Backend, dim: int, groups: int, window: int | None) -> None:
     for t in (1, 2, 5, 17):
         case = large_case(t, groups, dim, dtype=torch.float32)
         assert_agrees(case, backend, AttentionArgs(scale=dim**-0.5, window=window))
 
 
-@pytest.mark.usefixtures("stand_ins")
-def test_flash_attn_is_asked_for_soft_caps() -> None:
+@pytest.mark.usefixtures("flash_kernels")
+def test_flash_attn_gets_the_soft_cap() -> None:
     case = large_case(5, 4, 64, dtype=torch.float32)
     assert_agrees(case, FlashAttn(), AttentionArgs(scale=0.3, window=64, softcap=3.0))
 
@@ -194,26 +175,26 @@ def test_soft_caps_agree_on_a_gpu(t: int) -> None:
 @pytest.mark.parametrize(
     "name", ["sdpa", *(pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu) for name in BACKENDS)]
 )
-def test_captured_attention_serves_other_contents_and_other_lengths(name: str, t: int, window: int | None) -> None:
+def test_captured_attention_works_with_other_contents_and_lengths(name: str, t: int, window: int | None) -> None:
     name, _, gpu = name.partition(" ")
     backend = backend_on_gpu(name, 64) if gpu else Sdpa()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     held = large_case(t, 4, 64, dtype=dtype, device=device)
     recorder = CudaRecorder(torch.device(device)) if gpu else TapeRecorder()
-    graphs, how = Graphs(recorder), AttentionArgs(scale=0.125, window=window)
+    graphs, args = Graphs(recorder), AttentionArgs(scale=0.125, window=window)
 
     def work() -> Attended:
         step = Pass(held.lengths, held.t, held.slots, backend)
         new = (x.transpose(1, 2) for x in (held.query, held.key, held.value))
-        return Attended(backend.attend(*new, held.keys, held.values, step, how))
+        return Attended(backend.attend(*new, held.keys, held.values, step, args))
 
     for seed, lengths in enumerate(([0, 129, 77, 256 - t], [200, 3, 256 - t, 11], [1, 0, 254 - t, 128], [5, 6, 7, 8])):
         case = large_case(t, 4, 64, dtype=dtype, device=device, lengths=lengths, seed=seed)
         for tensor, changed in held.tensors(case):
             tensor.copy_(changed)
         result = graphs.run("attend", work).result
-        torch.testing.assert_close(result.double(), case.expected(how), rtol=2**-6, atol=2**-6)
-        torch.testing.assert_close(held.keys, case.attend(Sdpa(), how)[1], rtol=0, atol=0)
+        torch.testing.assert_close(result.double(), case.expected(args), rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(held.keys, case.attend(Sdpa(), args)[1], rtol=0, atol=0)
     assert len(graphs) == 1, graphs.uncaptured_reason
 
 
@@ -232,7 +213,7 @@ def large_case(
     lengths: list[int] | None = None,
     seed: int = 0,
 ) -> Case:
-    """Of a kernel's usual sizes; from a row with nothing cached to one that the pass fills to its last slot."""
+    """A case of a kernel's usual sizes, from an empty row to a row that the pass fills to the last slot."""
     lengths = lengths or [0, 129, 77, 256 - t]
     return Case(t, 3, groups, dim, dtype=dtype, device=device, slots=256, lengths=lengths, seed=seed)
 
@@ -245,75 +226,13 @@ def backend_on_gpu(name: str, dim: int) -> Backend:
     return BACKENDS[name]()
 
 
-def assert_agrees(case: Case, backend: Backend, how: AttentionArgs) -> None:
-    """To the dtype's rounding: results are averages of values around 1, which bfloat16 holds to 2 ** -8."""
+def assert_agrees(case: Case, backend: Backend, args: AttentionArgs) -> None:
+    """Results agree to rounding: they are averages of values around 1, and bfloat16 rounds to 2 ** -8."""
     tolerance = 2**-6 if case.query.dtype == torch.bfloat16 else 1e-5
-    ours, *cache = case.attend(backend, how)
-    torch.testing.assert_close(ours.double(), case.expected(how), rtol=tolerance, atol=tolerance)
-    for written, expected in zip(cache, case.attend(Sdpa(), how)[1:], strict=True):
+    ours, *cache = case.attend(backend, args)
+    torch.testing.assert_close(ours.double(), case.expected(args), rtol=tolerance, atol=tolerance)
+    for written, expected in zip(cache, case.attend(Sdpa(), args)[1:], strict=True):
         assert torch.equal(written, expected)
-
-
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in for the kernels that a CPU has not: the plain reference, told what they are told."""
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
-
-
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cache_seqlens: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-) -> Tensor:
-    """The package's: it appends, and what a row sees ends at its last new token."""
-    assert cache_seqlens.dtype == torch.int32
-    assert causal
-    left, right = window_size
-    assert right == (-1 if left < 0 else 0)
-    how = AttentionArgs(scale=softmax_scale, window=None if left < 0 else left + 1, softcap=softcap or None)
-    rows = []
-    for row, length in enumerate(cache_seqlens.tolist()):
-        end = length + q.shape[1]
-        k_cache[row, length:end], v_cache[row, length:end] = k[row], v[row]
-        rows.append(reference(q[row], k_cache[row, :end], v_cache[row, :end], how))
-    return torch.stack(rows)
-
-
-def flash_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """PyTorch's: causality and windows are aligned with the last of the keys in use (`seqused_k`), not of all."""
-    names = [argument.name for argument in FLASH_SCHEMA.arguments]
-    asked = dict(zip(names, args, strict=False)) | kwargs
-    assert set(asked) <= set(names)
-    query, key, value, used = asked["query"], asked["key"], asked["value"], asked["seqused_k"]
-    starts, slots = asked["cum_seq_q"].tolist(), asked["cum_seq_k"].tolist()
-    assert asked["max_q"] == max(b - a for a, b in pairwise(starts))
-    assert asked["max_k"] == max(b - a for a, b in pairwise(slots))
-    assert {x.dtype for x in (asked["cum_seq_q"], asked["cum_seq_k"], used)} == {torch.int32}
-    assert asked["is_causal"]
-    assert asked["dropout_p"] == 0.0
-    assert not asked["return_debug_mask"]
-    left = asked["window_size_left"]
-    assert asked["window_size_right"] == (None if left is None else 0)
-    how = AttentionArgs(scale=asked["scale"], window=None if left is None else left + 1)
-    rows = [
-        reference(query[a:b], key[first : first + n], value[first : first + n], how)
-        for (a, b), first, n in zip(pairwise(starts), slots, used.tolist(), strict=False)
-    ]
-    return torch.cat(rows), query, query, query, query
-
-
-FLASH_SCHEMA = torch.ops.aten._flash_attention_forward.default._schema
 
 
 # --- Choosing ---
@@ -322,13 +241,6 @@ FLASH_SCHEMA = torch.ops.aten._flash_attention_forward.default._schema
 def needs(**changes: object) -> AttentionNeeds:
     given = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dims": frozenset({64})} | changes
     return AttentionNeeds(**given)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def flash_attn_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("flash_attn")
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
 @pytest.fixture
@@ -345,49 +257,47 @@ def test_backends_are_tried_in_order_of_speed() -> None:
     assert list(BACKENDS) == ["flash-attn", "torch-flash", "sdpa"]
 
 
-@pytest.mark.usefixtures("flash_attn_installed", "gpu_of")
-def test_flash_attn_comes_first_where_it_is_installed() -> None:
-    choice = choose_backend(needs())
-    assert isinstance(choice.backend, FlashAttn)
-    assert choice.reason == "first choice"
-
-
-@pytest.mark.usefixtures("flash_attn_missing", "gpu_of")
-def test_pytorchs_flash_kernel_comes_next_and_says_why() -> None:
-    choice = choose_backend(needs())
-    assert isinstance(choice.backend, TorchFlash)
-    assert choice.reason == "flash-attn: flash-attn is not installed"
-
-
-@pytest.mark.usefixtures("flash_attn_missing", "gpu_of")
-def test_a_soft_cap_without_flash_attn_falls_back_to_sdpa() -> None:
-    choice = choose_backend(needs(softcaps=frozenset({None, 50.0})))
-    assert isinstance(choice.backend, Sdpa)
-    assert "torch-flash: PyTorch's flash kernel has no soft cap" in choice.reason
-
-
-@pytest.mark.usefixtures("flash_attn_installed", "gpu_of")
-def test_flash_attn_serves_soft_caps_and_windows() -> None:
-    choice = choose_backend(needs(softcaps=frozenset({50.0}), windows=frozenset({None, 4096})))
-    assert isinstance(choice.backend, FlashAttn)
+@pytest.mark.usefixtures("gpu_of")
+@pytest.mark.parametrize(
+    ("installed", "changes", "name", "reason"),
+    [
+        (True, {}, "flash-attn", "first choice"),
+        (True, {"softcaps": frozenset({50.0})}, "flash-attn", "first choice"),
+        (False, {}, "torch-flash", "flash-attn: flash-attn is not installed"),
+        (
+            False,
+            {"softcaps": frozenset({None, 50.0})},
+            "sdpa",
+            "flash-attn: flash-attn is not installed; torch-flash: PyTorch's flash kernel has no soft cap",
+        ),
+    ],
+)
+def test_the_first_backend_that_serves_the_model_is_chosen(
+    installed: bool, changes: dict[str, object], name: str, reason: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("flash_attn_installed" if installed else "flash_attn_missing")
+    choice = choose_backend(needs(**changes))
+    assert (choice.backend.name, choice.reason) == (name, reason)
 
 
 @pytest.mark.usefixtures("flash_attn_installed", "gpu_of")
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"device": torch.device("cpu")}, "flash kernels need CUDA, the model is on cpu"),
-        ({"dtype": torch.float32}, "flash kernels need float16 or bfloat16, the model is in float32"),
+        ({"device": torch.device("cpu")}, "flash kernels need CUDA, but the model is on cpu"),
+        ({"dtype": torch.float32}, "flash kernels need float16 or bfloat16, but the model is in float32"),
         ({"head_dims": frozenset({20})}, r"multiples of 8 up to 256, not \[20\]"),
         ({"head_dims": frozenset({64, 264})}, r"multiples of 8 up to 256, not \[64, 264\]"),
     ],
     ids=["CPU", "float32", "odd heads", "large heads"],
 )
-def test_sdpa_serves_what_flash_kernels_cannot_and_says_why(changes: dict[str, object], why: str) -> None:
+def test_sdpa_replaces_flash_kernels_that_cannot_serve_the_model(changes: dict[str, object], why: str) -> None:
     choice = choose_backend(needs(**changes))
     assert isinstance(choice.backend, Sdpa)
     for name in ("flash-attn", "torch-flash"):
-        with pytest.raises(InputError, match=f"attention backend '{name}' cannot be used: .*{why}; choose another or"):
+        with pytest.raises(
+            InputError, match=f"attention backend '{name}' cannot be used: .*{why}; choose another backend or"
+        ):
             choose_backend(needs(**changes), name)
 
 
@@ -400,13 +310,13 @@ def test_old_gpus_get_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("flash_attn_installed", "gpu_of")
-def test_a_backend_may_be_asked_for_by_name() -> None:
+def test_a_backend_is_chosen_by_name() -> None:
     choice = choose_backend(needs(), "torch-flash")
     assert isinstance(choice.backend, TorchFlash)
-    assert choice.reason == "asked for by name"
+    assert choice.reason == "requested by name"
 
 
-def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
     with pytest.raises(
         InputError, match="no attention backend is called 'xformers'; choose one of flash-attn, torch-f"
     ):

@@ -1,20 +1,19 @@
-"""Compiled passes: the same tokens, or eager with the reason."""
+"""Compiled passes write the model's own tokens. Passes that cannot be compiled run eagerly, and stats say why."""
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from captured import kinds_of_layers
 from models import FIRST_DROPPED, damped_model, prompts
-from test_attention import flash_attn_with_kvcache
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import selfspec
+import selfspec.runtime.prefill
 from selfspec import Plan, SkipSet
 from selfspec.models.views import decoder_layers
 from selfspec.runtime import compiling
@@ -43,8 +42,8 @@ OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler
-def test_compiled_passes_give_the_tokens_of_the_model_also_after_the_cache_grew(model: PreTrainedModel) -> None:
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings
+def test_compiled_passes_are_lossless_before_and_after_the_cache_grows(model: PreTrainedModel) -> None:
     spec = selfspec.wrap(model, PLAN, compile=True)
     for new_tokens in (19, 211, 23):
         expected = model.generate(PROMPT, max_new_tokens=new_tokens, **OPTIONS)
@@ -53,9 +52,7 @@ def test_compiled_passes_give_the_tokens_of_the_model_also_after_the_cache_grew(
     assert 0 < spec.stats.accepted < spec.stats.drafted
 
 
-def test_without_a_compiler_passes_run_eagerly_and_stats_say_why(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -63,36 +60,41 @@ def test_without_a_compiler_passes_run_eagerly_and_stats_say_why(
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    spec = selfspec.wrap(model, PLAN, compile=True)
-    assert torch.equal(
-        spec.generate(PROMPT, max_new_tokens=11, **OPTIONS), model.generate(PROMPT, max_new_tokens=11, **OPTIONS)
-    )
-    assert not spec.stats.compiled
-    assert any("no C++ compiler" in reason for reason in spec.stats.slower_paths)
 
 
-def test_a_model_that_cannot_be_compiled_runs_eagerly_and_stats_say_why(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: object) -> torch.Tensor:
         raise compiling.COMPILE_ERRORS[0]("graph break in the middle\nand pages of advice")
 
     monkeypatch.setattr("selfspec.runtime.passes.compile_pass", lambda forward: refuses)
-    spec = selfspec.wrap(model, PLAN, compile=True)
-    assert torch.equal(
-        spec.generate(PROMPT, max_new_tokens=11, **OPTIONS), model.generate(PROMPT, max_new_tokens=11, **OPTIONS)
-    )
+
+
+@pytest.mark.parametrize(
+    ("prevent", "reason"),
+    [
+        (no_compiler, "passes run eagerly: no C++ compiler was found (install g++ or clang, or set CXX)"),
+        (graph_breaks, "passes run eagerly: graph break in the middle"),
+    ],
+)
+def test_passes_that_cannot_be_compiled_run_eagerly_and_stats_say_why(
+    prevent: Callable[[pytest.MonkeyPatch], None], reason: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prevent(monkeypatch)
+    spec, options = selfspec.wrap(model, PLAN, compile=True), {"max_new_tokens": 11, **OPTIONS}
+    assert torch.equal(spec.generate(PROMPT, **options), model.generate(PROMPT, **options))
     assert not spec.stats.compiled
-    assert "passes run eagerly: graph break in the middle" in spec.stats.slower_paths
+    assert reason in spec.stats.slower_paths
 
 
-def test_a_compiled_pass_gets_its_tokens_in_one_layout(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_pass_gets_tokens_in_one_memory_layout(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def of_its_first_call(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         layouts = set()
 
         def run(tokens: Tensor) -> Tensor:
             layouts.add((tokens.shape, tokens.stride()))
-            assert len(layouts) == 1, "compiled code takes no other"
+            assert len(layouts) == 1, "compiled code accepts one layout"
             return forward(tokens)
 
         return run
@@ -121,72 +123,44 @@ def test_two_passes_never_share_compiled_code() -> None:
     assert seen[0].__code__ is not seen[1].__code__
 
 
-# --- Layers fused one by one, as on CUDA ---
-
-
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Layers are fused one by one on this CPU too. Each compilation is counted, and nothing is generated for it, but
-    what the compiler does of mutation and of what depends on it is done."""
-    count: list[int] = []
-    compile_ = torch.compile
-
-    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        count.append(len(graph.graph.nodes))
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
-    monkeypatch.setattr("selfspec.runtime.passes.fuses_layers", lambda device: True)
-    torch._dynamo.reset()
-    yield count
-    torch._dynamo.reset()
+# --- Layers compiled one by one, as on CUDA ---
 
 
 FUSED = Plan(skip_set=FIRST_DROPPED, gamma=3)
 
 
-def kinds_of_layers(model: PreTrainedModel, skip_set: SkipSet) -> int:
-    """How many layers differ in more than their weights, in a view without `skip_set`."""
-    layers = model.config.num_hidden_layers
-    windows = getattr(model.config, "layer_types", None) or [None] * layers
-    kept = [(index not in skip_set.attn, index not in skip_set.mlp) for index in range(layers)]
-    return len({(attn and window, attn, mlp) for window, (attn, mlp) in zip(windows, kept, strict=True) if attn or mlp})
-
-
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings
 @pytest.mark.parametrize(("family", "kinds"), [("llama", 1 + 3), ("gemma3_text", 2 + 3)])
-def test_a_layer_is_compiled_once_for_all_of_its_kind_and_each_pass_length(
+def test_all_layers_of_a_kind_share_one_compilation_per_pass_length(
     family: str, kinds: int, compilations: list[int]
 ) -> None:
     model = damped_model(family, FIRST_DROPPED)
-    assert kinds_of_layers(model, SkipSet()) + kinds_of_layers(model, FIRST_DROPPED) == kinds
+    assert kinds_of_layers(model) + kinds_of_layers(model, FIRST_DROPPED) == kinds
     spec = selfspec.wrap(model, FUSED, compile=True)
     tokens, mask = prompts(11, 5, 7)
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 21}
     expected = model.generate(tokens, **options)
     for _ in range(2):
         assert torch.equal(spec.generate(tokens, **options), expected)
-        assert len(compilations) == kinds, "verify passes of 4 tokens, and drafts of 1"
+        assert len(compilations) == kinds, "verify passes of 4 tokens, and draft passes of 1 token"
     assert spec.stats.compiled
     assert not spec.stats.slower_paths
     assert 0 < spec.stats.accepted < spec.stats.drafted
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_layers_are_compiled_within_a_round_and_nowhere_else(
-    compilations: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_compiled_in_rounds_only(compilations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = selfspec.wrap(damped_model("llama", FIRST_DROPPED), FUSED, compile=True)
     layers = [layer for view in spec.runtime.views for layer in decoder_layers(view)]
-    prefill, seen = spec.runtime.prefill, []
+    prefill, seen = selfspec.runtime.prefill.prefill, []
 
-    def watched(*args: Tensor) -> None:
+    def watched(*args: Any) -> None:
         seen.append(len(compilations))
         prefill(*args)
         assert len(compilations) == seen[-1]
         assert not any("forward" in vars(layer) for layer in layers)
 
-    monkeypatch.setattr(spec.runtime, "prefill", watched)
+    monkeypatch.setattr(selfspec.runtime.prefill, "prefill", watched)
     for length in (11, 17):
         spec.generate(prompts(length)[0], do_sample=False, max_new_tokens=7)
     assert seen == [0, 4]
@@ -195,19 +169,17 @@ def test_layers_are_compiled_within_a_round_and_nowhere_else(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_caches_of_ever_new_sizes_do_not_use_up_the_variants_of_a_layer(
-    model: PreTrainedModel, compilations: list[int]
-) -> None:
+def test_new_cache_sizes_never_reach_the_recompile_limit(model: PreTrainedModel, compilations: list[int]) -> None:
     spec = selfspec.wrap(model, PLAN, compile=True)
     sizes = torch._dynamo.config.recompile_limit + 2
     for rows in (*range(1, sizes + 1), 1):
         spec.generate(PROMPT.expand(rows, -1), max_new_tokens=5, **OPTIONS)
         assert spec.stats.compiled, spec.stats.slower_paths
-    assert len(compilations) == sizes * 3, "what was compiled for an earlier size is found again"
+    assert len(compilations) == sizes * 3, "an earlier size reuses its compiled code"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_too_many_variants_of_a_layer_run_eagerly_and_stats_say_so(compilations: list[int]) -> None:
+def test_beyond_the_recompile_limit_layers_run_eagerly_and_stats_say_why(compilations: list[int]) -> None:
     model = damped_model("gemma3_text", FIRST_DROPPED)  # layers with a window and without
     spec = selfspec.wrap(model, FUSED, compile=True)
     tokens = prompts(11)[0]
@@ -219,14 +191,13 @@ def test_too_many_variants_of_a_layer_run_eagerly_and_stats_say_so(compilations:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_layers_that_call_the_flash_attn_package_are_compiled_too(
+@pytest.mark.usefixtures("flash_attn_installed")
+def test_layers_with_the_flash_attn_package_are_compiled(
     compilations: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = types.ModuleType("flash_attn")
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    module.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("selfspec.runtime.attention.flash._flash_unsupported_reason", lambda needs: None)  # of this CPU
+    monkeypatch.setattr(
+        "selfspec.runtime.attention.flash._flash_unsupported_reason", lambda needs: None
+    )  # serve this CPU
     model = damped_model("gemma3_text", FIRST_DROPPED)
     spec = selfspec.wrap(model, FUSED, compile=True, backend="flash-attn")
     tokens, mask = prompts(11, 5)

@@ -1,20 +1,8 @@
-"""The CUDA path on a GPU; and, where a CPU has something that stands in for it (a tape for graphs), on a CPU too.
+"""The CUDA path on a GPU. Tests with a CPU substitute, such as a tape for graphs, also run on a CPU.
 
-What of the CUDA-only code each test reaches:
-
-- `CudaRecorder.warm_up`, `.record`, `.nbytes`, `graphs_for`, pinned `decoding.read`, events in `DeviceTimer`, passes of
-  `KVCache.begin` over all slots: `test_captured_rounds_write_what_the_model_writes`, tests of `read` and `DeviceTimer`.
-- `CudaRecorder._recover`: `test_a_capture_that_fails_leaves_all_as_it_was`; a new pool once all graphs are dropped:
-  `test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held`.
-- The packing of 4-bit weights, and the choice of kernels: `test_the_kernels_of_quantised_weights_...`, and captured in
-  `test_quantised_drafts_are_captured`.
-- `fuses_layers`, `uncompiled_reason`, `will_compile`, and layers fused by Triton: `test_layers_are_fused_by_default`.
-- `TorchFlash`: `test_bfloat16_...`; `FlashAttn`, and both captured: `test_attention.py`.
-- `Runtime.prefill_chunk`: `test_prompts_longer_than_a_chunk_...`; `device_name`, `loading._device` and
-  `loading.describe_device`: `test_devices_are_named`.
-- In the search `statistics.wait_for`, `Memory.default`, `_Contender.decode`:
-  `test_the_search_times_and_measures_a_device`.
-- Streams and devices that are not the default ones: the last two tests.
+The CUDA-only code that these tests run: `CudaRecorder` with `_recover`, `graphs_for`, pinned reads, events in
+`DeviceTimer`, static passes, packing and kernels of 4-bit weights, layers compiled by Triton, flash kernels, `prefill.chunk_length`,
+device names, `wait_for`, `Memory.default`, other streams, and other devices than the default.
 """
 
 from __future__ import annotations
@@ -29,13 +17,25 @@ import pytest
 import quantised_models
 import selfspec_search.confirm.confirm
 import torch
+from captured import (
+    CASCADE,
+    GAMMA,
+    GREEDY,
+    NEW_TOKENS,
+    PLAN,
+    SAMPLING,
+    WARPERS,
+    addresses,
+    assert_captured,
+    batch,
+    graphs_of,
+)
 from models import FIRST_DROPPED, damp, damped_model, prompts
 from quantised_models import drafting, few_prompts
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.texts import Text
 from selfspec_search.settings import SearchSettings
 from tape import NoReads, TapeRecorder
-from test_graphs import CASCADE, GAMMA, GREEDY, NEW_TOKENS, PLAN, SAMPLING, WARPERS, addresses
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,12 +52,14 @@ from selfspec.plan.draft_spec import INT4, INT8, Format
 from selfspec.runtime.attention.flash import TorchFlash
 from selfspec.runtime.compiling import uncompiled_reason
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work
-from selfspec.runtime.runtime import PREFILL_CHUNK, device_name
+from selfspec.runtime.prefill import CPU_CHUNK, chunk_length
+from selfspec.utils.devices import device_name
 from selfspec.utils.statistics import timed_task
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)  # `test_graphs.py` has the quick ones
+ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)
 BOTH = pytest.mark.parametrize("device", [ON_CPU, ON_GPU], indirect=True)
+QUICK = pytest.mark.parametrize("device", ["cpu", ON_GPU], indirect=True)
 
 
 @pytest.fixture
@@ -86,22 +88,6 @@ def captured(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfS
     return SelfSpeculator(model, plan, DecodeOptions(**{"compile": False} | options), recorder=recorder)
 
 
-def batch(device: torch.device, *lengths: int) -> dict[str, Tensor]:
-    tokens, mask = prompts(*lengths)
-    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-
-
-def graphs_of(spec: SelfSpeculator) -> Graphs:
-    assert spec.runtime.graphs is not None
-    return spec.runtime.graphs
-
-
-def assert_captured(spec: SelfSpeculator) -> None:
-    assert spec.stats.captured
-    assert not spec.stats.slower_paths
-    assert len(graphs_of(spec)) >= 2
-
-
 # --- The same tokens ---
 
 
@@ -112,11 +98,11 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("device", "family"), FAMILIES, indirect=["device"])
-def test_captured_rounds_write_what_the_model_writes(device: torch.device, family: str) -> None:
+def test_captured_rounds_are_lossless(device: torch.device, family: str) -> None:
     model = model_on(device, family)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
-    for _ in range(3):  # the last time, from the first round on
+    for _ in range(3):  # the last request replays all its rounds
         assert torch.equal(spec.generate(**given, **GREEDY), expected)
     assert_captured(spec)
     assert 0.2 < spec.stats.acceptance_rate < 0.9
@@ -129,11 +115,11 @@ def test_captured_rounds_write_what_the_model_writes(device: torch.device, famil
 LOOKUP = Plan.none(prompt_lookup=PromptLookup(gamma=4, min_ngram=1, max_ngram=3))
 
 
-@BOTH
+@QUICK
 @pytest.mark.parametrize("plan", [CASCADE, LOOKUP, Plan.none()], ids=["cascade", "lookup", "plain"])
 def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
     model = model_on(device)
-    spec, given = captured(model, plan), batch(device, 22, 5, 14)
+    spec, given = captured(model, plan), batch(22, 5, 14, device=device)
     given["input_ids"][:, -3:] = given["input_ids"][:, :3]  # something to look up in the first row
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
@@ -141,12 +127,12 @@ def test_every_drafter_is_captured(plan: Plan, device: torch.device) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("lookup", [None, LOOKUP.prompt_lookup], ids=["alone", "behind lookup"])
+@pytest.mark.parametrize("lookup", [None, LOOKUP.prompt_lookup], ids=["alone", "after lookup"])
 def test_a_draft_model_is_captured(lookup: PromptLookup | None, device: torch.device) -> None:
     model, plan = model_on(device), Plan(skip_set=SkipSet(), gamma=GAMMA, prompt_lookup=lookup)
     draft_model = copy.deepcopy(model)
     damp(draft_model, FIRST_DROPPED, 0.0)
-    spec, given = captured(model, plan, draft_model=draft_model), batch(device, 22, 5, 14)
+    spec, given = captured(model, plan, draft_model=draft_model), batch(22, 5, 14, device=device)
     given["input_ids"][:, -3:] = given["input_ids"][:, :3]
     uncaptured = wrap(model, plan, compile=False, graphs=False, draft_model=draft_model)
     for _ in range(3):
@@ -166,7 +152,7 @@ QUANTISED = [INT4, INT8]
 
 @BOTH
 @pytest.mark.parametrize("format", QUANTISED, ids=str)
-def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_for(
+def test_the_kernels_of_quantised_weights_multiply_by_the_dequantised_weight(
     format: Format, device: torch.device
 ) -> None:
     if (unsupported_reason := device_unsupported_reason(format, device)) is not None:
@@ -176,7 +162,7 @@ def test_the_kernels_of_quantised_weights_give_the_products_of_what_they_stand_f
     product = quantise(weight, None, format)(inputs)
     expected = inputs @ QuantisedWeight.of(weight, format).dequantised().T
     assert (product - expected).norm() < 0.01 * expected.norm()
-    assert torch.equal(quantise(weight, None, format)(inputs), product), "the same every time"
+    assert torch.equal(quantise(weight, None, format)(inputs), product)
 
 
 @BOTH
@@ -194,8 +180,8 @@ def test_quantised_drafts_are_captured(format: Format, device: torch.device) -> 
     assert spec.stats.draft_bytes == draft_bytes(model, plan) > 0
 
 
-@BOTH
-def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(device: torch.device) -> None:
+@QUICK
+def test_one_graph_serves_requests_with_other_lengths_limits_and_stop_tokens(device: torch.device) -> None:
     model = model_on(device)
     spec = captured(model)
     kept: list[int] = []
@@ -207,7 +193,7 @@ def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(devic
         ((4, 9), 29, 11),
     ):
         options = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": stop, "pad_token_id": 0}
-        given = batch(device, *lengths)
+        given = batch(*lengths, device=device)
         assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
         assert_captured(spec)
         kept = kept or addresses(spec)
@@ -215,12 +201,12 @@ def test_one_graph_serves_requests_of_other_lengths_limits_and_stop_tokens(devic
     assert len(graphs_of(spec)) == 2
 
 
-@BOTH
+@QUICK
 def test_a_cache_that_grows_drops_its_graphs(device: torch.device) -> None:
     model = model_on(device)
     spec = captured(model)
     for lengths, limit in (((11,), 37), ((11,), 131), ((11, 5), 23)):
-        given, options = batch(device, *lengths), GREEDY | {"max_new_tokens": limit}
+        given, options = batch(*lengths, device=device), GREEDY | {"max_new_tokens": limit}
         for _ in range(2):
             assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
         assert_captured(spec)
@@ -228,8 +214,8 @@ def test_a_cache_that_grows_drops_its_graphs(device: torch.device) -> None:
 
 
 @BOTH
-def test_graphs_are_captured_anew_while_results_of_dropped_ones_are_held(device: torch.device) -> None:
-    """As the frames of an error are, in a notebook; what is held keeps its memory, but not the pool's handle."""
+def test_graphs_are_captured_again_while_results_of_dropped_graphs_are_held(device: torch.device) -> None:
+    """A notebook holds results in the frames of an error: the results keep their memory, but not the pool's handle."""
     graphs = Graphs(CudaRecorder(device) if device.type == "cuda" else TapeRecorder())
     number = torch.zeros(1, device=device)
 
@@ -255,10 +241,10 @@ class Result:
 
 
 @BOTH
-def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: torch.device) -> None:
-    spec, given = captured(model_on(device)), batch(device, 11, 5, 7)
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_draws_others(device: torch.device) -> None:
+    spec, given = captured(model_on(device)), batch(11, 5, 7, device=device)
     written = []
-    for seed in (0, 3, 3, 5):  # while seed 0 draws, rounds are captured
+    for seed in (0, 3, 3, 5):  # rounds are captured during the first request
         torch.manual_seed(seed)
         written.append(spec.generate(**given, **SAMPLING | WARPERS))
     assert_captured(spec)
@@ -267,9 +253,9 @@ def test_one_seed_draws_the_same_every_time_and_another_seed_draws_anew(device: 
 
 
 @BOTH
-def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
+def test_sampling_with_top_k_of_one_is_greedy(device: torch.device) -> None:
     model = model_on(device)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **SAMPLING | {"top_k": 1}), expected)
@@ -277,12 +263,12 @@ def test_sampling_among_one_token_is_greedy(device: torch.device) -> None:
 
 
 @BOTH
-def test_captured_rounds_draw_the_models_distribution(device: torch.device) -> None:
-    """The second new token of many rows, against its exact distribution, by chi-squared."""
+def test_captured_rounds_sample_the_models_distribution(device: torch.device) -> None:
+    """Chi-square test of the second new token of many rows against the exact distribution."""
     rows, model = 64, model_on(device)
-    prompt = batch(device, 11)["input_ids"]
+    prompt = batch(11, device=device)["input_ids"]
     spec, draws = captured(model), 16 * rows
-    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 5}  # a round drafts one of the two
+    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 5}  # a round drafts one token
     with torch.inference_mode():
         first = top5(model(prompt).logits[0, -1])
         exact = torch.zeros_like(first)
@@ -299,7 +285,7 @@ def test_captured_rounds_draw_the_models_distribution(device: torch.device) -> N
     expected, counts = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected, counts))
     deviation = ((counts - expected).square() / expected.clamp(min=1)).sum()
     freedom = len(expected) - 1
-    # By chance alone, less than once in a thousand seeds.
+    # False alarm: fewer than one in a thousand seeds.
     assert deviation < freedom + 5 * (2 * freedom) ** 0.5
 
 
@@ -309,11 +295,11 @@ def top5(logits: Tensor) -> Tensor:
     return kept.scatter_(0, indices, values).softmax(0)
 
 
-# --- No reads, and what happens to them ---
+# --- Reads of the device ---
 
 
 class Watched:
-    """A recorder whose work may not read the device."""
+    """A recorder that refuses work that reads the device."""
 
     def __init__(self, recorder: Recorder, device: torch.device) -> None:
         self.recorder, self.device = recorder, device
@@ -350,34 +336,34 @@ def no_reads(device: torch.device) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("options", [GREEDY, SAMPLING | WARPERS], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("plan", [PLAN, CASCADE], ids=["layers", "cascade"])
-def test_captured_work_never_waits_for_the_device(plan: Plan, options: dict[str, Any], device: torch.device) -> None:
+def test_captured_work_never_reads_the_device(plan: Plan, options: dict[str, Any], device: torch.device) -> None:
     recorder = CudaRecorder(device) if device.type == "cuda" else TapeRecorder()
     options_of_all = DecodeOptions(compile=False)
     spec = SelfSpeculator(model_on(device), plan, options_of_all, recorder=Watched(recorder, device))
     for _ in range(3):
-        spec.generate(**batch(device, 11, 5, 7), **options)
+        spec.generate(**batch(11, 5, 7, device=device), **options)
     assert_captured(spec)
 
 
 @BOTH
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_waiting_for_the_device_is_noticed(device: torch.device) -> None:
+def test_a_read_of_the_device_is_an_error(device: torch.device) -> None:
     number = torch.ones(3, device=device)
     with pytest.raises(RuntimeError), no_reads(device):
         number.sum().item()
 
 
 @BOTH
-def test_the_one_read_of_a_round_is_right(device: torch.device) -> None:
+def test_read_returns_the_values(device: torch.device) -> None:
     host_values = torch.arange(35, device=device).view(5, 7)
     assert read(host_values) == host_values.tolist()
     assert read(host_values.T) == host_values.T.tolist()
 
 
 @BOTH
-def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_restores_stream_and_generators(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     expected = model.generate(**given, **GREEDY)
     recorder, process, recording = graphs_of(spec).recorder, selfspec.decoding.round.process, []
     record = recorder.record
@@ -403,20 +389,20 @@ def test_a_capture_that_fails_leaves_all_as_it_was(device: torch.device, monkeyp
     (reason,) = spec.stats.slower_paths
     assert reason.startswith("rounds are not captured: ")
     if stream is not None:
-        assert "capturing" in reason, "the cause, and not that there was one"
+        assert "capturing" in reason, "the reason must name the cause"
         assert torch.cuda.current_stream(device) == stream
-    for options in (GREEDY, SAMPLING | {"top_k": 1}):  # draws are as good as before, too
+    for options in (GREEDY, SAMPLING | {"top_k": 1}):  # random generators work, too
         assert torch.equal(spec.generate(**given, **options), expected)
-    fresh = captured(model)  # and so are captures
+    fresh = captured(model)  # captures work, too
     for options in (GREEDY, SAMPLING | {"top_k": 1}) * 2:
         assert torch.equal(fresh.generate(**given, **options), expected)
     assert_captured(fresh)
 
 
 @BOTH
-def test_interrupted_captures_are_no_reason_to_stop(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_captured_after_an_interrupt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(device)
-    spec, given = captured(model), batch(device, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=device)
     recorder = graphs_of(spec).recorder
     record = recorder.record
 
@@ -454,10 +440,10 @@ def test_device_times_are_positive_and_no_longer_than_the_whole(device: torch.de
 
 
 @BOTH
-def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
+def test_draft_verify_and_prefill_take_less_than_the_total_time(device: torch.device) -> None:
     spec = captured(model_on(device))
     for _ in range(2):
-        spec.generate(**batch(device, 11), **GREEDY)
+        spec.generate(**batch(11, device=device), **GREEDY)
     seconds = spec.stats.seconds
     assert seconds["draft"] > 0
     assert seconds["verify"] > 0
@@ -465,7 +451,7 @@ def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
     assert seconds["draft"] + seconds["verify"] + seconds["prefill"] < seconds["total"]
 
 
-# --- Flash kernels and fused layers ---
+# --- Flash kernels and compiled layers ---
 
 
 @pytest.mark.parametrize(
@@ -474,12 +460,12 @@ def test_draft_and_verify_take_a_part_of_the_time(device: torch.device) -> None:
     indirect=["device"],
 )
 def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.device, backend: str) -> None:
-    """Its own plain decoding, one row at a time: what else may differ is not what near-ties are about."""
+    """Compares with captured plain decoding, one row at a time, so that only near-ties may differ."""
     model = model_on(device, head_dim=32, dtype=torch.bfloat16)
     spec, plain = captured(model, backend=backend), captured(model, Plan.none(), backend=backend)
     compared = []
     for length in (11, 5, 7):
-        given = batch(device, length)
+        given = batch(length, device=device)
         got, expected = (one.generate(**given, **GREEDY)[0, length:] for one in (spec, plain))
         compared.append((given["input_ids"][0], expected, got))
     assert_captured(spec)
@@ -491,14 +477,14 @@ def test_bfloat16_differs_from_plain_decoding_by_near_ties_alone(device: torch.d
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", torch.float32), ("gemma3_text", torch.float32), ("llama", torch.bfloat16)]
 )
-def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
+def test_layers_are_compiled_by_default(family: str, dtype: torch.dtype, cuda: torch.device) -> None:
     assert uncompiled_reason(cuda) is None
     model = model_on(cuda, family, dtype=dtype, head_dim=32)
-    spec, given = wrap(model, PLAN), batch(cuda, 11, 5, 7)
+    spec, given = wrap(model, PLAN), batch(11, 5, 7, device=cuda)
     for _ in range(3):
         got = spec.generate(**given, **GREEDY)
     assert_captured(spec)
@@ -510,16 +496,16 @@ def test_layers_are_fused_by_default(family: str, dtype: torch.dtype, cuda: torc
     assert spec.runtime.passes.uncompiled_reason is None
 
 
-# --- All that asks which device it is ---
+# --- Code that depends on the device ---
 
 
 @pytest.mark.gpu
-def test_prompts_longer_than_a_chunk_are_cached_in_several_passes(cuda: torch.device) -> None:
-    model, rows, longest = model_on(cuda), 64, PREFILL_CHUNK // 4 + 13
-    spec, given = captured(model), batch(cuda, *range(longest - rows + 1, longest + 1))
+def test_long_prompts_are_prefilled_in_chunks(cuda: torch.device) -> None:
+    model, rows, longest = model_on(cuda), 64, CPU_CHUNK // 4 + 13
+    spec, given = captured(model), batch(*range(longest - rows + 1, longest + 1), device=cuda)
     options = GREEDY | {"max_new_tokens": 7}
     assert torch.equal(spec.generate(**given, **options), model.generate(**given, **options))
-    assert spec.runtime.prefill_chunk == PREFILL_CHUNK // 4
+    assert chunk_length(spec.runtime) == CPU_CHUNK // 4
 
 
 @BOTH
@@ -532,7 +518,7 @@ def test_devices_are_named(device: torch.device) -> None:
 
 
 @BOTH
-def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
+def test_the_search_times_a_device(device: torch.device) -> None:
     matrix = torch.ones(257, 257, device=device)
     assert timed_task(lambda: matrix @ matrix, device)() > 0
     assert Memory.default(device) > 2**20
@@ -546,9 +532,9 @@ def test_the_search_times_and_measures_a_device(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_request_may_run_in_any_stream(cuda: torch.device) -> None:
+def test_requests_run_in_any_stream(cuda: torch.device) -> None:
     model = model_on(cuda)
-    spec, given = captured(model), batch(cuda, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=cuda)
     expected = model.generate(**given, **GREEDY)
     torch.cuda.synchronize(cuda)
     for stream in (torch.cuda.Stream(cuda), torch.cuda.default_stream(cuda), torch.cuda.Stream(cuda)):
@@ -559,12 +545,12 @@ def test_a_request_may_run_in_any_stream(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_the_model_need_not_be_on_the_current_device(cuda: torch.device) -> None:
+def test_the_model_may_be_on_another_device(cuda: torch.device) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     other = torch.device("cuda", 1)
     model = model_on(other)
-    spec, given = captured(model), batch(other, 11, 5, 7)
+    spec, given = captured(model), batch(11, 5, 7, device=other)
     assert torch.cuda.current_device() == 0
     for _ in range(3):
         assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))

@@ -1,4 +1,4 @@
-"""One static cache: what it holds between rounds, how far it reaches, and that there is only ever one."""
+"""The static cache: the content between rounds, the capacity, and that only one cache exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import selfspec.decoding.round
 import selfspec.runtime.kv_cache
-import selfspec.runtime.runtime
+import selfspec.runtime.model_views
+import selfspec.runtime.prefill
 from selfspec import Plan, SelfSpeculator, SkipSet, wrap
 from selfspec.decoding.request import Request
 from selfspec.models.attention_hook import LayerShape
@@ -22,6 +23,7 @@ from selfspec.models.draft_view import attention_modules
 from selfspec.models.views import reachable_tensors
 from selfspec.runtime.attention.sdpa import Sdpa
 from selfspec.runtime.kv_cache import KVCache
+from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
 
 GAMMA = 3
@@ -49,7 +51,7 @@ def cache_tensors(cache: KVCache) -> list[Tensor]:
 
 @pytest.fixture
 def after_each_round(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Functions that are shown the runtime and the request after every round."""
+    """Functions that are called with the runtime and the request after every round."""
     checks: list[Any] = []
     step = selfspec.decoding.round.step
 
@@ -64,13 +66,14 @@ def after_each_round(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_between_rounds_every_layer_holds_the_committed_tokens_but_the_last_in_every_row(
+def test_between_rounds_every_layer_holds_the_committed_tokens_except_the_last(
     family: str, after_each_round: list[Any]
 ) -> None:
     model = damped_model(family, FIRST_DROPPED).to(torch.float64)
 
     def check(runtime: Runtime, request: Request) -> None:
         assert runtime.cache.lengths.tolist() == (request.ends - request.pads - 1).tolist()
+        assert all(tensor.isfinite().all() for tensor in cache_tensors(runtime.cache)), "unused slots included"
         for row, (pad, end) in enumerate(zip(request.pads.tolist(), request.ends.tolist(), strict=True)):
             fresh = DynamicCache()
             model(request.sequences[row : row + 1, pad : end - 1], **{CACHE: fresh})
@@ -90,12 +93,12 @@ def test_between_rounds_every_layer_holds_the_committed_tokens_but_the_last_in_e
 
 
 def early_stop(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> int:
-    """A token that ends one row long before the others: finished rows must keep the invariants too."""
+    """A stop token that ends one row long before the others: finished rows must keep the invariant, too."""
     rows = model.generate(tokens, attention_mask=mask, **GREEDY)[:, tokens.shape[1] :].tolist()
     return next(t for t in rows[1][3:8] if t not in rows[0] + rows[2] and rows[1].index(t) < 8)
 
 
-def test_a_prompt_is_cached_but_for_its_last_token_before_the_first_round(
+def test_prefill_caches_each_prompt_except_the_last_token(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = wrap(model, PLAN)
@@ -112,7 +115,7 @@ def test_a_prompt_is_cached_but_for_its_last_token_before_the_first_round(
     assert lengths == [[12, 0, 9]]
 
 
-def test_no_row_ever_comes_closer_to_the_end_of_the_cache_than_a_whole_round(
+def test_every_row_always_has_room_for_a_whole_round(
     model: PreTrainedModel, after_each_round: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selfspec.runtime.kv_cache, "SLOT_BUCKET", 1)  # no slack
@@ -125,20 +128,11 @@ def test_no_row_ever_comes_closer_to_the_end_of_the_cache_than_a_whole_round(
     spec = wrap(model, PLAN)
     tokens, mask = prompts(13, 7, 13)
     options = GREEDY | {"attention_mask": mask}
-    # The limit ends two rows at different rounds; a stop token ends the third early, and its cache stands still.
+    # The length limit ends two rows in different rounds. A stop token ends the third row early.
     options["eos_token_id"] = early_stop(model, tokens, mask)
     assert torch.equal(spec.generate(tokens, **options), model.generate(tokens, **options))
     assert min(rooms) >= GAMMA + 1
     assert spec.runtime.cache.slots == 13 + 19 + GAMMA + 1
-
-
-def test_free_slots_stay_finite(model: PreTrainedModel, after_each_round: list[Any]) -> None:
-    def check(runtime: Runtime, request: Request) -> None:
-        assert all(tensor.isfinite().all() for tensor in cache_tensors(runtime.cache))
-
-    after_each_round.append(check)
-    tokens, mask = prompts(13, 7, 10)
-    wrap(model, PLAN).generate(tokens, attention_mask=mask, **GREEDY)
 
 
 # --- Rewinding and passes ---
@@ -149,7 +143,7 @@ def test_rewinding_is_an_assignment(model: PreTrainedModel) -> None:
     runtime = Runtime(model, FIRST_DROPPED)
     runtime.reserve(2, 32)
     tokens, _ = prompts(7, 7)
-    runtime.prefill(tokens, torch.tensor([7, 4]))
+    prefill(runtime, tokens, torch.tensor([7, 4]))
     following, wrong = prompts(3, 3, seed=1)[0], prompts(5, 5, seed=2)[0]
     expected = runtime.run("target", following)
     for name in ("draft", "target"):
@@ -165,7 +159,7 @@ def test_rows_do_not_see_each_other(model: PreTrainedModel) -> None:
     tokens, _ = prompts(11, 11, 11)
     lengths = torch.tensor([2, 11, 5])
     runtime.reserve(3, 32)
-    runtime.prefill(tokens, lengths)
+    prefill(runtime, tokens, lengths)
     following = prompts(2, 2, 2, seed=1)[0]
     together = runtime.run("target", following)
     for row, length in enumerate(lengths.tolist()):
@@ -173,7 +167,7 @@ def test_rows_do_not_see_each_other(model: PreTrainedModel) -> None:
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pass_stands_behind_each_rows_tokens() -> None:
+def test_a_pass_starts_after_the_cached_tokens_of_each_row() -> None:
     cache = small_cache()
     cache.lengths = torch.tensor([3, 11], dtype=torch.int32)
     step = cache.begin(4)
@@ -182,18 +176,18 @@ def test_a_pass_stands_behind_each_rows_tokens() -> None:
     assert step.starts(5).dtype == torch.int32
 
 
-def test_a_mask_shows_what_came_before_and_no_more_than_the_window() -> None:
+def test_a_mask_is_causal_and_limited_to_the_window() -> None:
     cache = small_cache(slots=7)
     cache.lengths = torch.tensor([3, 0], dtype=torch.int32)
     mask = cache.begin(2, static=True).mask(window=3, groups=2, dtype=torch.float32)
     assert mask is not None
     seen = ["".join("#" if value == 0 else "." for value in line) for line in mask[:, 0].flatten(0, 1).tolist()]
-    behind_three, behind_none = [".###...", "..###.."], ["#......", "##....."]
+    after_three, after_none = [".###...", "..###.."], ["#......", "##....."]
     assert mask.shape == (2, 1, 4, 7)
-    assert seen == [*behind_three, *behind_three, *behind_none, *behind_none]  # once for each head of a group
+    assert seen == [*after_three, *after_three, *after_none, *after_none]  # once per head of a group
 
 
-def test_a_pass_that_may_change_its_shape_looks_no_further_than_the_longest_row() -> None:
+def test_a_dynamic_pass_looks_at_the_longest_row_only() -> None:
     cache = small_cache(slots=7)
     cache.lengths = torch.tensor([3, 0], dtype=torch.int32)
     near, far = (cache.begin(2, static=static).mask(None, 1, torch.float32) for static in (False, True))
@@ -205,7 +199,7 @@ def test_a_pass_that_may_change_its_shape_looks_no_further_than_the_longest_row(
 
 
 @pytest.mark.parametrize(("t", "window", "needed"), [(1, None, False), (1, 4, False), (1, 3, True), (2, None, True)])
-def test_the_only_token_of_the_only_row_needs_a_mask_only_for_a_window_that_it_outgrew(
+def test_a_pass_of_one_token_and_one_row_needs_a_mask_beyond_the_window_only(
     t: int, window: int | None, needed: bool
 ) -> None:
     cache = small_cache(rows=1, slots=7)
@@ -223,9 +217,9 @@ def test_prefill_in_chunks_equals_prefill_in_one_pass(family: str, monkeypatch: 
     tokens, lengths = prompts(19, 19, 19)[0], torch.tensor([19, 4, 12])
     held = []
     for chunk in (512, 19, 7, 1):
-        monkeypatch.setattr(selfspec.runtime.runtime, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(selfspec.runtime.prefill, "CPU_CHUNK", chunk)
         runtime.reserve(3, 32)
-        runtime.prefill(tokens, lengths)
+        prefill(runtime, tokens, lengths)
         assert runtime.cache.lengths.tolist() == lengths.tolist()
         held.append([tensor[:, :19].clone() for tensor in cache_tensors(runtime.cache)])
     for other in held[1:]:
@@ -237,7 +231,7 @@ def test_prefill_in_chunks_equals_prefill_in_one_pass(family: str, monkeypatch: 
 # --- Errors ---
 
 
-def test_scrubbing_zeroes_everything_also_outside_inference_mode() -> None:
+def test_zeroing_works_outside_inference_mode() -> None:
     with torch.inference_mode():
         cache = small_cache()
         cache.lengths += 3
@@ -248,7 +242,7 @@ def test_scrubbing_zeroes_everything_also_outside_inference_mode() -> None:
     assert all((tensor == 0).all() for tensor in cache_tensors(cache))
 
 
-def test_an_error_in_a_request_leaves_no_nan_behind_and_is_the_error_that_is_seen(model: PreTrainedModel) -> None:
+def test_after_an_error_in_a_request_the_cache_is_finite_and_the_error_is_raised(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     tokens, _ = prompts(11)
     expected = spec.generate(tokens, **GREEDY)
@@ -271,7 +265,7 @@ def test_an_error_in_a_request_leaves_no_nan_behind_and_is_the_error_that_is_see
     assert torch.equal(spec.generate(tokens, **GREEDY), expected)
 
 
-def test_a_closed_stream_leaves_an_empty_cache(model: PreTrainedModel) -> None:
+def test_closing_a_stream_zeroes_the_cache(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     tokens, _ = prompts(11)
     expected = spec.generate(tokens, **GREEDY)
@@ -282,20 +276,20 @@ def test_a_closed_stream_leaves_an_empty_cache(model: PreTrainedModel) -> None:
     assert torch.equal(spec.generate(tokens, **GREEDY), expected)
 
 
-# --- One cache, kept ---
+# --- One cache for all requests ---
 
 
-@pytest.mark.parametrize(("asked", "given"), [(1, 128), (128, 128), (129, 256), (1000, 1024)])
-def test_capacities_come_in_buckets(asked: int, given: int) -> None:
-    assert KVCache.bucketed(asked) == given
+@pytest.mark.parametrize(("requested", "capacity"), [(1, 128), (128, 128), (129, 256), (1000, 1024)])
+def test_capacities_are_multiples_of_the_bucket(requested: int, capacity: int) -> None:
+    assert KVCache.bucketed(requested) == capacity
 
 
-def test_a_cache_knows_its_size() -> None:
+def test_a_cache_reports_its_size() -> None:
     assert small_cache().nbytes == 2 * 17 * (3 * (5 + 7) + 1 * (11 + 13)) * 4
     assert [tuple(tensor.shape) for tensor in small_cache().layer(4)] == [(2, 17, 1, 11), (2, 17, 1, 13)]
 
 
-def test_repeated_calls_keep_one_cache_in_place(model: PreTrainedModel) -> None:
+def test_repeated_requests_keep_the_cache_in_place(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     places = set()
     for length, new in ((11, 19), (5, 3), (29, 31), (11, 19)):
@@ -306,14 +300,14 @@ def test_repeated_calls_keep_one_cache_in_place(model: PreTrainedModel) -> None:
     assert spec.runtime.cache.slots == 128
 
 
-def test_wrapping_adds_the_cache_and_nothing_else(model: PreTrainedModel) -> None:
+def test_wrapping_allocates_only_the_cache(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
     for _ in range(3):
         spec.generate(prompts(11)[0], **GREEDY)
     assert storages_of_views(spec) == storages(reachable_tensors(model)) | storages(cache_tensors(spec.runtime.cache))
 
 
-def test_the_old_cache_is_free_before_a_larger_one_is_taken(
+def test_the_old_cache_is_freed_before_a_larger_cache_is_allocated(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = Runtime(model, FIRST_DROPPED)
@@ -326,14 +320,14 @@ def test_the_old_cache_is_free_before_a_larger_one_is_taken(
             alive.append(sum(reference() is not None for reference in old))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(selfspec.runtime.runtime, "KVCache", Watched)
+    monkeypatch.setattr(selfspec.runtime.model_views, "KVCache", Watched)
     runtime.reserve(1, 1300)
     assert alive == [0]
 
 
-def test_nothing_keeps_an_outgrown_cache_alive(model: PreTrainedModel) -> None:
+def test_an_outgrown_cache_is_freed(model: PreTrainedModel) -> None:
     spec = wrap(model, PLAN)
-    for skip_set in (SkipSet(), FIRST_DROPPED):  # attention that no longer runs held on to it once
+    for skip_set in (SkipSet(), FIRST_DROPPED):  # skipped attention modules must not hold the cache
         spec.runtime.draft_with(skip_set)
         spec.generate(prompts(11)[0], **GREEDY)
     outgrown = [weakref.ref(tensor) for tensor in cache_tensors(spec.runtime.cache)]

@@ -247,16 +247,16 @@ def test_round_costs_without_lookup_are_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"round_costs": {"matches": [[0.5, 0.5]] * 3}}, "matches are of 5 lengths, or none"),
+        ({"round_costs": {"matches": [[0.5, 0.5]] * 3}}, "matches has 3 entries, but must have 5 or none"),
         ({"round_costs": {"matches": [[0.5]] * 5}}, "round_costs.0.matches.0"),
         ({"round_costs": {"rounds": [1.0, float("nan")]}}, "round_costs.0.rounds.1"),
         ({"round_costs": {"rounds": [1.0, 0.0]}}, "round_costs.0.rounds.1"),
         ({"round_costs": {"draft_step": -1.0}}, "round_costs.0.draft_step"),
         ({"round_costs": {"agreement": []}}, "round_costs.0.agreement"),
         ({"round_costs": {"rows": 0}}, "round_costs.0.rows"),
-        ({"round_costs": {"rounds": [1.0, 2.0]}}, "gamma is 3, but its round_costs of 2 rows end at 1 drafted tokens"),
-        ({"round_costs": [KNOWN.model_dump()] * 2}, "plan has two round_costs of 2 rows; remove one"),
-        ({"gamma": 7}, "gamma is 7, but its round_costs of 2 rows end at 6"),
+        ({"round_costs": {"rounds": [1.0, 2.0]}}, "gamma is 3, but its round_costs for 2 rows end at 1 drafted tokens"),
+        ({"round_costs": [KNOWN.model_dump()] * 2}, "plan has two round_costs for 2 rows; remove one of them"),
+        ({"gamma": 7}, "gamma is 7, but its round_costs for 2 rows end at 6"),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:

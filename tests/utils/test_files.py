@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         monkeypatch.setattr(Path, "replace", full)
     else:
         monkeypatch.setattr(Path, "chmod", full)
-    with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No space left on device; choose a directory that"):
+    with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No space left on device; choose a writable"):
         write_atomically(path, text)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["plan.json"]

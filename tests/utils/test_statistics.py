@@ -1,4 +1,4 @@
-"""Timing in turn."""
+"""Interleaved timing and speed ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_repeat_runs_every_task_once_and_the_order_rotates() -> None:
     assert seconds == {name: [0.5] * 4 for name in "abc"}
 
 
-def test_groups_run_in_their_order_and_rotate_each_for_itself() -> None:
+def test_groups_run_in_order_and_rotate_independently() -> None:
     log: list[str] = []
     interleaved(logged("abcdef", log), repeats=2, warmup=0, group=3)
     assert "".join(log) == "abcefdbcafde"
@@ -48,21 +48,21 @@ def test_rare_tasks_run_in_the_first_repeat_and_every_fifth() -> None:
     assert [len(runs) for runs in seconds.values()] == [7, 2]
 
 
-def test_a_budget_adds_repeats_but_never_more_than_four_times_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_adds_repeats_up_to_four_times_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr("selfspec.utils.statistics.perf_counter", lambda: next(clock))
     reports: list[int] = []
     few = interleaved(logged("a", []), repeats=2, budget=3.0, on_repeat=lambda done, total: reports.append(done))
     many = interleaved(logged("a", []), repeats=2, budget=999.0)
-    assert (len(few["a"]), len(many["a"])) == (4, 8)  # the clock is first read behind the two repeats
+    assert (len(few["a"]), len(many["a"])) == (4, 8)  # the first look at the clock is after two repeats
     assert max(reports) == 2
 
 
-def test_nothing_to_time_takes_no_time() -> None:
+def test_no_tasks_give_no_seconds() -> None:
     assert interleaved({}, repeats=3) == {}
 
 
-def test_seconds_are_those_of_one_call_of_many_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timed_task_returns_the_seconds_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("selfspec.utils.statistics.perf_counter", lambda: now[0])
 
@@ -75,7 +75,7 @@ def test_seconds_are_those_of_one_call_of_many_in_a_row(monkeypatch: pytest.Monk
     assert median_seconds({"call": call}, device, repeats=3, in_a_row=2) == {"call": 3.0}
 
 
-def test_the_median_is_that_of_each_tasks_runs() -> None:
+def test_medians_are_taken_per_task() -> None:
     assert medians({"a": [1.0, 9.0, 2.0], "b": [5.0]}) == {"a": 2.0, "b": 5.0}
 
 

@@ -19,7 +19,8 @@ from selfspec.models.draft_weights import DraftWeights
 from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import DraftSpec, Format
 from selfspec.plan.sublayers import SkipSet
-from selfspec.runtime.runtime import Runtime, device_name
+from selfspec.runtime.runtime import Runtime
+from selfspec.utils.devices import device_name
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Costs, Record, at_another_context, fit_step, variants
 from selfspec_search.profile.draft_costs import copied_variants, draft_weights_that_gain, fit_draft_weights

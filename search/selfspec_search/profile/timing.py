@@ -16,6 +16,7 @@ from selfspec.decoding.stats import Stats
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
 from selfspec.plan import PromptLookup
+from selfspec.runtime.prefill import prefill_prompts
 from selfspec.runtime.runtime import Runtime
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import request_for
@@ -78,7 +79,7 @@ class Bench:
     def prefill(self, runtime: Runtime) -> Call:
         """One prefill."""
         request = self._begin(runtime, NoDrafter())
-        return lambda: runtime.prefill_prompts(request.prompts, request.pads)
+        return lambda: prefill_prompts(runtime, request.prompts, request.pads)
 
     def captures(self, runtime: Runtime) -> bool:
         """Whether rounds of requests like these run as graphs."""

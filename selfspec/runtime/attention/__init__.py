@@ -1,4 +1,4 @@
 """Attention backends: each appends a pass's keys and values to the KV cache and attends to it.
 
-Imported by the runtime alone.
+Only the runtime imports this package.
 """

@@ -1,4 +1,4 @@
-"""FlashAttention: the flash-attn package, and PyTorch's own kernel. The only file that knows either."""
+"""FlashAttention: the flash-attn package, and PyTorch's own kernel. No other file imports or calls either."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from selfspec.models.attention_hook import AttentionArgs, AttentionNeeds
-from selfspec.runtime.forward_pass import Pass
+from selfspec.runtime.forward_pass import Backend, Pass
+from selfspec.utils.devices import dtype_name
 
 
-class FlashAttn:
-    """`flash_attn_with_kvcache` of the flash-attn package: append and attend in one kernel, lengths on the device."""
+class FlashAttn(Backend):
+    """`flash_attn_with_kvcache` of the flash-attn package: one kernel appends and attends, lengths on the device."""
 
     name = "flash-attn"
-    masks = False
 
     @staticmethod
     def unsupported_reason(needs: AttentionNeeds) -> str | None:
@@ -25,22 +25,18 @@ class FlashAttn:
             return "flash-attn is not installed"
         return _flash_unsupported_reason(needs)
 
-    @staticmethod
-    def prepare(step: Pass) -> tuple[Tensor, ...]:
-        return ()
-
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, args: AttentionArgs
     ) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        window = -1 if how.window is None else how.window - 1
+        window = -1 if args.window is None else args.window - 1
         attended: Tensor = _flash_attn(
-            query, key, value, keys, values, step.lengths, how.scale, window, how.softcap or 0.0
+            query, key, value, keys, values, step.lengths, args.scale, window, args.softcap or 0.0
         )
         return attended
 
 
-# An operator of our own, since `torch.compile` cannot look into the package's.
+# A custom operator, because `torch.compile` cannot trace the package's function.
 @torch.library.custom_op("selfspec::flash_attn_with_kvcache", mutates_args=("keys", "values"))
 def _flash_attn(
     query: Tensor,
@@ -75,11 +71,10 @@ def _(query: Tensor, *_: Any) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
-class TorchFlash:
+class TorchFlash(Backend):
     """PyTorch's own FlashAttention-2 with `seqused_k`: no package needed, no soft cap."""
 
     name = "torch-flash"
-    masks = False
 
     @staticmethod
     def unsupported_reason(needs: AttentionNeeds) -> str | None:
@@ -91,11 +86,11 @@ class TorchFlash:
 
     @staticmethod
     def prepare(step: Pass) -> tuple[Tensor, ...]:
-        """Where the rows of queries and of the cache start, and how many of the cache's slots are in use."""
+        """Start offsets of the rows in the queries and in the cache, and the number of used slots in each row."""
         return step.starts(step.t), step.starts(step.s), step.lengths + step.t
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, how: AttentionArgs
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Pass, args: AttentionArgs
     ) -> Tensor:
         step.append(keys, key)
         step.append(values, value)
@@ -112,9 +107,9 @@ class TorchFlash:
             0.0,
             True,
             False,
-            scale=how.scale,
-            window_size_left=None if how.window is None else how.window - 1,
-            window_size_right=None if how.window is None else 0,
+            scale=args.scale,
+            window_size_left=None if args.window is None else args.window - 1,
+            window_size_right=None if args.window is None else 0,
             seqused_k=used,
         )[0]
         result: Tensor = rearrange(attended, "(b t) h d -> b t h d", b=b)
@@ -123,11 +118,11 @@ class TorchFlash:
 
 def _flash_unsupported_reason(needs: AttentionNeeds) -> str | None:
     if needs.device.type != "cuda":
-        return f"flash kernels need CUDA, the model is on {needs.device.type}"
+        return f"flash kernels need CUDA, but the model is on {needs.device.type}"
     if torch.cuda.get_device_capability(needs.device) < (8, 0):
         return "flash kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     if needs.dtype not in (torch.float16, torch.bfloat16):
-        return f"flash kernels need float16 or bfloat16, the model is in {str(needs.dtype).removeprefix('torch.')}"
+        return f"flash kernels need float16 or bfloat16, but the model is in {dtype_name(needs.dtype)}"
     if max(needs.head_dims) > 256 or any(d % 8 for d in needs.head_dims):
         return f"flash kernels need head sizes that are multiples of 8 up to 256, not {sorted(needs.head_dims)}"
     return None

@@ -326,7 +326,7 @@ def test_a_protected_directory_takes_one_line(bench: Bench, tmp_path: Path) -> N
     protected = tmp_path / "protected"
     protected.mkdir(mode=0o555)
     refused = [
-        (bench.search("--out", protected / "plan.json"), "choose a directory that is writable"),
+        (bench.search("--out", protected / "plan.json"), "choose a writable directory"),
         (bench.search("--out", tmp_path / "plan.json", "--storage", protected / "plan.db"), "is protected"),
     ]
     for worker, expected in refused:

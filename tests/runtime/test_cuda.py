@@ -1,7 +1,8 @@
 """The CUDA path on a GPU. Tests with a CPU substitute, such as a tape for graphs, also run on a CPU.
 
 The CUDA-only code that these tests run: `CudaRecorder` with `_recover`, `graphs_for`, pinned reads, events in
-`DeviceTimer`, static passes, packing and kernels of 4-bit weights, layers compiled by Triton, flash kernels, `prefill.chunk_length`,
+`DeviceTimer`, static passes, packing and kernels of 4-bit weights, layers compiled by Triton, flash kernels,
+`prefill.chunk_length`,
 device names, `wait_for`, `Memory.default`, other streams, and other devices than the default.
 """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from selfspec_search import SearchSettings, search
 from selfspec_search.profile.profile import Profile
-from selfspec_search.profile.round_costs import match_shares, seen
+from selfspec_search.profile.round_costs import match_shares, strip_trailing_zeros
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement
 from selfspec_search.replay.table import Table
@@ -75,7 +75,7 @@ def _round_costs(profile: Profile, draft_spec: DraftSpec, table: Table, texts: S
         rows=profile.rows,
         draft_step=prices.costs.draft_step(draft_spec),
         rounds=list(prices.costs.rounds),
-        agreement=seen(agreement(table, Drafting(table.depths))),
+        agreement=strip_trailing_zeros(agreement(table, Drafting(table.depths))),
         lookup=prices.costs.lookup,
         matches=match_shares(texts, prices.lookup, profile.gamma_max),
     )

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from models import ENDS_SKIPPED, VOCABULARY, damped_model
 from selfspec_search.replay.lookup_table import LookupTable
-from selfspec_search.replay.rounds import Drafting, walk
+from selfspec_search.replay.rounds import Drafting, rounds_of
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text, decode_batch, write_texts
@@ -71,7 +71,7 @@ def clear_differences(
     and the best other token is at most twice the largest logit difference, anywhere in the text, between passes of 1
     token and of gamma + 1 tokens. At a single place two passes may agree bit for bit by luck, and a third one still
     differ."""
-    expected = walk(table, [way]).accepted[0]
+    expected = rounds_of(table, [way]).accepted[0]
     for index, counts in enumerate(accepted(rounds)):
         starts = list(accumulate((count + 1 for count in counts[:-1]), initial=0))
         pairs = [(start, count, round(expected[index, start])) for start, count in zip(starts, counts, strict=True)]
@@ -119,9 +119,9 @@ def assert_replay_equals_decoding(
     ways: list[Drafting],
     sampling: Sampling | None = None,
 ) -> None:
-    walked = walk(table, ways, LookupTable.of(texts, DEPTHS))
+    walked = rounds_of(table, ways, LookupTable.of(texts, DEPTHS))
     for index, way in enumerate(ways):
-        decoded, replayed = decoded_rounds(runtime, texts, way, sampling), walked.rounds(index)
+        decoded, replayed = decoded_rounds(runtime, texts, way, sampling), walked.history(index)
         assert replayed == decoded, way
 
 

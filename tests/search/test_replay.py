@@ -19,7 +19,7 @@ from replays import (
     texts_of,
 )
 from selfspec_search.replay.replay import Replay
-from selfspec_search.replay.rounds import Drafting, walk
+from selfspec_search.replay.rounds import Drafting, rounds_of
 
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
@@ -79,8 +79,8 @@ def test_the_empty_skip_set_agrees_everywhere() -> None:
     table = Replay(runtime.model, texts, DEPTHS).run(SkipSet())
     assert table is not None
     assert table.agreement == 1.0
-    walked = walk(table, [Drafting(DEPTHS)])
-    assert walked.visits.sum() == len(texts) * -(-NEW_TOKENS // (DEPTHS + 1))
+    replayed = rounds_of(table, [Drafting(DEPTHS)])
+    assert replayed.visits.sum() == len(texts) * -(-NEW_TOKENS // (DEPTHS + 1))
 
 
 def test_rounds_end_at_a_stop_token_as_in_decoding() -> None:
@@ -128,5 +128,5 @@ def test_the_first_depth_alone_estimates_the_rounds_well() -> None:
     whole, first = replay.run(ENDS_SKIPPED), replay.first_depth(ENDS_SKIPPED)
     assert whole is not None
     assert (whole.weight[..., 0] == first.weight[..., 0]).all()
-    exact, estimate = (walk(table, [Drafting(4)]).visits.sum() for table in (whole, first))
+    exact, estimate = (rounds_of(table, [Drafting(4)]).visits.sum() for table in (whole, first))
     assert estimate == pytest.approx(exact, rel=0.1)

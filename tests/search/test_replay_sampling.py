@@ -24,7 +24,7 @@ from replays import (
 from selfspec_search.replay import replay_pass
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.replay import LEAST_CHANCE, Replay
-from selfspec_search.replay.rounds import Drafting, walk
+from selfspec_search.replay.rounds import Drafting, rounds_of
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import Text, decode_batch
 from transformers import PreTrainedModel
@@ -70,8 +70,8 @@ def test_sampled_decoding_takes_the_rounds_that_replay_expects() -> None:
         for step in stats.history:
             for row, _, _ in step:
                 rounds[first + row] += 1
-    walked = walk(table, [way])
-    expected = torch.from_numpy(walked.visits[0].sum(axis=1)).float()
+    replayed = rounds_of(table, [way])
+    expected = torch.from_numpy(replayed.visits[0].sum(axis=1)).float()
     error = (rounds.var() / len(rounds) + expected.var() / len(expected)).sqrt()
     assert abs(rounds.mean() - expected.mean()) < 4 * error
     assert error < 0.02 * rounds.mean(), "the comparison would not notice much"
@@ -181,5 +181,7 @@ def test_lookup_is_replayed_round_by_round(least: int, gamma: int) -> None:
     lookup = PromptLookup(gamma=4, min_ngram=least, max_ngram=8)
     way = Drafting(gamma, lookup)
     assert_replay_equals_decoding(runtime, table, texts, [way])
-    rounds = [drafted for text in walk(table, [way], LookupTable.of(texts, DEPTHS)).rounds(0) for drafted, _ in text]
+    rounds = [
+        drafted for text in rounds_of(table, [way], LookupTable.of(texts, DEPTHS)).history(0) for drafted, _ in text
+    ]
     assert {0, 4} <= set(rounds) if gamma == 0 else {3, 4} <= set(rounds)

@@ -12,8 +12,9 @@ from models import ENDS_SKIPPED, FIRST_DROPPED, VOCABULARY, damped_model, tiny_m
 from profiles import costs_of, measuring, profile_of
 from replays import texts_of
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
-from selfspec_search.confirm.confirm import _batches, _Contender
-from selfspec_search.confirm.plan_writer import Finish, Phases
+from selfspec_search.confirm.confirm import _batches
+from selfspec_search.confirm.contender import Contender
+from selfspec_search.confirm.plan_writer import Phases, PlanWriter
 from selfspec_search.replay.rounds import Drafting
 from selfspec_search.replay.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
 from selfspec_search.replay.texts import Text
@@ -89,14 +90,14 @@ def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_look
     costs = result.profile.costs[0].model_copy(update={"rounds": (1.0,) * len(result.profile.costs[0].rounds)})
     prediction = result.confirmed[0].prediction
     by_layers = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
-    finish = Finish(
+    writer = PlanWriter(
         model=model,
         settings=settings,
         profile=result.profile.model_copy(update={"costs": (costs,) * len(result.profile.costs)}),
         phases=Phases(on_progress=print),
     )
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    round_costs = finish._round_costs(replace(result.confirmed[0], prediction=by_layers), texts)
+    (round_costs,) = writer._round_costs(replace(result.confirmed[0], prediction=by_layers), texts)
     assert round_costs.rounds == [1.0] * (settings.gamma_max + 1)
     assert round_costs.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
     assert round_costs.agreement == result.confirmed[0].by_layers
@@ -153,7 +154,7 @@ def test_a_row_that_ends_on_an_accepted_stop_token_counts_no_token_behind_it() -
     model.generation_config.eos_token_id = int(free.tokens[free.prompt + 9])
     (text,) = texts_of(runtime, prompts(5), 23)
     settings, plan = SearchSettings(), Plan(skip_set=draft, gamma=5)
-    ours, plain = (_Contender(runtime, one, settings) for one in (drafter_of(plan, runtime), NoDrafter()))
+    ours, plain = (Contender(runtime, one, settings.sampling) for one in (drafter_of(plan, runtime), NoDrafter()))
     ours.decode(0, [text])
     plain.decode(0, [text])
     figures, (rounds,) = ours.figures(plain, 1), ours.rounds()
@@ -179,14 +180,14 @@ def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
 
 def test_gaps_of_either_sign_count(model: PreTrainedModel, tmp_path: Path) -> None:
     storage, gaps = str(tmp_path / "trials.db"), []
-    plain = Findings.note
+    plain = Findings.add
 
     def noted(self: Findings, skip_set: SkipSet, prediction: Prediction | None, estimate: float) -> None:
         plain(self, skip_set, prediction, estimate)
         gaps.append((prediction and abs(prediction.speedup / estimate - 1), self.largest_gap))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Findings, "note", noted)
+        patch.setattr(Findings, "add", noted)
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 20}, storage=storage))
     assert gaps[-1][1] == max(gap for gap, _ in gaps if gap is not None) > 0
     trials = load_study(storage).trials
@@ -240,7 +241,7 @@ def test_a_search_that_tried_nothing_says_so_instead_of_advising_against_specula
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Study, "_try", interrupt)
-    with pytest.raises(InputError, match="ended before it had tried one skip set; give it more time"):
+    with pytest.raises(InputError, match="ended before its first trial; give the search more time"):
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from selfspec_search.profile.costs import Costs
 from selfspec_search.replay.lookup_table import LookupTable
-from selfspec_search.replay.rounds import Drafting, walk
+from selfspec_search.replay.rounds import Drafting, rounds_of
 from selfspec_search.replay.table import Table
 from selfspec_search.study.objective import (
     Prediction,
@@ -109,12 +109,12 @@ def test_rows_wait_for_the_one_that_needs_most_rounds() -> None:
     seen.weight[1] = 0
     two = Prices(costs=costs(), rows=2)
     (prediction,) = predict(seen, two, HALF, [Drafting(4)])
-    walked = walk(seen, [Drafting(4)])
-    shares = walked.visits[0].ravel() / walked.visits[0].sum()
+    replayed = rounds_of(seen, [Drafting(4)])
+    shares = replayed.visits[0].ravel() / replayed.visits[0].sum()
     steps = sum(
         p * q * max(a, b)
-        for p, a in zip(shares, walked.steps[0].ravel(), strict=True)
-        for q, b in zip(shares, walked.steps[0].ravel(), strict=True)
+        for p, a in zip(shares, replayed.steps[0].ravel(), strict=True)
+        for q, b in zip(shares, replayed.steps[0].ravel(), strict=True)
     )
     assert prediction.figures.tokens_per_second == pytest.approx(22 / (11 * (1 + steps * 0.6)))
     assert plain_figures(seen, two).tokens_per_second == pytest.approx(22 / 11)

@@ -10,14 +10,8 @@ import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, tiny_model
 from selfspec_search.profile.costs import Costs, at_another_context, fit_costs, fit_step, variants
-from selfspec_search.profile.profile import (
-    Profile,
-    ProfileSettings,
-    costs_at,
-    default_contexts,
-    measure,
-    round_lengths,
-)
+from selfspec_search.profile.profile import Profile, ProfileSettings, default_contexts, measure
+from selfspec_search.profile.subject import costs_at, round_lengths
 from selfspec_search.profile.timing import STEPS
 from selfspec_search.replay.sampling_settings import Sampling
 from transformers import PreTrainedModel, TopKLogitsWarper
@@ -97,10 +91,10 @@ def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch:
     shapes: set[tuple[int, ...]] = set()
     plain = Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor, depths: torch.Tensor | None = None) -> torch.Tensor:
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
         assert self.cache.lengths.min() >= 11
         shapes.add((view, *tokens.shape))
-        return plain(self, view, tokens, depths)
+        return plain(self, view, tokens)
 
     monkeypatch.setattr(Runtime, "run", recorded)
     measured = measure(model, gamma_max=2, contexts=[11], settings=ProfileSettings(rows=3))
@@ -114,10 +108,10 @@ def test_all_variants_run_on_one_cache_and_leave_the_users_model_as_it_was(
     tokens = torch.arange(1, 24)[None]
     before, caches, runtimes, plain = model(tokens).logits, set(), set(), Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor, depths: torch.Tensor | None = None) -> torch.Tensor:
+    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
         runtimes.add(id(self))
         caches.add(id(self.cache))
-        return plain(self, view, tokens, depths)
+        return plain(self, view, tokens)
 
     monkeypatch.setattr(Runtime, "run", recorded)
     measure(model, gamma_max=1, contexts=[5])
@@ -194,7 +188,7 @@ def test_a_profile_is_read_back_as_it_was() -> None:
     ],
 )
 def test_a_profile_that_does_not_hang_together_is_refused_in_one_line(changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"not a profile of this release: .*; measure it anew"):
+    with pytest.raises(InputError, match=r"not a profile of this release: .*; measure again"):
         Profile.from_dict(profile().to_dict() | changes)
 
 

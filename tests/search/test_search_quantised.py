@@ -12,12 +12,12 @@ from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchSettings, load_study, repick, search
 from selfspec_search.profile.costs import Costs, Savings
-from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, copied_variants, fit_draft_weights
+from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, fit_draft_weights, quantised_variants
 from selfspec_search.profile.pass_lengths import target_lengths
 from selfspec_search.replay.texts import Text
 from selfspec_search.report import make_page, read_source
 from selfspec_search.space import OWN_HEAD
-from selfspec_search.study.build_space import frequent_tokens, most_copied, space_of
+from selfspec_search.study.build_space import build_space, frequent_tokens, most_draft_weight_bytes
 from selfspec_search.study.constraints import Limits
 from selfspec_search.study.objective import Prices
 from torch import Tensor
@@ -100,7 +100,7 @@ def test_savings_beyond_the_step_leave_something_of_it() -> None:
 
 def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
     model = quantisable_model("llama")
-    steps = dict.fromkeys(copied_variants(model, [INT4]), 0.009) | {"nothing": 0.008, UNPADDED: 0.010}
+    steps = dict.fromkeys(quantised_variants(model, [INT4]), 0.009) | {"nothing": 0.008, UNPADDED: 0.010}
     steps |= {"int4/32 attention": 0.0085, "int4/32 MLPs": 0.007, "int4/32 head": 0.0095, "int4/32 everything": 0.004}
     fitted = fit_draft_weights(model, [INT4], steps)
     costs = COSTS.model_copy(update={"fixed": 0.001, "layer": 0.0, "attention": 0.0005, "mlp": 0.0005} | fitted)
@@ -128,26 +128,26 @@ def test_passes_are_padded_where_that_is_faster(rounds: dict[int, float], length
 
 
 def test_only_what_is_faster_is_offered(model: PreTrainedModel) -> None:
-    space = space_of(model, PROFILE, TEXTS, "both")
+    space = build_space(model, PROFILE, TEXTS, "both")
     every = set(range(LAYERS))
     assert space.formats[INT4.code] == QuantisedSet(attn=every, mlp=every)
     assert space.formats[INT8.code] == QuantisedSet(mlp=every), "attention is the slower in int8"
-    assert space_of(model, PROFILE, TEXTS, "skip").choices["attn_0"] == ["keep", "skip"]
-    assert space_of(model, PROFILE, TEXTS, "quantised").choices["attn_0"] == ["keep", "quantise"]
+    assert build_space(model, PROFILE, TEXTS, "skip").choices["attn_0"] == ["keep", "skip"]
+    assert build_space(model, PROFILE, TEXTS, "quantised").choices["attn_0"] == ["keep", "quantise"]
 
 
 def test_a_device_that_gains_nothing_is_offered_skips_alone(model: PreTrainedModel) -> None:
     nothing = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": {}}),)})
-    space = space_of(model, nothing, TEXTS, "both")
+    space = build_space(model, nothing, TEXTS, "both")
     assert all(choices == ["keep", "skip"] for choices in space.choices.values())
     with pytest.raises(InputError, match=r"no quantised draft is faster here \(int4 .* 64: 1.30 of the.*--draft skip"):
-        space_of(model, nothing, TEXTS, "quantised")
+        build_space(model, nothing, TEXTS, "quantised")
 
 
 def test_a_format_that_gains_by_the_head_alone_is_offered_for_it(model: PreTrainedModel) -> None:
     by_head = {INT8.code: SAVINGS.model_copy(update={"attention": -0.001, "mlp": -0.001})}
     profile = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": by_head}),)})
-    space = space_of(model, profile, TEXTS, "both")
+    space = build_space(model, profile, TEXTS, "both")
     assert space.choices["attn_0"] == ["keep", "skip"]
     first = next(space.seeds())
     assert first.quantised == Quantised(format=INT8, head=True)
@@ -157,12 +157,12 @@ def test_a_format_that_gains_by_the_head_alone_is_offered_for_it(model: PreTrain
         update={"costs": (COSTS.model_copy(update={"formats": nothing}),), "slower_formats": {}}
     )
     with pytest.raises(InputError, match="neither a sub-layer nor the head gains"):
-        space_of(model, profile, TEXTS, "quantised")
+        build_space(model, profile, TEXTS, "quantised")
 
 
 def test_trimmed_heads_keep_the_tokens_that_are_frequent_in_the_texts(model: PreTrainedModel) -> None:
     assert frequent_tokens(TEXTS, TOKENS)[:5] == [7, 5, 2, 0, 1]
-    heads = space_of(model, PROFILE, TEXTS, "both").heads
+    heads = build_space(model, PROFILE, TEXTS, "both").heads
     assert list(heads) == [OWN_HEAD, "quantised", "quantised, 128 tokens"]
     kept = heads["quantised, 128 tokens"].vocabulary
     assert kept is not None
@@ -192,7 +192,7 @@ def test_what_a_search_takes_for_copies_is_told_before(model: PreTrainedModel) -
         for format in (INT8, INT4)
         for q in [Quantised.everything(format, LAYERS)]
     )
-    assert most_copied(model, FORMATS) == both
+    assert most_draft_weight_bytes(model, FORMATS) == both
 
 
 # --- Searching ---
@@ -237,11 +237,11 @@ def test_drafts_that_quantise_and_skip_are_tried_and_found_again(model: PreTrain
 
 @pytest.mark.usefixtures("profiled")
 def test_no_draft_is_chosen_that_takes_more_memory_than_allowed(model: PreTrainedModel) -> None:
-    whole = most_copied(model, [INT4])
+    whole = most_draft_weight_bytes(model, [INT4])
     settings = SearchSettings(**SETTINGS | {"lookup": False, "draft_memory": whole // 3})
     result = search(model, CALIBRATION, HELD_OUT, settings)
     assert all(confirmed.draft_bytes <= whole // 3 for confirmed in result.confirmed)
-    with pytest.raises(InputError, match=r"no draft that was tried takes at most 1 B .*; raise draft_memory"):
+    with pytest.raises(InputError, match=r"no draft that was tried takes at most 1 B of memory; raise draft_memory"):
         search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"draft": "quantised", "draft_memory": 1}))
 
 

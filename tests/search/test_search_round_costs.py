@@ -12,9 +12,10 @@ from models import FIRST_DROPPED, damped_model, prompts
 from profiles import costs_of, measuring, profile_of
 from replays import random_prompts
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
-from selfspec_search.confirm.confirm import Confirmed, _Contender
+from selfspec_search.confirm.confirm import Confirmed
+from selfspec_search.confirm.contender import Contender
 from selfspec_search.profile.profile import Profile
-from selfspec_search.profile.round_costs import Scene, match_shares, seen
+from selfspec_search.profile.round_costs import BatchCostProbe, match_shares, strip_trailing_zeros
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.texts import Text
 from transformers import PreTrainedModel
@@ -89,8 +90,8 @@ def test_shares_of_matches_are_those_of_a_naive_count(depths: int, vocabulary: i
 def test_what_no_text_tells_of_is_a_toss_up_and_depths_that_none_reached_are_left_out() -> None:
     text = Text(tokens=torch.arange(19), prompt=7, allowed=12)  # no token comes twice
     assert match_shares([text], LookupTable.of([text], 3), 3) == [[0.5, 0.5]] * 5
-    assert seen([0.5, 0.0, 0.25, 0.0, 0.0]) == [0.5, 0.0, 0.25]
-    assert seen([0.0, 0.0]) == seen([]) == [0.0]
+    assert strip_trailing_zeros([0.5, 0.0, 0.25, 0.0, 0.0]) == [0.5, 0.0, 0.25]
+    assert strip_trailing_zeros([0.0, 0.0]) == strip_trailing_zeros([]) == [0.0]
 
 
 # --- Prices of other rows ---
@@ -101,7 +102,7 @@ def test_an_round_costs_for_other_rows_has_their_prices_and_the_same_expectation
     known: RoundCosts, model: PreTrainedModel
 ) -> None:
     texts = [Text(tokens=prompt, prompt=len(prompt) - 2, allowed=2) for prompt in random_prompts(5, 11, 7)]
-    scene = Scene(
+    probe = BatchCostProbe(
         model=model,
         draft_spec=DraftSpec.of(FIRST_DROPPED),
         texts=texts,
@@ -111,7 +112,7 @@ def test_an_round_costs_for_other_rows_has_their_prices_and_the_same_expectation
         pass_lengths=None,
     )
     for rows in (1, 7):  # 7 rows need more tokens than the texts have
-        found = scene.round_costs(known, rows)
+        found = probe.round_costs(known, rows)
         assert RoundCosts(**found.model_dump()) == found, "what was measured is a valid round costs"
         assert found.rows == rows
         assert len(found.rounds) == len(known.rounds)
@@ -138,7 +139,7 @@ def sure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measuring(PROFILE))
     monkeypatch.setattr("selfspec_search.profile.round_costs.CYCLES", 1)
     monkeypatch.setattr(Confirmed, "rank", property(rank))
-    monkeypatch.setattr(_Contender, "is_faster_than", lambda self, plain: True)
+    monkeypatch.setattr(Contender, "is_faster_than", lambda self, plain: True)
 
 
 @pytest.mark.usefixtures("sure")
@@ -174,14 +175,14 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
 def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    round_costs = Scene.round_costs
+    round_costs = BatchCostProbe.round_costs
 
-    def short_of_memory(scene: Scene, known: RoundCosts, rows: int) -> RoundCosts:
+    def short_of_memory(probe: BatchCostProbe, known: RoundCosts, rows: int) -> RoundCosts:
         if rows == 5:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
-        return round_costs(scene, known, rows)
+        return round_costs(probe, known, rows)
 
-    monkeypatch.setattr(Scene, "round_costs", short_of_memory)
+    monkeypatch.setattr(BatchCostProbe, "round_costs", short_of_memory)
     with pytest.warns(PlanWarning, match="memory does not suffice for 5 rows"):
         result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 3]))
     assert result.plan.rows == [1, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from selfspec_search.replay.rounds import Drafting, agreement, walk
+from selfspec_search.replay.rounds import Drafting, agreement, rounds_of
 from selfspec_search.replay.table import Table
 
 
@@ -17,9 +17,9 @@ def one_text(agreed: list[list[int]], allowed: int | None = None) -> Table:
 def test_a_round_leads_to_the_token_behind_its_recovered_or_bonus_token() -> None:
     table = one_text([[1, 0], [0, 0], [1, 1], [0, 0], [0, 0], [0, 0], [0, 0]])
     # From 0 one is accepted, on to 2; there both, on to 5; there none; the last token is never drafted.
-    assert walk(table, [Drafting(2)]).rounds(0) == [[(2, 1), (2, 2), (1, 0), (0, 0)]]
-    assert walk(table, [Drafting(1)]).rounds(0) == [[(1, 1), (1, 1), (1, 0), (1, 0), (0, 0)]]
-    assert walk(table, [Drafting(0)]).rounds(0) == [[(0, 0)] * 7]
+    assert rounds_of(table, [Drafting(2)]).history(0) == [[(2, 1), (2, 2), (1, 0), (0, 0)]]
+    assert rounds_of(table, [Drafting(1)]).history(0) == [[(1, 1), (1, 1), (1, 0), (1, 0), (0, 0)]]
+    assert rounds_of(table, [Drafting(0)]).history(0) == [[(0, 0)] * 7]
 
 
 def test_ways_of_drafting_do_not_mix() -> None:
@@ -27,9 +27,9 @@ def test_ways_of_drafting_do_not_mix() -> None:
     agreed = np.cumprod(generator.random((3, 11, 4)) < 0.7, axis=2).astype(np.float32)
     table = Table(agreed, np.array([11, 5, 8]), np.array([11, 11, 8]))
     ways = [Drafting(gamma) for gamma in (0, 1, 3, 4)]
-    together = walk(table, ways)
+    together = rounds_of(table, ways)
     for index, way in enumerate(ways):
-        assert together.rounds(index) == walk(table, [way]).rounds(0)
+        assert together.history(index) == rounds_of(table, [way]).history(0)
 
 
 def test_the_first_depth_s_estimate_reads_later_starts_as_depths() -> None:
@@ -43,9 +43,9 @@ def test_expected_rounds_are_those_of_many_simulated_ones() -> None:
     generator = np.random.default_rng(1)
     weight = generator.random((1, 9, 3)).astype(np.float32)
     table = Table(weight, np.array([9]), np.array([9]))
-    walked = walk(table, [Drafting(3)])
+    replayed = rounds_of(table, [Drafting(3)])
     runs = np.array([simulate(weight[0], generator) for _ in range(4000)])
-    expected = np.array([walked.visits[0].sum(), (walked.visits[0] * walked.accepted[0]).sum()])
+    expected = np.array([replayed.visits[0].sum(), (replayed.visits[0] * replayed.accepted[0]).sum()])
     assert np.abs(runs.mean(axis=0) - expected).max() < 5 * (runs.std(axis=0) / np.sqrt(len(runs))).max()
 
 
@@ -82,7 +82,7 @@ def test_what_was_not_replayed_is_estimated_from_the_first_depth() -> None:
 def test_predicted_agreement_is_what_the_rounds_give() -> None:
     # Rounds at 0 (both accepted), 3 (one of two), 5 (none; the last token is never drafted).
     table = one_text([[1, 1], [0, 0], [0, 0], [1, 0], [0, 0], [0, 0], [0, 0]])
-    assert walk(table, [Drafting(2)]).rounds(0) == [[(2, 2), (2, 1), (1, 0), (0, 0)]]
+    assert rounds_of(table, [Drafting(2)]).history(0) == [[(2, 2), (2, 1), (1, 0), (0, 0)]]
     assert agreement(table, Drafting(2)) == pytest.approx([2 / 3, 1 / 2])
 
 

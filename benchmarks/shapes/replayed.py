@@ -56,7 +56,6 @@ def rightness(replay: Replay, draft_spec: DraftSpec, draft_weights: DraftWeights
         replay = copy(replay)
         replay.draft_weights = draft_weights
     table, way = replay.run(draft_spec), Drafting(GAMMA)
-    assert table is not None
     replayed = rounds_of(table, [way])
     rounds, drafted = replayed.visits.sum(), (replayed.visits * replayed.drafted).sum()
     return Rightness(

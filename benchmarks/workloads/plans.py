@@ -40,7 +40,6 @@ def find_plans(
     prices = Prices.of(found.profile, texts).with_lookups(texts)
     drafting = next(one.prediction for one in found.confirmed if one.prediction.drafting.gamma)
     table = Replay(model, texts, settings.gamma_max).run(drafting.draft_spec)
-    assert table is not None
     ways = ways_to_draft(table, prices)
     layers = simplest(predict(table, prices, drafting.draft_spec, ways))
     both = [replace(way, lookup=lookup) for lookup in prices.lookups for way in ways]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -69,30 +69,32 @@ def search(
         InputError: the prompts, the settings or the storage cannot be used.
         UnsupportedModelError: the model is not supported.
     """
-    return _Search(model, calibration, held_out, settings, on_progress, on_notice).run()
+    check_supported(model)
+    check_prompts(model, calibration, "calibration")
+    check_prompts(model, held_out, "held-out")
+    settings = settings or SearchSettings()
+    for draft_spec in settings.start_from:
+        draft_spec.validate(model.config.num_hidden_layers)
+    return _Search(
+        model=model,
+        prompts=[*calibration, *held_out],
+        calibration=len(calibration),
+        settings=settings,
+        phases=Phases(on_progress=on_progress or (lambda progress: None)),
+        on_notice=on_notice or (lambda line: None),
+    ).run()
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Search:
-    """One search, phase by phase."""
+    """One search, phase by phase. The first `calibration` prompts are for calibration, the others are held out."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        calibration: Sequence[Tensor],
-        held_out: Sequence[Tensor],
-        settings: SearchSettings | None,
-        on_progress: OnProgress | None,
-        on_notice: Callable[[str], None] | None,
-    ) -> None:
-        check_supported(model)
-        check_prompts(model, calibration, "calibration")
-        check_prompts(model, held_out, "held-out")
-        self.model, self.settings = model, settings or SearchSettings()
-        for draft_spec in self.settings.start_from:
-            draft_spec.validate(model.config.num_hidden_layers)
-        self.prompts, self.calibration = [*calibration, *held_out], len(calibration)
-        self.phases = Phases(on_progress=on_progress or (lambda progress: None))
-        self.on_notice = on_notice or (lambda line: None)
+    model: PreTrainedModel
+    prompts: Sequence[Tensor]
+    calibration: int
+    settings: SearchSettings
+    phases: Phases
+    on_notice: Callable[[str], None]
 
     def run(self) -> SearchResult:
         identity = self._identity()

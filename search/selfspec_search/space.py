@@ -38,19 +38,12 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All draft specs of a search.
-
-    Args:
-        num_layers: layers of the model.
-        skips: whether sub-layers may be skipped.
-        formats: by code, the sub-layers that are faster in this format; empty if nothing may be quantised.
-        heads: by name, the heads that the draft may have, with the model's own.
-    """
+    """All draft specs of a search."""
 
     num_layers: int
-    skips: bool = True
-    formats: Mapping[str, QuantisedSet] = field(default_factory=dict)
-    heads: Mapping[str, Head] = field(default_factory=lambda: {OWN_HEAD: Head()})
+    skips: bool = True  # whether sub-layers may be skipped
+    formats: Mapping[str, QuantisedSet] = field(default_factory=dict)  # by code, the sub-layers that are faster
+    heads: Mapping[str, Head] = field(default_factory=lambda: {OWN_HEAD: Head()})  # that the draft may have, by name
 
     def sublayers(self) -> list[Sublayer]:
         """All 2L sub-layers in the order of the forward pass."""

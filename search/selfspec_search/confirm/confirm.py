@@ -28,37 +28,21 @@ from selfspec_search.study.objective import Prediction, Prices, predict
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
-    """One plan's predicted and measured figures.
+    """One plan's predicted and measured figures."""
 
-    Attributes:
-        prediction: on the calibration texts.
-        predicted_on_held_out: on all held-out texts.
-        expected_here: predicted on the held-out texts that were decoded.
-        measured: by decoding.
-        drafted_replayed: drafted tokens per round, by replay.
-        drafted_decoded: drafted tokens per round, by decoding.
-        rounds: decoded rounds.
-        rounds_equal: whether replay and greedy decoding draft and accept the same in every round; None when sampling.
-        differing_texts: decoded texts that differ from plain decoding in any token; 0 when sampling.
-        is_faster: whether the plan is faster than plain decoding beyond doubt.
-        draft_bytes: of the draft weights.
-        samples: whether texts were sampled, so that repeats differ.
-        by_layers: agreement by draft position, if layer skipping drafts in every round.
-    """
-
-    prediction: Prediction
-    predicted_on_held_out: Figures
-    expected_here: Figures
+    prediction: Prediction  # on the calibration texts
+    predicted_on_held_out: Figures  # on all held-out texts
+    expected_here: Figures  # predicted on the held-out texts that were decoded
     measured: Figures
-    drafted_replayed: float
-    drafted_decoded: float
-    rounds: int
-    rounds_equal: bool | None
-    differing_texts: int
-    is_faster: bool
-    draft_bytes: int = 0
-    samples: bool = False
-    by_layers: list[float] = field(default_factory=list)
+    drafted_replayed: float  # drafted tokens per round, by replay
+    drafted_decoded: float  # drafted tokens per round, by decoding
+    rounds: int  # by decoding
+    rounds_equal: bool | None  # whether replay and greedy decoding agree in every round; None when sampling
+    differing_texts: int  # decoded texts that differ from plain decoding in any token; 0 when sampling
+    is_faster: bool  # than plain decoding, beyond doubt
+    draft_bytes: int = 0  # of the draft weights
+    samples: bool = False  # whether texts were sampled, so that repeats differ
+    by_layers: list[float] = field(default_factory=list)  # agreement by position, if layer skipping always drafts
 
     @property
     def tokens_per_round_replayed(self) -> float:
@@ -186,7 +170,6 @@ def _compare(
 ) -> Confirmed:
     """Replay a prediction on the held-out texts, and compare the replay with the contender's runs."""
     table = replay.run(prediction.draft_spec) if prediction.drafting.gamma else Table.empty(replay.texts, 1)
-    assert table is not None
     here, texts = prices.only(decoded), len(set(decoded))
     replayed = rounds_of(table.only(decoded), [prediction.drafting], here.lookup)
     rounds, greedy = contender.rounds(), not contender.sampling.do_sample

@@ -47,23 +47,14 @@ class Phases:
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """The outcome of a study's trials.
+    """The outcome of a study's trials."""
 
-    Attributes:
-        study: name of the study.
-        ranking: predictions, the best first.
-        lookup: the prediction of prompt lookup without layer skipping; None without prompt lookup.
-        complete: complete trials of all workers.
-        pruned: pruned trials of all workers.
-        interrupted: whether the user ended the trials.
-    """
-
-    study: str
-    ranking: Sequence[Prediction]
-    lookup: Prediction | None
-    complete: int
+    study: str  # the study's name
+    ranking: Sequence[Prediction]  # the best first
+    lookup: Prediction | None  # of prompt lookup without layer skipping; None without prompt lookup
+    complete: int  # trials of all workers
     pruned: int
-    interrupted: bool = False
+    interrupted: bool = False  # whether the user ended the trials
 
 
 def measure_for(

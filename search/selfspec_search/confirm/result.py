@@ -12,29 +12,17 @@ from selfspec_search.profile.profile import Profile
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        plan: the plan; if plain decoding won, `plan.speculates` is False.
-        plain: measured figures of plain decoding.
-        confirmed: the confirmed plans, the fastest first.
-        winner: the confirmed plan that became `plan`; None if plain decoding won.
-        profile: of this device.
-        trials_complete: complete trials of the study.
-        trials_pruned: pruned trials of the study.
-        interrupted: whether the user ended the trials early.
-        seconds: by phase.
-    """
-
-    plan: Plan
-    plain: Figures
-    confirmed: Sequence[Confirmed]
-    winner: Confirmed | None
-    profile: Profile
-    trials_complete: int
+    plan: Plan  # `plan.speculates` is False if plain decoding won
+    plain: Figures  # measured figures of plain decoding
+    confirmed: Sequence[Confirmed]  # the fastest first
+    winner: Confirmed | None  # the confirmed plan that became `plan`; None if plain decoding won
+    profile: Profile  # of this device
+    trials_complete: int  # of all workers of the study
     trials_pruned: int
-    interrupted: bool
-    seconds: dict[str, float]
+    interrupted: bool  # whether the user ended the trials early
+    seconds: dict[str, float]  # by phase
 
     @property
     def rounds_equal(self) -> bool:

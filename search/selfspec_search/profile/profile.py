@@ -133,34 +133,27 @@ def measure(
         InputError: a context is below 1 or beyond the model's positions, or `rows` is below 1.
     """
     settings = settings or ProfileSettings()
-    contexts = _checked(model, contexts or _default_contexts(model, prompts, gamma_max), settings.rows)
+    if settings.rows < 1:
+        raise InputError(f"rows is {settings.rows}, but it must be at least 1")
+    contexts = _contexts(model, contexts, prompts, gamma_max)
     subject = Subject.of(model, prompts or (), contexts, gamma_max, settings)
     timed = median_seconds(
         subject.calls(), model.device, repeats=CYCLES, rare=lambda name: name[1] == "prefill", on_repeat=on_cycle
     )
-    full, pass_lengths = subject.full, subject.pass_lengths(timed)
-    changes = {
-        "captured": subject.timed_calls[subject.base].captures(full),
-        **fit_draft_weights(model, subject.formats, subject.steps(timed)),
-    }
-    costs = costs_at(
-        contexts,
-        subject.base,
-        timed,
-        model.config.num_hidden_layers,
-        compiled=full.passes.compile,
-        pass_lengths=pass_lengths,
-    )
+    full, num_layers, pass_lengths = subject.full, model.config.num_hidden_layers, subject.pass_lengths(timed)
+    compiled, captured = full.passes.compile, subject.timed_calls[subject.base].captures(full)
+    costs = costs_at(contexts, subject.base, timed, num_layers, compiled=compiled, pass_lengths=pass_lengths)
+    changes = {"captured": captured, **fit_draft_weights(model, subject.formats, subject.steps(timed))}
     return Profile(
         device=device_name(model.device),
         processor=processor_name(),
         threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
         rows=settings.rows,
-        compiled=full.passes.compile,
+        compiled=compiled,
         backend=full.backend.backend.name,
         sampling=settings.sampling.to_dict() if settings.sampling else {},
-        num_layers=model.config.num_hidden_layers,
+        num_layers=num_layers,
         gamma_max=gamma_max,
         versions=versions(),
         contexts=tuple(contexts),
@@ -170,22 +163,19 @@ def measure(
     )
 
 
-def _checked(model: PreTrainedModel, contexts: Sequence[int], rows: int) -> list[int]:
-    """The contexts in rising order."""
-    if rows < 1:
-        raise InputError(f"rows is {rows}, but it must be at least 1")
-    if (least := min(contexts)) < 1:
-        raise InputError(f"a context of {least} tokens was given, but it must be at least 1")
+def _contexts(
+    model: PreTrainedModel, given: Sequence[int] | None, prompts: Sequence[Tensor] | None, gamma_max: int
+) -> list[int]:
+    """The contexts to measure, in rising order."""
     limit = position_limit(model)
-    if limit is not None and (most := max(contexts)) >= limit:
+    if not given and prompts:
+        given = [max(1, sorted(map(len, prompts))[len(prompts) // 2] - 1)]
+    contexts = sorted(set(given or default_contexts(limit, gamma_max)))
+    if contexts[0] < 1:
+        raise InputError(f"a context of {contexts[0]} tokens was given, but it must be at least 1")
+    if limit is not None and contexts[-1] >= limit:
         raise InputError(
-            f"a context of {most} tokens was given, but this model's positions end at {limit}; "
+            f"a context of {contexts[-1]} tokens was given, but this model's positions end at {limit}; "
             f"give at most {limit - 1}, since a pass adds a token"
         )
-    return sorted(set(contexts))
-
-
-def _default_contexts(model: PreTrainedModel, prompts: Sequence[Tensor] | None, gamma_max: int) -> list[int]:
-    if prompts:
-        return [max(1, sorted(map(len, prompts))[len(prompts) // 2] - 1)]
-    return default_contexts(position_limit(model), gamma_max)
+    return contexts

@@ -30,45 +30,27 @@ Name = tuple[int, str | int]
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSettings:
-    """How passes are measured.
+    """How passes are measured."""
 
-    Args:
-        rows: rows that decode together; each row has the whole context.
-        slots: the least capacity of the cache. With static shapes, the cost of attention depends on the capacity.
-        sampling: how tokens are chosen, greedily by default. Sampling is costly with a large vocabulary.
-        backend: name of an attention backend; None for the first available.
-        compile: whether passes are compiled; None for the runtime's default.
-        formats: quantised formats to measure; formats that are not faster here are only named.
-    """
-
-    rows: int = 1
-    slots: int = 0
-    sampling: Sampling | None = None
-    backend: str | None = None
-    compile: bool | None = None
-    formats: Sequence[Format] = ()
+    rows: int = 1  # rows that decode together; each row has the whole context
+    slots: int = 0  # least capacity of the cache; with static shapes, the capacity decides the cost of attention
+    sampling: Sampling | None = None  # greedy by default; sampling is costly with a large vocabulary
+    backend: str | None = None  # name of an attention backend; None for the first available
+    compile: bool | None = None  # whether passes are compiled; None for the runtime's default
+    formats: Sequence[Format] = ()  # quantised formats to measure; formats that are not faster here are only named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a profile measures: drafts by name, whose runtimes share one cache, at every context.
-
-    Attributes:
-        runtimes: by variant name.
-        timed_calls: by context.
-        base: the context at which all variants are measured.
-        draft_length: tokens to which passes of a full-precision draft are padded.
-        formats: the formats that are faster here.
-        slower_formats: by code, the reason why other formats are not measured.
-    """
+    """What a profile measures: drafts by name, whose runtimes share one cache, at every context."""
 
     gamma_max: int
-    runtimes: dict[str, Runtime]
-    timed_calls: dict[int, TimedCalls]
-    base: int
-    draft_length: int
-    formats: list[Format]
-    slower_formats: dict[str, str]
+    runtimes: dict[str, Runtime]  # by variant name
+    timed_calls: dict[int, TimedCalls]  # by context
+    base: int  # the context at which all variants are measured
+    draft_length: int  # tokens to which passes of a full-precision draft are padded
+    formats: list[Format]  # that are faster here
+    slower_formats: dict[str, str]  # by code, the reason why other formats are not measured
 
     @classmethod
     def of(

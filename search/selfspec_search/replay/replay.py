@@ -92,11 +92,11 @@ class Replay:
         kept = len(self.chunks) <= self._threads
         self._first_steps = [Step.of(self.recordings, chunk, 0) if kept else None for chunk in self.chunks]
 
-    def run(self, draft_spec: DraftSpec | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
+    def run(self, draft_spec: DraftSpec | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table:
         """The acceptance table of a draft spec.
 
         `how_deep` receives the estimate from depth 0 (`Table.from_first_depth`) and returns the number of depths to
-        replay. If `how_deep` returns 0, the replay ends and returns None.
+        replay. If `how_deep` returns 0, the table has no depths.
         """
         change_draft(self.view, draft_spec, self.draft_weights)
         table, depths = Table.empty(self.texts, self.depths), self.depths
@@ -104,9 +104,8 @@ class Replay:
         if how_deep is not None:
             begun = self._each(lambda chunk: self._replay_first_depth(chunk, table))
             depths = min(depths, how_deep(self._wanted(table).from_first_depth()))
-        if depths == 0:
-            return None
-        self._each(lambda chunk: self._replay_other_depths(chunk, begun[chunk], depths, table))
+        if depths:
+            self._each(lambda chunk: self._replay_other_depths(chunk, begun[chunk], depths, table))
         return self._wanted(table).shallow(depths)
 
     def _wanted(self, table: Table) -> Table:

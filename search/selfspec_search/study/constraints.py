@@ -16,17 +16,11 @@ from selfspec_search.study.objective import Prices
 
 @dataclass(frozen=True, kw_only=True)
 class LimitCheck:
-    """The cost and memory of a draft, compared with the limits.
+    """The cost and memory of a draft, compared with the limits."""
 
-    Attributes:
-        draft_cost: of a draft step, as a share of the whole model's step; infinite if the draft has no cost here.
-        draft_bytes: of the draft weights.
-        excess: by limit, the relative excess; at most 0 if feasible, as in Optuna's constraints.
-    """
-
-    draft_cost: float
-    draft_bytes: int
-    excess: dict[str, float]
+    draft_cost: float  # of a draft step, as a share of the whole model's step; infinite if the draft has no cost here
+    draft_bytes: int  # of the draft weights
+    excess: dict[str, float]  # by limit, the relative excess; at most 0 if feasible, as in Optuna's constraints
 
     @property
     def is_feasible(self) -> bool:
@@ -36,17 +30,11 @@ class LimitCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of a search.
+    """The limits of a search."""
 
-    Args:
-        cost: the most that a draft step may cost, as a share of the whole model's step; None for no limit.
-        memory: the most bytes of draft weights; None for no limit.
-        bytes_of: returns the bytes of a draft spec's draft weights.
-    """
-
-    cost: float | None = None
-    memory: int | None = None
-    bytes_of: Callable[[DraftSpec], int] = lambda draft_spec: 0
+    cost: float | None = None  # the most that a draft step may cost, as a share of the whole model's step
+    memory: int | None = None  # the most bytes of draft weights
+    bytes_of: Callable[[DraftSpec], int] = lambda draft_spec: 0  # the bytes of a draft spec's draft weights
 
     @classmethod
     def of(cls, model: PreTrainedModel, settings: SearchSettings) -> Limits:

@@ -71,18 +71,12 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """What turns a table into seconds.
+    """What turns a table into seconds."""
 
-    Args:
-        costs: of draft steps and rounds of `rows` rows together, at the texts' average context.
-        lookup: what prompt lookup would have drafted on the same texts; None without prompt lookup.
-        lookups: settings of prompt lookup to combine with layer skipping.
-    """
-
-    costs: Costs
+    costs: Costs  # of `rows` rows together, at the texts' average context
     rows: int = 1
-    lookup: LookupTable | None = None
-    lookups: Sequence[PromptLookup] = ()
+    lookup: LookupTable | None = None  # of the same texts; None without prompt lookup
+    lookups: Sequence[PromptLookup] = ()  # settings of prompt lookup to combine with layer skipping
 
     @classmethod
     def of(cls, profile: Profile, texts: Sequence[Text], *, lookup: bool = True) -> Prices:

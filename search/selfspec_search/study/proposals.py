@@ -36,21 +36,15 @@ SKIPPED_EIGHTHS_IF_QUANTISED = (1, 2, 3, 4)
 
 @dataclass(kw_only=True)
 class Findings:
-    """The findings of all workers of a study.
-
-    Attributes:
-        found: predictions of complete trials.
-        estimated: speedups estimated from the first depth, of complete and of pruned trials.
-        largest_gap: the largest relative difference between estimate and prediction in a complete trial.
-    """
+    """The findings of all workers of a study."""
 
     prices: Prices
     limits: Limits = field(default_factory=Limits)
-    found: dict[DraftSpec, Prediction] = field(default_factory=dict)
-    estimated: dict[DraftSpec, float] = field(default_factory=dict)
+    found: dict[DraftSpec, Prediction] = field(default_factory=dict)  # of complete trials
+    estimated: dict[DraftSpec, float] = field(default_factory=dict)  # speedups by the first depth, of all trials
     complete: int = 0
     pruned: int = 0
-    largest_gap: float = 0.0
+    largest_gap: float = 0.0  # the largest relative difference between estimate and prediction
     _checks: dict[DraftSpec, LimitCheck] = field(default_factory=dict, init=False)
 
     @property
@@ -71,7 +65,7 @@ class Findings:
     @property
     def best(self) -> float | None:
         """The highest predicted speedup within the limits."""
-        return max((p.speedup for p in self.found.values() if self.check(p.draft_spec).is_feasible), default=None)
+        return max((prediction.speedup for prediction in self.ranking()), default=None)
 
     def is_hopeless(self, estimate: float) -> bool:
         """Whether a trial with this estimate stays below the best even after the largest gap so far.

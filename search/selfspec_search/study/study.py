@@ -84,14 +84,14 @@ class Study:
 
         table = self.replay.run(draft_spec, how_deep)
         assert first_depth is not None
-        kept = table or first_depth.shallow(1)
+        kept = table if table.depths else first_depth.shallow(1)
         record |= {
             "estimate": estimate,
             "agreement": first_depth.agreement,
             "seconds": time.monotonic() - start,
             "table": b64encode(kept.to_bytes()).decode(),
         }
-        if table is None:
+        if not table.depths:
             running.prune(estimate, record, excess)
             return
         prediction = best(table, self.prices, draft_spec)

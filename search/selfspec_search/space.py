@@ -45,15 +45,11 @@ class Space:
     formats: Mapping[str, QuantisedSet] = field(default_factory=dict)  # by code, the sub-layers that are faster
     heads: Mapping[str, Head] = field(default_factory=lambda: {OWN_HEAD: Head()})  # that the draft may have, by name
 
-    def sublayers(self) -> list[Sublayer]:
-        """All 2L sub-layers in the order of the forward pass."""
-        return sublayers(self.num_layers)
-
     @property
     def choices(self) -> dict[str, list[str]]:
         """The choices by parameter. Format and head are parameters only if there is more than one choice."""
         chosen = [KEEP, *([QUANTISE] if any(self.formats.values()) else []), *([SKIP] if self.skips else [])]
-        every = {sublayer_name(sublayer): chosen for sublayer in self.sublayers()}
+        every = {sublayer_name(sublayer): chosen for sublayer in sublayers(self.num_layers)}
         every |= {FORMAT: list(self.formats)} if len(self.formats) > 1 else {}
         return every | ({HEAD: list(self.heads)} if len(self.heads) > 1 else {})
 
@@ -72,8 +68,8 @@ class Space:
         draft_spec = DraftSpec.of(draft_spec)
         code = draft_spec.format.code if draft_spec.format is not None else None
         code = code if code in self.formats else next(iter(self.formats), None)
-        params = {sublayer_name((kind, layer)): draft_spec.choice(kind, layer) for kind, layer in self.sublayers()}
         offered = self.choices
+        params = {sublayer_name(sublayer): draft_spec.choice(*sublayer) for sublayer in sublayers(self.num_layers)}
         found = {name: choice if choice in offered[name] else KEEP for name, choice in params.items()}
         if FORMAT in offered:
             found[FORMAT] = str(code)
@@ -87,20 +83,18 @@ class Space:
         code = params.get(FORMAT, next(iter(self.formats), None))
         head = self.heads[params.get(HEAD, OWN_HEAD)]
         by_choice: dict[str, dict[str, list[int]]] = {c: {"attn": [], "mlp": []} for c in (KEEP, QUANTISE, SKIP)}
-        for kind, layer in self.sublayers():
+        for kind, layer in sublayers(self.num_layers):
             choice = params[sublayer_name((kind, layer))]
             by_choice[_OLD_CHOICES.get(choice, choice)][kind].append(layer)
         skip_set = SkipSet(**by_choice[SKIP])
         if code is None:
             return DraftSpec(skip_set=skip_set, vocabulary=head.vocabulary)
         gain, asked = self.formats[code], by_choice[QUANTISE]
-        sublayers = QuantisedSet(attn=gain.attn & {*asked["attn"]}, mlp=gain.mlp & {*asked["mlp"]})
-        quantised = Quantised(format=Format.parse(code), sublayers=sublayers, head=head.quantised)
-        return DraftSpec(
-            skip_set=skip_set,
-            quantised=quantised if sublayers or head.quantised else None,
-            vocabulary=head.vocabulary,
-        )
+        faster = QuantisedSet(attn=gain.attn & {*asked["attn"]}, mlp=gain.mlp & {*asked["mlp"]})
+        quantised = None
+        if faster or head.quantised:
+            quantised = Quantised(format=Format.parse(code), sublayers=faster, head=head.quantised)
+        return DraftSpec(skip_set=skip_set, quantised=quantised, vocabulary=head.vocabulary)
 
     def nearest(self, draft_spec: DraftSpec | SkipSet) -> DraftSpec:
         """The draft spec with choices that the space does not offer replaced by `keep`."""

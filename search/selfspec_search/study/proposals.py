@@ -12,7 +12,7 @@ from statistics import mean
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.replay.replay import Replay
 from selfspec_search.settings import SearchSettings
-from selfspec_search.space import Change, Sublayer, nested, skip_set_of, sublayer_name
+from selfspec_search.space import Change, Sublayer, nested, skip_set_of, sublayer_name, sublayers
 from selfspec_search.storage.study_store import Store
 from selfspec_search.study.constraints import LimitCheck, Limits
 from selfspec_search.study.objective import Prediction, Prices, ranked
@@ -144,7 +144,8 @@ class Proposals:
         """All sub-layers, sorted by the agreement that skipping costs for the time that skipping saves."""
         agreement, costs = self.sensitivity(), self.findings.prices.costs
         return sorted(
-            self.space.sublayers(), key=lambda s: (1 - agreement[sublayer_name(s)]) / max(costs.saved(s[0]), 1e-12)
+            sublayers(self.space.num_layers),
+            key=lambda s: (1 - agreement[sublayer_name(s)]) / max(costs.saved(s[0]), 1e-12),
         )
 
     def sensitivity(self) -> dict[str, float]:
@@ -158,7 +159,7 @@ class Proposals:
         few = self.replay.only(texts[:: -(-len(texts) // SENSITIVITY_TEXTS)])
         agreement = {
             sublayer_name(sublayer): few.first_depth(skip_set_of([sublayer])).agreement
-            for sublayer in self.space.sublayers()
+            for sublayer in sublayers(self.space.num_layers)
         }
         self.store.publish("sensitivity", json.dumps(agreement).encode())
         return agreement

@@ -201,9 +201,8 @@ def test_costs_are_linear_between_contexts_and_constant_beyond_them() -> None:
     between = profile().at(37)  # a quarter of the way
     expected = 0.75 * np.array(numbers(middle)) + 0.25 * np.array(numbers(high))
     assert numbers(between) == pytest.approx(expected)
-    assert between.draft_step(ENDS_SKIPPED) == pytest.approx(
-        0.75 * middle.draft_step(ENDS_SKIPPED) + 0.25 * high.draft_step(ENDS_SKIPPED)
-    )
+    low_step, high_step = middle.draft_step(ENDS_SKIPPED), high.draft_step(ENDS_SKIPPED)
+    assert between.draft_step(ENDS_SKIPPED) == pytest.approx(0.75 * low_step + 0.25 * high_step)
     assert between.measured == {}
 
 
@@ -218,20 +217,16 @@ def test_a_profile_of_one_context_holds_everywhere() -> None:
 def timed(context: int, seconds: Costs, lengths: list[int], *, whole: bool) -> dict[tuple[int, Any], float]:
     """The timings that would give these costs."""
     skip_sets = variants(LAYERS) if whole else {"nothing": SkipSet()}
-    drafts = {(context, name): STEPS * seconds.draft_step(skip_set) for name, skip_set in skip_sets.items()}
-    return {
-        **drafts,
-        **{(context, n): STEPS * seconds.rounds[n] for n in lengths},
-        (context, "prefill"): seconds.prefill,
-        (context, "lookup"): STEPS * seconds.lookup,
-    }
+    calls: dict[Any, float] = {name: STEPS * seconds.draft_step(skip_set) for name, skip_set in skip_sets.items()}
+    calls |= {n: STEPS * seconds.rounds[n] for n in lengths}
+    calls |= {"prefill": seconds.prefill, "lookup": STEPS * seconds.lookup}
+    return {(context, name): value for name, value in calls.items()}
 
 
 def test_attention_and_rounds_at_other_contexts_follow_from_the_few_timings_there() -> None:
     here = costs().model_copy(update={"rounds": (1.0, 2.0, 5.0, 6.0, 7.0)})
-    there = here.model_copy(
-        update={"attention": 0.4, "rounds": (2.0, 4.0, 10.0, 15.0, 21.0), "prefill": 23.0, "lookup": 0.05}
-    )
+    changes = {"attention": 0.4, "rounds": (2.0, 4.0, 10.0, 15.0, 21.0), "prefill": 23.0, "lookup": 0.05}
+    there = here.model_copy(update=changes)
     seen = timed(13, here, [0, 1, 2, 3, 4], whole=True) | timed(29, there, [0, 1, 2, 4], whole=False)
     first, second = costs_at([13, 29], 13, seen, LAYERS, compiled=False)
     assert numbers(first) == pytest.approx(numbers(here))

@@ -28,15 +28,8 @@ from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Quantised
 
 LAYERS = 7
-SETTINGS = {
-    "trials": 12,
-    "gamma_max": 3,
-    "new_tokens": 19,
-    "confirm": 2,
-    "repeats": 1,
-    "confirm_texts": 2,
-    "lookup": False,
-}
+SETTINGS = {"trials": 12, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}
+WITHOUT_LOOKUP = SETTINGS | {"lookup": False}
 SAVINGS = Savings(attention=0.002, mlp=0.0015, head=0.003, vocabulary=0.001)
 COSTS = Costs(
     num_layers=LAYERS,
@@ -80,7 +73,7 @@ CALIBRATION, HELD_OUT = prompts(5, 11, 3, 7), prompts(3, 13, 6, seed=1)
 
 def find(model: PreTrainedModel, **changes: Any) -> SearchResult:
     """A short search without prompt lookup; `changes` are settings."""
-    return search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | changes))
+    return search(model, CALIBRATION, HELD_OUT, SearchSettings(**WITHOUT_LOOKUP | changes))
 
 
 TEXTS = [Text(tokens=torch.tensor([7, 7, 7, 5, 5, 2]), prompt=2, allowed=4)]
@@ -240,7 +233,7 @@ def test_drafts_that_quantise_and_skip_are_stored_and_repicked(model: PreTrained
     draft_specs = [trial.draft_spec for trial in load_study(storage).trials]
     assert len(draft_specs) == len(set(draft_specs)) == 19
     assert again.trials_complete + again.trials_pruned == 19
-    picked = repick(model, load_study(storage), SearchSettings(**SETTINGS))
+    picked = repick(model, load_study(storage), SearchSettings(**WITHOUT_LOOKUP))
     assert {c.prediction.draft_spec for c in picked.confirmed} == {c.prediction.draft_spec for c in again.confirmed}
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from selfspec_search.profile.draft_costs import vocabulary_of
 from selfspec_search.replay.replay import Replay
 from selfspec_search.space import Sublayer
-from selfspec_search.study.build_space import SHARES as TRIMMED
+from selfspec_search.study.build_space import TRIMMED_HEAD_DIVISORS as TRIMMED
 from selfspec_search.study.build_space import frequent_tokens
 
 from selfspec import DraftSpec, Quantised, SkipSet, SubVocabulary

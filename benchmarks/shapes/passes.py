@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from common.timing import Call, Times, take_turns
-from selfspec_search.profile.pass_lengths import DRAFT_LENGTHS, LEAST_GAIN, target_lengths
+from selfspec_search.profile.pass_lengths import DRAFT_LENGTHS, LEAST_PADDING_GAIN, target_lengths
 from torch import Tensor
 
 from selfspec import DraftSpec
@@ -190,4 +190,4 @@ def lengths_of(runtime: Runtime) -> tuple[int, ...]:
 def best_length(timed: Mapping[int, Times]) -> int:
     """The fastest, where it is faster than one token by more than noise."""
     best = min(timed, key=lambda t: timed[t].median)
-    return best if timed[best].median < timed[1].median * (1 - LEAST_GAIN) else 1
+    return best if timed[best].median < timed[1].median * (1 - LEAST_PADDING_GAIN) else 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfspec_search.replay.replay import Replay
-from selfspec_search.replay.rounds import Drafting, agreement, walk
+from selfspec_search.replay.rounds import Drafting, agreement, rounds_of
 from selfspec_search.replay.texts import Text, write_texts
 from selfspec_search.space import Sublayer, skip_set_of, sublayers
 from torch import Tensor
@@ -56,13 +56,12 @@ def rightness(replay: Replay, draft_spec: DraftSpec, draft_weights: DraftWeights
         replay = copy(replay)
         replay.draft_weights = draft_weights
     table, way = replay.run(draft_spec), Drafting(GAMMA)
-    assert table is not None
-    walked = walk(table, [way])
-    rounds, drafted = walked.visits.sum(), (walked.visits * walked.drafted).sum()
+    replayed = rounds_of(table, [way])
+    rounds, drafted = replayed.visits.sum(), (replayed.visits * replayed.drafted).sum()
     return Rightness(
         first=table.agreement,
         by_depth=agreement(table, way),
-        acceptance=float((walked.visits * walked.accepted).sum() / drafted) if drafted else 0.0,
+        acceptance=float((replayed.visits * replayed.accepted).sum() / drafted) if drafted else 0.0,
         tokens_per_round=float(table.written.sum() / rounds),
     )
 

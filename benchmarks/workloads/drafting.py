@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from selfspec_search.profile.round_costs import Scene
+from selfspec_search.profile.round_costs import BatchCostProbe
 from selfspec_search.replay.sampling_settings import Sampling
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class Entrants:
 def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
     """Make the speculators, and measure what rounds cost at each number of rows, once for all speculators."""
     adaptive = plans.adaptive
-    scene = Scene(
+    probe = BatchCostProbe(
         model=loaded.model,
         draft_spec=adaptive.draft_spec,
         texts=plans.texts,
@@ -67,7 +67,7 @@ def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
         pass_lengths=adaptive.pass_lengths,
     )
     assert adaptive.round_costs, "the search's plan speculates"
-    round_costs = {count: scene.round_costs(adaptive.round_costs[0], count) for count in rows}
+    round_costs = {count: probe.round_costs(adaptive.round_costs[0], count) for count in rows}
     priced = adaptive.model_copy(update={"round_costs": list(round_costs.values())})
     specs = {name: wrap(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
     return Entrants(specs=specs | {ADAPTIVE: wrap(loaded.model, priced)}, round_costs=round_costs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from selfspec_search import SearchSettings, search
 from selfspec_search.profile.profile import Profile
-from selfspec_search.profile.round_costs import match_shares, seen
+from selfspec_search.profile.round_costs import match_shares, strip_trailing_zeros
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement
 from selfspec_search.replay.table import Table
@@ -40,7 +40,6 @@ def find_plans(
     prices = Prices.of(found.profile, texts).with_lookups(texts)
     drafting = next(one.prediction for one in found.confirmed if one.prediction.drafting.gamma)
     table = Replay(model, texts, settings.gamma_max).run(drafting.draft_spec)
-    assert table is not None
     ways = ways_to_draft(table, prices)
     layers = simplest(predict(table, prices, drafting.draft_spec, ways))
     both = [replace(way, lookup=lookup) for lookup in prices.lookups for way in ways]
@@ -75,7 +74,7 @@ def _round_costs(profile: Profile, draft_spec: DraftSpec, table: Table, texts: S
         rows=profile.rows,
         draft_step=prices.costs.draft_step(draft_spec),
         rounds=list(prices.costs.rounds),
-        agreement=seen(agreement(table, Drafting(table.depths))),
+        agreement=strip_trailing_zeros(agreement(table, Drafting(table.depths))),
         lookup=prices.costs.lookup,
         matches=match_shares(texts, prices.lookup, profile.gamma_max),
     )

@@ -1,13 +1,13 @@
 """selfspec_search: find the plan that decodes fastest, without decoding.
 
-The target writes text once; replay computes what any draft would have got accepted on it; a profile measured on this
-device turns that into tokens per second; a study looks for the best skip set; decoding confirms it.
+The target writes text once. Replay computes what any draft would have got accepted on this text. A profile measured on
+this device turns acceptance into tokens per second, a study looks for the best draft, and decoding confirms the plan.
 """
 
 from importlib import import_module
 from typing import Any
 
-# No module may have the name of something public: once imported, it would stand in its place.
+# A module must not have the name of a public object: importing the module would replace the object.
 _MODULES = {
     "Confirmed": "confirm.confirm",
     "OnProgress": "settings",
@@ -25,7 +25,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the command line need not wait seconds for torch and Optuna."""
+    """Import a public name on first use, so that the command line starts without loading torch and Optuna."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

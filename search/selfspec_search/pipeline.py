@@ -1,10 +1,10 @@
-"""search: texts, profile, trials, confirmation."""
+"""The pipeline of a search: texts, profile, trials, confirmation."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -19,9 +19,10 @@ from selfspec.plan.draft_spec import Format
 from selfspec.runtime.compiling import will_compile
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.sizes import in_words
-from selfspec_search.confirm.plan_writer import Finish, Phases, Trials, check_memory, measure_for
+from selfspec_search.confirm.plan_writer import Phases, PlanWriter, Trials, check_memory, measure_for
 from selfspec_search.confirm.repick import repick
 from selfspec_search.confirm.result import SearchResult
+from selfspec_search.profile.draft_costs import FORMATS
 from selfspec_search.profile.profile import Profile
 from selfspec_search.replay import text_cache
 from selfspec_search.replay.replay import Replay
@@ -30,17 +31,17 @@ from selfspec_search.replay.texts import Text, check_prompts, write_texts
 from selfspec_search.settings import OnProgress, SearchSettings
 from selfspec_search.space import Space
 from selfspec_search.storage.study_store import SPACE, Store, load_study
-from selfspec_search.study.build_space import formats_for, most_copied, space_of
-from selfspec_search.study.constraints import limits_of
+from selfspec_search.study.build_space import build_space, most_draft_weight_bytes
+from selfspec_search.study.constraints import Limits
 from selfspec_search.study.objective import Prices
 from selfspec_search.study.study import Study
 
-TOLD_FROM = 2**26
-"""Less memory for copies goes without saying."""
-FORMAT = 2
-"""Of what a study's trials record. Studies of format 1 also tried exit thresholds; they can still be repicked."""
+NOTICE_BYTES = 2**26
+"""Bytes: a notice names the memory of draft weights above this."""
+STUDY_FORMAT = 2
+"""Version of the trials' records. Studies of format 1 also tried exit thresholds; repick still reads them."""
 PROFILE = "profile"
-"""What the workers of a study share besides the texts, by key."""
+"""Key of the profile in the shared data of a study."""
 
 
 def search(
@@ -51,58 +52,55 @@ def search(
     on_progress: OnProgress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> SearchResult:
-    """Find the plan that decodes fastest on this device, and confirm it by decoding.
+    """Find the plan that decodes fastest on this device, and confirm the plan by decoding.
 
-    Ctrl-C ends the trials; the best plans found until then are still confirmed. A second one, or one in another phase,
-    ends the search.
+    During the trials, Ctrl-C ends the trials, and the best plans so far are confirmed. In other phases, Ctrl-C ends the
+    search.
 
     Args:
-        model: a supported causal language model, in the dtype and on the device that it will serve from.
-        calibration: token ids of prompts, 1-D each, on which plans are compared; 32 or more, or the best one overfits.
-        held_out: other such prompts, on which the best few plans are confirmed.
+        model: a supported causal language model, in the dtype and on the device of its later use.
+        calibration: token ids of prompts, 1-D each, to compare plans. With fewer than 32 prompts, plans overfit.
+        held_out: token ids of other prompts, 1-D each, to confirm the best few plans.
         settings: see `SearchSettings`.
-        on_progress: called as the search goes on, with what a progress bar needs.
-        on_notice: told in one line of what the user should know, such as a lost connection.
+        on_progress: called with the progress of each phase.
+        on_notice: called with one line for the user, for example about a lost connection.
 
     Raises:
-        InputError: prompts, settings or a storage that cannot be used.
-        UnsupportedModelError: the model's family is not supported.
+        InputError: the prompts, the settings or the storage cannot be used.
+        UnsupportedModelError: the model is not supported.
     """
-    return _Search(model, calibration, held_out, settings, on_progress, on_notice).run()
+    check_supported(model)
+    check_prompts(model, calibration, "calibration")
+    check_prompts(model, held_out, "held-out")
+    settings = settings or SearchSettings()
+    for draft_spec in settings.start_from:
+        draft_spec.validate(model.config.num_hidden_layers)
+    return _Search(
+        model=model,
+        prompts=[*calibration, *held_out],
+        calibration=len(calibration),
+        settings=settings,
+        phases=Phases(on_progress=on_progress or (lambda progress: None)),
+        on_notice=on_notice or (lambda line: None),
+    ).run()
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Search:
-    """One search, phase by phase."""
+    """One search, phase by phase. The first `calibration` prompts are for calibration, the others are held out."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        calibration: Sequence[Tensor],
-        held_out: Sequence[Tensor],
-        settings: SearchSettings | None,
-        on_progress: OnProgress | None,
-        on_notice: Callable[[str], None] | None,
-    ) -> None:
-        check_supported(model)
-        check_prompts(model, calibration, "calibration")
-        check_prompts(model, held_out, "held-out")
-        self.model, self.settings = model, settings or SearchSettings()
-        for draft_spec in self.settings.start_from:
-            draft_spec.validate(model.config.num_hidden_layers)
-        self.prompts, self.calibration = [*calibration, *held_out], len(calibration)
-        self.phases = Phases(on_progress=on_progress or (lambda progress: None))
-        self.on_notice = on_notice or (lambda line: None)
+    model: PreTrainedModel
+    prompts: Sequence[Tensor]
+    calibration: int
+    settings: SearchSettings
+    phases: Phases
+    on_notice: Callable[[str], None]
 
     def run(self) -> SearchResult:
         identity = self._identity()
         num_layers = self.model.config.num_hidden_layers
-        with Store.open(
-            self.settings.storage,
-            self.settings.study_name,
-            identity,
-            num_layers=num_layers,
-            on_notice=self.on_notice,
-        ) as store:
+        storage, study = self.settings.storage, self.settings.study_name
+        with Store.open(storage, study, identity, num_layers=num_layers, on_notice=self.on_notice) as store:
             shared = store.share(self._make_shared)
             texts = text_cache.from_bytes(shared[TEXTS])
             check_memory(self.model, texts, self.calibration, self.settings)
@@ -116,18 +114,18 @@ class _Search:
     def _result(self, trials: Trials, profile: Profile, texts: Sequence[Text]) -> SearchResult:
         settings = self.settings
         if settings.storage is not None and not profile.is_of(self.model.device):
-            # The study is priced for its maker's device: this one picks from the same trials at its own prices.
+            # The profile is of the creator's device: this worker repicks from the same trials with its own profile.
             study = load_study(settings.storage, trials.study)
             picked = repick(self.model, study, settings, self.phases.on_progress)
             return replace(picked, interrupted=trials.interrupted)
-        finish = Finish(model=self.model, settings=settings, profile=profile, phases=self.phases)
-        return finish.run(trials, texts[: self.calibration], texts[self.calibration :])
+        writer = PlanWriter(model=self.model, settings=settings, profile=profile, phases=self.phases)
+        return writer.run(trials, texts[: self.calibration], texts[self.calibration :])
 
     def _identity(self) -> dict[str, Any]:
-        """All that the workers of a study must agree on for their trials to be compared."""
+        """Everything that must be equal for the workers of a study to compare their trials."""
         settings = self.settings
         return {
-            "format": FORMAT,
+            "format": STUDY_FORMAT,
             "model": self.model.config.model_type,
             "weights": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -148,19 +146,19 @@ class _Search:
         }
 
     def _make_shared(self) -> Mapping[str, bytes]:
-        """The target's texts and the profile, which price every worker's trials."""
+        """The texts, the profile and the space, by key: the creator makes them for all workers."""
         with self.phases.phase("texts"):
             texts = self._write()
         check_memory(self.model, texts, self.calibration, self.settings)
-        formats = formats_for(self.settings.draft)
-        if (size := most_copied(self.model, formats)) > TOLD_FROM:
+        formats = [] if self.settings.draft == "skip" else list(FORMATS)
+        if (size := most_draft_weight_bytes(self.model, formats)) > NOTICE_BYTES:
             self.on_notice(
-                f"quantised copies ({', '.join(map(str, formats))}) take up to {in_words(size)} beside the model while "
-                "the search runs; --draft skip does without"
+                f"draft weights ({', '.join(map(str, formats))}) take up to {in_words(size)} in addition to the model "
+                "while the search runs; --draft skip avoids them"
             )
         with self.phases.phase("profile"):
             profile = measure_for(self.model, texts, self.settings, self.phases, formats)
-        space = space_of(self.model, profile, texts[: self.calibration], self.settings.draft)
+        space = build_space(self.model, profile, texts[: self.calibration], self.settings.draft)
         return {
             TEXTS: text_cache.to_bytes(texts),
             PROFILE: json.dumps(profile.to_dict()).encode(),
@@ -168,7 +166,7 @@ class _Search:
         }
 
     def _check_formats(self, space: Space) -> None:
-        """Raise `InputError` where this device cannot replay what others of the study may draft with."""
+        """Raise `InputError` if this device cannot replay a format of the study."""
         for code in space.formats:
             if (unsupported_reason := device_unsupported_reason(Format.parse(code), self.model.device)) is not None:
                 raise InputError(
@@ -177,7 +175,8 @@ class _Search:
                 )
 
     def _write(self) -> list[Text]:
-        settings, cache = self.settings, TextCache()
+        """The target's texts, from the cache or written now."""
+        settings, cache, total = self.settings, TextCache(), len(self.prompts)
         sampling = settings.sampling.resolved(self.model)
         made_with = {"new_tokens": settings.new_tokens, "sampling": sampling, "backend": settings.backend}
         if settings.sampling.do_sample:
@@ -186,27 +185,27 @@ class _Search:
         if (kept := cache.read(key)) is not None:
             return kept
         runtime, texts = Runtime(self.model, backend=settings.backend), dict[int, Text]()
-        self.phases.tell("texts", 0, len(self.prompts))
+        self.phases.report("texts", 0, total)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             for index, text in write_texts(runtime, self.prompts, settings.new_tokens, settings.sampling):
                 texts[index] = text
-                self.phases.tell("texts", len(texts), len(self.prompts))
-        written = [texts[index] for index in range(len(self.prompts))]
+                self.phases.report("texts", len(texts), total)
+        written = [texts[index] for index in range(total)]
         cache.write(key, written)
         return written
 
     def _trials(self, store: Store, profile: Profile, texts: Sequence[Text]) -> Trials:
-        """Run the trials. Their replay, and its memory, end with them: what confirms the plans has its own."""
+        """Run the trials. Their replay is freed at the end, since the confirmation needs memory for another replay."""
         settings, total = self.settings, self.settings.trials
-        self.phases.tell("trials", 0, total)
+        self.phases.report("trials", 0, total)
         study = Study(
             Replay(self.model, texts, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
             Prices.of(profile, texts, lookup=settings.lookup).with_lookups(texts),
             settings,
             store,
-            limits_of(self.model, settings),
-            on_trial=lambda done, best: self.phases.tell("trials", min(done, total), total, best),
+            Limits.of(self.model, settings),
+            on_trial=lambda done, best: self.phases.report("trials", min(done, total), total, best),
         )
         study.run()
         if not (ranking := study.findings.ranking()):
@@ -223,14 +222,14 @@ class _Search:
 
 def _nothing_found(study: Study) -> str:
     settings = study.settings
-    asked = {
+    limits = {
         "max_draft_cost": f"costs at most {settings.max_draft_cost} of a step of the whole model",
-        "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} beside the model",
+        "draft_memory": f"takes at most {in_words(settings.draft_memory or 0)} of memory",
     }
-    asked = {name: words for name, words in asked.items() if getattr(settings, name) is not None}
-    if study.findings.trials and asked:
+    given = [name for name in limits if getattr(settings, name) is not None]
+    if study.findings.trials and given:
         return (
-            f"no draft that was tried {' and '.join(asked.values())}; raise {' or '.join(asked)}, or give the search "
-            "more time"
+            f"no draft that was tried {' and '.join(limits[name] for name in given)}; raise {' or '.join(given)}, "
+            "or give the search more time"
         )
-    return "the search ended before it had tried one skip set; give it more time"
+    return "the search ended before its first trial; give the search more time"

@@ -1,5 +1,4 @@
-"""Space: what may become of every sub-layer and of the head; where the search starts, and what lies beside a draft
-spec."""
+"""Space: the choices for every sub-layer and the head, the draft specs to start from, and changes of a draft spec."""
 
 from __future__ import annotations
 
@@ -18,15 +17,15 @@ from selfspec.plan.sublayers import QuantisedSet, SkipSet
 
 Sublayer = tuple[str, int]
 Change = tuple[str, str, str]
-"""A parameter, what it was, and what it becomes."""
+"""A parameter, its value before, and its value after."""
 KEEP, QUANTISE, SKIP = "keep", "quantise", "skip"
 FORMAT, HEAD = "format", "head"
-"""Parameters beside the sub-layers'."""
+"""Names of the parameters that do not belong to a sub-layer."""
 OWN_HEAD = "the model's own"
-_OF_OLD_STUDIES = {True: SKIP, False: KEEP}
-"""As choices were stored when skipping was the only one."""
+_OLD_CHOICES = {True: SKIP, False: KEEP}
+"""Choices in old studies, which could only skip."""
 MOST_EARLY_EXITS = 16
-"""Deep models: not every exit layer is tried, but so many, evenly spread."""
+"""Early exits: the most that a search starts from, evenly spread over the layers."""
 
 
 @dataclass(frozen=True)
@@ -39,49 +38,38 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All draft specs of a search.
-
-    Args:
-        num_layers: of the model.
-        skips: whether sub-layers may be skipped.
-        formats: by code, the sub-layers whose copies in this format are faster; none where nothing is quantised.
-        heads: by name; the model's own is among them.
-    """
+    """All draft specs of a search."""
 
     num_layers: int
-    skips: bool = True
-    formats: Mapping[str, QuantisedSet] = field(default_factory=dict)
-    heads: Mapping[str, Head] = field(default_factory=lambda: {OWN_HEAD: Head()})
-
-    def sublayers(self) -> list[Sublayer]:
-        """All 2L of them, in the order in which the model runs them."""
-        return sublayers(self.num_layers)
+    skips: bool = True  # whether sub-layers may be skipped
+    formats: Mapping[str, QuantisedSet] = field(default_factory=dict)  # by code, the sub-layers that are faster
+    heads: Mapping[str, Head] = field(default_factory=lambda: {OWN_HEAD: Head()})  # that the draft may have, by name
 
     @property
     def choices(self) -> dict[str, list[str]]:
-        """By parameter. Formats and heads are parameters where there is a choice."""
+        """The choices by parameter. Format and head are parameters only if there is more than one choice."""
         chosen = [KEEP, *([QUANTISE] if any(self.formats.values()) else []), *([SKIP] if self.skips else [])]
-        every = {sublayer_name(sublayer): chosen for sublayer in self.sublayers()}
+        every = {sublayer_name(sublayer): chosen for sublayer in sublayers(self.num_layers)}
         every |= {FORMAT: list(self.formats)} if len(self.formats) > 1 else {}
         return every | ({HEAD: list(self.heads)} if len(self.heads) > 1 else {})
 
     @property
     def distributions(self) -> dict[str, CategoricalDistribution]:
-        """Of an Optuna trial's parameters."""
+        """The distributions of an Optuna trial's parameters."""
         return {name: CategoricalDistribution(choices) for name, choices in self.choices.items()}
 
     @property
     def size(self) -> int:
-        """How many combinations of choices there are."""
+        """The number of combinations of choices."""
         return prod(len(choices) for choices in self.choices.values())
 
     def to_params(self, draft_spec: DraftSpec | SkipSet) -> dict[str, str]:
-        """A draft spec as an Optuna trial's parameters; what the space does not offer is kept as it is in the model."""
+        """A draft spec as parameters of an Optuna trial; choices that the space does not offer become `keep`."""
         draft_spec = DraftSpec.of(draft_spec)
         code = draft_spec.format.code if draft_spec.format is not None else None
         code = code if code in self.formats else next(iter(self.formats), None)
-        params = {sublayer_name((kind, layer)): draft_spec.choice(kind, layer) for kind, layer in self.sublayers()}
         offered = self.choices
+        params = {sublayer_name(sublayer): draft_spec.choice(*sublayer) for sublayer in sublayers(self.num_layers)}
         found = {name: choice if choice in offered[name] else KEEP for name, choice in params.items()}
         if FORMAT in offered:
             found[FORMAT] = str(code)
@@ -91,35 +79,33 @@ class Space:
         return found
 
     def from_params(self, params: Mapping[str, Any]) -> DraftSpec:
-        """The inverse of `to_params`. What is quantised in a format that does not gain from it is kept."""
+        """The inverse of `to_params`. Sub-layers that are not faster in the format are kept instead of quantised."""
         code = params.get(FORMAT, next(iter(self.formats), None))
         head = self.heads[params.get(HEAD, OWN_HEAD)]
         by_choice: dict[str, dict[str, list[int]]] = {c: {"attn": [], "mlp": []} for c in (KEEP, QUANTISE, SKIP)}
-        for kind, layer in self.sublayers():
+        for kind, layer in sublayers(self.num_layers):
             choice = params[sublayer_name((kind, layer))]
-            by_choice[_OF_OLD_STUDIES.get(choice, choice)][kind].append(layer)
+            by_choice[_OLD_CHOICES.get(choice, choice)][kind].append(layer)
         skip_set = SkipSet(**by_choice[SKIP])
         if code is None:
             return DraftSpec(skip_set=skip_set, vocabulary=head.vocabulary)
         gain, asked = self.formats[code], by_choice[QUANTISE]
-        sublayers = QuantisedSet(attn=gain.attn & {*asked["attn"]}, mlp=gain.mlp & {*asked["mlp"]})
-        quantised = Quantised(format=Format.parse(code), sublayers=sublayers, head=head.quantised)
-        return DraftSpec(
-            skip_set=skip_set,
-            quantised=quantised if sublayers or head.quantised else None,
-            vocabulary=head.vocabulary,
-        )
+        faster = QuantisedSet(attn=gain.attn & {*asked["attn"]}, mlp=gain.mlp & {*asked["mlp"]})
+        quantised = None
+        if faster or head.quantised:
+            quantised = Quantised(format=Format.parse(code), sublayers=faster, head=head.quantised)
+        return DraftSpec(skip_set=skip_set, quantised=quantised, vocabulary=head.vocabulary)
 
     def nearest(self, draft_spec: DraftSpec | SkipSet) -> DraftSpec:
-        """The draft spec, as far as the space offers it."""
+        """The draft spec with choices that the space does not offer replaced by `keep`."""
         return self.from_params(self.to_params(draft_spec))
 
     def suggest(self, trial: optuna.Trial) -> DraftSpec:
-        """Let an Optuna trial choose."""
+        """Let an Optuna trial choose a draft spec."""
         return self.from_params({name: trial.suggest_categorical(name, c) for name, c in self.choices.items()})
 
     def every(self) -> Iterator[DraftSpec]:
-        """All there are, those that change least first where there is little to choose: for models that have few."""
+        """All draft specs of a small space, those with the fewest changes first."""
         names = list(self.choices)
         combined = list(product(*self.choices.values()))
         combined.sort(key=lambda values: sum(value != KEEP for value in values))
@@ -128,7 +114,7 @@ class Space:
     # --- Where to start ---
 
     def quantised(self, code: str, skip_set: SkipSet | None = None, head: Head | None = None) -> DraftSpec:
-        """All that gains from it in this format, but for what is skipped, and the best head there is for it."""
+        """A draft spec that quantises every sub-layer that is faster in the format and not skipped, with a head."""
         gain, skipped = self.formats[code], skip_set or SkipSet()
         head = head or next((head for head in self.heads.values() if head.quantised), Head())
         kept = QuantisedSet(attn=gain.attn - skipped.attn, mlp=gain.mlp - skipped.mlp)
@@ -136,8 +122,7 @@ class Space:
         return self.nearest(DraftSpec(skip_set=skipped, quantised=quantised, vocabulary=head.vocabulary))
 
     def seeds(self) -> Iterator[DraftSpec]:
-        """Draft specs that are known to be good for some model: everything quantised, with each head; then skip
-        sets."""
+        """Draft specs that are good for some models: everything quantised, with each head; then skip sets."""
         for code in self.formats:
             yield self.quantised(code)
         for head in self.heads.values():
@@ -146,10 +131,10 @@ class Space:
             yield from (DraftSpec(skip_set=skip_set) for skip_set in seeds(self.num_layers))
         yield DraftSpec()
 
-    # --- What lies beside a draft spec ---
+    # --- Changes of a draft spec ---
 
     def changes(self, draft_spec: DraftSpec) -> list[Change]:
-        """Every change of one parameter."""
+        """All changes of one parameter."""
         now = self.to_params(draft_spec)
         return [(name, now[name], other) for name, some in self.choices.items() for other in some if other != now[name]]
 
@@ -160,15 +145,14 @@ class Space:
     # --- On file ---
 
     def to_bytes(self) -> bytes:
-        """For a study's storage: all its workers, and later readers, need the same space."""
+        """JSON for a study's storage, so that all workers and later readers use the same space."""
         heads = {
             name: {"quantised": head.quantised, "vocabulary": head.vocabulary and head.vocabulary.code}
             for name, head in self.heads.items()
         }
         formats = {code: sublayers.to_dict() for code, sublayers in self.formats.items()}
-        return json.dumps(
-            {"num_layers": self.num_layers, "skips": self.skips, "formats": formats, "heads": heads}
-        ).encode()
+        data = {"num_layers": self.num_layers, "skips": self.skips, "formats": formats, "heads": heads}
+        return json.dumps(data).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Space:
@@ -183,7 +167,7 @@ class Space:
 
 
 def sublayers(num_layers: int) -> list[Sublayer]:
-    """All 2L of them, in the order in which the model runs them."""
+    """All 2L sub-layers in the order of the forward pass."""
     return [(kind, layer) for layer in range(num_layers) for kind in ("attn", "mlp")]
 
 
@@ -192,7 +176,7 @@ def skip_set_of(skipped: Sequence[Sublayer] | set[Sublayer]) -> SkipSet:
 
 
 def seeds(num_layers: int) -> Iterator[SkipSet]:
-    """Sets that are known to be good for some model: strided, middle blocks, attention only, early exits."""
+    """Skip sets that are good for some models: strided, middle blocks, attention only, early exits."""
     layers = range(num_layers)
     yield SkipSet(attn=layers[1::2], mlp=layers[1::2])
     yield SkipSet(attn=layers[1:-1:3], mlp=layers[1:-1:3])
@@ -207,7 +191,7 @@ def seeds(num_layers: int) -> Iterator[SkipSet]:
 
 
 def nested(order: Sequence[Sublayer], eighths: Sequence[int] = (4, 5, 3, 6, 2, 7)) -> Iterator[SkipSet]:
-    """Skip sets that grow along `order`, of so many eighths of the sub-layers."""
+    """Skip sets of the first sub-layers in `order`; `eighths` says how many eighths of all sub-layers."""
     for count in eighths:
         yield skip_set_of(list(islice(order, len(order) * count // 8)))
 

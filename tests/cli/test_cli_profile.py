@@ -79,7 +79,7 @@ def test_a_context_beyond_the_models_positions_takes_one_line(model_dir: Path) -
     said = complaint(model_dir, "--contexts", f"5,{CONTEXT}")
     assert said == (
         f"a context of {CONTEXT} tokens was given, but this model's positions end at {CONTEXT}; "
-        f"give at most {CONTEXT - 1}, for a pass adds one"
+        f"give at most {CONTEXT - 1}, since a pass adds a token"
     )
 
 

@@ -1,4 +1,4 @@
-"""Profiles of a machine that does not depend on the hour: what a search would measure there."""
+"""Fixed profiles for tests, whose results must not depend on measured times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfspec.huggingface.loading import processor_name
 
 
 def costs_of(*, attention: float, mlp: float, gamma_max: int = 3, **others: Any) -> Costs:
-    """Of one row; a round takes as long for every draft length, drafting apart."""
+    """Costs of one row; a round takes the same time for every draft length."""
     return Costs(
         num_layers=LAYERS,
         fixed=0.001,
@@ -28,7 +28,7 @@ def costs_of(*, attention: float, mlp: float, gamma_max: int = 3, **others: Any)
 
 
 def profile_of(costs: Costs, **others: Any) -> Profile:
-    """With these costs, whatever the context."""
+    """A profile with these costs at every context."""
     return Profile(
         device="cpu",
         processor=processor_name(),
@@ -47,7 +47,7 @@ def profile_of(costs: Costs, **others: Any) -> Profile:
 
 
 def measuring(profile: Profile) -> Callable[..., Profile]:
-    """In the place of `measure`, whose figures depend on the hour."""
+    """A substitute for `measure` that returns `profile`."""
 
     def measured(*args: object, on_cycle: Callable[[int, int], None], **kwargs: object) -> Profile:
         on_cycle(1, 1)

@@ -1,4 +1,4 @@
-"""A replay and the real loop, run side by side."""
+"""Replays, and the rounds that decoding takes on the same texts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from itertools import accumulate
 import torch
 from models import ENDS_SKIPPED, VOCABULARY, damped_model
 from selfspec_search.replay.lookup_table import LookupTable
-from selfspec_search.replay.rounds import Drafting, walk
+from selfspec_search.replay.rounds import Drafting, rounds_of
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text, decode_batch, write_texts
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from selfspec.drafters.build import drafter_of
 from selfspec.plan import Plan
@@ -25,7 +24,7 @@ DEPTHS = 5
 LENGTHS = (1, 3, 7, 13, 2)
 SAMPLING = Sampling(do_sample=True, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
 
-Rounds = list[list[tuple[float, int]]]
+History = list[list[tuple[float, int]]]
 
 
 def random_prompts(*lengths: int, seed: int = 1) -> list[Tensor]:
@@ -40,8 +39,8 @@ def texts_of(
     return [texts[index] for index in range(len(prompts))]
 
 
-def decoded_rounds(runtime: Runtime, texts: Sequence[Text], way: Drafting, sampling: Sampling | None = None) -> Rounds:
-    """What the real loop does on all texts in one ragged batch; checks that it writes the same texts."""
+def decoded_rounds(runtime: Runtime, texts: Sequence[Text], way: Drafting, sampling: Sampling | None = None) -> History:
+    """Decode all texts in one ragged batch and check that decoding writes the same texts; return the rounds."""
     written, rounds = decode_rounds(runtime, texts, way, sampling)
     assert all(torch.equal(tokens, text.tokens) for tokens, text in zip(written, texts, strict=True))
     return rounds
@@ -49,12 +48,12 @@ def decoded_rounds(runtime: Runtime, texts: Sequence[Text], way: Drafting, sampl
 
 def decode_rounds(
     runtime: Runtime, texts: Sequence[Text], way: Drafting, sampling: Sampling | None = None
-) -> tuple[list[Tensor], Rounds]:
-    """What the real loop writes behind the texts' prompts, in one ragged batch, and in which rounds."""
+) -> tuple[list[Tensor], History]:
+    """Decode after the texts' prompts in one ragged batch; return the tokens and the rounds."""
     plan = Plan(skip_set=runtime.draft_spec.skip_set, gamma=way.gamma, prompt_lookup=way.lookup)
     prompts = [text.tokens[: text.prompt] for text in texts]
     written, stats = decode_batch(runtime, drafter_of(plan, runtime), prompts, texts[0].allowed, sampling)
-    rounds: Rounds = [[] for _ in texts]
+    rounds: History = [[] for _ in texts]
     for step in stats.history:
         for row, drafted, accepted in step:
             rounds[row].append((drafted, accepted))
@@ -62,17 +61,17 @@ def decode_rounds(
 
 
 def clear_differences(
-    runtime: Runtime, table: Table, texts: Sequence[Text], rounds: Rounds, way: Drafting
+    runtime: Runtime, table: Table, texts: Sequence[Text], rounds: History, way: Drafting
 ) -> Iterator[tuple[int, int]]:
-    """(text, start) of each round that the replay does not explain, of `rounds` in which decoding wrote `texts`.
+    """(text, start) of each round of decoding that the replay does not explain.
 
-    A round is explained if the replay accepts as many tokens, or if the draft has a near-tie at the first token that
-    only one of the two accepts: one of the two then chose the text's token, and the other one did not. A near-tie is
-    what `selfspec.benchmark.lossless` calls one for the target, but for the rounding: the gap between the text's token
-    and the best other token is at most twice the largest logit difference, anywhere in the text, between passes of 1
-    token and of gamma + 1 tokens. At a single place two passes may agree bit for bit by luck, and a third one still
-    differ."""
-    expected = walk(table, [way]).accepted[0]
+    The replay explains a round if replay and decoding accept the same number of tokens, or if the draft has a near-tie
+    at the first token that only one of them accepts. Near-tie: the gap between the text's token and the best other
+    token is at most twice the rounding, as in `selfspec.benchmark.lossless`. The rounding is the largest logit
+    difference, anywhere in the text, between passes of 1 token and of gamma + 1 tokens. At a single place, two passes
+    may agree by luck.
+    """
+    expected = rounds_of(table, [way]).accepted[0]
     for index, counts in enumerate(accepted(rounds)):
         starts = list(accumulate((count + 1 for count in counts[:-1]), initial=0))
         pairs = [(start, count, round(expected[index, start])) for start, count in zip(starts, counts, strict=True)]
@@ -97,7 +96,7 @@ def _gap(runtime: Runtime, text: Text, start: int, depth: int) -> float:
 def _draft_logits(runtime: Runtime, text: Text, start: int, end: int, t: int) -> Tensor:
     """The draft's float32 logits, `end - start v`, for a text's written tokens, in passes of `t` tokens.
 
-    The target caches what stands before the last token of the first `start`, as it has when a round begins there.
+    The cache holds the tokens that it holds when a round begins at `start`.
     """
     first, last = text.prompt - 1 + start, text.prompt - 1 + end
     runtime.reserve(1, len(text))
@@ -109,23 +108,23 @@ def _draft_logits(runtime: Runtime, text: Text, start: int, end: int, t: int) ->
     return torch.cat(logits)
 
 
-def accepted(rounds: Rounds) -> list[list[int]]:
+def accepted(rounds: History) -> list[list[int]]:
     return [[count for _, count in row] for row in rounds]
 
 
 def assert_replay_equals_decoding(
-    runtime: Runtime,
-    table: Table,
-    texts: Sequence[Text],
-    ways: list[Drafting],
-    sampling: Sampling | None = None,
+    runtime: Runtime, table: Table, texts: Sequence[Text], ways: list[Drafting], sampling: Sampling | None = None
 ) -> None:
-    walked = walk(table, ways, LookupTable.of(texts, DEPTHS))
+    replayed = rounds_of(table, ways, LookupTable.of(texts, DEPTHS))
     for index, way in enumerate(ways):
-        decoded, replayed = decoded_rounds(runtime, texts, way, sampling), walked.rounds(index)
-        assert replayed == decoded, way
+        assert replayed.history(index) == decoded_rounds(runtime, texts, way, sampling), way
 
 
 def llama_runtime() -> Runtime:
-    model: PreTrainedModel = damped_model("llama", ENDS_SKIPPED)
-    return Runtime(model, ENDS_SKIPPED)
+    return Runtime(damped_model("llama", ENDS_SKIPPED), ENDS_SKIPPED)
+
+
+def llama_texts(sampling: Sampling | None = None) -> tuple[Runtime, list[Text]]:
+    """A tiny Llama, and its texts after prompts of `LENGTHS` tokens."""
+    runtime = llama_runtime()
+    return runtime, texts_of(runtime, random_prompts(*LENGTHS), sampling=sampling)

@@ -1,4 +1,4 @@
-"""A tiny model on disk, with a tokenizer of single bytes: what the command line is tested on."""
+"""A tiny model on disk with a byte tokenizer, for tests of the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAN = Plan(skip_set=FIRST_DROPPED, gamma=3)
 
 
 def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token, so that a character other than ASCII spans several."""
+    """A tokenizer in which every byte is a token, so that a non-ASCII character has several tokens."""
     vocabulary = {STOP: 0} | {byte: index for index, byte in enumerate(BYTES, 1)}
     tokenizer = Tokenizer(BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def save_model(directory: Path, *, chat: bool = True, family: str = "llama", **config: Any) -> Path:
-    """Save a tiny model whose draft by `PLAN` is right about half of the time, and the tokenizer, to `directory`."""
+    """Save a tiny model and its tokenizer to `directory`. About half of the tokens that `PLAN` drafts are accepted."""
     settings = {"vocab_size": len(BYTES) + 1, "max_position_embeddings": CONTEXT} | config
     damped_model(family, FIRST_DROPPED, **settings).save_pretrained(directory)
     byte_tokenizer(chat=chat).save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Replay stays within its memory, which changes how long it takes and nothing else."""
+"""Replay stays within its memory budget. The budget changes the time of a replay, not its table."""
 
 from __future__ import annotations
 
@@ -6,19 +6,10 @@ import weakref
 from typing import Any
 
 import pytest
-import selfspec_search.replay.recording
 import selfspec_search.replay.replay
 import torch
 from models import ENDS_SKIPPED, damped_model
-from replays import (
-    DEPTHS,
-    LENGTHS,
-    NEW_TOKENS,
-    SAMPLING,
-    llama_runtime,
-    random_prompts,
-    texts_of,
-)
+from replays import DEPTHS, LENGTHS, NEW_TOKENS, SAMPLING, llama_runtime, llama_texts, random_prompts, texts_of
 from selfspec_search.replay.memory import Memory
 from selfspec_search.replay.recording import batches, probabilities
 from selfspec_search.replay.replay import Replay
@@ -37,20 +28,17 @@ from selfspec.utils.sizes import parse_size
 @pytest.mark.parametrize("threads", [1, 2])
 def test_small_memory_changes_the_time_and_not_the_table(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setattr(selfspec_search.replay.replay, "threads_for", lambda device: threads)
-    runtime = llama_runtime()
-    texts = texts_of(runtime, random_prompts(*LENGTHS))
+    runtime, texts = llama_texts()
     whole = Replay(runtime.model, texts, DEPTHS)
     need = Memory(runtime.model, DEPTHS)
     small = Replay(runtime.model, texts, DEPTHS, memory=need.recorded(texts) + threads * 13 * need.per_start(texts))
     assert (len(whole.chunks), len(small.chunks)) == (threads, -(-len(texts) * (NEW_TOKENS - 1) // 13))
     one, other = whole.run(ENDS_SKIPPED, lambda first: 4), small.run(ENDS_SKIPPED, lambda first: 4)
-    assert one is not None
-    assert other is not None
     assert (one.weight == other.weight).all()
-    assert small.run(ENDS_SKIPPED, lambda first: 0) is None
+    assert small.run(ENDS_SKIPPED, lambda first: 0).depths == 0
 
 
-def test_threads_share_the_memory_however_little_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_a_small_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfspec_search.replay.replay, "threads_for", lambda device: 16)
     runtime = llama_runtime()
     texts, need = texts_of(runtime, random_prompts(*LENGTHS)), Memory(runtime.model, DEPTHS)
@@ -58,23 +46,19 @@ def test_threads_share_the_memory_however_little_it_is(monkeypatch: pytest.Monke
     assert replay._threads * max(len(chunk) for chunk in replay.chunks) <= 3
 
 
-def test_a_replay_of_some_texts_knows_nothing_of_the_others_and_records_nothing() -> None:
-    runtime = llama_runtime()
-    texts = texts_of(runtime, random_prompts(*LENGTHS))
+def test_a_replay_of_some_texts_has_their_table_and_shares_the_recordings() -> None:
+    runtime, texts = llama_texts()
     whole = Replay(runtime.model, texts, DEPTHS)
     few = whole.only([1, 4])
     one, other = whole.run(ENDS_SKIPPED), few.run(ENDS_SKIPPED)
-    assert one is not None
-    assert other is not None
     assert (one.weight[[1, 4]] == other.weight).all()
     assert other.texts == 2
     assert few.recordings is whole.recordings
     assert few.first_depth(ENDS_SKIPPED).agreement == pytest.approx(one.only([1, 4]).agreement)
 
 
-def test_memory_too_small_for_one_position_is_refused_with_what_would_do() -> None:
-    runtime = llama_runtime()
-    texts = texts_of(runtime, random_prompts(*LENGTHS))
+def test_an_error_about_too_little_memory_names_an_amount_that_suffices() -> None:
+    runtime, texts = llama_texts()
     with pytest.raises(
         InputError, match=r"budget of 3 KiB is too small: the keys and values of 5 texts take .* give at least"
     ) as e:
@@ -97,7 +81,7 @@ def test_memory_too_small_for_one_position_is_refused_with_what_would_do() -> No
 def test_a_replay_stays_within_its_memory(
     monkeypatch: pytest.MonkeyPatch, family: str, sampling: Sampling, starts: int
 ) -> None:
-    # Counts what torch allocates, as a budget must hold whatever the allocator reuses. The count sees one thread only.
+    # Count the bytes of all live tensors; `TorchDispatchMode` sees one thread only.
     monkeypatch.setattr(selfspec_search.replay.replay, "threads_for", lambda device: 1)
     runtime = Runtime(damped_model(family, ENDS_SKIPPED), ENDS_SKIPPED)
     short = texts_of(runtime, random_prompts(*LENGTHS * 2), 31, sampling)
@@ -113,7 +97,9 @@ def test_a_replay_stays_within_its_memory(
     assert max(len(chunk) for chunk in replay.chunks) == min(starts, 10 * 30 + 2 * 210)
     assert allocations.peak < budget
     if len(replay.chunks) > 1:
-        assert allocations.peak - need.recorded(texts) > starts * need.per_start(texts) / 20, "far too cautious"
+        assert allocations.peak - need.recorded(texts) > starts * need.per_start(texts) / 20, (
+            "the estimate is far too high"
+        )
 
 
 def test_the_logits_of_recorded_texts_stay_within_memory_and_do_not_depend_on_it() -> None:
@@ -135,7 +121,7 @@ def test_padding_makes_no_batch_much_larger() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made inside take at any one time."""
+    """Counts the bytes of tensors that are made inside; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()

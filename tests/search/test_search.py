@@ -1,8 +1,7 @@
-"""A whole search on a tiny model."""
+"""Whole searches on a tiny model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 from models import ENDS_SKIPPED, FIRST_DROPPED, VOCABULARY, damped_model, tiny_model
 from profiles import costs_of, measuring, profile_of
-from replays import texts_of
-from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
-from selfspec_search.confirm.confirm import _batches, _Contender
-from selfspec_search.confirm.plan_writer import Finish, Phases
+from replays import random_prompts, texts_of
+from selfspec_search import OnProgress, Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
+from selfspec_search.confirm.confirm import _batches
+from selfspec_search.confirm.contender import Contender
+from selfspec_search.confirm.plan_writer import Phases, PlanWriter
 from selfspec_search.replay.rounds import Drafting
 from selfspec_search.replay.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
 from selfspec_search.replay.texts import Text
@@ -48,19 +48,19 @@ def model() -> PreTrainedModel:
     return damped_model("llama", ENDS_SKIPPED)
 
 
-def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in lengths]
+def find(model: PreTrainedModel, on_progress: OnProgress | None = None, **changes: object) -> SearchResult:
+    """A short search; `changes` are settings."""
+    return search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | changes), on_progress)
 
 
-CALIBRATION, HELD_OUT = prompts(5, 11, 2, 7), prompts(3, 13, 6, seed=1)
+CALIBRATION, HELD_OUT = random_prompts(5, 11, 2, 7, seed=0), random_prompts(3, 13, 6, seed=1)
 
 
 def test_a_search_confirms_its_plans_by_decoding(model: PreTrainedModel) -> None:
     seen: list[Progress] = []
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS), seen.append)
+    result = find(model, seen.append)
     assert result.trials_complete + result.trials_pruned == SETTINGS["trials"]
-    assert len(result.confirmed) in (2, 3)  # and prompt lookup, where that looked worth it
+    assert len(result.confirmed) in (2, 3)  # the third is prompt lookup alone
     assert result.rounds_equal
     assert result.differing_texts == 0
     for confirmed in result.confirmed:
@@ -72,6 +72,10 @@ def test_a_search_confirms_its_plans_by_decoding(model: PreTrainedModel) -> None
         assert low <= middle <= high
         assert confirmed.measured.texts == 2
         assert confirmed.predicted_on_held_out.texts == 3
+    rows = result.rows()
+    assert len(rows) == 1 + len(result.confirmed)
+    assert sum(row["plan"] == "plain decoding" for row in rows) == 1
+    assert {row["differing texts"] for row in rows} == {"0"}
     phases = list(dict.fromkeys(progress.phase for progress in seen))
     assert phases == ["texts", "profile", "trials", "confirm"]
     for phase in phases:
@@ -81,48 +85,34 @@ def test_a_search_confirms_its_plans_by_decoding(model: PreTrainedModel) -> None
         assert last.done == last.total
 
 
-def test_a_plan_by_layers_alone_says_what_every_length_costs_and_nothing_of_lookup(
-    model: PreTrainedModel,
-) -> None:
+def test_round_costs_without_lookup_hold_no_matches(model: PreTrainedModel) -> None:
     settings = SearchSettings(**SETTINGS | {"lookup": False})
     result = search(model, CALIBRATION, HELD_OUT, settings)
-    costs = result.profile.costs[0].model_copy(update={"rounds": (1.0,) * len(result.profile.costs[0].rounds)})
-    prediction = result.confirmed[0].prediction
-    by_layers = replace(prediction, drafting=Drafting(prediction.drafting.gamma))
-    finish = Finish(
-        model=model,
-        settings=settings,
-        profile=result.profile.model_copy(update={"costs": (costs,) * len(result.profile.costs)}),
-        phases=Phases(on_progress=print),
-    )
+    writer = PlanWriter(model=model, settings=settings, profile=result.profile, phases=Phases(on_progress=print))
     texts = [Text(tokens=torch.zeros(31, dtype=torch.long), prompt=13, allowed=18)]
-    round_costs = finish._round_costs(replace(result.confirmed[0], prediction=by_layers), texts)
-    assert round_costs.rounds == [1.0] * (settings.gamma_max + 1)
-    assert round_costs.draft_step == pytest.approx(costs.draft_step(prediction.skip_set), rel=0.2)
+    (round_costs,) = writer._round_costs(result.confirmed[0], texts)
+    assert round_costs.rounds == list(result.profile.costs[0].rounds)
+    step = result.profile.costs[0].draft_step(result.confirmed[0].prediction.skip_set)
+    assert round_costs.draft_step == pytest.approx(step)
     assert round_costs.agreement == result.confirmed[0].by_layers
-    assert (round_costs.matches, round_costs.lookup) == ([], 0.0), "what takes no part costs nothing"
+    assert (round_costs.matches, round_costs.lookup) == ([], 0.0)
 
 
-def test_the_plan_says_what_was_predicted_and_measured_and_can_be_read_back(
-    model: PreTrainedModel, tmp_path: Path
-) -> None:
-    plan = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS)).plan
+def test_the_plan_holds_predicted_and_measured_figures(model: PreTrainedModel, tmp_path: Path) -> None:
+    plan = find(model).plan
     plan.save(tmp_path / "plan.json")
     read = Plan.from_pretrained(tmp_path / "plan.json")
     assert read == plan
     read.check_fits(model.config)
-    assert plan.provenance is not None
     assert [costs.rows for costs in plan.round_costs] == [1] * plan.speculates
     assert all(costs.matches for costs in plan.round_costs)
     assert plan.provenance.conditions.dtype == "float32"
-    assert plan.provenance.predicted is not None
     assert plan.provenance.predicted.texts == len(CALIBRATION)
-    assert plan.provenance.predicted_on_held_out is not None
-    assert plan.provenance.measured is not None
+    assert plan.provenance.predicted_on_held_out.texts == len(HELD_OUT)
     assert plan.provenance.measured.texts == 2
 
 
-def test_where_plain_decoding_wins_the_plan_does_not_speculate(
+def test_the_plan_does_not_speculate_if_plain_decoding_is_faster(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Slow(LayerSkipDrafter):
@@ -134,26 +124,24 @@ def test_where_plain_decoding_wins_the_plan_does_not_speculate(
         return Slow(runtime, plan.gamma, plan.exit_threshold)
 
     monkeypatch.setattr("selfspec_search.confirm.confirm.drafter_of", slow_drafter_of)
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
+    result = find(model)
     assert not result.plan.speculates
     assert not result.plan.skip_set
     assert result.winner is None
-    assert result.plan.provenance is not None
-    assert result.plan.provenance.measured is not None
     assert result.plan.provenance.measured.speedup == 1.0
     assert len(result.confirmed) >= 2
-    assert result.plan.provenance.errors["speedup"] < 0, "where the prediction went wrong, the plan says how far"
+    assert result.plan.provenance.errors["speedup"] < 0, "the plan names the error of the prediction"
 
 
-def test_a_row_that_ends_on_an_accepted_stop_token_counts_no_token_behind_it() -> None:
+def test_figures_count_no_token_after_an_accepted_stop_token() -> None:
     model = tiny_model("llama")
     draft = SkipSet(attn={6})
     runtime = Runtime(model, draft)
-    (free,) = texts_of(runtime, prompts(5), 23)
+    (free,) = texts_of(runtime, random_prompts(5, seed=0), 23)
     model.generation_config.eos_token_id = int(free.tokens[free.prompt + 9])
-    (text,) = texts_of(runtime, prompts(5), 23)
+    (text,) = texts_of(runtime, random_prompts(5, seed=0), 23)
     settings, plan = SearchSettings(), Plan(skip_set=draft, gamma=5)
-    ours, plain = (_Contender(runtime, one, settings) for one in (drafter_of(plan, runtime), NoDrafter()))
+    ours, plain = (Contender(runtime, one, settings.sampling) for one in (drafter_of(plan, runtime), NoDrafter()))
     ours.decode(0, [text])
     plain.decode(0, [text])
     figures, (rounds,) = ours.figures(plain, 1), ours.rounds()
@@ -165,7 +153,7 @@ def test_a_row_that_ends_on_an_accepted_stop_token_counts_no_token_behind_it() -
 @pytest.mark.parametrize(
     ("estimate", "gap", "hopeless"), [(1.09, 0.1, True), (1.1, 0.1, False), (1.19, 0.0, True), (1.2, 0.0, False)]
 )
-def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
+def test_a_trial_is_hopeless_if_the_largest_gap_leaves_it_below_the_best(
     estimate: float, gap: float, hopeless: bool
 ) -> None:
     findings = Findings(prices=Prices(costs=CHEAP_DRAFTS.costs[0]), largest_gap=gap)
@@ -174,31 +162,31 @@ def test_a_trial_is_ended_where_even_the_largest_gap_would_leave_it_behind(
     findings.found = {prediction.draft_spec: prediction for prediction in found[:5]}
     assert findings.is_hopeless(estimate) is hopeless
     findings.found.popitem()
-    assert not findings.is_hopeless(estimate), "too few have run whole to know the gap"
+    assert not findings.is_hopeless(estimate), "too few complete trials to know the gap"
 
 
-def test_gaps_of_either_sign_count(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_largest_gap_counts_gaps_of_either_sign(model: PreTrainedModel, tmp_path: Path) -> None:
     storage, gaps = str(tmp_path / "trials.db"), []
-    plain = Findings.note
+    plain = Findings.add
 
     def noted(self: Findings, skip_set: SkipSet, prediction: Prediction | None, estimate: float) -> None:
         plain(self, skip_set, prediction, estimate)
         gaps.append((prediction and abs(prediction.speedup / estimate - 1), self.largest_gap))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Findings, "note", noted)
-        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 20}, storage=storage))
+        patch.setattr(Findings, "add", noted)
+        find(model, trials=20, storage=storage)
     assert gaps[-1][1] == max(gap for gap, _ in gaps if gap is not None) > 0
     trials = load_study(storage).trials
-    assert 5 <= sum(trial.value is not None for trial in trials) < 20, "some were ended early, and not the first"
+    assert 5 <= sum(trial.value is not None for trial in trials) < 20, "trials were pruned, but none of the first five"
 
 
-def test_ctrl_c_during_trials_keeps_the_best_so_far(model: PreTrainedModel) -> None:
+def test_ctrl_c_during_trials_confirms_the_best_so_far(model: PreTrainedModel) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.phase == "trials" and progress.done == 3:
             raise KeyboardInterrupt
 
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS), interrupt)
+    result = find(model, interrupt)
     assert result.interrupted
     assert result.trials_complete + result.trials_pruned == 3
     assert result.confirmed
@@ -210,43 +198,37 @@ def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_pat
     seen: list[Progress] = []
     for trials, added in ((4, 4), (4, 0), (9, 5)):
         seen.clear()
-        settings = SearchSettings(**SETTINGS | {"trials": trials}, storage=storage, study_name="again")
-        result = search(model, CALIBRATION, HELD_OUT, settings, seen.append)
+        result = find(model, seen.append, trials=trials, storage=storage, study_name="again")
         assert result.trials_complete + result.trials_pruned == trials
         assert sum(progress.phase == "trials" for progress in seen) == added + 1
-        assert len({trial.draft_spec for trial in load_study(storage, "again").trials}) == trials, (
-            "a set was tried twice"
-        )
-    assert all(progress.phase not in ("texts", "profile") for progress in seen), "both are kept in the study"
+        assert len({trial.draft_spec for trial in load_study(storage, "again").trials}) == trials
+    assert all(progress.phase not in ("texts", "profile") for progress in seen), "the study stores both"
 
 
 def test_a_search_with_other_settings_does_not_mix_with_a_stored_one(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
-    search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, storage=storage, study_name="mine"))
-    other = SearchSettings(**SETTINGS | {"gamma_max": 2}, storage=storage, study_name="mine")
+    find(model, storage=storage, study_name="mine")
     with pytest.raises(InputError, match=r"study 'mine' in .* gamma_max 3 \(here 2\)"):
-        search(model, CALIBRATION, HELD_OUT, other)
+        find(model, storage=storage, study_name="mine", gamma_max=2)
 
 
-def test_a_search_without_time_tries_one_set_all_the_same(model: PreTrainedModel) -> None:
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, timeout=1e-9))
+def test_a_search_without_time_tries_one_draft_spec(model: PreTrainedModel) -> None:
+    result = find(model, timeout=1e-9)
     assert result.trials_complete == 1
 
 
-def test_a_search_that_tried_nothing_says_so_instead_of_advising_against_speculation(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_without_a_finished_trial_says_so(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(self: Study, skip_set: SkipSet) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Study, "_try", interrupt)
-    with pytest.raises(InputError, match="ended before it had tried one skip set; give it more time"):
-        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
+    with pytest.raises(InputError, match="ended before its first trial; give the search more time"):
+        find(model)
 
 
 @pytest.mark.slow
-def test_a_plan_speculates_only_where_it_is_faster_beyond_doubt(model: PreTrainedModel) -> None:
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"repeats": 3, "confirm_texts": 3}))
+def test_a_plan_speculates_only_if_it_is_faster_beyond_doubt(model: PreTrainedModel) -> None:
+    result = find(model, repeats=3, confirm_texts=3)
     for confirmed in result.confirmed:
         low, high = confirmed.measured.interval
         assert low <= confirmed.measured.speedup <= high
@@ -256,47 +238,50 @@ def test_a_plan_speculates_only_where_it_is_faster_beyond_doubt(model: PreTraine
     assert [c.rank for c in result.confirmed] == sorted(c.rank for c in result.confirmed)
 
 
-def test_results_print_as_rows(model: PreTrainedModel) -> None:
-    result: SearchResult = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
-    rows = result.rows()
-    assert len(rows) == 1 + len(result.confirmed)
-    assert len({tuple(row) for row in rows}) == 1
-    assert sum(row["plan"] == "plain decoding" for row in rows) == 1
-    assert {row["differing texts"] for row in rows} == {"0"}
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trials": 0}, "trials is 0, but it must be at least 1"),
+        ({"gamma_max": 65}, "gamma_max is 65"),
+        ({"seed": -1}, "seed is -1"),
+        ({"timeout": 0}, "timeout is 0 seconds"),
+        ({"rows": 0}, "rows is 0, but it must be at least 1"),
+        ({"sampler": "best"}, "sampler is 'best', but it must be one of tpe, gp, random"),
+        ({"max_draft_cost": 1.5}, "max_draft_cost is 1.5, but it must be above 0 and at most 1"),
+        ({"draft": "all"}, "draft is 'all', but it must be one of both, skip, quantised"),
+        ({"draft_memory": 0}, "draft_memory is 0, but it must be at least 1 byte"),
+        ({"other_rows": [4, 0]}, "other_rows holds 0, but there is at least 1 row"),
+        ({"lookup_max": 65}, "lookup_max is 65, but it must be between 1 and 64"),
+        ({"lookup_max": 0}, "lookup_max is 0, but it must be between 1 and 64"),
+        ({"lookup_max": 7, "lookup": False}, "lookup_max is 7, but prompt lookup takes no part"),
+    ],
+)
+def test_invalid_settings_are_refused_by_name(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SearchSettings(**settings)
 
 
-def test_settings_that_make_no_sense_are_named() -> None:
-    with pytest.raises(InputError, match="trials is 0, but it must be at least 1"):
-        SearchSettings(trials=0)
-    with pytest.raises(InputError, match="gamma_max is 65"):
-        SearchSettings(gamma_max=65)
-    with pytest.raises(InputError, match="seed is -1"):
-        SearchSettings(seed=-1)
-    with pytest.raises(InputError, match="timeout is 0 seconds"):
-        SearchSettings(timeout=0)
-    with pytest.raises(InputError, match="rows is 0, but it must be at least 1"):
-        SearchSettings(rows=0)
-    with pytest.raises(InputError, match="sampler is 'best', but it must be one of tpe, gp, random"):
-        SearchSettings(sampler="best")
-    with pytest.raises(InputError, match=r"max_draft_cost is 1.5, but it must be above 0 and at most 1"):
-        SearchSettings(max_draft_cost=1.5)
+def test_the_longest_draft_is_that_of_layers_or_of_lookup() -> None:
+    assert SearchSettings(gamma_max=8).longest_draft == 16
+    assert SearchSettings(gamma_max=8, lookup=False).longest_draft == 8
+    assert SearchSettings(gamma_max=8, lookup_max=3).longest_draft == 8
+    assert SearchSettings(gamma_max=40).longest_draft == 64
 
 
-# --- For other uses ---
+# --- Other settings ---
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["gp", "random"])
-def test_every_sampler_finds_something(model: PreTrainedModel, sampler: str) -> None:
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 13}, sampler=sampler))
+def test_every_sampler_finishes_a_search(model: PreTrainedModel, sampler: str) -> None:
+    result = find(model, trials=13, sampler=sampler)
     assert result.trials_complete + result.trials_pruned == 13
     assert result.rounds_equal
 
 
-def test_a_dear_draft_is_neither_tried_nor_chosen(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_draft_above_the_cost_limit_is_neither_replayed_nor_chosen(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
-    settings = SearchSettings(**SETTINGS | {"trials": 15}, max_draft_cost=0.4, storage=storage)
-    result = search(model, CALIBRATION, HELD_OUT, settings)
+    result = find(model, trials=15, max_draft_cost=0.4, storage=storage)
     costs = CHEAP_DRAFTS.costs[0]
     for confirmed in result.confirmed:
         step = costs.draft_step(confirmed.prediction.skip_set) / costs.draft_step(SkipSet())
@@ -306,26 +291,23 @@ def test_a_dear_draft_is_neither_tried_nor_chosen(model: PreTrainedModel, tmp_pa
         assert ("table" in trial.record) == (trial.record["draft_cost"] <= 0.4)
     assert any(trial.record["draft_cost"] > 0.4 for trial in trials)
     with pytest.raises(InputError, match=r"no draft that was tried costs at most 0.001"):
-        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, max_draft_cost=0.001))
+        find(model, max_draft_cost=0.001)
 
 
-def test_a_search_for_sampling_confirms_what_it_expects(model: PreTrainedModel) -> None:
-    sampling = Sampling(do_sample=True, temperature=0.8, top_k=20)
-    settings = SearchSettings(**SETTINGS | {"confirm_texts": 3}, sampling=sampling)
-    result = search(model, CALIBRATION, HELD_OUT, settings)
-    assert result.plan.provenance is not None
+def test_sampled_rounds_are_about_as_predicted(model: PreTrainedModel) -> None:
+    result = find(model, confirm_texts=3, sampling=Sampling(do_sample=True, temperature=0.8, top_k=20))
     assert result.plan.provenance.conditions.sampling == {"do_sample": True, "temperature": 0.8, "top_k": 20}
     for confirmed in result.confirmed:
         assert confirmed.rounds_equal is None
         assert confirmed.tokens_per_round_replayed == pytest.approx(confirmed.tokens_per_round_decoded, rel=0.4)
 
 
-def test_a_search_for_batches_prices_and_decodes_rows_together(model: PreTrainedModel) -> None:
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"confirm_texts": 3}, rows=3))
+def test_a_search_for_several_rows_decodes_batches(model: PreTrainedModel) -> None:
+    result = find(model, confirm_texts=3, rows=3)
     assert result.rounds_equal
     assert result.differing_texts == 0
     for confirmed in result.confirmed:
-        assert confirmed.measured.texts == confirmed.expected_here.texts == 3, "however often each is decoded"
+        assert confirmed.measured.texts == confirmed.expected_here.texts == 3, "each text counts once"
 
 
 @pytest.mark.parametrize(
@@ -338,59 +320,56 @@ def test_a_search_for_batches_prices_and_decodes_rows_together(model: PreTrained
         (16, 2, 3, [[0, 2], [4, 6], [8, 10], [12, 14]]),
     ],
 )
-def test_each_held_out_text_is_in_one_batch_but_for_those_that_fill_up_the_last(
+def test_each_held_out_text_is_in_one_batch_except_texts_that_fill_the_last_batch(
     texts: int, rows: int, limit: int | None, expected: list[list[int]]
 ) -> None:
     some = [Text(tokens=torch.zeros(3), prompt=2, allowed=1)] * texts
     assert _batches(some, SearchSettings(rows=rows, confirm_texts=limit)) == expected
 
 
-def test_known_sets_are_tried_first(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_draft_specs_to_start_from_are_tried_first(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
-    settings = SearchSettings(**SETTINGS | {"trials": 3}, start_from=[ENDS_SKIPPED], storage=storage)
-    search(model, CALIBRATION, HELD_OUT, settings)
+    find(model, trials=3, start_from=[ENDS_SKIPPED], storage=storage)
     assert load_study(storage).trials[0].skip_set == ENDS_SKIPPED
-    going_on = replace(settings, trials=4, start_from=[ENDS_SKIPPED, FIRST_DROPPED])
-    search(model, CALIBRATION, HELD_OUT, going_on)
-    assert load_study(storage).trials[3].skip_set == FIRST_DROPPED, "also where the study is past its seeds"
+    find(model, trials=4, start_from=[ENDS_SKIPPED, FIRST_DROPPED], storage=storage)
+    assert load_study(storage).trials[3].skip_set == FIRST_DROPPED, "even after the study's seeds"
 
 
-def test_time_that_is_up_ends_a_search_that_found_nothing_cheap_enough(model: PreTrainedModel) -> None:
-    settings = SearchSettings(**SETTINGS | {"trials": 10**6}, timeout=0.5, max_draft_cost=1e-9)
+def test_the_timeout_ends_a_search_without_a_feasible_draft(model: PreTrainedModel) -> None:
     with pytest.raises(InputError, match="raise max_draft_cost"):
-        search(model, CALIBRATION, HELD_OUT, settings)
+        find(model, trials=10**6, timeout=0.5, max_draft_cost=1e-9)
 
 
-def test_a_model_with_few_sublayers_has_every_set_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_draft_spec_of_a_small_model_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, costs = str(tmp_path / "trials.db"), CHEAP_DRAFTS.costs[0].model_copy(update={"num_layers": 2})
     profile = CHEAP_DRAFTS.model_copy(update={"num_layers": 2, "costs": (costs,)})
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *_, **__: profile)
     small = tiny_model("llama", num_hidden_layers=2)
-    result = search(small, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 40}, storage=storage))
+    result = find(small, trials=40, storage=storage)
     tried = [trial.draft_spec for trial in load_study(storage).trials]
     assert len(tried) == len(set(tried)) == result.trials_complete + result.trials_pruned == 2**4
     assert set(tried) == set(Space(num_layers=2).every())
 
 
 @pytest.mark.slow
-def test_texts_are_written_once_for_one_model_and_its_prompts(
+def test_texts_are_read_from_the_cache_for_the_same_model_prompts_and_settings(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     wrote = []
     for change in ({}, {}, {"new_tokens": 17}, {}):
         seen: list[Progress] = []
-        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 2} | change), seen.append)
+        find(model, seen.append, **{"trials": 2} | change)
         wrote.append(any(progress.phase == "texts" for progress in seen))
     assert wrote == [True, False, True, False]
     for file in (tmp_path / "texts").iterdir():
         file.write_bytes(b"no texts")
     seen = []
-    search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"trials": 2}), seen.append)
-    assert seen[0].phase == "texts", "what cannot be read is written anew"
+    find(model, seen.append, trials=2)
+    assert seen[0].phase == "texts", "an unreadable file is replaced"
 
 
-def test_one_changed_weight_tensor_is_another_model(model: PreTrainedModel) -> None:
+def test_a_changed_weight_or_dtype_changes_the_fingerprint(model: PreTrainedModel) -> None:
     before = model_fingerprint(model)
     assert before == model_fingerprint(damped_model("llama", ENDS_SKIPPED))
     with torch.no_grad():
@@ -399,72 +378,66 @@ def test_one_changed_weight_tensor_is_another_model(model: PreTrainedModel) -> N
     assert model_fingerprint(model.double()) != before
 
 
-def test_a_change_of_the_generation_config_is_another_study(model: PreTrainedModel, tmp_path: Path) -> None:
-    settings = SearchSettings(**SETTINGS | {"trials": 2}, storage=str(tmp_path / "trials.db"), study_name="one")
-    search(model, CALIBRATION, HELD_OUT, settings)
+def test_a_changed_generation_config_does_not_join_the_study(model: PreTrainedModel, tmp_path: Path) -> None:
+    settings = {"trials": 2, "storage": str(tmp_path / "trials.db"), "study_name": "one"}
+    find(model, **settings)
     model.generation_config.repetition_penalty = 1.5
     with pytest.raises(InputError, match="was made with generation config"):
-        search(model, CALIBRATION, HELD_OUT, settings)
-    cache, prompts = TextCache(), list(CALIBRATION)
+        find(model, **settings)
     keys = set()
     for penalty in (1.0, 1.5):
         model.generation_config.repetition_penalty = penalty
-        keys.add(cache.key(model, prompts, sampling=Sampling().resolved(model)))
-    assert len(keys) == 2
+        keys.add(TextCache().key(model, CALIBRATION, sampling=Sampling().resolved(model)))
+    assert len(keys) == 2, "texts are written again"
 
 
-def test_a_set_to_start_from_that_does_not_fit_is_refused_before_anything_is_made(model: PreTrainedModel) -> None:
+def test_a_start_from_that_does_not_fit_the_model_is_refused_first(model: PreTrainedModel) -> None:
     seen: list[Progress] = []
-    settings = SearchSettings(**SETTINGS, start_from=[SkipSet(attn={40})])
     with pytest.raises(PlanError, match="40"):
-        search(model, CALIBRATION, HELD_OUT, settings, seen.append)
+        find(model, seen.append, start_from=[SkipSet(attn={40})])
     assert not seen
 
 
-# --- Picking again ---
+# --- Repicking ---
 
 
 @pytest.mark.slow
-def test_a_plan_for_other_prices_is_picked_from_the_stored_trials(
+def test_repick_chooses_other_skip_sets_at_other_costs(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = str(tmp_path / "trials.db")
-    settings = SearchSettings(**SETTINGS | {"trials": 21}, storage=storage)
-    first = search(model, CALIBRATION, HELD_OUT, settings)
-    study = load_study(storage)
+    first, study = find(model, trials=21, storage=storage), load_study(storage)
     again = repick(model, study, SearchSettings(**SETTINGS))
     best, best_again = (max(c.prediction.speedup for c in result.confirmed) for result in (first, again))
-    assert best_again >= 0.99 * best, "at the same prices nothing is lost"
-    # Attention for nothing, MLPs dear: other sets win.
+    assert best_again >= 0.99 * best, "at the same costs, repick finds as good a plan"
+    # Attention is free and MLPs are expensive, so other skip sets are best.
     costs = CHEAP_DRAFTS.costs[0].model_copy(update={"attention": 0.0, "mlp": 0.005})
     other = CHEAP_DRAFTS.model_copy(update={"costs": (costs,), "rows": 2})
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *args, **kwargs: other)
     moved = repick(model, study, SearchSettings(**SETTINGS, rows=2))
-    assert moved.plan.provenance is not None
     assert moved.plan.provenance.conditions.rows == 2
     assert {c.prediction.skip_set for c in moved.confirmed} != {c.prediction.skip_set for c in first.confirmed}
     assert "texts" not in moved.seconds
     assert moved.rounds_equal
 
 
-def test_a_study_of_another_model_is_not_picked_from(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_repick_refuses_a_study_of_another_model(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
-    search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, storage=storage))
+    find(model, storage=storage)
     with pytest.raises(InputError, match="is about another model than the one given"):
         repick(damped_model("llama", FIRST_DROPPED), load_study(storage))
 
 
 @pytest.mark.slow
-def test_a_worker_on_another_device_picks_by_its_own_prices(
+def test_a_worker_on_another_device_repicks_with_its_own_profile(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SearchSettings(**SETTINGS, storage=str(tmp_path / "trials.db"))
+    storage = str(tmp_path / "trials.db")
     elsewhere = CHEAP_DRAFTS.model_copy(update={"device": "a large accelerator"})
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *args, **kwargs: elsewhere)
-    search(model, CALIBRATION, HELD_OUT, settings)
+    find(model, storage=storage)
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *args, **kwargs: CHEAP_DRAFTS)
-    here = search(model, CALIBRATION, HELD_OUT, settings)
-    assert here.plan.provenance is not None
+    here = find(model, storage=storage)
     assert here.plan.provenance.conditions.device == "cpu"
 
 
@@ -477,6 +450,6 @@ def test_a_worker_on_another_device_picks_by_its_own_prices(
     ],
     ids=["none", "empty", "unknown token"],
 )
-def test_prompts_that_cannot_be_used_are_named(model: PreTrainedModel, bad: list[Tensor], message: str) -> None:
+def test_unusable_prompts_are_refused(model: PreTrainedModel, bad: list[Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         search(model, bad, HELD_OUT)

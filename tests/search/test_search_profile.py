@@ -1,4 +1,4 @@
-"""The profile: measured with the real runtime on a tiny model, kept, read back, and interpolated."""
+"""The profile: measured on a tiny model, written, read, and interpolated."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ import pytest
 import torch
 from models import ENDS_SKIPPED, LAYERS, VOCABULARY, tiny_model
 from selfspec_search.profile.costs import Costs, at_another_context, fit_costs, fit_step, variants
-from selfspec_search.profile.profile import (
-    Profile,
-    ProfileSettings,
-    costs_at,
-    default_contexts,
-    measure,
-    round_lengths,
-)
+from selfspec_search.profile.profile import Profile, ProfileSettings, default_contexts, measure
+from selfspec_search.profile.subject import costs_at, round_lengths
 from selfspec_search.profile.timing import STEPS
 from selfspec_search.replay.sampling_settings import Sampling
 from transformers import PreTrainedModel, TopKLogitsWarper
@@ -25,7 +19,7 @@ from transformers import PreTrainedModel, TopKLogitsWarper
 from selfspec import InputError, SkipSet
 from selfspec.runtime.runtime import Runtime
 
-ATTENTION = 2  # its place in a fit: fixed, layer, attention, MLP
+ATTENTION = 2  # index of attention in a fit
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +68,12 @@ def numbers(costs: Costs) -> list[float]:
     return [value for _, value in costs if isinstance(value, float)] + list(costs.rounds)
 
 
-# --- measured ---
+# --- Measuring ---
 
 
-def test_at_every_context_the_full_models_sum_is_its_measured_step(model: PreTrainedModel) -> None:
+def test_at_every_context_the_cost_of_a_full_step_is_the_measured_step(model: PreTrainedModel) -> None:
     cycles: list[tuple[int, int]] = []
-    measured = measure(
-        model, gamma_max=3, contexts=(61, 5, 29), on_cycle=lambda done, total: cycles.append((done, total))
-    )
+    measured = measure(model, gamma_max=3, contexts=(61, 5, 29), on_cycle=lambda *cycle: cycles.append(cycle))
     assert cycles == [(0, 2), (1, 2), (2, 2)]
     assert measured.contexts == (5, 29, 61)
     assert (measured.rows, measured.backend, measured.dtype, measured.device) == (1, "sdpa", "float32", "cpu")
@@ -93,40 +85,38 @@ def test_at_every_context_the_full_models_sum_is_its_measured_step(model: PreTra
     assert Profile.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
 
-def test_several_rows_are_measured_together(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: set[tuple[int, ...]] = set()
-    plain = Runtime.run
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Runtime, int, tuple[Any, ...]]]:
+    """Records each pass: the runtime, the least length in its cache, and (view, rows, tokens)."""
+    recorded, plain = [], Runtime.run
 
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
-        assert self.cache.lengths.min() >= 11
-        shapes.add((view, *tokens.shape))
+    def run(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
+        recorded.append((self, int(self.cache.lengths.min()), (view, *tokens.shape)))
         return plain(self, view, tokens)
 
-    monkeypatch.setattr(Runtime, "run", recorded)
-    measured = measure(model, gamma_max=2, contexts=[11], settings=ProfileSettings(rows=3))
-    assert measured.rows == 3
-    assert shapes == {("draft", 3, 1), ("target", 3, 1), ("target", 3, 2), ("target", 3, 3)}
+    monkeypatch.setattr(Runtime, "run", run)
+    return recorded
 
 
-def test_all_variants_run_on_one_cache_and_leave_the_users_model_as_it_was(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_several_rows_are_measured_together(model: PreTrainedModel, passes: list[Any]) -> None:
+    assert measure(model, gamma_max=2, contexts=[11], settings=ProfileSettings(rows=3)).rows == 3
+    assert all(length >= 11 for _, length, _ in passes)
+    assert {shape for _, _, shape in passes} == {("draft", 3, 1), *(("target", 3, t) for t in (1, 2, 3))}
+
+
+def test_all_variants_share_one_cache_and_do_not_change_the_users_model(
+    model: PreTrainedModel, passes: list[Any]
 ) -> None:
     tokens = torch.arange(1, 24)[None]
-    before, caches, runtimes, plain = model(tokens).logits, set(), set(), Runtime.run
-
-    def recorded(self: Runtime, view: Any, tokens: torch.Tensor) -> torch.Tensor:
-        runtimes.add(id(self))
-        caches.add(id(self.cache))
-        return plain(self, view, tokens)
-
-    monkeypatch.setattr(Runtime, "run", recorded)
+    before = model(tokens).logits
     measure(model, gamma_max=1, contexts=[5])
-    assert len(runtimes) == len(variants(LAYERS)) + 1, "one more chooses the pass lengths"
-    assert len(caches) == 1
+    runtimes = {runtime for runtime, _, _ in passes}
+    assert len(runtimes) == len(variants(LAYERS)) + 1, "the variants, and the unpadded runtime"
+    assert len({runtime.cache for runtime in runtimes}) == 1
     assert torch.equal(model(tokens).logits, before)
 
 
-def test_steps_and_rounds_for_sampling_are_measured_with_its_processors(
+def test_steps_and_rounds_for_sampling_are_measured_with_processors(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, plain = set(), TopKLogitsWarper.__call__
@@ -138,15 +128,14 @@ def test_steps_and_rounds_for_sampling_are_measured_with_its_processors(
     monkeypatch.setattr(TopKLogitsWarper, "__call__", recorded)
     assert measure(model, gamma_max=2, contexts=[5]).sampling == {}
     assert not seen
-    measured = measure(
-        model, gamma_max=2, contexts=[5], settings=ProfileSettings(sampling=Sampling(do_sample=True, top_k=7))
-    )
+    sampling = ProfileSettings(sampling=Sampling(do_sample=True, top_k=7))
+    measured = measure(model, gamma_max=2, contexts=[5], settings=sampling)
     assert measured.sampling == {"do_sample": True, "top_k": 7}
     assert measured.conditions.endswith(", sampling")
     assert seen == {1, 2, 3}  # a step, and rounds over one and two drafted tokens
 
 
-def test_the_median_prompt_is_the_context_where_none_is_given(model: PreTrainedModel) -> None:
+def test_the_default_context_is_the_median_prompt(model: PreTrainedModel) -> None:
     prompts = [torch.randint(1, VOCABULARY, (length,)) for length in (3, 31, 13)]
     assert measure(model, prompts, gamma_max=1).contexts == (12,)
     assert measure(model, [torch.tensor([5])], gamma_max=1).contexts == (1,)
@@ -167,18 +156,14 @@ def test_default_contexts_leave_room_for_a_round() -> None:
         ([5], 0, "rows is 0, but it must be at least 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(
+def test_contexts_and_rows_that_cannot_be_measured_are_refused(
     model: PreTrainedModel, contexts: list[int], rows: int, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         measure(model, gamma_max=1, contexts=contexts, settings=ProfileSettings(rows=rows))
 
 
-# --- kept ---
-
-
-def test_a_profile_is_read_back_as_it_was() -> None:
-    assert Profile.from_dict(json.loads(json.dumps(profile().to_dict()))) == profile()
+# --- Files ---
 
 
 @pytest.mark.parametrize(
@@ -193,19 +178,19 @@ def test_a_profile_is_read_back_as_it_was() -> None:
         {"colour": "red"},
     ],
 )
-def test_a_profile_that_does_not_hang_together_is_refused_in_one_line(changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"not a profile of this release: .*; measure it anew"):
+def test_an_inconsistent_profile_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"not a profile of this release: .*; measure again"):
         Profile.from_dict(profile().to_dict() | changes)
 
 
-def test_costs_are_never_negative() -> None:
+def test_a_profile_with_negative_costs_is_refused() -> None:
     data = profile().to_dict()
     data["costs"][1]["mlp"] = -1e-9
     with pytest.raises(InputError, match=r"costs\.1\.mlp"):
         Profile.from_dict(data)
 
 
-# --- at a context ---
+# --- Interpolating ---
 
 
 def test_costs_are_linear_between_contexts_and_constant_beyond_them() -> None:
@@ -216,9 +201,8 @@ def test_costs_are_linear_between_contexts_and_constant_beyond_them() -> None:
     between = profile().at(37)  # a quarter of the way
     expected = 0.75 * np.array(numbers(middle)) + 0.25 * np.array(numbers(high))
     assert numbers(between) == pytest.approx(expected)
-    assert between.draft_step(ENDS_SKIPPED) == pytest.approx(
-        0.75 * middle.draft_step(ENDS_SKIPPED) + 0.25 * high.draft_step(ENDS_SKIPPED)
-    )
+    low_step, high_step = middle.draft_step(ENDS_SKIPPED), high.draft_step(ENDS_SKIPPED)
+    assert between.draft_step(ENDS_SKIPPED) == pytest.approx(0.75 * low_step + 0.25 * high_step)
     assert between.measured == {}
 
 
@@ -227,26 +211,22 @@ def test_a_profile_of_one_context_holds_everywhere() -> None:
     assert single.at(1) == single.at(7) == single.at(1000) == costs()
 
 
-# --- fitted ---
+# --- Fitting ---
 
 
 def timed(context: int, seconds: Costs, lengths: list[int], *, whole: bool) -> dict[tuple[int, Any], float]:
-    """What would be timed where the costs are these."""
+    """The timings that would give these costs."""
     skip_sets = variants(LAYERS) if whole else {"nothing": SkipSet()}
-    drafts = {(context, name): STEPS * seconds.draft_step(skip_set) for name, skip_set in skip_sets.items()}
-    return {
-        **drafts,
-        **{(context, n): STEPS * seconds.rounds[n] for n in lengths},
-        (context, "prefill"): seconds.prefill,
-        (context, "lookup"): STEPS * seconds.lookup,
-    }
+    calls: dict[Any, float] = {name: STEPS * seconds.draft_step(skip_set) for name, skip_set in skip_sets.items()}
+    calls |= {n: STEPS * seconds.rounds[n] for n in lengths}
+    calls |= {"prefill": seconds.prefill, "lookup": STEPS * seconds.lookup}
+    return {(context, name): value for name, value in calls.items()}
 
 
-def test_what_is_timed_at_other_contexts_tells_attention_and_rounds_there() -> None:
+def test_attention_and_rounds_at_other_contexts_follow_from_the_few_timings_there() -> None:
     here = costs().model_copy(update={"rounds": (1.0, 2.0, 5.0, 6.0, 7.0)})
-    there = here.model_copy(
-        update={"attention": 0.4, "rounds": (2.0, 4.0, 10.0, 15.0, 21.0), "prefill": 23.0, "lookup": 0.05}
-    )
+    changes = {"attention": 0.4, "rounds": (2.0, 4.0, 10.0, 15.0, 21.0), "prefill": 23.0, "lookup": 0.05}
+    there = here.model_copy(update=changes)
     seen = timed(13, here, [0, 1, 2, 3, 4], whole=True) | timed(29, there, [0, 1, 2, 4], whole=False)
     first, second = costs_at([13, 29], 13, seen, LAYERS, compiled=False)
     assert numbers(first) == pytest.approx(numbers(here))
@@ -254,7 +234,7 @@ def test_what_is_timed_at_other_contexts_tells_attention_and_rounds_there() -> N
     assert second.measured == pytest.approx({"nothing": there.draft_step(SkipSet())})
 
 
-def test_a_step_shorter_than_all_but_attention_shrinks_everything_to_its_measure() -> None:
+def test_all_costs_shrink_if_a_step_is_shorter_than_the_costs_without_attention() -> None:
     steps = {name: costs().draft_step(skip_set) for name, skip_set in variants(LAYERS).items()}
     fitted = fit_step(LAYERS, steps)
     shrunk = at_another_context(fitted, 1.3, LAYERS)
@@ -263,7 +243,7 @@ def test_a_step_shorter_than_all_but_attention_shrinks_everything_to_its_measure
     assert shrunk[0] / shrunk[1] == pytest.approx(5)
 
 
-def test_costs_are_recovered_from_steps_and_never_negative() -> None:
+def test_a_fit_recovers_costs_and_is_never_negative() -> None:
     counts = np.array([[1, 7, 7, 7], [1, 2, 2, 2], [1, 7, 0, 7], [1, 7, 7, 0], [1, 7, 3, 7]], dtype=float)
     costs = np.array([0.5, 0.1, 0.3, 0.2])
     assert fit_costs(counts, counts @ costs) == pytest.approx(costs)
@@ -271,7 +251,7 @@ def test_costs_are_recovered_from_steps_and_never_negative() -> None:
     assert (fit_costs(counts, counts @ free * [1.0, 0.9, 1.0, 1.0, 1.0]) >= 0).all()
 
 
-def test_rounds_are_measured_at_few_lengths_where_they_are_long_or_compiled_from_plain_to_longest() -> None:
+def test_few_round_lengths_are_measured_if_rounds_are_long_or_compiled() -> None:
     assert round_lengths(8, sparse=False) == list(range(9))
     assert round_lengths(23, sparse=False) == [*range(9), 12, 16, 20, 23]
     assert round_lengths(11, sparse=True) == [0, 1, 2, 4, 8, 11]

@@ -1,4 +1,4 @@
-"""The search among keep, quantise and skip: what copies save, what is offered, and what comes of it."""
+"""Searches with quantised drafts: savings of draft weights, the space, and whole searches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import quantised_models
 import torch
 from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
-from selfspec_search import SearchSettings, load_study, repick, search
+from selfspec_search import SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.profile.costs import Costs, Savings
-from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, copied_variants, fit_draft_weights
+from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, fit_draft_weights, quantised_variants
 from selfspec_search.profile.pass_lengths import target_lengths
 from selfspec_search.replay.texts import Text
 from selfspec_search.report import make_page, read_source
 from selfspec_search.space import OWN_HEAD
-from selfspec_search.study.build_space import frequent_tokens, most_copied, space_of
+from selfspec_search.study.build_space import build_space, frequent_tokens, most_draft_weight_bytes
 from selfspec_search.study.constraints import Limits
 from selfspec_search.study.objective import Prices
 from torch import Tensor
@@ -29,6 +29,7 @@ from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Quantised
 
 LAYERS = 7
 SETTINGS = {"trials": 12, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}
+WITHOUT_LOOKUP = SETTINGS | {"lookup": False}
 SAVINGS = Savings(attention=0.002, mlp=0.0015, head=0.003, vocabulary=0.001)
 COSTS = Costs(
     num_layers=LAYERS,
@@ -68,46 +69,53 @@ def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
 
 
 CALIBRATION, HELD_OUT = prompts(5, 11, 3, 7), prompts(3, 13, 6, seed=1)
+
+
+def find(model: PreTrainedModel, **changes: Any) -> SearchResult:
+    """A short search without prompt lookup; `changes` are settings."""
+    return search(model, CALIBRATION, HELD_OUT, SearchSettings(**WITHOUT_LOOKUP | changes))
+
+
 TEXTS = [Text(tokens=torch.tensor([7, 7, 7, 5, 5, 2]), prompt=2, allowed=4)]
 
 
-# --- What copies save ---
+# --- Savings ---
 
 
-def test_a_step_costs_what_is_run_without_padding_less_what_copies_save() -> None:
+def test_a_quantised_step_costs_an_unpadded_step_minus_the_savings() -> None:
     skip_set = SkipSet(attn={1, 2}, mlp={2})
     bare = 0.005 + 6 * 0.001 + 5 * 0.003 + 6 * 0.002
     assert COSTS.draft_step(skip_set) == pytest.approx(bare)
-    copied = Quantised(format=INT4, sublayers=QuantisedSet(attn={0, 3, 4}, mlp={5}))
+    quantised = Quantised(format=INT4, sublayers=QuantisedSet(attn={0, 3, 4}, mlp={5}))
     unpadded = 1.25 * bare - 3 * 0.002 - 0.0015
-    assert COSTS.draft_step(DraftSpec(skip_set=skip_set, quantised=copied)) == pytest.approx(unpadded)
-    with_head = Quantised(format=INT4, sublayers=copied.sublayers, head=True)
+    assert COSTS.draft_step(DraftSpec(skip_set=skip_set, quantised=quantised)) == pytest.approx(unpadded)
+    with_head = Quantised(format=INT4, sublayers=quantised.sublayers, head=True)
     assert COSTS.draft_step(DraftSpec(skip_set=skip_set, quantised=with_head)) == pytest.approx(unpadded - 0.003)
     quarter = SubVocabulary.of(range(TOKENS // 4), TOKENS)
     trimmed = DraftSpec(skip_set=skip_set, quantised=with_head, vocabulary=quarter)
     assert COSTS.draft_step(trimmed) == pytest.approx(unpadded - 0.003 - 0.75 * 0.001)
-    own_head = DraftSpec(skip_set=skip_set, quantised=copied, vocabulary=quarter)
+    own_head = DraftSpec(skip_set=skip_set, quantised=quantised, vocabulary=quarter)
     assert COSTS.draft_step(own_head) == pytest.approx(unpadded - 0.75 * 0.004)
     assert COSTS.draft_step(DraftSpec(vocabulary=quarter)) == pytest.approx(
         COSTS.draft_step(DraftSpec()) - 0.75 * 0.004 / 1.25
     )
 
 
-def test_savings_beyond_the_step_leave_something_of_it() -> None:
+def test_savings_larger_than_a_step_leave_a_positive_cost() -> None:
     absurd = COSTS.model_copy(update={"formats": {INT4.code: SAVINGS.model_copy(update={"mlp": 1.0})}})
     assert absurd.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) > 0
 
 
-def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
+def test_savings_sum_to_the_saving_of_the_fully_quantised_draft() -> None:
     model = quantisable_model("llama")
-    steps = dict.fromkeys(copied_variants(model, [INT4]), 0.009) | {"nothing": 0.008, UNPADDED: 0.010}
+    steps = dict.fromkeys(quantised_variants(model, [INT4]), 0.009) | {"nothing": 0.008, UNPADDED: 0.010}
     steps |= {"int4/32 attention": 0.0085, "int4/32 MLPs": 0.007, "int4/32 head": 0.0095, "int4/32 everything": 0.004}
     fitted = fit_draft_weights(model, [INT4], steps)
     costs = COSTS.model_copy(update={"fixed": 0.001, "layer": 0.0, "attention": 0.0005, "mlp": 0.0005} | fitted)
     assert costs.draft_step(DraftSpec()) == pytest.approx(0.008)
     assert costs.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) == pytest.approx(0.004)
     savings = fitted["formats"]["int4/32"]
-    assert savings.mlp / savings.attention == pytest.approx(2), "each in proportion to what it saved by itself"
+    assert savings.mlp / savings.attention == pytest.approx(2), "in proportion to the savings of each kind alone"
 
 
 @pytest.mark.parametrize(
@@ -118,36 +126,36 @@ def test_savings_add_up_to_what_the_whole_quantised_draft_saves() -> None:
         ({0: 1.0, 1: 0.99, 2: 0.98, 3: 0.97}, [1, 2, 3, 4]),
         ({0: 1.4, 2: 1.0, 3: 1.2}, [3, 2, 3, 4]),
     ],
-    ids=["the fastest length counts", "nothing is gained", "noise is no gain", "only what was measured is padded"],
+    ids=["faster", "slower", "noise", "unmeasured"],
 )
-def test_passes_are_padded_where_that_is_faster(rounds: dict[int, float], lengths: list[int]) -> None:
+def test_passes_are_padded_if_longer_passes_are_faster(rounds: dict[int, float], lengths: list[int]) -> None:
     assert target_lengths(rounds, 3) == lengths
 
 
-# --- What is offered ---
+# --- The space ---
 
 
-def test_only_what_is_faster_is_offered(model: PreTrainedModel) -> None:
-    space = space_of(model, PROFILE, TEXTS, "both")
+def test_only_faster_choices_are_offered(model: PreTrainedModel) -> None:
+    space = build_space(model, PROFILE, TEXTS, "both")
     every = set(range(LAYERS))
     assert space.formats[INT4.code] == QuantisedSet(attn=every, mlp=every)
-    assert space.formats[INT8.code] == QuantisedSet(mlp=every), "attention is the slower in int8"
-    assert space_of(model, PROFILE, TEXTS, "skip").choices["attn_0"] == ["keep", "skip"]
-    assert space_of(model, PROFILE, TEXTS, "quantised").choices["attn_0"] == ["keep", "quantise"]
+    assert space.formats[INT8.code] == QuantisedSet(mlp=every), "attention is slower in int8"
+    assert build_space(model, PROFILE, TEXTS, "skip").choices["attn_0"] == ["keep", "skip"]
+    assert build_space(model, PROFILE, TEXTS, "quantised").choices["attn_0"] == ["keep", "quantise"]
 
 
-def test_a_device_that_gains_nothing_is_offered_skips_alone(model: PreTrainedModel) -> None:
+def test_only_skips_are_offered_if_no_format_is_faster(model: PreTrainedModel) -> None:
     nothing = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": {}}),)})
-    space = space_of(model, nothing, TEXTS, "both")
+    space = build_space(model, nothing, TEXTS, "both")
     assert all(choices == ["keep", "skip"] for choices in space.choices.values())
     with pytest.raises(InputError, match=r"no quantised draft is faster here \(int4 .* 64: 1.30 of the.*--draft skip"):
-        space_of(model, nothing, TEXTS, "quantised")
+        build_space(model, nothing, TEXTS, "quantised")
 
 
-def test_a_format_that_gains_by_the_head_alone_is_offered_for_it(model: PreTrainedModel) -> None:
+def test_a_format_is_offered_for_the_head_alone(model: PreTrainedModel) -> None:
     by_head = {INT8.code: SAVINGS.model_copy(update={"attention": -0.001, "mlp": -0.001})}
     profile = PROFILE.model_copy(update={"costs": (COSTS.model_copy(update={"formats": by_head}),)})
-    space = space_of(model, profile, TEXTS, "both")
+    space = build_space(model, profile, TEXTS, "both")
     assert space.choices["attn_0"] == ["keep", "skip"]
     first = next(space.seeds())
     assert first.quantised == Quantised(format=INT8, head=True)
@@ -157,58 +165,53 @@ def test_a_format_that_gains_by_the_head_alone_is_offered_for_it(model: PreTrain
         update={"costs": (COSTS.model_copy(update={"formats": nothing}),), "slower_formats": {}}
     )
     with pytest.raises(InputError, match="neither a sub-layer nor the head gains"):
-        space_of(model, profile, TEXTS, "quantised")
+        build_space(model, profile, TEXTS, "quantised")
 
 
-def test_trimmed_heads_keep_the_tokens_that_are_frequent_in_the_texts(model: PreTrainedModel) -> None:
+def test_trimmed_heads_keep_the_frequent_tokens_of_the_texts(model: PreTrainedModel) -> None:
     assert frequent_tokens(TEXTS, TOKENS)[:5] == [7, 5, 2, 0, 1]
-    heads = space_of(model, PROFILE, TEXTS, "both").heads
+    heads = build_space(model, PROFILE, TEXTS, "both").heads
     assert list(heads) == [OWN_HEAD, "quantised", "quantised, 128 tokens"]
     kept = heads["quantised, 128 tokens"].vocabulary
-    assert kept is not None
     assert {2, 5, 7} < set(kept.tokens)
     assert len(kept) == 128
 
 
-def test_limits_are_those_of_cost_and_memory(model: PreTrainedModel) -> None:
+def test_limits_compare_cost_and_memory(model: PreTrainedModel) -> None:
     prices = Prices(costs=COSTS)
     small, large = (DraftSpec(quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp=m))) for m in ({0}, range(7)))
     taken = {small: 500, large: 3000, DraftSpec(): 0}
     limits = Limits(memory=1000, bytes_of=lambda draft_spec: taken[draft_spec])
-    assert [limits.check(draft_spec, prices).is_feasible for draft_spec in (DraftSpec(), small, large)] == [
-        True,
-        True,
-        False,
-    ]
+    feasible = [limits.check(draft_spec, prices).is_feasible for draft_spec in (DraftSpec(), small, large)]
+    assert feasible == [True, True, False]
     assert limits.check(large, prices).excess == {"draft_memory": 2.0}
     assert limits.check(small, prices).draft_bytes == 500
     unknown = Prices(costs=COSTS.model_copy(update={"formats": {}}))
-    assert not Limits().check(small, unknown).is_feasible, "what has no price here cannot be chosen"
+    assert not Limits().check(small, unknown).is_feasible, "a draft without a cost is not feasible"
 
 
-def test_what_a_search_takes_for_copies_is_told_before(model: PreTrainedModel) -> None:
+def test_the_most_draft_weight_bytes_are_those_of_all_formats(model: PreTrainedModel) -> None:
     both = sum(
         draft_bytes(model, quantised_models.drafting(format).model_copy(update={"skip_set": SkipSet(), "quantised": q}))
         for format in (INT8, INT4)
         for q in [Quantised.everything(format, LAYERS)]
     )
-    assert most_copied(model, FORMATS) == both
+    assert most_draft_weight_bytes(model, FORMATS) == both
 
 
 # --- Searching ---
 
 
 @pytest.mark.usefixtures("profiled")
-def test_a_search_that_quantises_confirms_what_replay_foretold(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_quantised_rounds_are_equal_in_replay_and_decoding(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")
-    settings = SearchSettings(**SETTINGS | {"lookup": False, "storage": storage, "draft": "quantised"})
-    result = search(model, CALIBRATION, HELD_OUT, settings)
+    result = find(model, storage=storage, draft="quantised")
     assert result.rounds_equal
     assert result.differing_texts == 0
     assert all(not confirmed.prediction.skip_set for confirmed in result.confirmed)
     assert any(confirmed.draft_bytes > 0 for confirmed in result.confirmed)
     study = load_study(storage)
-    assert study.trials[0].draft_spec == study.space.quantised(INT4.code), "everything quantised is tried first"
+    assert study.trials[0].draft_spec == study.space.quantised(INT4.code), "the fully quantised draft is tried first"
     assert {trial.draft_spec.format for trial in study.trials} >= {INT4, INT8}
     assert all(trial.record["draft_bytes"] > 0 for trial in study.trials if trial.draft_spec.quantised)
     plan = result.confirmed[0].prediction.plan
@@ -219,39 +222,36 @@ def test_a_search_that_quantises_confirms_what_replay_foretold(model: PreTrained
 
 @pytest.mark.usefixtures("profiled")
 @pytest.mark.slow
-def test_drafts_that_quantise_and_skip_are_tried_and_found_again(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_drafts_that_quantise_and_skip_are_stored_and_repicked(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")
     given = DraftSpec(skip_set=SkipSet(attn={3}), quantised=Quantised(format=INT4, sublayers=QuantisedSet(mlp={1, 3})))
-    settings: dict[str, Any] = SETTINGS | {"lookup": False, "storage": storage, "start_from": [given], "trials": 16}
-    search(model, CALIBRATION, HELD_OUT, SearchSettings(**settings))
+    find(model, storage=storage, start_from=[given], trials=16)
     trials = load_study(storage).trials
     assert trials[0].draft_spec == given
     assert any(trial.draft_spec.quantised and trial.draft_spec.skip_set for trial in trials[1:])
-    again = search(model, CALIBRATION, HELD_OUT, SearchSettings(**settings | {"trials": 19}))
+    again = find(model, storage=storage, start_from=[given], trials=19)
     draft_specs = [trial.draft_spec for trial in load_study(storage).trials]
     assert len(draft_specs) == len(set(draft_specs)) == 19
     assert again.trials_complete + again.trials_pruned == 19
-    picked = repick(model, load_study(storage), SearchSettings(**SETTINGS | {"lookup": False}))
+    picked = repick(model, load_study(storage), SearchSettings(**WITHOUT_LOOKUP))
     assert {c.prediction.draft_spec for c in picked.confirmed} == {c.prediction.draft_spec for c in again.confirmed}
 
 
 @pytest.mark.usefixtures("profiled")
-def test_no_draft_is_chosen_that_takes_more_memory_than_allowed(model: PreTrainedModel) -> None:
-    whole = most_copied(model, [INT4])
-    settings = SearchSettings(**SETTINGS | {"lookup": False, "draft_memory": whole // 3})
-    result = search(model, CALIBRATION, HELD_OUT, settings)
+def test_no_draft_above_the_memory_limit_is_chosen(model: PreTrainedModel) -> None:
+    whole = most_draft_weight_bytes(model, [INT4])
+    result = find(model, draft_memory=whole // 3)
     assert all(confirmed.draft_bytes <= whole // 3 for confirmed in result.confirmed)
-    with pytest.raises(InputError, match=r"no draft that was tried takes at most 1 B .*; raise draft_memory"):
-        search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"draft": "quantised", "draft_memory": 1}))
+    with pytest.raises(InputError, match=r"no draft that was tried takes at most 1 B of memory; raise draft_memory"):
+        find(model, draft="quantised", draft_memory=1)
 
 
 @pytest.mark.usefixtures("profiled")
-def test_picking_again_says_why_nothing_can_be_used(
+def test_repick_says_why_no_trial_can_be_used(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = str(tmp_path / "plan.db")
-    settings = SETTINGS | {"trials": 2, "lookup": False, "draft": "quantised", "storage": storage}
-    search(model, CALIBRATION, HELD_OUT, SearchSettings(**settings))
+    find(model, trials=2, draft="quantised", storage=storage)
     study = load_study(storage)
     with pytest.raises(InputError, match="none is within draft_memory; raise the limit"):
         repick(model, study, SearchSettings(draft_memory=1))
@@ -262,10 +262,9 @@ def test_picking_again_says_why_nothing_can_be_used(
 
 
 @pytest.mark.usefixtures("profiled")
-def test_a_plan_is_padded_as_the_profile_found_and_its_quantised_drafts_are_not(model: PreTrainedModel) -> None:
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"lookup": False}))
+def test_a_plan_has_the_pass_lengths_of_the_profile_but_quantised_drafts_are_unpadded(model: PreTrainedModel) -> None:
+    result = find(model)
     pass_lengths = result.plan.pass_lengths
-    assert pass_lengths is not None
     assert pass_lengths.target == [3, 3, 3, 4]
     assert pass_lengths.draft == (1 if result.plan.quantised else 2)
 
@@ -273,19 +272,7 @@ def test_a_plan_is_padded_as_the_profile_found_and_its_quantised_drafts_are_not(
 @pytest.mark.usefixtures("profiled")
 def test_the_report_shows_what_is_quantised(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "plan.db")
-    search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS | {"storage": storage, "draft": "quantised"}))
+    find(model, storage=storage, draft="quantised")
     html = make_page(read_source(storage)).html
     assert 'class="quantise"' in html
     assert "in int4" in html or "in int8" in html
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"draft": "all"}, "draft is 'all', but it must be one of both, skip, quantised"),
-        ({"draft_memory": 0}, "draft_memory is 0, but it must be at least 1 byte"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        SearchSettings(**settings)

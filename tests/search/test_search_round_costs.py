@@ -1,4 +1,4 @@
-"""Round costs: shares of matches against a count by hand, prices for other rows, and what a search makes of both."""
+"""Round costs: match shares, costs for other numbers of rows, and plans with both."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from models import FIRST_DROPPED, damped_model, prompts
 from profiles import costs_of, measuring, profile_of
 from replays import random_prompts
 from selfspec_search import Progress, Sampling, SearchResult, SearchSettings, load_study, repick, search
-from selfspec_search.confirm.confirm import Confirmed, _Contender
+from selfspec_search.confirm.confirm import Confirmed
+from selfspec_search.confirm.contender import Contender
 from selfspec_search.profile.profile import Profile
-from selfspec_search.profile.round_costs import Scene, match_shares, seen
+from selfspec_search.profile.round_costs import BatchCostProbe, match_shares, strip_trailing_zeros
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.texts import Text
 from transformers import PreTrainedModel
 
-from selfspec import InputError, Plan, PlanError, PlanWarning, wrap
+from selfspec import Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.formatting import facts
 from selfspec.cli.token_view import Show
 from selfspec.plan import MATCHES, RoundCosts
@@ -42,12 +43,12 @@ def model() -> PreTrainedModel:
     return damped_model("llama", FIRST_DROPPED)
 
 
-# --- Shares of matches ---
+# --- Match shares ---
 
 
 def naive_shares(texts: list[list[int]], prompts: list[int], depths: int) -> list[list[float]]:
-    """Round by round, as a reader would look up: the longest earlier match, of equals the latest, copied on."""
-    seen, right = np.zeros((5, 2)), np.zeros((5, 2))
+    """Match shares by definition: at each start, copy after the latest of the longest earlier matches."""
+    drafted, accepted = np.zeros((5, 2)), np.zeros((5, 2))
     for text, prompt in zip(texts, prompts, strict=True):
         for start in range(prompt, len(text)):
             context, best, place = text[:start], 0, 0
@@ -63,19 +64,19 @@ def naive_shares(texts: list[list[int]], prompts: list[int], depths: int) -> lis
             copy = list(context)
             for depth in range(min(depths, len(text) - start)):
                 copy.append(copy[place + depth])
-                seen[at, min(depth, 1)] += 1
+                drafted[at, min(depth, 1)] += 1
                 if copy[-1] != text[start + depth]:
                     break
-                right[at, min(depth, 1)] += 1
-    return ((right + 0.5) / (seen + 1)).tolist()
+                accepted[at, min(depth, 1)] += 1
+    return ((accepted + 0.5) / (drafted + 1)).tolist()
 
 
 @pytest.mark.parametrize("depths", [1, 3, 16])
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 211])
-def test_shares_of_matches_are_those_of_a_naive_count(depths: int, vocabulary: int) -> None:
+def test_match_shares_equal_a_naive_count(depths: int, vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(vocabulary)
     written = [torch.randint(vocabulary, (length,), generator=generator) for length in (37, 13, 5)]
-    written.append(written[0][:11].repeat(5))  # which copies itself
+    written.append(written[0][:11].repeat(5))  # a text with long matches
     lengths = [7, 2, 1, 13]
     texts = [
         Text(tokens=tokens, prompt=prompt, allowed=len(tokens) - prompt)
@@ -86,51 +87,43 @@ def test_shares_of_matches_are_those_of_a_naive_count(depths: int, vocabulary: i
     assert match_shares(texts, table, depths) == [pytest.approx(pair) for pair in expected]
 
 
-def test_what_no_text_tells_of_is_a_toss_up_and_depths_that_none_reached_are_left_out() -> None:
-    text = Text(tokens=torch.arange(19), prompt=7, allowed=12)  # no token comes twice
+def test_match_shares_without_matches_are_one_half_and_unreached_depths_are_stripped() -> None:
+    text = Text(tokens=torch.arange(19), prompt=7, allowed=12)  # no token occurs twice
     assert match_shares([text], LookupTable.of([text], 3), 3) == [[0.5, 0.5]] * 5
-    assert seen([0.5, 0.0, 0.25, 0.0, 0.0]) == [0.5, 0.0, 0.25]
-    assert seen([0.0, 0.0]) == seen([]) == [0.0]
+    assert strip_trailing_zeros([0.5, 0.0, 0.25, 0.0, 0.0]) == [0.5, 0.0, 0.25]
+    assert strip_trailing_zeros([0.0, 0.0]) == strip_trailing_zeros([]) == [0.0]
 
 
-# --- Prices of other rows ---
+# --- Costs for other numbers of rows ---
 
 
 @pytest.mark.parametrize("known", [KNOWN, KNOWN.model_copy(update={"matches": [], "lookup": 0.0})])
-def test_an_round_costs_for_other_rows_has_their_prices_and_the_same_expectations(
+def test_round_costs_for_other_rows_have_new_seconds_and_the_same_agreement(
     known: RoundCosts, model: PreTrainedModel
 ) -> None:
     texts = [Text(tokens=prompt, prompt=len(prompt) - 2, allowed=2) for prompt in random_prompts(5, 11, 7)]
-    scene = Scene(
-        model=model,
-        draft_spec=DraftSpec.of(FIRST_DROPPED),
-        texts=texts,
-        sampling=Sampling(),
-        backend=None,
-        compile=None,
-        pass_lengths=None,
-    )
+    others = {"sampling": Sampling(), "backend": None, "compile": None, "pass_lengths": None}
+    probe = BatchCostProbe(model=model, draft_spec=DraftSpec.of(FIRST_DROPPED), texts=texts, **others)
     for rows in (1, 7):  # 7 rows need more tokens than the texts have
-        found = scene.round_costs(known, rows)
-        assert RoundCosts(**found.model_dump()) == found, "what was measured is a valid round costs"
+        found = probe.round_costs(known, rows)
+        assert RoundCosts(**found.model_dump()) == found, "the measured round costs are valid"
         assert found.rows == rows
         assert len(found.rounds) == len(known.rounds)
         assert found.rounds == sorted(found.rounds)
         assert 0 < found.draft_step < 5
-        assert (found.lookup > 0) == bool(known.matches), "lookup that takes no part costs nothing"
+        assert (found.lookup > 0) == bool(known.matches), "without prompt lookup"
         kept = ("agreement", "matches")
         assert [getattr(found, name) for name in kept] == [getattr(known, name) for name in kept]
 
 
 # --- A search ---
 
-# Captured, so that there are no thresholds.
 PROFILE = profile_of(costs_of(attention=0.001, mlp=0.002, gamma_max=6, captured=True))
 
 
 @pytest.fixture
-def sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's hour neither prices nor decides; layers win."""
+def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured times decide nothing: costs are fixed, and plans with layer skipping win."""
 
     def rank(self: Confirmed) -> bool:
         return not self.prediction.drafting.gamma
@@ -138,23 +131,20 @@ def sure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", measuring(PROFILE))
     monkeypatch.setattr("selfspec_search.profile.round_costs.CYCLES", 1)
     monkeypatch.setattr(Confirmed, "rank", property(rank))
-    monkeypatch.setattr(_Contender, "is_faster_than", lambda self, plain: True)
+    monkeypatch.setattr(Contender, "is_faster_than", lambda self, plain: True)
 
 
-@pytest.mark.usefixtures("sure")
-def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyond(
-    model: PreTrainedModel,
-) -> None:
-    told: list[Progress] = []
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5]), told.append)
+@pytest.mark.usefixtures("fixed_times")
+def test_the_policy_adapts_for_measured_rows_and_between_them_but_not_beyond(model: PreTrainedModel) -> None:
+    progress: list[Progress] = []
+    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5]), progress.append)
     plan = result.plan
     assert plan.rows == [1, 5]
-    assert told[-1] == Progress(phase="rows", done=1, total=1)
+    assert progress[-1] == Progress(phase="rows", done=1, total=1)
     assert dict(facts(result))["rows"] == "the policy adapts for 1 to 5, by what 1, 5 cost"
     assert plan.round_costs[0].agreement[0] > 0
     assert Plan.from_json(plan.to_json()) == plan
     between = plan.round_costs_for(2)
-    assert between is not None
     low, high = plan.round_costs
     assert between.rounds == pytest.approx([low.rounds[n] + (high.rounds[n] - low.rounds[n]) / 4 for n in range(7)])
     spec = wrap(model, plan)
@@ -170,41 +160,36 @@ def test_a_plan_adapts_for_rows_that_were_measured_and_between_them_but_not_beyo
         assert policy_for(6).startswith("none")
 
 
-@pytest.mark.usefixtures("sure")
-def test_rows_that_memory_does_not_suffice_for_cost_no_more_than_themselves(
+@pytest.mark.usefixtures("fixed_times")
+def test_a_plan_leaves_out_rows_for_which_memory_does_not_suffice(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    round_costs = Scene.round_costs
+    round_costs = BatchCostProbe.round_costs
 
-    def short_of_memory(scene: Scene, known: RoundCosts, rows: int) -> RoundCosts:
+    def short_of_memory(probe: BatchCostProbe, known: RoundCosts, rows: int) -> RoundCosts:
         if rows == 5:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
-        return round_costs(scene, known, rows)
+        return round_costs(probe, known, rows)
 
-    monkeypatch.setattr(Scene, "round_costs", short_of_memory)
+    monkeypatch.setattr(BatchCostProbe, "round_costs", short_of_memory)
     with pytest.warns(PlanWarning, match="memory does not suffice for 5 rows"):
         result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 3]))
     assert result.plan.rows == [1, 3]
 
 
-@pytest.mark.usefixtures("sure")
-def test_sampled_texts_are_said_to_be_sampled(model: PreTrainedModel) -> None:
-    settings = SearchSettings(**SETTINGS, sampling=Sampling(do_sample=True, temperature=0.7))
-    result = search(model, CALIBRATION, HELD_OUT, settings)
-    assert dict(facts(result))["tokens per round"].endswith(", sampled")
-    assert all(row["differing texts"] == "" for row in result.rows() if row["plan"] != "plain decoding")
-
-
-@pytest.mark.usefixtures("sure")
-def test_a_greedy_search_for_one_number_of_rows_says_so(model: PreTrainedModel) -> None:
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS))
-    assert "sampled" not in dict(facts(result))["tokens per round"]
-    assert result.differing_texts == 0
+@pytest.mark.usefixtures("fixed_times")
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_result_says_whether_texts_were_sampled(model: PreTrainedModel, sampled: bool) -> None:
+    sampling = Sampling(do_sample=True, temperature=0.7) if sampled else Sampling()
+    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, sampling=sampling))
+    assert dict(facts(result))["tokens per round"].endswith(", sampled") == sampled
+    differing = [row["differing texts"] for row in result.rows() if row["plan"] != "plain decoding"]
+    assert set(differing) == {"" if sampled else "0"}
     assert result.plan.rows == [1]
 
 
-@pytest.mark.usefixtures("sure")
-def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
+@pytest.mark.usefixtures("fixed_times")
+def test_repick_measures_other_rows_and_keeps_the_lookup_length_of_the_study(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, longest = str(tmp_path / "trials.db"), list[object]()
@@ -224,16 +209,16 @@ def test_picking_again_measures_other_rows_and_looks_up_as_far_as_the_study(
     assert again(other_rows=[3]).plan.rows == [1, 3]
     (without,) = again(lookup=False).plan.round_costs
     assert (without.matches, without.lookup) == ([], 0.0)
-    assert longest == [5, 5, 3], "5 by lookup, as in the study; 3 by layers alone"
+    assert longest == [5, 5, 3], "5 with prompt lookup, as in the study; 3 without"
 
 
-def test_the_legend_names_lookup_wherever_the_policy_may_look_up() -> None:
+def test_the_legend_names_lookup_if_the_policy_may_use_lookup() -> None:
     for round_costs, named in (([KNOWN], True), ([KNOWN.model_copy(update={"matches": []})], False), ([], False)):
         legend = Show(Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=round_costs)).legend()
         assert ("by lookup" in legend.plain) == named
 
 
-# --- Files and misuse ---
+# --- Files ---
 
 
 def test_round_costs_without_lookup_are_read() -> None:
@@ -259,7 +244,7 @@ def test_round_costs_without_lookup_are_read() -> None:
         ({"gamma": 7}, "gamma is 7, but its round_costs for 2 rows end at 6"),
     ],
 )
-def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
+def test_a_plan_with_invalid_round_costs_is_refused_in_one_line(changes: dict[str, object], message: str) -> None:
     written = json.loads(Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=[KNOWN]).to_json())
     for key, value in changes.items():
         written[key] = [written[key][0] | value] if isinstance(value, dict) else value
@@ -268,25 +253,4 @@ def test_a_plan_that_cannot_be_right_is_refused_in_one_line(changes: dict[str, o
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "Value error" not in str(caught.value)
-    assert len(str(caught.value)) < 250, "not the whole round costs"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"other_rows": [4, 0]}, "other_rows holds 0, but there is at least 1 row"),
-        ({"lookup_max": 65}, "lookup_max is 65, but it must be between 1 and 64"),
-        ({"lookup_max": 0}, "lookup_max is 0, but it must be between 1 and 64"),
-        ({"lookup_max": 7, "lookup": False}, "lookup_max is 7, but prompt lookup takes no part"),
-    ],
-)
-def test_settings_that_cannot_be_right_are_refused_by_name(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        SearchSettings(**changes)
-
-
-def test_a_round_is_as_long_as_the_longest_of_its_drafts() -> None:
-    assert SearchSettings(gamma_max=8).longest_draft == 16
-    assert SearchSettings(gamma_max=8, lookup=False).longest_draft == 8
-    assert SearchSettings(gamma_max=8, lookup_max=3).longest_draft == 8
-    assert SearchSettings(gamma_max=40).longest_draft == 64
+    assert len(str(caught.value)) < 250, "the message does not repeat the round costs"

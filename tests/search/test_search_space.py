@@ -1,4 +1,4 @@
-"""What a search chooses from, as parameters of trials; the draft specs that it starts from, and those beside one."""
+"""The space: parameters of trials, seeds, and changes of draft specs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ MIXED = DraftSpec(
 )
 
 
-def test_parameters_and_skip_sets_are_each_other_s_inverse() -> None:
+def test_skip_sets_survive_the_conversion_to_parameters() -> None:
     skip_set = SkipSet(attn={0, 3, 6}, mlp={3, 5})
     params = SKIPS.to_params(skip_set)
     assert len(params) == 2 * LAYERS
     assert sum(choice == "skip" for choice in params.values()) == len(skip_set)
     assert SKIPS.from_params(params) == DraftSpec.of(skip_set)
-    assert set(SKIPS.to_params(MIXED).values()) == {"keep", "skip"}, "nothing is quantised where that is not offered"
+    assert set(SKIPS.to_params(MIXED).values()) == {"keep", "skip"}, "this space does not quantise"
 
 
-def test_parameters_and_draft_specs_are_each_other_s_inverse() -> None:
+def test_draft_specs_survive_the_conversion_to_parameters() -> None:
     assert WIDE.from_params(WIDE.to_params(MIXED)) == MIXED
     assert WIDE.from_params(WIDE.to_params(DraftSpec())) == DraftSpec()
 
@@ -51,10 +51,10 @@ def test_every_choice_of_parameters_is_a_draft_spec_and_equal_draft_specs_have_e
     draft_spec.validate(LAYERS)
     assert WIDE.from_params(WIDE.to_params(draft_spec)) == draft_spec
     if draft_spec.format == INT8 and draft_spec.quantised is not None:
-        assert not draft_spec.quantised.sublayers.mlp, "which gain nothing in this format"
+        assert not draft_spec.quantised.sublayers.mlp, "MLPs are not faster in this format"
 
 
-def test_what_the_space_does_not_offer_is_kept_as_it_is_in_the_model() -> None:
+def test_choices_that_the_space_does_not_offer_become_keep() -> None:
     only_quantised = Space(num_layers=LAYERS, skips=False, formats={INT4.code: EVERY})
     assert only_quantised.nearest(SkipSet(attn={1})) == DraftSpec()
     eight_bits = DraftSpec(quantised=Quantised(format=INT8, sublayers=QuantisedSet(mlp={2})))
@@ -63,7 +63,7 @@ def test_what_the_space_does_not_offer_is_kept_as_it_is_in_the_model() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 16, 61])
-def test_seeds_fit_the_model_and_hold_nothing_skipped_and_the_early_exits(layers: int) -> None:
+def test_seeds_include_the_empty_skip_set_and_early_exits(layers: int) -> None:
     for skip_set in seeds(layers):
         skip_set.validate(layers)
     found = list(Space(num_layers=layers).seeds())
@@ -85,7 +85,7 @@ def test_seeds_begin_with_everything_quantised_in_each_format_and_try_each_head(
     assert not any(draft_spec.skip_set for draft_spec in unskipped)
 
 
-def test_all_else_is_quantised_beside_a_skip_set() -> None:
+def test_all_sub_layers_outside_the_skip_set_are_quantised() -> None:
     skip_set = SkipSet(attn={2}, mlp={0, 2})
     draft_spec = WIDE.quantised(INT4.code, skip_set)
     assert draft_spec.skip_set == skip_set
@@ -100,7 +100,7 @@ def test_a_change_changes_one_parameter() -> None:
     for name, before, after in changes:
         changed = WIDE.to_params(WIDE.changed(MIXED, (name, before, after)))
         differing = {key for key, value in WIDE.to_params(MIXED).items() if changed[key] != value}
-        # In 8 bits MLPs gain nothing, so theirs are kept then.
+        # MLPs are not faster in 8 bits, so they are kept in that format.
         assert differing <= {name, *("mlp_0", "mlp_6")} if name == "format" else differing <= {name}
     skip_set = SkipSet(attn={1}, mlp={2})
     assert SKIPS.changed(DraftSpec.of(skip_set), ("attn_1", "skip", "keep")) == DraftSpec.of(SkipSet(mlp={2}))
@@ -116,19 +116,19 @@ def test_nested_sets_grow_along_the_order() -> None:
     assert all(set(skip_set) == set(order[: len(skip_set)]) for skip_set in sets)
 
 
-def test_a_space_survives_its_storage() -> None:
+def test_a_space_is_read_back_exactly() -> None:
     assert Space.from_bytes(WIDE.to_bytes()) == WIDE
     assert Space.from_bytes(SKIPS.to_bytes()) == SKIPS
 
 
-def test_a_small_space_can_be_gone_through() -> None:
+def test_every_draft_spec_of_a_small_space_is_listed_once() -> None:
     small = Space(num_layers=2, formats={INT4.code: QuantisedSet(attn={0, 1})})
     every = list(small.every())
     assert len(every) == small.size == 3**4
     assert every[0] == DraftSpec()
-    assert len(set(every)) == 3**2 * 2**2, "MLPs gain nothing from being quantised"
+    assert len(set(every)) == 3**2 * 2**2, "quantised MLPs are not faster"
 
 
-def test_studies_of_when_skipping_was_the_only_choice_are_read() -> None:
+def test_old_studies_that_could_only_skip_are_read() -> None:
     params = {name: choice == "skip" for name, choice in SKIPS.to_params(SkipSet(attn={2}, mlp={0})).items()}
     assert SKIPS.from_params(params) == DraftSpec.of(SkipSet(attn={2}, mlp={0}))

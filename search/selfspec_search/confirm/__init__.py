@@ -1,4 +1,4 @@
-"""Confirm: the best plans decode held-out prompts, and the plan is written.
+"""Confirm: decode held-out prompts with the best plans, and write the plan.
 
-Imported by the pipeline alone.
+Only the pipeline may import this package.
 """

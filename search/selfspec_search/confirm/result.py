@@ -1,4 +1,4 @@
-"""SearchResult: the plan, and everything that was found on the way, ready to be printed."""
+"""SearchResult: the plan of a search and the findings behind the plan, as rows of a table."""
 
 from __future__ import annotations
 
@@ -12,44 +12,30 @@ from selfspec_search.profile.profile import Profile
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """What a search found. `confirmed` is in order of measured speed; `winner` is the one that `plan` is made of.
+    """The result of a search."""
 
-    Where plain decoding won, `plan.speculates` is False, the figures are plain decoding's, and `confirmed` shows what
-    was beaten. `interrupted` says that the user ended the trials early.
-    """
-
-    plan: Plan
-    plain: Figures
-    confirmed: Sequence[Confirmed]
-    winner: Confirmed | None
-    profile: Profile
-    trials_complete: int
+    plan: Plan  # `plan.speculates` is False if plain decoding won
+    plain: Figures  # measured figures of plain decoding
+    confirmed: Sequence[Confirmed]  # the fastest first
+    winner: Confirmed | None  # the confirmed plan that became `plan`; None if plain decoding won
+    profile: Profile  # of this device
+    trials_complete: int  # of all workers of the study
     trials_pruned: int
-    interrupted: bool
-    seconds: dict[str, float]
-
-    @property
-    def tokens_per_round_replayed(self) -> float:
-        """By replay, on the held-out texts that were decoded; 1 for plain decoding."""
-        return self.winner.tokens_per_round_replayed if self.winner else 1.0
-
-    @property
-    def tokens_per_round_decoded(self) -> float:
-        """By decoding, on the same texts."""
-        return self.winner.tokens_per_round_decoded if self.winner else 1.0
+    interrupted: bool  # whether the user ended the trials early
+    seconds: dict[str, float]  # by phase
 
     @property
     def rounds_equal(self) -> bool:
-        """Whether replay and greedy decoding agree in every round of every plan that was confirmed."""
+        """Whether replay and greedy decoding agree in every round of every confirmed plan."""
         return all(confirmed.rounds_equal is not False for confirmed in self.confirmed)
 
     @property
     def differing_texts(self) -> int:
-        """Decoded texts that are not the plain model's, over all plans that were confirmed."""
+        """Decoded texts of all confirmed plans that differ from plain decoding."""
         return sum(confirmed.differing_texts for confirmed in self.confirmed)
 
     def rows(self) -> list[dict[str, str]]:
-        """A table: one row per way of decoding, predicted and measured side by side, the fastest first."""
+        """Predicted and measured figures of plain decoding and of each confirmed plan, the fastest first."""
         plain = {
             "plan": "plain decoding",
             "speedup predicted": "1.00",

@@ -1,4 +1,4 @@
-"""Profile: what passes, sub-layers and rounds cost on this device.
+"""Profile: measure what passes, sub-layers and rounds cost on this device.
 
-Imported by the study and all above it.
+The study and the packages above the study may import this package.
 """

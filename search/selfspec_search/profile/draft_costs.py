@@ -1,4 +1,4 @@
-"""What quantised copies and trimmed heads save a step of the draft, as far as they are faster here at all."""
+"""Draft costs: what draft weights (quantised layers, trimmed heads) save in a draft step, if they are faster here."""
 
 from __future__ import annotations
 
@@ -14,87 +14,80 @@ from selfspec.plan.sublayers import QuantisedSet
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Savings
-from selfspec_search.profile.timing import Bench
-
-Timed = Mapping[str, float]
-LEAST_GAIN = 0.05
-"""A draft that is quantised as a whole must be faster by so much, relatively, for its format to be looked into."""
-CYCLES = 5
-TRIMMED = 4
-"""Heads are timed with one token in so many."""
-UNPADDED, TRIMMED_HEAD = "nothing, unpadded", "a quarter of the head"
-"""Variants that have nothing to do with a format."""
-
+from selfspec_search.profile.timing import TimedCalls
 
 FORMATS = (INT8, INT4)
 """The formats that a search considers."""
+LEAST_FORMAT_GAIN = 0.05
+"""Share of a draft step: a fully quantised draft must be faster by this much, or the format is not measured further."""
+CYCLES = 5
+"""Cycles: how often the full and the quantised draft are timed, in turn."""
+TIMED_HEAD_DIVISOR = 4
+"""Divisor of the vocabulary: the timed trimmed head has a quarter of the tokens."""
+UNPADDED, TRIMMED_HEAD = "nothing, unpadded", "a quarter of the head"
+"""Names of the variants without a format."""
 
 
-def draft_weights_that_gain(
-    full: Runtime, bench: Bench, formats: Sequence[Format], runtime_of: Callable[[DraftSpec], Runtime]
+def faster_formats(
+    full: Runtime, timed_calls: TimedCalls, formats: Sequence[Format], runtime_of: Callable[[DraftSpec], Runtime]
 ) -> tuple[list[Format], dict[str, str]]:
-    """The formats in which the whole draft is faster than in full precision; and why the others are not looked at."""
-    gaining, slower = list[Format](), dict[str, str]()
+    """The formats in which the fully quantised draft is faster than full precision; for others, by code, the reason."""
+    model, faster, slower = full.model, list[Format](), dict[str, str]()
     for format in formats:
-        if (unsupported_reason := _unsupported_reason(full.model, format)) is not None:
+        unsupported_reason = device_unsupported_reason(format, model.device)
+        if unsupported_reason is None and not quantisable(model, format):
+            unsupported_reason = "no linear layer of this model fits it"
+        if unsupported_reason is not None:
             slower[format.code] = unsupported_reason
             continue
-        quantised = runtime_of(DraftSpec(quantised=_everything(full.model, format)))
+        quantised = runtime_of(DraftSpec(quantised=_everything(model, format)))
         quantised.adopt_cache(full)
-        calls = {"full": bench.draft(full), "quantised": bench.draft(quantised)}
-        seconds = median_seconds(calls, full.model.device, repeats=CYCLES)
-        if seconds["quantised"] < seconds["full"] * (1 - LEAST_GAIN):
-            gaining.append(format)
+        calls = {"full": timed_calls.draft(full), "quantised": timed_calls.draft(quantised)}
+        seconds = median_seconds(calls, model.device, repeats=CYCLES)
+        if seconds["quantised"] < seconds["full"] * (1 - LEAST_FORMAT_GAIN):
+            faster.append(format)
         else:
             slower[format.code] = f"{seconds['quantised'] / seconds['full']:.2f} of the time of full precision"
             full.views.draft_weights.drop(format)
-    return gaining, slower
-
-
-def _unsupported_reason(model: PreTrainedModel, format: Format) -> str | None:
-    if (unsupported_reason := device_unsupported_reason(format, model.device)) is not None:
-        return unsupported_reason
-    return None if quantisable(model, format) else "no linear layer of this model fits it"
+    return faster, slower
 
 
 def _everything(model: PreTrainedModel, format: Format) -> Quantised:
     return Quantised(format=format, sublayers=quantisable(model, format), head=True)
 
 
-def copied_variants(model: PreTrainedModel, formats: Sequence[Format]) -> dict[str, DraftSpec]:
-    """Drafts by whose steps the savings of each format are told apart; none where no format gains."""
+def quantised_variants(model: PreTrainedModel, formats: Sequence[Format]) -> dict[str, DraftSpec]:
+    """Draft specs by name whose steps determine the savings of each format; none without formats."""
     if not formats:
         return {}
-    some = SubVocabulary.of(range(0, vocabulary_of(model), TRIMMED), vocabulary_of(model))
-    found = {UNPADDED: DraftSpec(), TRIMMED_HEAD: DraftSpec(vocabulary=some)}
+    quarter = SubVocabulary.of(range(0, vocabulary_of(model), TIMED_HEAD_DIVISOR), vocabulary_of(model))
+    found = {UNPADDED: DraftSpec(), TRIMMED_HEAD: DraftSpec(vocabulary=quarter)}
     for format in formats:
-        every = quantisable(model, format)
-        attention, mlp = QuantisedSet(attn=every.attn), QuantisedSet(mlp=every.mlp)
-        found |= {
-            f"{format.code} attention": DraftSpec(quantised=Quantised(format=format, sublayers=attention)),
-            f"{format.code} MLPs": DraftSpec(quantised=Quantised(format=format, sublayers=mlp)),
-            f"{format.code} head": DraftSpec(quantised=Quantised(format=format, head=True)),
-            f"{format.code} everything": DraftSpec(quantised=_everything(model, format)),
-            f"{format.code} everything, a quarter of the head": DraftSpec(
-                quantised=_everything(model, format), vocabulary=some
-            ),
+        every, everything = quantisable(model, format), _everything(model, format)
+        parts = {
+            "attention": Quantised(format=format, sublayers=QuantisedSet(attn=every.attn)),
+            "MLPs": Quantised(format=format, sublayers=QuantisedSet(mlp=every.mlp)),
+            "head": Quantised(format=format, head=True),
+            "everything": everything,
         }
+        found |= {f"{format.code} {part}": DraftSpec(quantised=quantised) for part, quantised in parts.items()}
+        found[f"{format.code} everything, {TRIMMED_HEAD}"] = DraftSpec(quantised=everything, vocabulary=quarter)
     return found
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens the head gives logits for."""
+    """Tokens of the head: the size of its logits."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def fit_draft_weights(model: PreTrainedModel, formats: Sequence[Format], steps: Timed) -> dict[str, Any]:
-    """Fields of `Costs`, from the steps of `copied_variants` and that of the full draft, `nothing`.
+def fit_draft_weights(model: PreTrainedModel, formats: Sequence[Format], steps: Mapping[str, float]) -> dict[str, Any]:
+    """Fields of `Costs`, from seconds of the steps of `quantised_variants` and of the full draft, `nothing`.
 
-    Savings of a format are scaled to add up to what its draft as a whole saves, as it was timed.
+    The savings of a format are scaled so that their sum is the measured saving of the fully quantised draft.
     """
     if not formats:
         return {}
-    whole, all_but_few = steps[UNPADDED], TRIMMED / (TRIMMED - 1)
+    whole, to_whole_head = steps[UNPADDED], TIMED_HEAD_DIVISOR / (TIMED_HEAD_DIVISOR - 1)
     found = {}
     for format in formats:
         every, name = quantisable(model, format), format.code
@@ -105,11 +98,11 @@ def fit_draft_weights(model: PreTrainedModel, formats: Sequence[Format], steps: 
             attention=scale * attention / max(1, len(every.attn)),
             mlp=scale * mlp / max(1, len(every.mlp)),
             head=scale * head,
-            vocabulary=(everything - steps[f"{name} everything, a quarter of the head"]) * all_but_few,
+            vocabulary=(everything - steps[f"{name} everything, {TRIMMED_HEAD}"]) * to_whole_head,
         )
     return {
         "unpadded": max(1.0, whole / steps["nothing"]),
         "vocabulary": vocabulary_of(model),
-        "vocabulary_saved": (whole - steps[TRIMMED_HEAD]) * all_but_few,
+        "vocabulary_saved": (whole - steps[TRIMMED_HEAD]) * to_whole_head,
         "formats": found,
     }

@@ -1,7 +1,7 @@
-"""Padding: lengths of passes that are faster than shorter ones.
+"""Pass lengths: which passes are faster when padded.
 
-On some processors a product with one row is slower than one with three. Padding a pass to the length that is the
-fastest changes nothing: what stands behind its tokens is seen by none of them.
+On some processors a product with one row is slower than a product with three rows. Padding does not change the result:
+no token attends to the padding after it.
 """
 
 from __future__ import annotations
@@ -11,33 +11,35 @@ from collections.abc import Mapping
 from selfspec.plan import PassLengths
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
-from selfspec_search.profile.timing import Bench, Call
+from selfspec_search.profile.timing import Call, TimedCalls
 
-LEAST_GAIN = 0.04
-"""A longer pass must be faster by so much, relatively: less is noise."""
+LEAST_PADDING_GAIN = 0.04
+"""Share of a pass: a padded pass must be faster by this much; smaller differences are noise."""
 DRAFT_LENGTHS = (1, 2, 3)
+"""Tokens: the lengths that are tried for passes of the draft."""
 CYCLES = 5
+"""Cycles: how often every length is timed, in turn."""
 
 
 def target_lengths(rounds: Mapping[int, float], gamma_max: int) -> list[int]:
-    """How many tokens passes over 1 to `gamma_max + 1` are made of, by seconds of rounds over so many drafted."""
+    """Padded lengths of passes over 1 to `gamma_max + 1` tokens, from seconds of rounds by drafted tokens."""
     lengths = []
     for n in range(gamma_max + 1):
         longer = {m: seconds for m, seconds in rounds.items() if m > n}
         best = min(longer, key=lambda m: longer[m], default=n)
-        pays = n in rounds and best > n and rounds[best] < rounds[n] * (1 - LEAST_GAIN)
+        pays = n in rounds and best > n and rounds[best] < rounds[n] * (1 - LEAST_PADDING_GAIN)
         lengths.append((best if pays else n) + 1)
     return lengths
 
 
-def draft_padding(runtime: Runtime, bench: Bench) -> int:
-    """How many tokens a draft's pass over one is best made of, where the draft is the whole model.
+def draft_pass_length(runtime: Runtime, timed_calls: TimedCalls) -> int:
+    """The padded length of a draft pass over one token, measured with the whole model as draft.
 
-    Not tried where every length costs a compilation or a capture.
+    1 for compiled or captured passes, since every length would be compiled or captured first.
     """
     if runtime.static:
         return 1
-    call = bench.draft(runtime)
+    call = timed_calls.draft(runtime)
 
     def padded_to(length: int) -> Call:
         def padded() -> None:
@@ -49,4 +51,4 @@ def draft_padding(runtime: Runtime, bench: Bench) -> int:
     calls = {length: padded_to(length) for length in DRAFT_LENGTHS}
     timed = median_seconds(calls, runtime.model.device, repeats=CYCLES)
     best = min(timed, key=lambda length: timed[length])
-    return best if timed[best] < timed[1] * (1 - LEAST_GAIN) else 1
+    return best if timed[best] < timed[1] * (1 - LEAST_PADDING_GAIN) else 1

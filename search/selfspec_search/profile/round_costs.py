@@ -1,4 +1,4 @@
-"""Round costs: what a policy is told of drafts of every kind, at this search's prices and at those of other batches."""
+"""Round costs: what the policy needs to know of lookup matches, and measured costs for other numbers of rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,41 +14,43 @@ from selfspec.plan import MATCHES, PassLengths, RoundCosts, match_class
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
-from selfspec_search.profile.timing import STEPS, Bench
+from selfspec_search.profile.timing import STEPS, TimedCalls
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import Text
 
 CYCLES = 9
-"""How often everything is measured, in turn, at least."""
-SECONDS = 12.0
-"""... and for how long, where four times as many cycles take no longer."""
-LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-"""Drafted tokens of the rounds that are measured, and the longest of all; in between, costs lie in between."""
-NOTHING_SEEN = 0.5
-"""A share that calibration texts say nothing of, and the weight of that: one token's."""
+"""Cycles: the least number of times that every call is timed, in turn."""
+BUDGET_SECONDS = 12.0
+"""Seconds: more cycles may begin within this time, up to four times `CYCLES`."""
+ROUND_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+"""Tokens: draft lengths whose rounds are measured, in addition to the longest. Other lengths are interpolated."""
+PRIOR_SHARE = 0.5
+"""Share: agreement of looked-up tokens before any is observed; the prior has the weight of one token."""
 
 
 def match_shares(texts: Sequence[Text], table: LookupTable, depths: int) -> list[list[float]]:
-    """By the length class of the match: how often the first looked-up token is right, and how often a later one where
-    all before it were, for drafts of up to `depths` tokens."""
-    seen = np.zeros((len(MATCHES), 2))
-    right = np.zeros((len(MATCHES), 2))
+    """Agreement of prompt lookup by length class of the match, for drafts of up to `depths` tokens.
+
+    Each class has two shares: how often the first looked-up token is accepted, and how often a later token is accepted
+    after an accepted prefix.
+    """
+    drafted, accepted = np.zeros((len(MATCHES), 2)), np.zeros((len(MATCHES), 2))
     for row, text in enumerate(texts):
         for start in range(text.written):
             if not (matched := int(table.matched[row, start])):
                 continue
             at, run = match_class(matched), int(table.runs[row, start])
             failed = run < min(depths, text.written - start)
-            seen[at] += 1 if run or failed else 0, max(0, run - 1) + (failed and run > 0)
-            right[at] += run > 0, max(0, run - 1)
-    shares: list[list[float]] = ((right + NOTHING_SEEN) / (seen + 1)).tolist()
+            drafted[at] += 1 if run or failed else 0, max(0, run - 1) + (failed and run > 0)
+            accepted[at] += run > 0, max(0, run - 1)
+    shares: list[list[float]] = ((accepted + PRIOR_SHARE) / (drafted + 1)).tolist()
     return shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What round costs for other numbers of rows are measured with: the plan's draft, on texts like these."""
+class BatchCostProbe:
+    """Measures the round costs of a plan's draft for other numbers of rows, with `texts` in the cache."""
 
     model: PreTrainedModel
     draft_spec: DraftSpec
@@ -61,21 +62,21 @@ class Scene:
 
     @torch.inference_mode()
     def round_costs(self, known: RoundCosts, rows: int) -> RoundCosts:
-        """The same round costs at the prices of so many rows, measured here and now."""
+        """The round costs `known`, with all seconds measured for `rows` rows."""
         longest = len(known.rounds) - 1
         padded = None
-        if self.pass_lengths is not None:  # what is faster padded may not be so with other numbers of rows
+        if self.pass_lengths is not None:  # the target's padding was measured for another number of rows
             padded = self.pass_lengths.model_copy(update={"rows": rows, "target": []})
         runtime = Runtime(self.model, self.draft_spec, backend=self.backend, compile=self.compile, pass_lengths=padded)
         prompts = self._prompts(rows)
         runtime.reserve(rows, prompts.shape[1] + 3 * (longest + STEPS) + 5)
-        bench = Bench(prompts, self.sampling)
-        lengths = sorted({n for n in LENGTHS if n < longest} | {longest})
-        calls = {f"round {n}": bench.round(runtime, n) for n in lengths}
-        calls["step"] = bench.draft(runtime)
+        timed_calls = TimedCalls(prompts, self.sampling)
+        lengths = sorted({n for n in ROUND_LENGTHS if n < longest} | {longest})
+        calls = {f"round {n}": timed_calls.round(runtime, n) for n in lengths}
+        calls["step"] = timed_calls.draft(runtime)
         if known.matches:
-            calls["lookup"] = bench.lookup(runtime, longest)
-        timed = median_seconds(calls, self.model.device, repeats=CYCLES, budget=SECONDS)
+            calls["lookup"] = timed_calls.lookup(runtime, longest)
+        timed = median_seconds(calls, self.model.device, repeats=CYCLES, budget=BUDGET_SECONDS)
         rounds = np.interp(range(longest + 1), lengths, [timed[f"round {n}"] / STEPS for n in lengths])
         changes = {
             "rows": rows,
@@ -86,14 +87,13 @@ class Scene:
         return known.model_copy(update=changes)
 
     def _prompts(self, rows: int) -> Tensor:
-        """Tokens `b t` that stand in the cache: as many as texts have on average while they are written."""
-        context = int(np.mean([text.prompt + text.written / 2 for text in self.texts]))
+        """Tokens `b t` of the texts; t - 1 is the average context while the texts are written."""
+        length = int(np.mean([text.prompt + text.written / 2 for text in self.texts])) + 1
         joined = torch.cat([text.tokens.cpu() for text in self.texts])
-        draft_weights = -(-rows * (context + 1) // len(joined))
-        return joined.repeat(draft_weights)[: rows * (context + 1)].view(rows, -1)
+        return joined.repeat(-(-rows * length // len(joined)))[: rows * length].view(rows, length)
 
 
-def seen(agreement: Sequence[float]) -> list[float]:
-    """Without the zeros at the end, of depths that no text reached: nothing is known of them."""
-    reached: NDArray[np.int64] = np.flatnonzero(np.asarray(agreement) > 0)
-    return list(agreement[: (int(reached[-1]) if len(reached) else 0) + 1]) or [0.0]
+def strip_trailing_zeros(agreement: Sequence[float]) -> list[float]:
+    """Agreement up to the last depth that a text reached, at least one depth."""
+    reached = [depth for depth, share in enumerate(agreement) if share > 0]
+    return list(agreement[: max(reached, default=0) + 1]) or [0.0]

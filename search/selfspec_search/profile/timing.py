@@ -1,4 +1,4 @@
-"""Timing: stretches of the real runtime and its loop that do the same work at every call."""
+"""Timed calls: parts of rounds, run by the runtime, that do the same work at every call."""
 
 from __future__ import annotations
 
@@ -22,91 +22,88 @@ from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import request_for
 
 STEPS = 4
-"""Draft length at which a step of the draft is timed. Rounds are timed by as many, too: on a busy machine the median of
-long stretches and that of short ones are not to be compared."""
+"""Draft steps, and rounds, in one timed call. On a busy machine, medians of long and short calls do not compare."""
 
 Call = Callable[[], Any]
 
 
-class Bench:
-    """What is timed at one context: the tokens in the cache when a call begins.
+class TimedCalls:
+    """Calls to time at one context, which is the number of tokens in the cache when a call begins.
 
     Args:
-        prompts: `b t`; all but the last token of each row are the context. The runtimes' cache must have room for
-            them, and for three times what a call drafts.
-        sampling: how tokens are chosen, greedily by default: processors and drawing are part of a step and a round.
+        prompts: `b t`; all but the last token of each row are the context. The cache needs `t` slots, and three times
+            the draft length of a call.
+        sampling: how tokens are chosen, greedily by default. Draft steps and rounds process logits and draw tokens.
     """
 
     def __init__(self, prompts: Tensor, sampling: Sampling | None = None) -> None:
         self.prompts, self.sampling = prompts, sampling
 
     def draft(self, runtime: Runtime) -> Call:
-        """STEPS tokens drafted in every row."""
+        """Draft STEPS tokens in every row."""
         drafter = LayerSkipDrafter(runtime, STEPS)
         request = self._begin(runtime, drafter)
 
         def call() -> None:
-            again(runtime, request)
+            rewind(runtime, request)
             run_draft(runtime, drafter, request, STEPS)
 
         return call
 
     def round(self, runtime: Runtime, n: int) -> Call:
-        """STEPS rounds over `n` tokens that cost nothing to draft."""
-        drafter = _Guesses(self.prompts, n)
+        """Run STEPS rounds over `n` drafted tokens whose drafting takes no time."""
+        drafter = _ConstantDrafter(self.prompts, n)
         request = self._begin(runtime, drafter)
         stats = Stats(rows=request.rows)
 
         def call() -> None:
             for _ in range(STEPS):
-                again(runtime, request)
+                rewind(runtime, request)
                 step(runtime, drafter, request, stats)
 
         return call
 
     def lookup(self, runtime: Runtime, gamma: int) -> Call:
-        """STEPS times prompt lookup."""
+        """Run prompt lookup STEPS times."""
         drafter = PromptLookupDrafter(PromptLookup(gamma=gamma))
         request = self._begin(runtime, drafter)
 
         def call() -> None:
-            again(runtime, request)
+            rewind(runtime, request)
             for _ in range(STEPS):
                 drafter.look(request)
 
         return call
 
     def prefill(self, runtime: Runtime) -> Call:
-        """One prefill."""
+        """Run one prefill."""
         request = self._begin(runtime, NoDrafter())
         return lambda: prefill_prompts(runtime, request.prompts, request.pads)
 
     def captures(self, runtime: Runtime) -> bool:
-        """Whether rounds of requests like these run as graphs."""
+        """Whether the rounds of these requests run as CUDA graphs."""
         return is_captured(runtime, self._begin(runtime, NoDrafter()))
 
     def _begin(self, runtime: Runtime, drafter: Drafter) -> Request:
-        """A request with room for one round: every call is that same round again.
+        """A request with room for one round, which every call repeats.
 
-        Its prompts need not be cached: whatever is there takes as long to attend to.
+        The prompts are not prefilled: attention takes as long on any cached keys.
         """
         runtime.pin_longrope(self.prompts.shape[1])
-        gamma = drafter.gamma
-        request = request_for(
-            runtime.model, list(self.prompts), 2 * gamma + 2, gamma, sampling=self.sampling, stops=False
-        )
+        room, prompts = 2 * drafter.gamma + 2, list(self.prompts)
+        request = request_for(runtime.model, prompts, room, drafter.gamma, sampling=self.sampling, stops=False)
         bind_buffers(runtime, drafter, request)
         return request
 
 
-def again(runtime: Runtime, request: Request) -> None:
-    """Back to where the request began: other things run in between, on the same cache and buffers."""
+def rewind(runtime: Runtime, request: Request) -> None:
+    """Set the request and the cache back to the first round. Other calls use the same cache and buffers."""
     request.rewind()
     runtime.cache.lengths.copy_(request.ends - 1)
 
 
-class _Guesses(Drafter):
-    """A drafter that costs nothing: the same tokens over and over. What is left of a round is all but drafting."""
+class _ConstantDrafter(Drafter):
+    """Drafts the same tokens in every round at no cost, so that a round's time excludes drafting."""
 
     def __init__(self, prompts: Tensor, gamma: int) -> None:
         self.gamma = gamma
@@ -116,14 +113,14 @@ class _Guesses(Drafter):
 
     @property
     def key(self) -> Hashable:
-        return "guesses", id(self)
+        return "constant", id(self)
 
     def draft(self, request: Request, n: int) -> Draft:
-        return Draft(self._tokens.clone(), self._lengths, None)  # a graph must have something to do
+        return Draft(self._tokens.clone(), self._lengths, None)  # a captured graph needs at least one kernel
 
 
 def share_cache(runtimes: Iterable[Runtime], rows: int, slots: int) -> None:
-    """Let runtimes of one model use one cache: seven of them could take more memory than the model."""
+    """Let runtimes of one model share a cache: a cache for each could take more memory than the model."""
     first, *others = runtimes
     first.reserve(rows, slots)
     for other in others:

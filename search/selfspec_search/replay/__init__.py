@@ -1,4 +1,4 @@
-"""Replay: what a draft would have got accepted, computed from texts that the target wrote.
+"""Replay: compute what a draft would have got accepted, from texts that the target wrote.
 
-Imported by the profile, the study and all above them.
+The profile, the study and the packages above them may import this package.
 """

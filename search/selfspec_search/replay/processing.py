@@ -1,4 +1,4 @@
-"""The logits processors that a `Sampling` means for a model, and how they process logits of packed texts."""
+"""The logits processors of a `Sampling` for a model, and their use on logits of packed texts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from selfspec.decoding.logits_processors import CONTEXT_FREE
 from selfspec.errors import InputError
 
 _CONTEXTUAL = (RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor)
-"""Functions of a text's own tokens and nothing else: neither of its place in a batch nor of where its prompt ended."""
+"""Processors that depend on a text's tokens only, not on the batch or the end of the prompt."""
 
 
 def processors_of(options: dict[str, Any], model: PreTrainedModel) -> LogitsProcessorList:
-    """See `Sampling.processors`; `options` are keyword arguments of `generate`."""
+    """The processors of `Sampling.processors`; `options` are keyword arguments of `generate`."""
     prepared: list[LogitsProcessorList] = []
 
     def take(model: PreTrainedModel, input_ids: Tensor, **given: Any) -> Tensor:
@@ -36,7 +36,7 @@ def processors_of(options: dict[str, Any], model: PreTrainedModel) -> LogitsProc
         if type(processor) not in CONTEXT_FREE and type(processor) not in _CONTEXTUAL:
             raise InputError(
                 f"the model's generation config asks for {type(processor).__name__}, which the search cannot "
-                "replay; remove that setting from the config"
+                "replay; remove that setting from the generation config"
             )
     return prepared[0]
 
@@ -44,7 +44,9 @@ def processors_of(options: dict[str, Any], model: PreTrainedModel) -> LogitsProc
 def process_packed(
     processors: LogitsProcessorList, logits: Tensor, tokens: Tensor, begins: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Processed float32 scores for logits `a v`, each behind its own `tokens[begins : begins + lengths]` (`a` each)."""
+    """Processed float32 scores `a v` for logits `a v`; the context of each is `tokens[begins : begins + lengths]`."""
+    if not processors:
+        return logits.float()
     scores = logits.to(torch.float32, copy=True)
     for processor in processors:
         if type(processor) in CONTEXT_FREE:

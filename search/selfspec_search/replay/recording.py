@@ -1,4 +1,4 @@
-"""Recording: the target's keys and values for a few texts, kept once for all trials."""
+"""Recording: the target's keys and values for a few texts, computed once for all trials."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from selfspec_search.replay.processing import process_packed
 from selfspec_search.replay.texts import Text
 
 TEXTS_TOGETHER = 8
-"""Texts of like length share a recording: attention then looks at little padding."""
+"""Texts: the most in one recording. Texts of similar length share a recording, which limits padding."""
 RECORDED_TOKENS = 2**14
-"""The most tokens recorded in one pass."""
-PADDING = 2
-"""Padding makes no batch more than this many times as large."""
+"""Tokens: the most in one recording pass, padding included."""
+MOST_PADDING = 2
+"""Factor: the most by which padding may enlarge a batch."""
 
 
 def batches(texts: Sequence[Text]) -> list[list[int]]:
-    """Indices of texts, by length, in batches of few texts, few tokens and little padding."""
+    """Indices of texts in batches of similar length, within the limits on texts, tokens and padding."""
     found: list[list[int]] = []
     for index in sorted(range(len(texts)), key=lambda index: len(texts[index])):
         if not found or _is_full(found[-1], index, texts):
@@ -39,12 +39,12 @@ def batches(texts: Sequence[Text]) -> list[list[int]]:
 def _is_full(batch: Sequence[int], index: int, texts: Sequence[Text]) -> bool:
     padded = (len(batch) + 1) * len(texts[index])
     bare = sum(len(texts[other]) for other in (*batch, index))
-    return len(batch) == TEXTS_TOGETHER or padded > min(RECORDED_TOKENS, PADDING * bare)
+    return len(batch) == TEXTS_TOGETHER or padded > min(RECORDED_TOKENS, MOST_PADDING * bare)
 
 
 @dataclass
 class RecordingPass(ProbePass):
-    """Attends causally, as the probe does, and keeps what every layer would have cached."""
+    """A causal pass like the probe that also records the keys and values of every layer."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -55,13 +55,13 @@ class RecordingPass(ProbePass):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recording:
-    """Texts of like length, padded on the right to `s` tokens, and the target's keys and values of each layer.
+    """Texts of similar length, padded on the right to `s` tokens, and the target's keys and values of each layer.
 
-    What stands behind a text's own end is computed from padding, finite, and never looked at.
+    Keys and values after a text's end come from padding. They are finite, and masks hide them.
     """
 
     texts: Sequence[Text]
-    indices: Sequence[int]  # where each text stands in the list that the replay was given
+    indices: Sequence[int]  # of the texts in the replay's list
     tokens: Tensor  # b s
     layers: dict[int, tuple[Tensor, Tensor]]  # b h s d each
 
@@ -77,24 +77,22 @@ class Recording:
 
 @torch.inference_mode()
 def probabilities(target: PreTrainedModel, text: Text, processors: LogitsProcessorList, most: int) -> Tensor:
-    """The processed target's probability p of each written token of a text, as it was drawn: `written`.
+    """The target's probability p of each written token of a text, after logits processors: `written`.
 
-    No more than `most` positions' logits are held at once; where a text has more, it is run again up to the next ones.
+    At most `most` positions' logits are in memory at once. A longer text takes several passes.
     """
-    ends = [*range(text.prompt, len(text), most), len(text)]
     tokens, positions = _padded(target, [text])
-    return torch.cat([_piece(target, tokens, positions, range(*piece), processors) for piece in pairwise(ends)])
 
+    def piece(start: int, stop: int) -> Tensor:
+        lengths = torch.arange(start, stop, device=tokens.device)
+        body = {"input_ids": tokens[:, : stop - 1], "position_ids": positions[:, : stop - 1]}
+        # The model's own forward applies the head, which may scale or cap logits, to the last positions only.
+        output = target(**body, use_cache=False, selfspec_pass=ProbePass(), logits_to_keep=stop - start)
+        scores = process_packed(processors, output.logits[0], tokens[0], torch.zeros_like(lengths), lengths)
+        return torch.softmax(scores, dim=-1).gather(1, tokens[0, lengths, None])[:, 0]
 
-def _piece(
-    target: PreTrainedModel, tokens: Tensor, positions: Tensor, piece: range, processors: LogitsProcessorList
-) -> Tensor:
-    lengths = torch.arange(piece.start, piece.stop, device=tokens.device)
-    body = {"input_ids": tokens[:, : piece.stop - 1], "position_ids": positions[:, : piece.stop - 1]}
-    # The family's own head, which may scale or cap, over the last positions alone.
-    output = target(**body, use_cache=False, selfspec_pass=ProbePass(), logits_to_keep=len(piece))
-    scores = process_packed(processors, output.logits[0], tokens[0], torch.zeros_like(lengths), lengths)
-    return torch.softmax(scores, dim=-1).gather(1, tokens[0, lengths, None])[:, 0]
+    ends = [*range(text.prompt, len(text), most), len(text)]
+    return torch.cat([piece(*ends_of_piece) for ends_of_piece in pairwise(ends)])
 
 
 def _padded(target: PreTrainedModel, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:

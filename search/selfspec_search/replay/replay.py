@@ -1,13 +1,13 @@
-"""Replay: what a draft would have got accepted, computed in parallel from text that the target wrote.
+"""Replay: compute in parallel what a draft would have got accepted, from text that the target wrote.
 
-A round starts at some token of the text, and a token drafted at depth d only matters if the d tokens before it in the
-round were accepted, that is, equal to the text's own. So depth d is one pass of the draft over *all* starts whose first
-d tokens may have been: the token at position t = start + d attends to the target's recorded keys for j < start, which
-is what the cache holds when the round begins, and to the draft's own keys of depths 0..d, which it wrote since.
+A round starts at some token of the text. A token drafted at depth d matters only if the d tokens before it in the round
+were accepted, that is, equal the text's tokens. So depth d is one pass of the draft over *all* starts whose first d
+tokens may have been accepted. The token at position t = start + d attends to two groups of keys: the target's recorded
+keys for j < start, which the cache holds when the round begins; and the draft's own keys of depths 0..d.
 
-Greedy decoding accepts a drafted token or it does not. When sampling, given that the text's token x came out behind an
-accepted prefix, it was an accepted draft with probability w = min(1, q(x) / p(x)), for the chance that a draft of x is
-both made and accepted is min(p(x), q(x)), and that x comes out at all is p(x) (Leviathan et al. 2023, Alg. 1).
+Greedy decoding accepts or rejects a drafted token. When sampling, given that the text's token x followed an accepted
+prefix, x was an accepted draft with probability w = min(1, q(x) / p(x)): the probability that x is drafted and accepted
+is min(p(x), q(x)), and the probability of x is p(x) (Leviathan et al. 2023, Alg. 1, arXiv:2211.17192).
 """
 
 from __future__ import annotations
@@ -40,26 +40,23 @@ from selfspec_search.replay.texts import Text
 Result = TypeVar("Result")
 
 LEAST_CHANCE = 1e-3
-"""Sampled drafts are followed while at least this chance is left that all their tokens were accepted."""
+"""Probability: a sampled round is replayed deeper while all its tokens were accepted with at least this chance."""
 
 
 class Replay:
-    """Replays drafts of one model on texts that it wrote. One draft view and one recording serve every draft spec.
+    """Replays drafts of a model on texts that the model wrote. One draft view and one recording serve all draft specs.
 
     Args:
         model: the model that wrote the texts.
-        texts: as `write_texts` yields them, in any order.
+        texts: the texts of `write_texts`, in any order.
         depths: the most tokens that a round may draft (gamma_max).
         sampling: how the texts' tokens were chosen.
-        memory: bytes that keys, values and passes of drafts may take beside the model; None for `Memory.default`. The
-            passes that record the texts, one batch of few tokens at a time, come on top while the replay is made, and
-            so do quantised copies.
-        copies: the draft's own layers, for passes over many tokens; by default they are made as draft specs ask for
-            them,
-            and kept.
+        memory: bytes for keys, values and draft passes, in addition to the model; None for `Memory.default`. The
+            passes that record the texts and the draft weights are not counted.
+        draft_weights: made for passes over many tokens; by default created when a draft spec first needs them.
 
     Raises:
-        InputError: texts on both sides of a longrope switch, which no one pass can serve; too little memory.
+        InputError: the texts lie on both sides of a longrope switch, or `memory` is too small.
     """
 
     def __init__(
@@ -86,67 +83,66 @@ class Replay:
         self.tokens = torch.cat([text.tokens.to(model.device) for text in texts])
         begins = [0, *torch.tensor([len(text) for text in texts]).cumsum(0).tolist()]
         self.chosen = self._chosen(target, budget.most_starts(texts)) if self.sampling.do_sample else None
-        everyone = Starts.of(self.recordings, begins)
-        self._threads = min(threads_for(model.device), budget.most_starts(texts))
-        most = min(budget.most_starts(texts) // self._threads, -(-len(everyone) // self._threads))
-        places = torch.arange(len(everyone), device=model.device).split(max(1, most))
-        self.chunks = [everyone.only(index) for index in places]
-        # Steps hold masks, so they are kept between trials only where all are held at once in a trial anyway.
+        starts, most_starts = Starts.of(self.recordings, begins), budget.most_starts(texts)
+        self._threads = min(threads_for(model.device), most_starts)
+        chunk_size = max(1, min(most_starts // self._threads, -(-len(starts) // self._threads)))
+        places = torch.arange(len(starts), device=model.device).split(chunk_size)
+        self.chunks = [starts.only(index) for index in places]
+        # Steps hold masks. Keeping the steps between trials is free only if one trial holds all of them at once.
         kept = len(self.chunks) <= self._threads
         self._first_steps = [Step.of(self.recordings, chunk, 0) if kept else None for chunk in self.chunks]
 
-    def run(self, draft_spec: DraftSpec | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table | None:
-        """The table for a draft by this draft spec.
+    def run(self, draft_spec: DraftSpec | SkipSet, how_deep: Callable[[Table], int] | None = None) -> Table:
+        """The acceptance table of a draft spec.
 
-        `how_deep` sees an estimate from depth 0 alone (`Table.from_first_depth`), says how many depths are worth
-        replaying, and may end the trial by 0: then None is returned.
+        `how_deep` receives the estimate from depth 0 (`Table.from_first_depth`) and returns the number of depths to
+        replay. If `how_deep` returns 0, the table has no depths.
         """
         change_draft(self.view, draft_spec, self.draft_weights)
         table, depths = Table.empty(self.texts, self.depths), self.depths
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:
-            begun = self._each(lambda chunk: self._begin(chunk, table))
+            begun = self._each(lambda chunk: self._replay_first_depth(chunk, table))
             depths = min(depths, how_deep(self._wanted(table).from_first_depth()))
-        if depths == 0:
-            return None
-        self._each(lambda chunk: self._go_on(chunk, begun[chunk], depths, table))
+        if depths:
+            self._each(lambda chunk: self._replay_other_depths(chunk, begun[chunk], depths, table))
         return self._wanted(table).shallow(depths)
 
     def _wanted(self, table: Table) -> Table:
         return table if self._only is None else table.only(self._only)
 
     def _each(self, do: Callable[[int], Result]) -> list[Result]:
-        """Do something for every chunk, as many at a time as there are threads."""
+        """Call `do` with the index of every chunk, on all threads."""
         chunks = range(len(self.chunks))
         if self._threads == 1:
             return [do(chunk) for chunk in chunks]
         with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(do, chunks))
 
-    def _begin(self, chunk: int, table: Table, *, keep: bool = False) -> Starts | None:
-        """Depth 0; what goes on, unless there are more chunks than can be held at once."""
-        alive = self._advance(self.chunks[chunk].afresh(), 0, table, self._first_steps[chunk])
+    def _replay_first_depth(self, chunk: int, table: Table, *, keep: bool = False) -> Starts | None:
+        """Replay depth 0. Return the starts still alive, or None if memory cannot hold the starts of all chunks."""
+        alive = self._advance(self.chunks[chunk].without_keys(), 0, table, self._first_steps[chunk])
         return alive if keep or len(self.chunks) <= self._threads else None
 
-    def _go_on(self, chunk: int, begun: Starts | None, depths: int, table: Table) -> None:
-        alive = self._begin(chunk, table, keep=True) if begun is None else begun
+    def _replay_other_depths(self, chunk: int, begun: Starts | None, depths: int, table: Table) -> None:
+        alive = self._replay_first_depth(chunk, table, keep=True) if begun is None else begun
         assert alive is not None
         for depth in range(1, depths):
             alive = self._advance(alive, depth, table, None)
 
     def first_depth(self, draft_spec: DraftSpec | SkipSet) -> Table:
         """The estimate from depth 0 alone."""
-        seen: list[Table] = []
+        tables: list[Table] = []
 
         def stop(first: Table) -> int:
-            seen.append(first)
+            tables.append(first)
             return 0
 
         self.run(draft_spec, stop)
-        return seen[0]
+        return tables[0]
 
     def only(self, indices: Sequence[int]) -> Replay:
-        """The same replay, over the starts of some of the texts: its tables hold these texts alone."""
+        """A replay of some of the texts. The new replay shares the recordings; its tables hold only these texts."""
         few, wanted = copy(self), torch.tensor(list(indices), device=self.tokens.device)
         chunks = [chunk.only(torch.isin(chunk.texts, wanted).nonzero()[:, 0]) for chunk in self.chunks]
         few._only = list(indices)
@@ -156,7 +152,7 @@ class Replay:
 
     @torch.inference_mode()
     def _advance(self, alive: Starts, depth: int, table: Table, step: Step | None) -> Starts:
-        """Draft one token at `depth` for every start alive, note it in the table, and return those that go on."""
+        """Draft one token at `depth` for every start alive, enter its weight in the table, and drop failed starts."""
         if len(alive) == 0:
             return alive
         step = step or Step.of(self.recordings, alive, depth)
@@ -171,24 +167,22 @@ class Replay:
         return alive.only(((alive.chance >= least) & (alive.draftable > depth + 1)).nonzero()[:, 0])
 
     def _accepted(self, logits: Tensor, alive: Starts, places: Tensor) -> Tensor:
-        """The chance that the text's token was an accepted draft, given that it came out: `a`, 0 or 1 if greedy."""
+        """The probability `a` that the text's token was an accepted draft, given that decoding wrote that token.
+
+        0 or 1 for greedy decoding.
+        """
         tokens = self.tokens[places]
-        scores = self._processed(logits, alive.begins, places - alive.begins)
+        scores = process_packed(self.processors, logits, self.tokens, alive.begins, places - alive.begins)
         if self.chosen is None:
             return (scores.argmax(dim=-1) == tokens).float()
         q = torch.softmax(scores, dim=-1).gather(1, tokens[:, None])[:, 0]
-        # At the edge of top-k or top-p, rounding may leave a token out of p that did come out: p is 0 then, and q
-        # decides. A draft that gave the token any chance had it accepted; one that gave it none never drafted it.
+        # At the edge of top-k or top-p, rounding may set p to 0 for a token that decoding wrote. Then q decides: the
+        # token was accepted if the draft could propose that token.
         p = self.chosen[places].clamp(min=torch.finfo(q.dtype).tiny)
         return (q / p).clamp(min=0, max=1)
 
-    def _processed(self, logits: Tensor, begins: Tensor, lengths: Tensor) -> Tensor:
-        if not self.processors:
-            return logits
-        return process_packed(self.processors, logits, self.tokens, begins, lengths)
-
     def _chosen(self, target: PreTrainedModel, most: int) -> Tensor:
-        """p of every token of every text, as processed and drawn from; 1 for those of the prompts."""
+        """p of every token of every text, after logits processors; 1 for the tokens of the prompts."""
         parts: list[Tensor] = []
         for text in self.texts:
             parts.append(torch.ones(text.prompt, device=target.device))
@@ -197,9 +191,9 @@ class Replay:
 
 
 def threads_for(device: torch.device) -> int:
-    """How many chunks to replay at a time: one for each core, where PyTorch itself was told to use one thread.
+    """Chunks to replay in parallel: one for each core if PyTorch uses one thread, otherwise one.
 
-    Whoever did that had a model too small to share one operation among cores; whole chunks can be shared all the same.
+    PyTorch is limited to one thread when the model is too small for parallel operations. Chunks still run in parallel.
     """
     if device.type != "cpu" or torch.get_num_threads() > 1:
         return 1
@@ -215,8 +209,8 @@ def _pin_longrope(
     long = {text.prompt > switch for text in texts}
     if len(long) > 1 or any(text.prompt <= switch < text.prompt + text.allowed + depths + 1 for text in texts):
         raise InputError(
-            f"this model's longrope switches at {switch} tokens; give prompts that stay, with what is written, "
-            "on one side of it"
+            f"this model's longrope switches at {switch} tokens, and the texts lie on both sides; "
+            "give prompts whose texts all stay on one side"
         )
     for view in views:
         pin_longrope(view, long=True in long)

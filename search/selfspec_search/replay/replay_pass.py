@@ -1,4 +1,4 @@
-"""ReplayPass: one pass of the draft over one token of every start that is alive, whichever text it stands in."""
+"""ReplayPass: one pass of the draft over one token of every start that is alive, in all texts at once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from selfspec.models.attention_hook import AttentionArgs
-from selfspec_search.replay.recording import PADDING, Recording
+from selfspec_search.replay.recording import MOST_PADDING, Recording
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""PyTorch's fused attention on a CPU that also returns the log-sum-exp of the scores."""
+"""PyTorch's fused CPU attention, which also returns the log-sum-exp of the scores; None if unavailable."""
 
 
 @dataclass
 class Starts:
-    """The `a` starts whose draft may have been accepted so far, and the draft's own keys and values since then.
+    """The `a` starts whose drafts may have been accepted so far, and the draft's keys and values of these rounds.
 
-    A start is the number of tokens written when a round begins. In order of their recordings, then texts, then starts.
+    A start is the number of tokens written when a round begins. Starts are ordered by recording, text and start.
     """
 
     recordings: Tensor  # a
@@ -31,12 +31,12 @@ class Starts:
     begins: Tensor  # a, where the text begins among the tokens of all texts
     last: Tensor  # a, position of the last committed token
     draftable: Tensor  # a, how many drafted tokens lie in the text; the last one allowed is never drafted
-    chance: Tensor  # a, that a round which begins here gets so far
+    chance: Tensor  # a, probability that a round which begins here accepts all tokens so far
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: a h k d each, k depths
 
     @classmethod
     def of(cls, recordings: Sequence[Recording], begins: Sequence[int]) -> Starts:
-        """Every start at which a round may draft; `begins` says where each text begins among all tokens."""
+        """Every start at which a round may draft; `begins` holds the place of each text's first token."""
         lines: list[tuple[int, ...]] = []
         for place, recording in enumerate(recordings):
             for row, (index, text) in enumerate(zip(recording.indices, recording.texts, strict=True)):
@@ -51,15 +51,15 @@ class Starts:
         return cls(**named, chance=torch.ones(len(lines), device=device))
 
     def only(self, index: Tensor) -> Starts:
-        """The starts at these places, with what the draft computed for them."""
+        """The starts at these places, with the draft's keys and values of these starts."""
         if len(index) == len(self):
             return self
         kept: dict[str, Any] = {name: getattr(self, name)[index] for name in _COLUMNS}
         own = {layer: (keys[index], values[index]) for layer, (keys, values) in self.own.items()}
         return Starts(**kept, own=own)
 
-    def afresh(self) -> Starts:
-        """The same starts, before any depth."""
+    def without_keys(self) -> Starts:
+        """The same starts before depth 0: the draft has no keys and values yet."""
         return Starts(**{name: getattr(self, name) for name in _COLUMNS})
 
     def __len__(self) -> int:
@@ -70,10 +70,10 @@ _COLUMNS = ("recordings", "rows", "texts", "starts", "begins", "last", "draftabl
 
 
 class Layout:
-    """The starts of texts that lie side by side in a recording laid out as `b s`, texts and the starts of each, padded.
+    """Lays out packed starts as `b s`: a row for each text, padded to the largest number of starts.
 
-    Attention to the recorded keys needs the starts of one text side by side; everything else in the model does not. So
-    starts travel packed, and are laid out here only. `texts` are the recording's rows that they stand in.
+    Only attention to the recorded keys needs the starts of a text in one row. Everywhere else, starts are packed.
+    `texts` is the slice of the recording's rows.
     """
 
     def __init__(self, recording: Recording, texts: slice, rows: Tensor, last: Tensor, depth: int) -> None:
@@ -83,16 +83,16 @@ class Layout:
         counts = torch.bincount(rows, minlength=self.b)  # b
         width = int(counts.max())
         rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        self.places = rows * width + rank  # a, where each start stands in the layout
+        self.places = rows * width + rank  # a, the place of each start in the layout
         self.sources = torch.zeros(len(counts) * width, dtype=torch.long, device=rows.device)
-        self.sources[self.places] = torch.arange(len(rows), device=rows.device)  # b*s, and back
-        self.seen = max(1, int(last.max()))  # keys at and behind the last committed token are the draft's own
+        self.sources[self.places] = torch.arange(len(rows), device=rows.device)  # b*s, the start at each place
+        self.recorded = max(1, int(last.max()))  # keys from the last committed token on are the draft's own
         self._masks: dict[tuple[int | None, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, how: AttentionArgs) -> tuple[Tensor, Tensor]:
         """Attention of queries `a h g d` to the recorded keys before their rounds, and its log-sum-exp `a h g 1`."""
         groups = query.shape[2]
-        keys, values = (x[self.texts, :, : self.seen] for x in self.recording.layers[layer])  # b h n d
+        keys, values = (x[self.texts, :, : self.recorded] for x in self.recording.layers[layer])  # b h n d
         mask, blind = self._mask(how.window, groups, query.dtype)
         laid_out = rearrange(query[self.sources], "(b s) h g d -> b h (s g) d", b=self.b)
         attended, weight = _attend(laid_out, keys, values, mask, how)
@@ -102,10 +102,13 @@ class Layout:
         return packed, logsumexp.masked_fill(blind[:, None, None, None], float("-inf"))
 
     def _mask(self, window: int | None, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Additive, `b 1 (s g) n`: recorded tokens before the round, within the window; and who sees none, `a`."""
+        """Two masks: the additive one, `b 1 (s g) n`, and the starts that see no recorded token, `a`.
+
+        A start sees the recorded tokens before its round and within the window.
+        """
         key = (window, groups, dtype)
         if key not in self._masks:
-            slots = torch.arange(self.seen, device=self.last.device)
+            slots = torch.arange(self.recorded, device=self.last.device)
             visible = slots < self.last[:, None]  # a n
             if window is not None:
                 visible &= slots > (self.last + self.depth)[:, None] - window
@@ -124,7 +127,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Attent
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     scores += mask
-    largest = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)  # where nothing is visible
+    largest = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)  # if every key is masked
     total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
     attended = (scores.to(value.dtype) @ value) / total.clamp_min(torch.finfo(total.dtype).tiny).to(value.dtype)
     return attended, (total.log() + largest)[..., 0]
@@ -132,7 +135,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, how: Attent
 
 @dataclass
 class Step:
-    """What depends on the starts and the depth, and not on the draft: built once for depth 0, whatever is skipped."""
+    """Positions and layouts of one depth. They do not depend on the draft spec, so depth 0 is built once."""
 
     positions: Tensor  # a
     layouts: list[tuple[slice, Layout]]
@@ -150,12 +153,12 @@ class Step:
 
 
 def _side_by_side(counts: Sequence[int]) -> list[slice]:
-    """Rows that hold starts (`counts` of them each), in as few groups as `PADDING` allows."""
+    """The rows that hold starts (`counts` in each), in as few groups as `MOST_PADDING` allows."""
     groups: list[slice] = []
     for row, count in enumerate(counts):
         first = groups[-1].start if groups else row
         together = counts[first : row + 1]
-        if groups and len(together) * max(together) <= PADDING * sum(together):
+        if groups and len(together) * max(together) <= MOST_PADDING * sum(together):
             groups[-1] = slice(first, row + 1) if count else groups[-1]
         elif count:
             groups.append(slice(row, row + 1))
@@ -163,10 +166,10 @@ def _side_by_side(counts: Sequence[int]) -> list[slice]:
 
 
 class ReplayPass:
-    """One pass of the draft over one token of each start, all of them in one row `1 a`.
+    """One pass of the draft over one token of each start, all in one row `1 a`.
 
-    The token at position t = last + depth attends to the target's recorded keys before `last`, which is what the cache
-    holds when the round begins, and to the draft's own keys of depths 0..depth, which is what the draft wrote since.
+    The token at position t = last + depth attends to the target's recorded keys before `last`, which the cache holds
+    when the round begins, and to the draft's own keys of depths 0..depth.
     """
 
     def __init__(self, step: Step, own: dict[int, tuple[Tensor, Tensor]], depth: int) -> None:
@@ -176,7 +179,7 @@ class ReplayPass:
         index = int(layer.layer_idx)  # type: ignore[arg-type]
         query = rearrange(query, "1 (h g) a d -> a h g d", h=key.shape[1])
         own_keys, own_values = self._append(index, key, value)  # a h k d
-        # Scores in float32, whatever the model's dtype: so do the kernels of the real runtime.
+        # Scores are float32 in every dtype, as in the attention kernels of the runtime.
         to_own = (query.float()[:, :, :, None] * how.scale * own_keys.float()[:, :, None]).sum(-1)  # a h g k
         if how.softcap is not None:
             to_own = torch.tanh(to_own / how.softcap) * how.softcap
@@ -184,7 +187,7 @@ class ReplayPass:
             to_own[..., : self.depth + 1 - how.window] = float("-inf")
         pieces = [layout.attend(index, query[span], how) for span, layout in self.step.layouts]
         recorded, logsumexp = (torch.cat(parts) for parts in zip(*pieces, strict=True))  # a h g d, a h g 1
-        # One softmax over both. The largest score is finite, whatever masks hide: every token sees itself.
+        # One softmax over recorded and own keys. The largest score is finite, since every token sees itself.
         largest = torch.maximum(to_own.amax(dim=-1, keepdim=True), logsumexp)
         of_recorded, of_own = torch.exp(logsumexp - largest), to_own.sub_(largest).exp_()
         from_own = (of_own[..., None] * own_values[:, :, None]).sum(-2)  # a h g d

@@ -1,4 +1,4 @@
-"""Walk: the rounds that decoding would have gone through, for many ways of drafting at once."""
+"""Rounds: the rounds that decoding would have gone through, for many ways of drafting at once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Drafting:
-    """How to draft: at most `gamma` tokens with the draft.
+    """A way of drafting: at most `gamma` tokens by layer skipping, or by prompt lookup where `lookup` finds a match.
 
-    Where `lookup` finds a match, it drafts instead; with `gamma` 0 it is the only one to draft.
+    With `gamma` 0, prompt lookup is the only drafter.
     """
 
     gamma: int
@@ -33,11 +33,11 @@ class Drafting:
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """Rounds of `c` ways of drafting over a table's texts, `c b s` each.
+class Rounds:
+    """The rounds of `c` ways of drafting over a table's texts; every array is `c b s`.
 
-    `visits` is the chance that a round begins at a start; the others are what is expected of a round that does. For
-    greedy decoding, visits are 0 or 1 and `accepted` is exact. `steps` are passes of the draft.
+    `visits` is the probability that a round begins at a start. The other arrays hold expectations for a round that
+    begins there; `steps` counts passes of the draft. For greedy decoding, all arrays are exact.
     """
 
     visits: Floats
@@ -45,8 +45,8 @@ class Walk:
     drafted: Floats
     steps: Floats
 
-    def rounds(self, way: int) -> list[list[tuple[float, int]]]:
-        """(drafted, accepted) of each round of each text of greedy decoding, as `Stats.history` has them."""
+    def history(self, way: int) -> list[list[tuple[float, int]]]:
+        """(drafted, accepted) of each round of each text for greedy decoding, as in `Stats.history`."""
         visits = self.visits[way] > 0.5
         return [
             [(float(d), round(a)) for d, a in zip(drafted[at], accepted[at], strict=True)]
@@ -54,34 +54,28 @@ class Walk:
         ]
 
 
-def walk(table: Table, ways: Sequence[Drafting], lookup: LookupTable | None = None) -> Walk:
-    """Go through every text's rounds in each of these ways; those that look up need the texts' lookup table."""
-    left = (table.allowed[:, None] - np.arange(table.weight.shape[1]) - 1).clip(min=0)  # b s, the most worth drafting
-    hits, looked_up = _looked_up(ways, lookup, left)
-    gammas = np.array([min(way.gamma, table.depths) for way in ways])[:, None, None]
-    limits = np.minimum(left, gammas)  # c b s
-    drafted = limits.astype(np.float64)
-    sums = np.cumsum(table.reach, axis=2, dtype=np.float64) - 1  # b s n+1, expected accepted of drafts of k
-    steps, accepted = np.where(hits, 0.0, drafted), _at(sums, limits)
-    if hits.any():
-        accepted, drafted = np.where(hits, looked_up[0], accepted), np.where(hits, looked_up[1], drafted)
-    if table.is_certain:
-        return Walk(_path(accepted, table.written), accepted, drafted, steps)
-    certain = np.where(hits, looked_up[0], -1)
-    return Walk(_visits(table, limits, certain), accepted, drafted, steps)
+def rounds_of(table: Table, ways: Sequence[Drafting], lookup: LookupTable | None = None) -> Rounds:
+    """The rounds of every text for each way of drafting. Ways with prompt lookup need the texts' lookup table."""
+    left = _left(table)
+    hits, found, offered = _looked_up(ways, lookup, left)
+    limits = np.minimum(left, np.array([min(way.gamma, table.depths) for way in ways])[:, None, None])  # c b s
+    sums = np.cumsum(table.reach, axis=2, dtype=np.float64) - 1  # b s n+1, expected accepted tokens of k drafted
+    b, s, n = sums.shape
+    by_layers = sums.reshape(-1, n)[np.arange(b * s), limits.reshape(-1, b * s)].reshape(limits.shape)
+    accepted, drafted = np.where(hits, found, by_layers), np.where(hits, offered, limits).astype(np.float64)
+    visits = _path(accepted, table.written) if table.is_certain else _visits(table, limits, np.where(hits, found, -1))
+    return Rounds(visits, accepted, drafted, np.where(hits, 0.0, drafted))
 
 
 def agreement(table: Table, way: Drafting, lookup: LookupTable | None = None) -> list[float]:
-    """By draft position: the share accepted of tokens drafted there behind an accepted prefix, as `Stats` has it."""
-    visits, starts = walk(table, [way], lookup).visits[0], np.arange(table.weight.shape[1])  # b s, s
-    left = (table.allowed[:, None] - starts - 1).clip(min=0)
-    looking, (taken, offered) = _looked_up([way], lookup, left)
-    hits, accepted, drafted = looking[0], taken[0], offered[0]
+    """Agreement by draft position: the accepted share of the tokens drafted after an accepted prefix, as in `Stats`."""
+    visits, left, starts = rounds_of(table, [way], lookup).visits[0], _left(table), np.arange(table.weight.shape[1])
+    (hits,), (accepted,), (drafted,) = _looked_up([way], lookup, left)
     longest = np.minimum(left, min(way.gamma, table.depths))
     shares = []
     for place in range(way.longest):
         at = min(place, table.depths - 1)
-        going = visits * (starts + place < table.written[:, None])  # else the row ended before
+        going = visits * (starts + place < table.written[:, None])  # b s: the text has not ended before
         by_layers = going * ~hits * (place < longest)
         looked_up = going * hits * (place < drafted) * (place <= accepted)
         reached = (by_layers * table.reach[..., at]).sum() + looked_up.sum()
@@ -90,29 +84,29 @@ def agreement(table: Table, way: Drafting, lookup: LookupTable | None = None) ->
     return shares
 
 
-def _at(values: NDArray[np.floating], depths: Ints) -> Floats:
-    """`values` (`b s n`) at each start's own depth, `c b s`."""
-    b, s, n = values.shape
-    return values.reshape(-1, n)[np.arange(b * s), depths.reshape(-1, b * s)].reshape(depths.shape).astype(np.float64)
+def _left(table: Table) -> Ints:
+    """The most tokens worth drafting at each start, `b s`: the request's last token is never drafted."""
+    left: Ints = (table.allowed[:, None] - np.arange(table.weight.shape[1]) - 1).clip(min=0)
+    return left
 
 
 def _looked_up(
     ways: Sequence[Drafting], lookup: LookupTable | None, left: Ints
-) -> tuple[NDArray[np.bool_], tuple[Ints, Ints]]:
-    """Where lookup drafts, and how many tokens are accepted and drafted there, `c b s` each."""
+) -> tuple[NDArray[np.bool_], Ints, Ints]:
+    """Where prompt lookup drafts, and how many tokens are accepted and drafted there; `c b s` each."""
     shape = (len(ways), *left.shape)
     hits, accepted, drafted = np.zeros(shape, dtype=np.bool_), np.zeros(shape, int), np.zeros(shape, int)
     for index, way in enumerate(ways):
         if way.lookup is not None:
-            assert lookup is not None, "ways that look up need a lookup table"
+            assert lookup is not None, "ways with prompt lookup need a lookup table"
             drafted[index] = np.minimum(left, way.lookup.gamma)
             accepted[index] = np.minimum(lookup.runs, drafted[index])
             hits[index] = (lookup.matched >= way.lookup.min_ngram) & (drafted[index] > 0)
-    return hits, (accepted, drafted)
+    return hits, accepted, drafted
 
 
 def _path(accepted: Floats, written: Ints) -> Floats:
-    """Where rounds begin, `c b s`, if it is certain how many tokens each accepts: the first start, and so on."""
+    """Where rounds begin, `c b s`, if the number of accepted tokens is certain: 1 at these starts, else 0."""
     c, b, s = accepted.shape
     ahead = accepted.reshape(c * b, s).astype(np.int64) + 1
     visits, ends = np.zeros((c * b, s)), np.tile(written, c)
@@ -126,10 +120,11 @@ def _path(accepted: Floats, written: Ints) -> Floats:
 
 
 def _visits(table: Table, longest: Ints, certain: Ints) -> Floats:
-    """The chance that a round begins at each start, `c b s`: at the first, and from there where its tokens lead to.
+    """The probability that a round begins at each start, `c b s`.
 
-    A round at s that accepts k tokens leads to s + k + 1. It accepts exactly k < longest with probability
-    reach[k] - reach[k + 1], and all `longest` with reach[longest]; `certain` ones of those that were looked up.
+    The first round begins at start 0. A round at s that accepts k tokens leads to s + k + 1. The round accepts exactly
+    k < longest tokens with probability reach[k] - reach[k + 1], and all `longest` tokens with reach[longest]. Rounds of
+    prompt lookup accept `certain` tokens; `certain` is -1 for all other rounds.
     """
     c, b, s = longest.shape
     columns = np.arange(max(table.depths, int(certain.max(initial=0))) + 1)

@@ -1,6 +1,6 @@
-"""Sampling: how the target chooses its tokens, in the search as later in `generate`; greedy by default.
+"""Sampling: how the target chooses tokens in a search, and later in `generate`; greedily by default.
 
-The command line reads `SearchSettings` before any command runs, so this module imports nothing heavy.
+The command line reads `SearchSettings` before any command runs, so this module imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings of `generate` that the search honours; None leaves a setting to the model's own generation config."""
+    """Options of `generate` that the search supports; None leaves an option to the model's generation config."""
 
     do_sample: bool = False
     temperature: float | None = None
@@ -24,11 +24,11 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What was set, as keyword arguments of `generate`."""
+        """The options that were set, as keyword arguments of `generate`."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def resolved(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What is in force: what was set, the processors that this model's generation config adds, and its stops."""
+        """The options that were set, and the processors and stop tokens that the model's generation config adds."""
         config = model.generation_config
         processors = {
             type(processor).__name__: {name: _plain(value) for name, value in vars(processor).items()}
@@ -38,10 +38,10 @@ class Sampling:
         return {**self.to_dict(), "processors": processors, "stops": _plain(stops)}
 
     def processors(self, model: PreTrainedModel) -> LogitsProcessorList:
-        """The processors that `model.generate` would apply, those of the model's own generation config included.
+        """The processors that `model.generate` would apply, with those of the model's generation config.
 
         Raises:
-            InputError: values that Hugging Face refuses, or a processor that cannot be replayed.
+            InputError: Hugging Face refuses a value, or a processor cannot be replayed.
         """
         from selfspec_search.replay.processing import processors_of
 
@@ -49,7 +49,7 @@ class Sampling:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON."""
+    """The value as JSON can hold it."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return value if isinstance(value, (bool, int, float, list)) or value is None else str(value)

@@ -1,4 +1,4 @@
-"""TextCache: the target's continuations on disk, by model and prompts, so that a second search need not write them."""
+"""TextCache: the target's texts on disk, by model and prompts, so that a second search does not write them again."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ from selfspec.plan import config_fingerprint
 from selfspec_search.replay.texts import Text
 
 TEXTS = "texts"
-"""The key under which the workers of a study share them."""
+"""Key of the texts in the shared data of a study."""
 CACHE_VARIABLE = "SELFSPEC_CACHE"
-"""Environment variable that names another directory."""
-SAMPLED = 256
-"""So many values of each weight tell models apart: a training step changes nearly all."""
+"""Environment variable that names another cache directory."""
+FINGERPRINT_VALUES = 256
+"""Values per weight tensor in a model's fingerprint. A training step changes nearly all values."""
 _ADAPTER_STATE = frozenset({"_disable_adapters", "_active_adapter", "scaling", "merged_adapters"})
-"""What says, in a module that carries adapters (peft's names), which of them take part."""
+"""Attributes of peft modules that say which adapters are active."""
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hex digits that change with the config, the dtype or the weights."""
+    """16 hex digits that change with the config, the dtype, the weights or the active adapters."""
     digest = hashlib.sha256(f"{config_fingerprint(model.config)} {model.dtype}".encode())
     for name, module in model.named_modules():
         adapters = {key: str(value) for key, value in vars(module).items() if key in _ADAPTER_STATE}
         digest.update(f"{name} {sorted(adapters.items())}".encode() if adapters else b"")
     for name, weight in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
         values = weight.detach().flatten()
-        places = torch.linspace(0, len(values) - 1, min(SAMPLED, len(values)), dtype=torch.float64).long()
+        places = torch.linspace(0, len(values) - 1, min(FINGERPRINT_VALUES, len(values)), dtype=torch.float64).long()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(values[places.to(values.device)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def digest_of(*parts: Any) -> str:
-    """Sixteen hex digits of anything with a faithful `repr`."""
+    """16 hex digits of values whose `repr` shows their whole content."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class TextCache:
-    """A directory of texts. What cannot be read is written anew; what cannot be written is done without."""
+    """A directory of texts. A file that cannot be read counts as missing; a failed write is ignored."""
 
     def __init__(self, directory: Path | None = None) -> None:
         given = os.environ.get(CACHE_VARIABLE)
         self.directory = directory or (Path(given) if given else platformdirs.user_cache_path("selfspec")) / "texts"
 
     def key(self, model: PreTrainedModel, prompts: Sequence[Tensor], **settings: Any) -> str:
-        """Of what the model writes after these prompts with these settings on this machine's libraries."""
+        """The key of the texts for this model, these prompts and settings, and the installed libraries."""
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
         libraries = (torch.__version__, transformers.__version__, model.device.type)
         return digest_of(
@@ -65,14 +65,14 @@ class TextCache:
         )
 
     def read(self, key: str) -> list[Text] | None:
-        """The texts, in the order in which they were written; None if they are not there."""
+        """The texts in the order of `write`, or None if they are missing or unreadable."""
         try:
             return from_bytes(self._path(key).read_bytes())
         except (OSError, SafetensorError, KeyError):
             return None
 
     def write(self, key: str, texts: Sequence[Text]) -> None:
-        """Keep texts."""
+        """Store texts under a key."""
         path = self._path(key)
         part = path.with_suffix(f".{os.getpid()}")
         try:

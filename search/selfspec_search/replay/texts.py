@@ -1,4 +1,4 @@
-"""Texts: what the target writes after each prompt; and decoding of a few rows, as the search needs it."""
+"""Texts: what the target writes after each prompt. The search decodes batches through this module."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from selfspec.runtime.runtime import Runtime
 from selfspec_search.replay.sampling_settings import Sampling
 
 ROWS_PER_BATCH = 16
+"""Rows: the most prompts that the target continues together."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Text:
-    """A prompt and the target's own continuation, up to `allowed` tokens or a stop token."""
+    """A prompt and the target's continuation."""
 
-    tokens: Tensor  # prompt + written
-    prompt: int
-    allowed: int
+    tokens: Tensor  # t, the prompt and the tokens written after the prompt
+    prompt: int  # tokens of the prompt
+    allowed: int  # the most tokens that the request allowed to write
 
     @property
     def written(self) -> int:
@@ -40,7 +41,7 @@ class Text:
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], what: str) -> None:
-    """Raise `InputError` unless every prompt is a 1-D tensor of tokens that the model knows."""
+    """Raise `InputError` unless every prompt is a 1-D tensor of at least two token ids of the model's vocabulary."""
     if not prompts:
         raise InputError(f"no {what} prompts were given; give at least one, better 32 or more")
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
@@ -60,9 +61,9 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], what: str) 
 def write_texts(
     runtime: Runtime, prompts: Sequence[Tensor], new_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[tuple[int, Text]]:
-    """Let the target continue each prompt, greedily by default; yields (index of the prompt, text), batch by batch."""
+    """Let the target continue each prompt, greedily by default. Yields (index of the prompt, text), batch by batch."""
     sampling = sampling or Sampling()
-    # Padding is part of what a processor sees that looks at the tokens before: such texts are written without any.
+    # Processors that read earlier tokens would also read the padding, so their batches hold prompts of one length.
     alike = any(type(processor) not in CONTEXT_FREE for processor in sampling.processors(runtime.model))
     for batch in _batches([len(prompt) for prompt in prompts], alike=alike):
         written, _ = decode_batch(runtime, NoDrafter(), [prompts[index] for index in batch], new_tokens, sampling)
@@ -71,7 +72,7 @@ def write_texts(
 
 
 def _batches(lengths: Sequence[int], *, alike: bool) -> Iterator[list[int]]:
-    """Indices by length, in batches; of one length each if they must be `alike`."""
+    """Indices of prompts in batches, sorted by length; if `alike`, all prompts of a batch have one length."""
     by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
     groups = groupby(by_length, key=lambda index: lengths[index] if alike else 0)
     for members in (list(group) for _, group in groups):
@@ -82,7 +83,10 @@ def _batches(lengths: Sequence[int], *, alike: bool) -> Iterator[list[int]]:
 def decode_batch(
     runtime: Runtime, drafter: Drafter, prompts: Sequence[Tensor], new_tokens: int, sampling: Sampling | None = None
 ) -> tuple[list[Tensor], Stats]:
-    """Decode a batch with the real loop, greedily by default: each row's prompt and continuation, and the stats."""
+    """Decode a batch with the rounds of `decoding`, greedily by default.
+
+    Returns the prompt and continuation of each row, 1-D each, and the stats.
+    """
     request = request_for(runtime.model, prompts, new_tokens, drafter.gamma, sampling=sampling)
     stats = Stats(rows=request.rows)
     runtime.reserve(request.rows, request.max_length + request.room)
@@ -101,12 +105,12 @@ def request_for(
     sampling: Sampling | None = None,
     stops: bool = True,
 ) -> Request:
-    """A request, greedy by default, which ends after `new_tokens`, or at the model's own stop tokens."""
+    """A request, greedy by default, that ends after `new_tokens` tokens or, if `stops`, at the model's stop tokens."""
     sampling = sampling or Sampling()
     width = max(len(prompt) for prompt in prompts)
     pads = torch.tensor([width - len(prompt) for prompt in prompts])
-    # Padding repeats a prompt's first token: processors see it, as they do in `generate`, and a penalty on tokens that
-    # occurred is then the same as without.
+    # Processors read the padding, as in `generate`. Padding repeats the prompt's first token, so that a penalty on
+    # repeated tokens does not change.
     rows = [torch.cat([prompt[:1].expand(width - len(prompt)), prompt]) for prompt in prompts]
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=width + new_tokens)])
     if stops and model.generation_config is not None and model.generation_config.eos_token_id is not None:

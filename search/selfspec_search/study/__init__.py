@@ -1,4 +1,4 @@
-"""Study: Optuna over the sub-layers' choices; each trial is a replay at the profile's prices.
+"""Study: Optuna over the sub-layers' choices; each trial is a replay, valued by the profile's costs.
 
-Imported by confirm and the pipeline.
+`confirm` and the pipeline may import this package.
 """

@@ -1,4 +1,4 @@
-"""Limits: what a draft may cost, and what memory it may take beside the model."""
+"""Constraints: limits on the cost of a draft and on the memory of its draft weights."""
 
 from __future__ import annotations
 
@@ -11,56 +11,41 @@ from transformers import PreTrainedModel
 from selfspec.models.draft_weights import draft_weight_bytes
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.settings import SearchSettings
-from selfspec_search.study.objective import Prices, draft_cost
-
-
-def limits_of(model: PreTrainedModel, settings: SearchSettings) -> Limits:
-    """Those that a search was given."""
-    return Limits(
-        cost=settings.max_draft_cost,
-        memory=settings.draft_memory,
-        bytes_of=lambda draft_spec: draft_weight_bytes(model, draft_spec),
-    )
+from selfspec_search.study.objective import Prices
 
 
 @dataclass(frozen=True, kw_only=True)
 class LimitCheck:
-    """What a draft costs and takes, held against the limits.
+    """The cost and memory of a draft, compared with the limits."""
 
-    Attributes:
-        draft_cost: of a step, as a share of the whole model's; infinite where the draft has no price here.
-        draft_bytes: that it takes beside the model.
-        excess: by limit, relatively: feasible if at most 0, as Optuna takes constraints.
-    """
-
-    draft_cost: float
-    draft_bytes: int
-    excess: dict[str, float]
+    draft_cost: float  # of a draft step, as a share of the whole model's step; infinite if the draft has no cost here
+    draft_bytes: int  # of the draft weights
+    excess: dict[str, float]  # by limit, the relative excess; at most 0 if feasible, as in Optuna's constraints
 
     @property
     def is_feasible(self) -> bool:
-        """Whether the draft has a price and is within all limits."""
+        """Whether the draft has a cost here and is within all limits."""
         return self.draft_cost < inf and all(excess <= 0 for excess in self.excess.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is feasible.
+    """The limits of a search."""
 
-    Args:
-        cost: the most that a step of the draft may cost, as a share of the whole model's; None for no limit.
-        memory: bytes that its own layers may take; None for no limit.
-        bytes_of: what a draft spec takes.
-    """
+    cost: float | None = None  # the most that a draft step may cost, as a share of the whole model's step
+    memory: int | None = None  # the most bytes of draft weights
+    bytes_of: Callable[[DraftSpec], int] = lambda draft_spec: 0  # the bytes of a draft spec's draft weights
 
-    cost: float | None = None
-    memory: int | None = None
-    bytes_of: Callable[[DraftSpec], int] = lambda draft_spec: 0
+    @classmethod
+    def of(cls, model: PreTrainedModel, settings: SearchSettings) -> Limits:
+        """The limits that the settings name."""
+        memory, cost = settings.draft_memory, settings.max_draft_cost
+        return cls(cost=cost, memory=memory, bytes_of=lambda draft_spec: draft_weight_bytes(model, draft_spec))
 
     def check(self, draft_spec: DraftSpec, prices: Prices) -> LimitCheck:
-        """Price a draft, and hold it against the limits."""
-        cost = draft_cost(draft_spec, prices) if prices.costs.knows(draft_spec) else inf
-        taken = self.bytes_of(draft_spec)
+        """Compute a draft's cost and memory, and compare both with the limits."""
+        costs, taken = prices.costs, self.bytes_of(draft_spec)
+        cost = costs.draft_step(draft_spec) / costs.draft_step(DraftSpec()) if costs.knows(draft_spec) else inf
         excess = {} if self.cost is None else {"draft_cost": cost - self.cost}
         if self.memory is not None:
             excess["draft_memory"] = taken / max(1, self.memory) - 1

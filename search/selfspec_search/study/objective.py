@@ -1,4 +1,4 @@
-"""Objective: predicted tokens per second, from a replay table and prices, at the best way of drafting."""
+"""Objective: predicted tokens per second of a draft spec at its best way of drafting, from a replay table and costs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from selfspec.plan.sublayers import SkipSet
 from selfspec_search.profile.costs import Costs
 from selfspec_search.profile.profile import Profile
 from selfspec_search.replay.lookup_table import MAX_NGRAM, MIN_NGRAMS, LookupTable
-from selfspec_search.replay.rounds import Drafting, Walk, walk
+from selfspec_search.replay.rounds import Drafting, Rounds, rounds_of
 from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text
 
 INDIFFERENCE = 0.002
-"""Speedups that differ by less, relatively, count as equal: then the simpler way of drafting is taken."""
-NEAR = 0.02
-"""Estimates from the first depth alone are about this far off."""
-COMBINED = 4
-"""So many of the best ways to draft by layers are tried with prompt lookup before them, too."""
+"""Share of a speedup: smaller differences are ignored, and the simpler way of drafting is chosen."""
+ESTIMATE_ERROR = 0.02
+"""Share of a speedup: the usual error of estimates from the first depth."""
+WAYS_WITH_LOOKUP = 4
+"""Ways of drafting: the fastest draft lengths that are also tried with prompt lookup."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One draft spec with one way of drafting, and what it is predicted to bring on the texts of a table."""
+    """A draft spec, a way of drafting, and the predicted figures on the texts of a table."""
 
     draft_spec: DraftSpec
     drafting: Drafting
@@ -42,13 +42,13 @@ class Prediction:
     @property
     def plan(self) -> Plan:
         """The plan that drafts this way."""
-        draft_spec, way = self.draft_spec, self.drafting
+        draft_spec = self.draft_spec
         return Plan(
             skip_set=draft_spec.skip_set,
             quantised=draft_spec.quantised,
             draft_vocabulary=draft_spec.vocabulary and draft_spec.vocabulary.code,
-            gamma=way.gamma,
-            prompt_lookup=way.lookup,
+            gamma=self.drafting.gamma,
+            prompt_lookup=self.drafting.lookup,
         )
 
     @property
@@ -56,41 +56,31 @@ class Prediction:
         return self.figures.speedup
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the draft spec, ready for JSON."""
+        """The way of drafting and the figures as JSON can hold them."""
         lookup = self.drafting.lookup
-        return {
-            "gamma": self.drafting.gamma,
-            "lookup": lookup.model_dump() if lookup else None,
-            **self.figures.model_dump(mode="json"),
-        }
+        way = {"gamma": self.drafting.gamma, "lookup": lookup.model_dump() if lookup else None}
+        return {**way, **self.figures.model_dump(mode="json")}
 
     @classmethod
     def from_dict(cls, draft_spec: DraftSpec, data: Mapping[str, Any]) -> Prediction:
         """The inverse of `to_dict`."""
         figures = Figures.model_validate({n: data[n] for n in Figures.model_fields if n in data}, strict=False)
         lookup = PromptLookup(**data["lookup"]) if data.get("lookup") else None
-        drafting = Drafting(data["gamma"], lookup)
-        return cls(draft_spec=draft_spec, drafting=drafting, figures=figures)
+        return cls(draft_spec=draft_spec, drafting=Drafting(data["gamma"], lookup), figures=figures)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """All that turns a table into seconds.
+    """What turns a table into seconds."""
 
-    Args:
-        costs: of steps and rounds of `rows` rows together, at the texts' context.
-        lookup: what prompt lookup would have drafted on the same texts; None where it does not take part.
-        lookups: the settings of prompt lookup that take part.
-    """
-
-    costs: Costs
+    costs: Costs  # of `rows` rows together, at the texts' average context
     rows: int = 1
-    lookup: LookupTable | None = None
-    lookups: Sequence[PromptLookup] = ()
+    lookup: LookupTable | None = None  # of the same texts; None without prompt lookup
+    lookups: Sequence[PromptLookup] = ()  # settings of prompt lookup to combine with layer skipping
 
     @classmethod
     def of(cls, profile: Profile, texts: Sequence[Text], *, lookup: bool = True) -> Prices:
-        """Prices for texts like these: costs at the context that decoding them has on average."""
+        """Costs at the average context while the texts are written, and the texts' lookup table."""
         written = sum(text.written for text in texts)
         context = sum(text.written * (text.prompt + text.written / 2) for text in texts) / written
         prompt = sum(text.prompt for text in texts) / len(texts)
@@ -99,102 +89,98 @@ class Prices:
         return cls(costs=costs, rows=profile.rows, lookup=table)
 
     def only(self, texts: Sequence[int]) -> Prices:
-        """For some of the texts."""
+        """The prices for some of the texts."""
         return self if self.lookup is None else replace(self, lookup=self.lookup.only(texts))
 
     def with_lookups(self, texts: Sequence[Text]) -> Prices:
-        """With the best settings of prompt lookup, one for each least match, judged by lookup alone."""
+        """With the best settings of prompt lookup for each minimum match length, compared without layer skipping."""
         if self.lookup is None:
             return self
-        best: dict[int, Prediction] = {}
-        for prediction in self._lookup_alone(texts):
-            assert prediction.drafting.lookup is not None
-            least = prediction.drafting.lookup.min_ngram
-            if least not in best or prediction.speedup > best[least].speedup * (1 + INDIFFERENCE):
-                best[least] = prediction
+        lengths, best = range(1, len(self.costs.rounds)), dict[int, Prediction]()
+        lookups = [PromptLookup(gamma=n, min_ngram=m, max_ngram=MAX_NGRAM) for m in MIN_NGRAMS for n in lengths]
+        for lookup, prediction in zip(lookups, self._lookup_alone(texts, lookups), strict=True):
+            known = best.setdefault(lookup.min_ngram, prediction)
+            if prediction.speedup > known.speedup * (1 + INDIFFERENCE):
+                best[lookup.min_ngram] = prediction
         return replace(self, lookups=tuple(p.drafting.lookup for p in best.values() if p.drafting.lookup))
 
-    def _lookup_alone(self, texts: Sequence[Text]) -> list[Prediction]:
-        lengths = range(1, len(self.costs.rounds))
-        every = [PromptLookup(gamma=n, min_ngram=m, max_ngram=MAX_NGRAM) for m in MIN_NGRAMS for n in lengths]
-        return predict(Table.empty(texts, 1), self, DraftSpec(), [Drafting(0, lookup) for lookup in every])
-
     def best_lookup(self, texts: Sequence[Text]) -> Prediction | None:
-        """Prompt lookup alone at its best; None where it does not take part."""
-        alone = [Drafting(0, lookup) for lookup in self.lookups]
-        predictions = predict(Table.empty(texts, 1), self, DraftSpec(), alone) if alone else []
-        return max(predictions, key=lambda prediction: prediction.speedup, default=None)
+        """The prediction of the best prompt lookup without layer skipping; None without prompt lookup."""
+        return max(self._lookup_alone(texts, self.lookups), key=lambda prediction: prediction.speedup, default=None)
 
-
-def draft_cost(draft_spec: DraftSpec | SkipSet, prices: Prices) -> float:
-    """What a step of the draft costs, as a share of the whole model's."""
-    return prices.costs.draft_step(draft_spec) / prices.costs.draft_step(DraftSpec())
+    def _lookup_alone(self, texts: Sequence[Text], lookups: Sequence[PromptLookup]) -> list[Prediction]:
+        return predict(Table.empty(texts, 1), self, DraftSpec(), [Drafting(0, lookup) for lookup in lookups])
 
 
 def ranked(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Best first; of equals that which skips more."""
+    """Predictions sorted by speedup, the highest first. Of equal speedups, the larger skip set comes first."""
     return sorted(predictions, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set)))
 
 
 def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:
-    """Every draft length. Plain decoding is speedup 1."""
+    """All draft lengths that were replayed and have costs, without prompt lookup."""
     return [Drafting(gamma) for gamma in range(1, min(table.depths, len(prices.costs.rounds) - 1) + 1)]
 
 
 def evaluate(table: Table, prices: Prices, draft_spec: DraftSpec) -> list[Prediction]:
-    """Every way of drafting by `draft_spec`, then the best of them with prompt lookup before it."""
+    """Predictions for all draft lengths, then for the fastest draft lengths with prompt lookup."""
     by_layers = predict(table, prices, draft_spec, ways_to_draft(table, prices))
-    fastest = sorted(by_layers, key=lambda prediction: -prediction.speedup)[:COMBINED]
+    fastest = sorted(by_layers, key=lambda prediction: -prediction.speedup)[:WAYS_WITH_LOOKUP]
     combined = [replace(p.drafting, lookup=lookup) for lookup in prices.lookups for p in fastest]
-    return by_layers + (predict(table, prices, draft_spec, combined) if combined else [])
+    return by_layers + predict(table, prices, draft_spec, combined)
 
 
 def best(table: Table, prices: Prices, draft_spec: DraftSpec) -> Prediction:
-    """The fastest way of drafting by `draft_spec`; where it is below 1, plain decoding is faster."""
+    """The fastest way of drafting with `draft_spec`. Below a speedup of 1, plain decoding is faster."""
     return simplest(evaluate(table, prices, draft_spec))
 
 
 def simplest(predictions: Sequence[Prediction]) -> Prediction:
-    """The first that is as good as the fastest: ways come shortest first, with lookup last."""
+    """The first prediction about as fast as the fastest: short drafts come first, prompt lookup last."""
     fastest = max(prediction.speedup for prediction in predictions)
     return next(p for p in predictions if p.speedup >= fastest * (1 - INDIFFERENCE))
 
 
 def depths_worth_replaying(estimates: Sequence[Prediction]) -> int:
-    """One more than the longest draft that may turn out the best way, judging by estimates of every way.
+    """One more than the longest draft that may be the best way, from estimates of all ways.
 
-    With lookup and without, where that comes near the best, the shortest draft counts that is as good as longer ones.
+    Ways with the same prompt lookup compete. Where their best is close to the overall best, their shortest draft that
+    is about as fast counts.
     """
     fastest = max(estimate.speedup for estimate in estimates)
-    alike: dict[PromptLookup | None, list[Prediction]] = {}
+    by_lookup: dict[PromptLookup | None, list[Prediction]] = {}
     for estimate in estimates:
-        alike.setdefault(estimate.drafting.lookup, []).append(estimate)
+        by_lookup.setdefault(estimate.drafting.lookup, []).append(estimate)
     deepest = 1
-    for ways in alike.values():
+    for ways in by_lookup.values():
         fastest_here = max(way.speedup for way in ways)
-        if fastest_here >= fastest * (1 - NEAR):
-            shortest = min(w.drafting.gamma for w in ways if w.speedup >= fastest_here * (1 - INDIFFERENCE))
-            deepest = max(deepest, shortest)
+        if fastest_here >= fastest * (1 - ESTIMATE_ERROR):
+            deepest = max(
+                deepest, min(w.drafting.gamma for w in ways if w.speedup >= fastest_here * (1 - INDIFFERENCE))
+            )
     return deepest + 1
 
 
 def predict(table: Table, prices: Prices, draft_spec: DraftSpec, ways: Sequence[Drafting]) -> list[Prediction]:
-    """Figures for each of these ways of drafting by `draft_spec`.
+    """Predicted figures of `draft_spec` for each way of drafting.
 
-    Rows of a batch are done when the last one is. When sampling, that is told from each row's expected rounds, which is
-    somewhat early.
+    A batch ends with its last row. For sampling, the end is predicted from each row's expected rounds, which is
+    slightly too early.
     """
-    walked = walk(table, ways, prices.lookup)
-    rounds = walked.visits.sum(axis=2)  # c b
-    accepted, drafted = ((walked.visits * x).sum(axis=(1, 2)) for x in (walked.accepted, walked.drafted))
-    batches = _batches(table.texts, prices.rows)
+    if not ways:
+        return []
+    replayed = rounds_of(table, ways, prices.lookup)
+    rounds = replayed.visits.sum(axis=2)  # c b
+    accepted, drafted = ((replayed.visits * x).sum(axis=(1, 2)) for x in (replayed.accepted, replayed.drafted))
+    # Texts that decode together, a batch in each row; the first texts fill up the last batch.
+    batches = np.arange(-(-table.texts // prices.rows) * prices.rows).reshape(-1, prices.rows) % table.texts
     tokens = int(table.written[batches].sum())
     prefill = prices.costs.prefill * len(batches)
     plain = prices.costs.rounds[0] * int(table.written[batches].max(axis=1).sum()) + prefill
     predictions = []
     for index, way in enumerate(ways):
         passes = float(rounds[index][batches].max(axis=1).sum())
-        seconds = passes * _pass_seconds(walked, index, way, prices, draft_spec) + prefill
+        seconds = passes * _round_seconds(replayed, index, way, prices, draft_spec) + prefill
         figures = Figures(
             tokens_per_round=int(table.written.sum()) / float(rounds[index].sum()),
             acceptance_rate=float(accepted[index] / drafted[index]) if drafted[index] else 0.0,
@@ -207,27 +193,21 @@ def predict(table: Table, prices: Prices, draft_spec: DraftSpec, ways: Sequence[
 
 
 def plain_figures(table: Table, prices: Prices) -> Figures:
-    """What plain decoding is predicted to bring."""
+    """Predicted figures of plain decoding."""
     return predict(table, prices, DraftSpec(), [Drafting(0)])[0].figures
 
 
-def _batches(texts: int, rows: int) -> NDArray[np.int64]:
-    """Texts that decode together, one batch a line; texts are used again where they do not fill the last one."""
-    return np.arange(-(-texts // rows) * rows).reshape(-1, rows) % texts
+def _round_seconds(rounds: Rounds, index: int, way: Drafting, prices: Prices, draft_spec: DraftSpec) -> float:
+    """Expected seconds of one round of all rows, drafting included: all rows wait for the longest draft."""
+    costs, visits = prices.costs, rounds.visits[index].ravel()
+    drafted, steps = rounds.drafted[index].ravel(), rounds.steps[index].ravel()
+    drafting = costs.draft_step(draft_spec) * _of_largest(steps, steps, visits, prices.rows)
+    others = _of_largest(drafted, costs.round(drafted, way.longest), visits, prices.rows)
+    return drafting + others + (costs.lookup if way.lookup else 0.0)
 
 
-def _pass_seconds(walked: Walk, index: int, way: Drafting, prices: Prices, draft_spec: DraftSpec) -> float:
-    """Of one round of all rows, drafting included: rows wait for the one that drafts longest."""
-    costs, visits = prices.costs, walked.visits[index].ravel()
-    drafted, steps = walked.drafted[index].ravel(), walked.steps[index].ravel()
-    step = costs.draft_step(draft_spec)
-    rounds = costs.round(drafted, way.longest)
-    seconds = step * _largest(steps, steps, visits, prices.rows) + _largest(drafted, rounds, visits, prices.rows)
-    return seconds + (costs.lookup if way.lookup else 0.0)
-
-
-def _largest(by: NDArray[np.float64], values: NDArray[np.float64], visits: NDArray[np.float64], rows: int) -> float:
-    """What `values` is expected to be in that of `rows` independent rounds in which `by` is the largest."""
+def _of_largest(by: NDArray[np.float64], values: NDArray[np.float64], visits: NDArray[np.float64], rows: int) -> float:
+    """The expected value in that round, of `rows` independent rounds, in which `by` is largest."""
     total = visits.sum()
     if rows == 1:
         return float(visits @ values / total)

@@ -1,5 +1,4 @@
-"""Sampler: one of Optuna's, on a study in memory: it proposes draft specs, and learns what came of them and of
-others."""
+"""Sampler: an Optuna sampler on a study in memory. It proposes draft specs and learns the results of all trials."""
 
 from __future__ import annotations
 
@@ -11,43 +10,49 @@ from optuna.trial import TrialState
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec_search.space import Space
 
+_SAMPLERS = {
+    "tpe": optuna.samplers.TPESampler,
+    "gp": optuna.samplers.GPSampler,
+    "random": optuna.samplers.RandomSampler,
+}
+
 
 class Sampler:
     """Proposes draft specs.
 
     Args:
         name: `tpe`, `gp` or `random`.
-        seed: of its choices.
-        space: what there is to choose from.
+        seed: of the sampler.
+        space: the choices.
     """
 
     def __init__(self, name: str, seed: int, space: Space) -> None:
         self.space = space
-        self._study = optuna.create_study(direction="maximize", sampler=_make(name, seed))
+        self._study = optuna.create_study(direction="maximize", sampler=_SAMPLERS[name](seed=seed))
         self._asked: dict[DraftSpec, optuna.Trial] = {}
 
     def propose(self) -> DraftSpec:
-        """One that looks promising; `tell` or `decline` answers."""
+        """A promising draft spec; `learn` or `decline` must follow."""
         trial = self._study.ask()
         draft_spec = self.space.suggest(trial)
-        self.decline(draft_spec)  # proposed before, and never answered
+        self.decline(draft_spec)  # an earlier proposal of the same draft spec has no result yet
         self._asked[draft_spec] = trial
         return draft_spec
 
     def decline(self, draft_spec: DraftSpec) -> None:
-        """Leave a proposal without a result, as where it is known already."""
+        """End a proposal without a result."""
         if (asked := self._asked.pop(draft_spec, None)) is not None:
             self._study.tell(asked, state=TrialState.FAIL)
 
-    def tell(
+    def learn(
         self, draft_spec: DraftSpec, value: float | None, *, estimate: float, constraints: Mapping[str, float]
     ) -> None:
-        """What came of a draft spec, proposed here or not.
+        """Learn the result of a draft spec, whoever proposed the draft spec.
 
         Args:
-            value: the objective; None if the trial was ended early.
-            estimate: what its first depth promised.
-            constraints: feasible if at most 0.
+            value: the objective; None if the trial was pruned.
+            estimate: the objective as estimated from the first depth.
+            constraints: by name, the excess; feasible if at most 0.
         """
         state = TrialState.PRUNED if value is None else TrialState.COMPLETE
         if (asked := self._asked.pop(draft_spec, None)) is None:
@@ -65,13 +70,3 @@ class Sampler:
         for name, excess in constraints.items():
             asked.set_constraint(name, excess)
         self._study.tell(asked, value, state=state)
-
-
-def _make(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    kinds = {
-        "tpe": optuna.samplers.TPESampler,
-        "gp": optuna.samplers.GPSampler,
-        "random": optuna.samplers.RandomSampler,
-    }
-    sampler: optuna.samplers.BaseSampler = kinds[name](seed=seed)
-    return sampler

@@ -1,4 +1,4 @@
-"""Study: Optuna over what becomes of sub-layers, each trial a replay, ended after one depth where it looks hopeless."""
+"""Study: a worker's trials. Each trial replays a draft spec, and ends after one depth if the draft cannot be best."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.table import Table
 from selfspec_search.settings import SearchSettings
 from selfspec_search.storage.study_store import Running, Store, StoredTrial
-from selfspec_search.study.constraints import LimitCheck, Limits
+from selfspec_search.study.constraints import Limits
 from selfspec_search.study.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
 from selfspec_search.study.proposals import Findings, Proposals
 from selfspec_search.study.sampler import Sampler
 
 
 class Study:
-    """A worker's trials in one search; `findings` are those of all its workers."""
+    """A worker's trials in a search. `findings` holds the findings of all workers of the study."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class Study:
         self.on_trial, self.interrupted = on_trial, False
         self.findings = Findings(prices=prices, limits=limits)
         news = store.news()
-        # Workers that join, perhaps all at once, go their own ways.
+        # Workers that join at the same time need different seeds, or they would propose the same drafts.
         seed = settings.seed + (0 if store.created else len(news) + os.getpid())
         self._sampler = Sampler(settings.sampler, seed, store.space)
         self._proposals = Proposals(replay, self.findings, settings, store, self._sampler, seed)
         self._learn(news)
 
     def run(self) -> None:
-        """Run trials until there were enough, time is up, or the user interrupts; what was found until then stays."""
+        """Run trials until the study has enough, time is up, or the user interrupts. Earlier findings remain."""
         deadline = time.monotonic() + (float("inf") if self.settings.timeout is None else self.settings.timeout)
         try:
             for draft_spec in self._proposals.draft_specs():
@@ -54,22 +54,27 @@ class Study:
                     break
         except KeyboardInterrupt:
             self.interrupted = True
-            self._learn(self.store.news())  # a trial may have ended and not have been noted
+            self._learn(self.store.news())  # a trial may have ended before the interrupt
 
     def _try(self, draft_spec: DraftSpec) -> None:
         if (running := self.store.claim(draft_spec)) is None:
-            return  # another worker was first: its result is among the next news
+            return  # another worker runs this trial; `store.news` will return its result
         check = self.findings.check(draft_spec)
-        record = _record(check)
+        record: dict[str, Any] = {
+            "draft_cost": check.draft_cost,
+            "draft_bytes": check.draft_bytes,
+            "worker": f"{socket.gethostname()}:{os.getpid()}",
+        }
         with running:
             if check.is_feasible:
-                self._replay(draft_spec, running, record)
+                self._replay(draft_spec, running, record, check.excess)
             else:
                 running.prune(0.0, {**record, "estimate": 0.0}, check.excess)
 
-    def _replay(self, draft_spec: DraftSpec, running: Running, record: dict[str, Any]) -> None:
+    def _replay(
+        self, draft_spec: DraftSpec, running: Running, record: dict[str, Any], excess: dict[str, float]
+    ) -> None:
         start, first_depth, estimate = time.monotonic(), None, 0.0
-        excess = self.findings.check(draft_spec).excess
 
         def how_deep(first: Table) -> int:
             nonlocal first_depth, estimate
@@ -79,40 +84,29 @@ class Study:
 
         table = self.replay.run(draft_spec, how_deep)
         assert first_depth is not None
-        kept = table or first_depth.shallow(1)
+        kept = table if table.depths else first_depth.shallow(1)
         record |= {
             "estimate": estimate,
             "agreement": first_depth.agreement,
             "seconds": time.monotonic() - start,
             "table": b64encode(kept.to_bytes()).decode(),
         }
-        if table is None:
+        if not table.depths:
             running.prune(estimate, record, excess)
             return
         prediction = best(table, self.prices, draft_spec)
-        record["prediction"] = prediction.to_dict()
-        running.finish(prediction.speedup, record, excess)
+        running.finish(prediction.speedup, {**record, "prediction": prediction.to_dict()}, excess)
 
     def _learn(self, news: Iterable[StoredTrial]) -> None:
-        """Take in what this worker, others and earlier runs found."""
+        """Add finished trials of this worker, other workers and earlier runs to the findings and the sampler."""
         for trial in news:
-            prediction, estimate = prediction_of(trial), trial.record["estimate"]
-            self.findings.note(trial.draft_spec, prediction, estimate)
-            value, excess = (
-                None if prediction is None else prediction.speedup,
-                self.findings.check(trial.draft_spec).excess,
-            )
-            self._sampler.tell(trial.draft_spec, value, estimate=estimate, constraints=excess)
-
-
-def _record(check: LimitCheck) -> dict[str, Any]:
-    """What a trial keeps of its draft, and who tries it."""
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    return {"draft_cost": check.draft_cost, "draft_bytes": check.draft_bytes, "worker": worker}
+            draft_spec, prediction, estimate = trial.draft_spec, prediction_of(trial), trial.record["estimate"]
+            self.findings.add(draft_spec, prediction, estimate)
+            excess = self.findings.check(draft_spec).excess
+            value = None if prediction is None else prediction.speedup
+            self._sampler.learn(draft_spec, value, estimate=estimate, constraints=excess)
 
 
 def prediction_of(trial: StoredTrial) -> Prediction | None:
-    """What a trial of a study predicted; None if it was pruned."""
-    if trial.value is None:
-        return None
-    return Prediction.from_dict(trial.draft_spec, trial.record["prediction"])
+    """The prediction of a stored trial; None if the trial was pruned."""
+    return None if trial.value is None else Prediction.from_dict(trial.draft_spec, trial.record["prediction"])

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import quantised_models
-import selfspec_search.confirm.confirm
 import torch
 from captured import (
     CASCADE,
@@ -33,9 +32,10 @@ from captured import (
 )
 from models import FIRST_DROPPED, damp, damped_model, prompts
 from quantised_models import drafting, few_prompts
+from selfspec_search.confirm.contender import Contender
 from selfspec_search.replay.memory import Memory
+from selfspec_search.replay.sampling_settings import Sampling
 from selfspec_search.replay.texts import Text
-from selfspec_search.settings import SearchSettings
 from tape import NoReads, TapeRecorder
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -524,9 +524,7 @@ def test_the_search_times_a_device(device: torch.device) -> None:
     assert timed_task(lambda: matrix @ matrix, device)() > 0
     assert Memory.default(device) > 2**20
     spec = captured(model_on(device))
-    contender = selfspec_search.confirm.confirm._Contender(
-        spec.runtime, drafter_of(PLAN, spec.runtime), SearchSettings()
-    )
+    contender = Contender(spec.runtime, drafter_of(PLAN, spec.runtime), Sampling())
     text = Text(tokens=prompts(11 + 13)[0][0].to(device), prompt=11, allowed=13)
     contender.decode(0, [text])
     assert contender.runs[0][0].seconds > 0

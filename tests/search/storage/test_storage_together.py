@@ -38,7 +38,7 @@ HELD = """
 import os, sys, time
 from pathlib import Path
 from selfspec.cli import main
-from selfspec_search.study import Study
+from selfspec_search.study.study import Study
 
 hold, after, ended, replay = Path(sys.argv.pop(1)) / str(os.getpid()), int(sys.argv.pop(1)), 0, Study._replay
 

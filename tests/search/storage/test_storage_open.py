@@ -22,12 +22,12 @@ import psycopg
 import pytest
 import sqlalchemy
 from selfspec_search.space import seeds
-from selfspec_search.storage import open as opening
-from selfspec_search.storage import retrying, trial
+from selfspec_search.storage import database, journal, retrying, trial
 from selfspec_search.storage.errors import UnavailableError
-from selfspec_search.storage.open import Heartbeat
+from selfspec_search.storage.open import without_password
 from selfspec_search.storage.retrying import defer_interrupt
 from selfspec_search.storage.study_store import Store, StoredTrial, load_study
+from selfspec_search.storage.trial import Heartbeat
 
 from selfspec import InputError
 from selfspec.plan.draft_spec import DraftSpec
@@ -127,7 +127,7 @@ class TestCtrlC:
     def test_at_any_call_nothing_stays_locked_or_half_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(opening, "SQLITE_LOCK_SECONDS", 0.1)
+        monkeypatch.setattr(database, "SQLITE_LOCK_SECONDS", 0.1)
         path = tmp_path / "plan.db"
         with join(str(path)) as store:
             store.publish("key", b"before")
@@ -173,7 +173,7 @@ class TestCtrlC:
     def test_it_takes_effect_between_two_tries_of_a_locked_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(opening, "SQLITE_LOCK_SECONDS", 0.01)
+        monkeypatch.setattr(database, "SQLITE_LOCK_SECONDS", 0.01)
         tries = count(1)
 
         def interrupt(*_: object) -> None:
@@ -239,9 +239,9 @@ class TestRefusals:
             ("{}/nowhere/x.journal", "there is no directory"),
             ("{}/protected/x.db", "may not be written"),
             ("{}/protected/x.journal", "may not be written"),
-            ("{}", "is a directory"),
-            ("{}/null", "is a device or a pipe"),
-            ("{}/null.journal", "is a device or a pipe"),
+            ("{}", "is a directory, a device or a pipe"),
+            ("{}/null", "is a directory, a device or a pipe"),
+            ("{}/null.journal", "is a directory, a device or a pipe"),
             ("~no_such_user/x.db", "give the whole path"),
             ("~no_such_user/x.journal", "give the whole path"),
             ("sqlite://", "names no file"),
@@ -249,7 +249,7 @@ class TestRefusals:
             ("journal://", "names no file"),
             ("", "names no file"),
             ("redis://localhost", "is no kind of database"),
-            ("pigeon://coop", "is no kind of database"),
+            ("mysql://localhost/db", "is no kind of database"),
             ("postgresql://me:hush@127.0.0.1:1/db", "refused"),
             ("postgresql://me:hush@127.0.0.1:port/db", "cannot be read"),
         ],
@@ -267,7 +267,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "text", "line"),
         [
-            ("prompts.txt", "Once upon a time there was a file", "is no SQLite database"),
+            ("prompts.txt", "Once upon a time there was a file", "file is not a database"),
             *(
                 ("x.journal", text, "is no journal of Optuna's")
                 for text in ("not JSON\n", "[1, 2]\n", '{"prompt": "hello"}\n', "7\n", "no line end")
@@ -327,7 +327,7 @@ class TestReading:
     def test_a_storage_without_studies_of_ours(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path / 'x.db'}"
         optuna.create_study(storage=url, study_name="theirs")
-        with pytest.raises(InputError, match="holds no study of selfspec"):
+        with pytest.raises(InputError, match="holds no study of a search"):
             load_study(url)
 
     def test_an_empty_file(self, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ class TestReading:
         join(path, "one").close()
         assert load_study(path).name == "one"
         join(path, "two").close()
-        with pytest.raises(InputError, match="'one', 'two'; choose one with --study"):
+        with pytest.raises(InputError, match="choose one with --study: 'one', 'two'"):
             load_study(path)
 
 
@@ -365,7 +365,7 @@ def test_a_half_line_that_a_killed_worker_left_in_a_journal_is_cut_off(tmp_path:
 class TestLocks:
     @pytest.fixture(autouse=True)
     def _tries_are_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(opening, "SQLITE_LOCK_SECONDS", 0.05)
+        monkeypatch.setattr(database, "SQLITE_LOCK_SECONDS", 0.05)
 
     @pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
     def test_a_file_that_stays_locked_is_refused(
@@ -415,12 +415,11 @@ class TestLocks:
                     store.publish("key", b"data")
         (line,) = lines
         assert "is locked by another program: database is locked; trying again for 90 s" in line
-        assert "connection" not in line
 
     def test_a_row_that_a_stopped_worker_locked_is_waited_for(
         self, postgres: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(opening.POSTGRES_SESSION, "lock_timeout", 50)
+        monkeypatch.setitem(database.POSTGRES_SESSION, "lock_timeout", 50)
         monkeypatch.setattr(retrying, "LOCK_NOTICE_SECONDS", 0.0)
         lines: list[str] = []
         with join(postgres.url, "row", lines) as store, psycopg.connect(postgres.url) as other:
@@ -439,9 +438,9 @@ class TestLocks:
         self, postgres: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setitem(opening.POSTGRES_SESSION, "idle_in_transaction_session_timeout", 1_000)
+            patch.setitem(database.POSTGRES_SESSION, "idle_in_transaction_session_timeout", 1_000)
             stopped = join(postgres.url, "stopped")
-        monkeypatch.setitem(opening.POSTGRES_SESSION, "lock_timeout", 50)
+        monkeypatch.setitem(database.POSTGRES_SESSION, "lock_timeout", 50)
         with stopped, join(postgres.url, "stopped") as store:
             connection = engine_of(stopped).connect()
             connection.exec_driver_sql("SELECT * FROM studies FOR UPDATE")
@@ -454,7 +453,7 @@ class TestLocks:
     def test_settings_of_a_session_that_the_user_gives_hold(
         self, postgres: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ours = opening.POSTGRES_SESSION | {"statement_timeout": 0}
+        ours = database.POSTGRES_SESSION | {"statement_timeout": 0}
         monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=54321")
         for given, theirs in [
             ("", {"statement_timeout": 54321}),
@@ -480,7 +479,7 @@ class TestLocks:
             Path(f"{path}.lock").touch()
             monkeypatch.setattr(optuna.storages.journal._file, "time", clock)
             store.publish("key", b"data")
-        assert opening.JOURNAL_LOCK_SECONDS < passed < Heartbeat().grace - Heartbeat().interval
+        assert journal.JOURNAL_LOCK_SECONDS < passed < Heartbeat().grace - Heartbeat().interval
 
 
 class TestHeartbeats:
@@ -524,7 +523,6 @@ class TestLostConnections:
             back.join()
             assert store.news() == [StoredTrial(number=running.number, draft_spec=SETS[0], value=1.25, record={"a": 1})]
         (line,) = lines
-        assert "the connection to storage" in line
         assert line.endswith("; trying again for 90 s")
         assert "secret" not in line
         assert "\n" not in line
@@ -561,29 +559,6 @@ class TestLostConnections:
         assert "\n" not in str(error.value)
         assert len(lines) <= 1
 
-    def test_heartbeats_go_on_after_an_outage_and_complain_once(
-        self, postgres: Server, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        lines: list[str] = []
-        with join(postgres.url, "beats", lines, Heartbeat(interval=0.1, grace=DEADLINE)) as store:
-            store.share(dict)
-            beats: list[int] = []
-            record = store.ledger.storage.raw.record_heartbeat  # type: ignore[attr-defined]
-            monkeypatch.setattr(
-                store.ledger.storage.raw, "record_heartbeat", lambda number: beats.append(record(number) or 1)
-            )
-            with store.begin(SETS[0]) as running:
-                until(lambda: beats)
-                postgres.stop()
-                until(lambda: lines)
-                time.sleep(0.5)  # in which it must not complain again
-                postgres.start()
-                before = len(beats)
-                until(lambda: len(beats) > before)
-                running.finish(1.0, {})
-        (line,) = [line for line in lines if "no heartbeat" in line]
-        assert "\n" not in line
-
 
 @pytest.mark.parametrize(
     ("storage", "shown"),
@@ -595,4 +570,4 @@ class TestLostConnections:
     ],
 )
 def test_a_password_is_never_shown(storage: str, shown: str) -> None:
-    assert opening.without_password(storage) == shown
+    assert without_password(storage) == shown

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from optuna.trial import TrialState
 from selfspec_search.space import skip_set_of, sublayers
-from selfspec_search.storage import open as opening
+from selfspec_search.storage import journal
 from selfspec_search.storage import trial as trial_module
-from selfspec_search.storage.open import Heartbeat
 from selfspec_search.storage.study_store import Store, load_study
+from selfspec_search.storage.trial import Heartbeat
 
 from selfspec.plan.draft_spec import DraftSpec
 
@@ -40,7 +40,7 @@ def join(storage: str, **options: Any) -> Store:
 
 @pytest.fixture(autouse=True)
 def _short_journal_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "JOURNAL_LOCK_SECONDS", JOURNAL_LOCK_SECONDS)
+    monkeypatch.setattr(journal, "JOURNAL_LOCK_SECONDS", JOURNAL_LOCK_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def workers(processes: ForkServerContext) -> Iterator[Workers]:
 
 def as_worker(target: Any, *arguments: Any) -> None:
     """What a worker's process does."""
-    opening.JOURNAL_LOCK_SECONDS = JOURNAL_LOCK_SECONDS
+    journal.JOURNAL_LOCK_SECONDS = JOURNAL_LOCK_SECONDS
     target(*arguments)
 
 
@@ -188,7 +188,7 @@ def test_a_creator_that_is_killed_is_replaced_at_once(
     process.join()
     with join(shared) as store:
         assert store.created
-        assert store.share(lambda: {"profile": b"new"}, seconds=5) == {"profile": b"new"}
+        assert store.share(lambda: {"profile": b"new"}) == {"profile": b"new"}
 
 
 def test_of_three_workers_one_is_killed_and_the_others_finish_all_draft_specs_once(

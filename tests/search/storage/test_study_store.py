@@ -18,9 +18,8 @@ import pytest
 from optuna.trial import TrialState
 from selfspec_search.space import seeds
 from selfspec_search.storage import shared_data
-from selfspec_search.storage.open import Heartbeat
 from selfspec_search.storage.study_store import Store, StoredTrial, load_study
-from selfspec_search.storage.trial import OWNER
+from selfspec_search.storage.trial import OWNER, Heartbeat
 
 from selfspec import InputError
 from selfspec.plan.draft_spec import DraftSpec
@@ -158,14 +157,6 @@ class TestEveryStorage:
         assert store.news() == []
         assert store.claimed() == set()
 
-    def test_a_blob_that_an_earlier_release_wrote_in_pieces_is_read(self, store: Store) -> None:
-        store.publish("texts", b"of an earlier release")
-        whole = store.ledger.attrs()["blob:texts"]
-        for index, piece in enumerate([whole[:5], whole[5:]]):
-            store.ledger.set(f"blob:texts:{index}", piece)
-        store.ledger.set("blob:texts", {"sha256": "unused", "pieces": 2})
-        assert store.get("texts") == b"of an earlier release"
-
 
 class TestStaleTrials:
     def test_the_trial_of_a_silent_worker_is_failed_and_its_draft_spec_is_free_again(
@@ -237,21 +228,12 @@ class TestSharedStorages:
             first.share(lambda: {"profile": b"first"})
             assert second.share(lambda: {"profile": b"second"}) == {"profile": b"first"}
 
-    def test_waiting_for_the_creator_ends_in_one_line(self, shared: str, name: str) -> None:
-        with (
-            join(shared, name),
-            join(shared, name) as second,
-            pytest.raises(InputError, match="has not published") as e,
-        ):
-            second.share(lambda: {}, seconds=0.1)
-        assert "\n" not in str(e.value)
-
     def test_waiting_for_a_living_creator_is_reported_once_and_has_no_limit(
         self, shared: str, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pauses, lines = count(1), list[str]()
-        hours = SimpleNamespace(monotonic=count(0, 3600).__next__, sleep=lambda _: next(pauses) == 5 and made())
-        monkeypatch.setattr(shared_data, "time", hours)
+        pause = SimpleNamespace(sleep=lambda _: next(pauses) == 5 and made())
+        monkeypatch.setattr(shared_data, "time", pause)
         with join(shared, name) as first, join(shared, name, on_notice=lines.append) as second:
 
             def made() -> None:
@@ -271,7 +253,7 @@ class TestSharedStorages:
         first = join(shared, name)
         with join(shared, name) as second:
             threading.Timer(0.3, first.close).start()
-            assert second.share(lambda: {"profile": b"second"}, seconds=30) == {"profile": b"second"}
+            assert second.share(lambda: {"profile": b"second"}) == {"profile": b"second"}
             assert second.created
 
     def test_a_creator_that_was_failed_by_mistake_takes_what_its_successor_published(

@@ -74,8 +74,7 @@ def _open(url: URL, create: bool, options: dict[str, Any], heartbeat: Heartbeat)
 class _Database(RDBStorage):
     """Optuna's storage, which writes a new trial faster, and its first heartbeat in the same transaction.
 
-    Optuna reads twice per parameter to check that all trials have the same choices, as ours do. With a parameter per
-    sub-layer, reading takes most of a trial's time here. If a release of Optuna renames a method, Optuna's own runs.
+    Optuna reads twice per parameter, one per sub-layer, to check that all trials have the same choices, as ours do.
     """
 
     def __init__(self, url: str, heartbeat: Heartbeat, **options: Any) -> None:

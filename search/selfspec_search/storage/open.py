@@ -57,7 +57,7 @@ def open_storage(
     except (RuntimeError, *STORAGE_ERRORS) as error:  # Optuna's RuntimeError names the command that upgrades old tables
         problem = describe(label, error)
         if not create and "version_info" in problem:  # the table that Optuna reads first
-            raise InputError(f"storage '{label}' holds no study of any kind; give the storage of a search") from error
+            problem = f"storage '{label}' holds no study of any kind"
         raise InputError(f"{problem}; mend that, or give another storage") from error
 
 

@@ -30,13 +30,7 @@ LOCK_NOTICE_SECONDS = 5.0
 
 
 class RetryingStorage:
-    """An Optuna storage, and what its calls need for retries.
-
-    Args:
-        raw: Optuna's storage.
-        label: its name in messages: the path or URL as given, without a password.
-        on_notice: receives one line for each wait that is worth reporting.
-    """
+    """An Optuna storage, with its name in messages, and what receives one line for each long wait."""
 
     def __init__(self, raw: BaseStorage, label: str, on_notice: Callable[[str], None]) -> None:
         self.raw = raw
@@ -56,9 +50,7 @@ class RetryingStorage:
         try:
             return retry(lambda: action(self.raw), self.label, self.on_notice, seconds)
         except KeyError as error:
-            raise InputError(
-                f"the study is no longer in storage '{self.label}': somebody deleted it; choose another --study"
-            ) from error
+            raise InputError(f"storage '{self.label}' no longer holds the study; choose another --study") from error
         except STORAGE_ERRORS as error:
             self._has_failed = True  # the last writes before the exit are tried once
             raise InputError(
@@ -72,10 +64,10 @@ class RetryingStorage:
 
 
 def retry(call: Callable[[], T], label: str, on_notice: Callable[[str], None], seconds: float | None = None) -> T:
-    """Return the result of `call`, which uses a storage; ctrl-C takes effect between tries.
+    """Return the result of `call`, tried again after a lock or a lost connection; ctrl-C takes effect between tries.
 
     Args:
-        call: tried again after a lock or a lost connection.
+        call: uses a storage.
         label: of the storage.
         on_notice: receives one line, once.
         seconds: until any error is raised; None for `RETRY_SECONDS`.

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from optuna.storages import BaseStorage
@@ -32,14 +31,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTrial:
-    """A finished trial.
-
-    Attributes:
-        number: of the trial in its study.
-        draft_spec: what was tried.
-        value: the predicted speedup; None if the trial was pruned.
-        record: what the study noted about it.
-    """
+    """A finished trial, its value (the predicted speedup; None if it was pruned) and what the study noted about it."""
 
     number: int
     draft_spec: DraftSpec
@@ -88,7 +80,7 @@ class Store:
         on_notice: Callable[[str], None] = lambda line: None,
         heartbeat: Heartbeat | None = None,
     ) -> Store:
-        """Create a study, or join it.
+        """Create a study, or join it; `InputError` if the storage cannot be used, or holds another study of this name.
 
         Args:
             storage: as `open_storage` takes it.
@@ -97,9 +89,6 @@ class Store:
             num_layers: of the model.
             on_notice: receives one line for each wait for a lost connection.
             heartbeat: of running trials.
-
-        Raises:
-            InputError: the storage cannot be used, or holds another study of this name.
         """
         about = json.loads(json.dumps({"identity": identity, "num_layers": num_layers}, sort_keys=True, default=str))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -120,9 +109,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(InputError) if error else nullcontext():  # the user must see the first error
             self.close()
 
@@ -211,11 +198,7 @@ class StoredStudy:
 
 
 def load_study(storage: str, name: str | None = None) -> StoredStudy:
-    """Read a study; nothing is written.
-
-    Args:
-        storage: as `open_storage` takes it.
-        name: of the study; None if the storage holds just one.
+    """Read the study of this name, or the only one of the storage; nothing is written.
 
     Raises:
         InputError: the storage cannot be read, or holds no such study; the message names those it holds.

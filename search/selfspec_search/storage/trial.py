@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -42,11 +41,6 @@ class Running:
     """A trial in state RUNNING, as a context manager: without `finish` or `prune` inside, the trial fails.
 
     Heartbeats come from a separate thread, so also while the main thread is inside torch.
-
-    Args:
-        storage: of the trial.
-        trial_id: Optuna's.
-        draft_spec: what is tried.
     """
 
     def __init__(self, storage: RetryingStorage, trial_id: int, draft_spec: DraftSpec) -> None:
@@ -65,46 +59,40 @@ class Running:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(InputError) if error else nullcontext():  # the user must see the first error
             if not self._ended.is_set():
                 self.fail()
         self._stop()
 
     def finish(self, value: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
-        """Complete the trial.
-
-        Args:
-            value: the objective.
-            record: what the study notes about the trial; anything that JSON can hold.
-            constraints: values that are feasible if at most 0, as Optuna stores them.
-        """
-        self._note(record, constraints)
-        self._end(TrialState.COMPLETE, [value])
+        """Complete the trial, with the objective and a record for JSON; constraints are feasible if at most 0."""
+        self._end(TrialState.COMPLETE, [value], record, constraints)
 
     def prune(self, estimate: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
         """End the trial early; `estimate` is the objective as estimated after the first depth."""
-        self._note(record, constraints)
         self._write(lambda raw: raw.set_trial_intermediate_value(self._trial_id, 0, estimate))
-        self._end(TrialState.PRUNED)
+        self._end(TrialState.PRUNED, None, record, constraints)
 
     def fail(self) -> None:
         """End the trial without a result; its draft spec may be tried again."""
         self._write(lambda raw: fail_trial(raw, self._trial_id))
         self._stop()
 
-    def _note(self, record: Mapping[str, Any], constraints: Mapping[str, float] | None) -> None:
+    def _end(
+        self,
+        state: TrialState,
+        values: Sequence[float] | None,
+        record: Mapping[str, Any],
+        constraints: Mapping[str, float] | None,
+    ) -> None:
         def write(raw: BaseStorage) -> None:
             for name, value in (constraints or {}).items():
                 raw.set_trial_system_attr(self._trial_id, f"constraints:{name}", value)
             raw.set_trial_user_attr(self._trial_id, RECORD, dict(record))
+            raw.set_trial_state_values(self._trial_id, state, values)
 
         self._write(write)
-
-    def _end(self, state: TrialState, values: Sequence[float] | None = None) -> None:
-        self._write(lambda raw: raw.set_trial_state_values(self._trial_id, state, values))
         self._stop()
 
     def _write(self, action: Callable[[BaseStorage], object]) -> None:

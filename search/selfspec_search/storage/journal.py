@@ -37,14 +37,14 @@ class Journal(JournalStorage, BaseHeartbeat):
         self.set_trial_system_attr(trial_id, HEARTBEAT, time.time())
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        now, before = time.monotonic(), self._seen
-        running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-        last = {trial._trial_id: trial.system_attrs.get(HEARTBEAT) for trial in running}
-        self._seen = {
-            trial: before[trial] if trial in before and before[trial][0] == beat else (beat, now)
-            for trial, beat in last.items()
-        }
-        return [trial for trial, (_, since) in self._seen.items() if now - since > self._heartbeat.grace]
+        now, stale = time.monotonic(), []
+        for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+            beat = trial.system_attrs.get(HEARTBEAT)
+            last, since = self._seen.get(trial._trial_id, (beat, now))
+            self._seen[trial._trial_id] = (beat, since if beat == last else now)
+            if beat == last and now - since > self._heartbeat.grace:
+                stale.append(trial._trial_id)
+        return stale
 
     def get_heartbeat_interval(self) -> int | None:
         return self._heartbeat.interval  # type: ignore[return-value]
@@ -63,8 +63,7 @@ class _JournalLock(JournalFileOpenLock):
     def acquire(self) -> bool:
         locked = super().acquire()
         with self._journal.open("rb+") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             if file.read(1) not in (b"", b"\n"):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)

@@ -26,15 +26,7 @@ POLL_SECONDS = 0.5
 
 
 class SharedData:
-    """A worker's access to shared data.
-
-    Args:
-        ledger: the study.
-        about: what its workers must agree on: `identity`, by readable names, and `num_layers`.
-
-    Raises:
-        InputError: the study is about something else.
-    """
+    """A worker's access to shared data; `InputError` if its study is about something else."""
 
     def __init__(self, ledger: Ledger, about: Mapping[str, Any]) -> None:
         self.created = False
@@ -108,8 +100,7 @@ class SharedData:
 
     def _keys(self) -> list[str] | None:
         """Keys of the shared blobs; None until all are there."""
-        keys: list[str] | None = self._ledger.attrs().get(SHARED)
-        return keys
+        return self._ledger.attrs().get(SHARED)
 
 
 def _parts(about: Mapping[str, Any]) -> dict[str, Any]:

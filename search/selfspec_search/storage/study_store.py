@@ -57,9 +57,7 @@ class Store:
     """A worker's access to a study, as a context manager. `Store.open` opens it.
 
     Attributes:
-        name: of the study.
         space: what the trials choose from; set again before the first trial where there is more to choose.
-        ledger: the study's trials and attributes, as Optuna stores them.
     """
 
     def __init__(self, ledger: Ledger, shared_data: SharedData, num_layers: int, name: str) -> None:
@@ -164,11 +162,8 @@ class Store:
         Trials whose workers died are failed, so that their draft specs may be tried again.
         """
         self.ledger.fail_stale()
-        fresh = [
-            StoredTrial.of(trial, self.space)
-            for trial in self.ledger.trials()
-            if trial.state in FINISHED and trial.number not in self._known_numbers and self._is_ours(trial)
-        ]
+        finished = [trial for trial in self.ledger.trials() if trial.state in FINISHED and self._is_ours(trial)]
+        fresh = [StoredTrial.of(t, self.space) for t in finished if t.number not in self._known_numbers]
         self._known_numbers.update(trial.number for trial in fresh)
         return fresh
 
@@ -225,10 +220,5 @@ def _read(raw: BaseStorage, name: str) -> StoredStudy:
     about = attrs[STUDY]
     space = Space.from_bytes(blobs[SPACE]) if SPACE in blobs else Space(num_layers=about["num_layers"])
     trials = [t for t in raw.get_all_trials(study_id, deepcopy=False, states=FINISHED) if t.params]
-    return StoredStudy(
-        name=name,
-        identity=about["identity"],
-        space=space,
-        trials=[StoredTrial.of(trial, space) for trial in trials],
-        blobs=blobs,
-    )
+    stored = [StoredTrial.of(trial, space) for trial in trials]
+    return StoredStudy(name=name, identity=about["identity"], space=space, trials=stored, blobs=blobs)

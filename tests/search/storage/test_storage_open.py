@@ -39,7 +39,7 @@ pytest_plugins = ["postgres"]
 LAYERS = 3
 SETS = [DraftSpec.of(skip_set) for skip_set in seeds(LAYERS)]
 DEADLINE = 120.0
-"""Seconds after which a test gives up."""
+"""Seconds: a test gives up after this time."""
 
 
 def join(

@@ -19,13 +19,13 @@ Compile = Annotated[
     bool | None, Described("Fuse passes with torch.compile: slower to start, faster to run; by default on CUDA.")
 ]
 DRAFT_MEMORY = Described(
-    "The most that the draft's own layers may take beside the model, such as 512M or 4G.", is_size=True
+    "The most memory that draft weights may take in addition to the model, such as 512M or 4G.", is_size=True
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """What `wrap` takes beside the model, the plan and the draft model; `wrap` explains each option.
+    """The options of `wrap` other than model, plan and draft model; `wrap` explains each.
 
     Raises:
         InputError: the policy is unknown, or `draft_memory` is no size.
@@ -36,7 +36,7 @@ class DecodeOptions:
     graphs: bool | None = None
     policy: Annotated[
         PolicyName,
-        Described("Whether who drafts, and how far, follows the text (adaptive) or stays as the plan says (fixed)."),
+        Described("Whether drafter and draft length follow the text (adaptive) or the plan (fixed)."),
     ] = "adaptive"
     draft_memory: Annotated[int | str | None, DRAFT_MEMORY] = None
 

@@ -61,7 +61,8 @@ def wrap(
         graphs: capture rounds as CUDA graphs; by default where there is CUDA.
         policy: `adaptive` lets the text decide who drafts and how far, round by round, where the plan says what that
             costs, down to plain decoding; more rows than it knows are decoded plainly. `fixed` keeps to the plan.
-        draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
+        draft_memory: the most bytes, or a size such as `2G`, that the draft weights may take in addition to the
+            model: the
             quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
         draft_model: a smaller model of the same tokenizer, on the same device, that drafts the plan's gamma tokens in
             the place of the model's own layers; the plan must not name any (`Plan(skip_set=SkipSet(), gamma=4)`). It
@@ -78,7 +79,8 @@ def wrap(
 
 
 def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
-    """What the draft's own layers take beside the model, before they are made; 0 for a plan that only skips."""
+    """Bytes that the draft weights take in addition to the model, before they are made; 0 for a plan that only
+    skips."""
     plan.check_fits(model.config)
     return draft_weight_bytes(model, plan.draft_spec) if plan.gamma else 0
 

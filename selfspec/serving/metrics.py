@@ -111,7 +111,7 @@ FIGURES = (
     _gauge("tokens_per_second", "Of the latest request, prefill included.", lambda stats: stats.tokens_per_second),
     _gauge("tokens_per_round", "Of the latest request.", lambda stats: stats.tokens_per_round),
     _gauge("spec_decode_draft_acceptance_rate", "Accepted / drafted of the latest request.", _acceptance_rate),
-    _gauge("draft_bytes", "Memory of the draft's own layers beside the model.", lambda stats: stats.draft_bytes),
+    _gauge("draft_bytes", "Memory of the draft weights in addition to the model.", lambda stats: stats.draft_bytes),
     _gauge("graph_bytes", "Memory of captured CUDA graphs.", lambda stats: stats.graph_bytes),
 )
 

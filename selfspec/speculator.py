@@ -225,7 +225,7 @@ class SelfSpeculator:
                     if streamed is not None:
                         streamed.put(committed)
             if streamed is not None:
-                streamed.end()
+                streamed.streamer.end()
             return output_of(request, generation_config, self.stats)
 
     def _prepare(

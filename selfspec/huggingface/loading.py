@@ -180,9 +180,10 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConf
 
 def _model(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with _explained(f"the weights of '{name}' cannot be loaded"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
+    model, report = loaded
     for key in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report[key])):
             raise InputError(

@@ -188,7 +188,7 @@ def test_a_label_that_cannot_be_called_so_takes_one_line(label: str, message: st
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("model", "labels is 'model', of which every letter would be one; give a list of different names, such as"),
+        ("model", "labels is 'model', so every letter would be a label; give a list of different names, such as"),
         (["model", 7], "labels holds 7, but names are strings; give a list"),
         ([["model"]], r"labels holds \['model'\], but names are strings"),
         (["model", "site", "model"], "labels holds 'model' twice; give a list of different names"),
@@ -205,7 +205,7 @@ def test_labels_that_are_no_list_of_different_names_take_one_line(labels: Any, m
 def test_a_registry_takes_one_set_of_metrics() -> None:
     registry = CollectorRegistry()
     Metrics(registry)
-    with pytest.raises(InputError, match="make one Metrics for a registry"):
+    with pytest.raises(InputError, match="make one Metrics per registry"):
         Metrics(registry)
 
 

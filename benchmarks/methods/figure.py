@@ -15,7 +15,7 @@ OURS_COLOUR, RIVAL_COLOUR, INK = "#1b6ca8", "#b9c2cc", "#222222"
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the figure; `results` as `benchmarks/selection.py` collects them, one for each model."""
+    """Write the figure; `results` holds the result of `benchmarks/selection.py` for each model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Aims: what one H200 should reach, and what this run measured."""
+"""Aims: the figures that one H200 should reach, and the figures of this run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from selfspec.benchmark.contenders import EARLY_EXIT, GENERATE
@@ -11,7 +11,7 @@ from selfspec.benchmark.contenders import EARLY_EXIT, GENERATE
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """A figure and its bound; `measured` is None where the run has no such figure: the aim is open."""
+    """A figure and its bound. `measured` is None if the run has not measured the figure: the aim is open."""
 
     name: str
     wanted: str
@@ -20,18 +20,15 @@ class Aim:
 
     @classmethod
     def of(cls, name: str, measured: float | None, bound: float, *, most: bool = False) -> Aim:
-        """An aim to reach at least the bound, or at most."""
+        """An aim with a lower bound, or with an upper bound if `most`."""
         met = None if measured is None else measured <= bound if most else measured >= bound
         return cls(name=name, wanted=f"at {'most' if most else 'least'} {bound:g}", measured=measured, met=met)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def judge_aims(
     shape: str, cells: Sequence[dict[str, Any]], peers: dict[str, Any] | None, search: dict[str, Any] | None
 ) -> list[Aim]:
-    """Each aim of this shape's cell of one row and 512 tokens, at agreement 0.9."""
+    """The aims of the shape's cell with one row, 512 tokens and agreement 0.9."""
     aimed = next(
         (c for c in cells if (c["shape"], c["rows"], c["context"], c["agreement_wanted"]) == (shape, 1, 512, 0.9)), {}
     )

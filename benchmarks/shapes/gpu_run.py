@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,22 @@ from shapes.tables import aims_table, ceilings_table, peers_table, search_table,
 from shapes.trained import Trained, TrainedRun
 
 AIMED = 0.9
-"""The agreement of the cell that has aims, and of the first cell at each number of rows and context."""
-PEERS, SEARCH = "Hugging Face's ways", "search"
+"""The agreement of the cell with aims, and of the first cell of each size."""
+PEERS, SEARCH = "Hugging Face's decoders", "search"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """What a run covers, and how many seconds its stages may take before one of their kind was measured.
+    """The cells of a run, and the estimated seconds of its stages."""
 
-    Args:
-        main, other: the shape of most cells and the search; and one that is measured at its first sizes alone.
-        sizes: rows and contexts, the most important first.
-        dtype, trained: of the trained model, and the seconds that it may take.
-        estimates: seconds by kind of stage.
-    """
-
-    main: Shape
-    other: Shape
-    sizes: Sequence[tuple[int, int]]
+    main: Shape  # of most cells, and of the search
+    other: Shape  # measured at the first size only
+    sizes: Sequence[tuple[int, int]]  # rows and context, the most important first
     agreements: Sequence[float]
-    dtype: str
+    dtype: str  # of the trained model
     effort: Effort
-    trained: float
-    estimates: dict[str, float]
+    trained: float  # seconds of the trained model
+    estimates: dict[str, float]  # seconds by kind of stage
 
 
 REAL_RUN = Extent(
@@ -75,7 +68,7 @@ TOY_RUN = Extent(
 
 @dataclass(kw_only=True)
 class Run:
-    """One run of the benchmark, and what it measured so far."""
+    """One run of the benchmark, and its figures so far."""
 
     extent: Extent
     device: torch.device
@@ -89,7 +82,7 @@ class Run:
     trained: Trained | None = None
 
     def measure(self) -> dict[str, Any]:
-        """All stages that the budget has room for; prints as it goes."""
+        """Run all stages that fit into the budget, and print their tables."""
         self.budget = Budget(seconds=self.seconds, console=self.console)
         self.subjects = Subjects(self.device, self.seed)
         self.ceilings = self._ceilings()
@@ -112,7 +105,7 @@ class Run:
 
     def _ceilings(self) -> Ceilings:
         ceilings = self.budget.run("ceilings", 0, lambda: measure_ceilings(self.device, self.extent.effort))
-        if ceilings is None:  # the budget never leaves them out
+        if ceilings is None:  # their estimate is 0, so they are never skipped
             raise InputError(f"{self.device} has no ceilings: {self.budget.stages[-1].reason}")
         self.console.print(ceilings_table(ceilings))
         return ceilings
@@ -130,7 +123,7 @@ class Run:
     def _peers(self, shape: Shape, size: tuple[int, int]) -> None:
         def work() -> dict[str, Any]:
             if not self.cells:
-                raise LeftOutError("the cell that they are held against was not measured")
+                raise LeftOutError("the cell to compare them with was not measured")
             ours = self.cells[0]["ours_tokens_per_second"]
             cell = Cell(shape=shape.name, rows=size[0], context=size[1], agreement=AIMED)
             return measure_peers(self.subjects.of(shape), cell, self.extent.effort, ours)
@@ -168,11 +161,11 @@ class Run:
             self.console.print(aims_table(shape, aims))
         self.console.print(stages_table(self.budget.stages))
         return {
-            "ceilings": self.ceilings.to_dict(),
+            "ceilings": asdict(self.ceilings),
             "cells": self.cells,
             "peers": self.peers,
             "search": self.search,
             "midsize": self.trained.to_dict if self.trained else None,
-            "aims": [aim.to_dict() for aim in aims],
+            "aims": [asdict(aim) for aim in aims],
             "stages": self.budget.to_list(),
         }

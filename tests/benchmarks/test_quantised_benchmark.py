@@ -14,7 +14,7 @@ from shapes.drafts import with_head, with_skips
 from shapes.effort import TOY
 from shapes.quantised_cells import QuantisedBench
 from shapes.quantised_run import EIGHT, MIDSIZE, THIRTY_TWO, order
-from shapes.replayed import GAMMA, most_dispensable
+from shapes.replayed import GAMMA, least_important
 from shapes.rounding import RoundedCopies, read_share, round_to_nearest
 from shapes.shape import TOY_LLAMA, TOY_QWEN3
 from shapes.subject import Subject
@@ -110,10 +110,10 @@ def test_a_draft_reads_what_it_keeps_in_16_bits_and_what_it_quantised_in_fewer(s
     assert read_share(model, trimmed, 5.0) == pytest.approx((3 * (attn + mlp) + head / 3) * 5 / 16 / whole)
 
 
-def test_the_most_dispensable_sub_layers_are_the_first_of_theirorder() -> None:
+def test_the_least_important_sub_layers_are_the_first_of_theirorder() -> None:
     order = [("mlp", 3), ("attn", 0), ("attn", 3), ("mlp", 1)]
-    assert most_dispensable(order, 0.5) == SkipSet(attn={0}, mlp={3})
-    assert not most_dispensable(order, 0)
+    assert least_important(order, 0.5) == SkipSet(attn={0}, mlp={3})
+    assert not least_important(order, 0)
 
 
 # --- The command ---

@@ -255,7 +255,7 @@ def test_passes_in_isolation_leave_the_cache_as_long_as_it_was() -> None:
     spec, (prompts,) = subject.drafting(subject.skip_set, 3), subject.prompts(1, 3, 11)
     write(spec, prompts, 13)
     passes = round_passes(spec.runtime, prompts, 3, 17, TOY)
-    assert all(seconds > 0 for seconds in passes.to_dict().values())
+    assert all(seconds > 0 for seconds in vars(passes).values())
     assert spec.runtime.cache.lengths.tolist() == [17, 17, 17]
 
 

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 from workloads.editing import VERSIONS, Function, short_functions
-from workloads.faithfulness import copied, faithful, looped, whole_copies
+from workloads.faithfulness import copied, faithful, looped
 from workloads.workload import (
     CODE,
     COUNT,
@@ -93,12 +93,6 @@ def test_a_block_that_follows_itself_at_once_is_a_loop_and_no_true_copy() -> Non
     assert looped(looping).tolist() == [False] * 4 + [True] * 8
     assert not looped(list(range(40)) * 2).any()  # as long as a function with its marker
     assert faithful(looping, looping).sum() == 4
-
-
-def test_whole_copies_may_differ_in_their_docstrings_alone() -> None:
-    function = Function(name="f", header="def f(x):", body="    return x")
-    text = "\n".join([function.edited("One."), function.edited("Two."), 'def f(x):\n    """Three."""\n    return 3\n'])
-    assert whole_copies(function, text) == 2
 
 
 def test_more_prompts_than_there_are_are_refused(loaded: Loaded) -> None:

@@ -23,9 +23,9 @@ from common.record import Record, add_out, parser, run_script
 from common.tables import figures_table, interval
 from rich.console import Console
 from selfspec_search import SearchSettings
-from workloads.drafting import ADAPTIVE, enter, many_rows, one_row, overhead, plan_lines
+from workloads.drafting import enter, many_rows, one_row, plan_lines
 from workloads.plans import Plans, find_plans
-from workloads.workload import CODE, EDITING, WORKLOADS
+from workloads.workload import EDITING, WORKLOADS
 
 from selfspec.benchmark.contenders import GENERATE, PROMPT_LOOKUP
 from selfspec.huggingface.loading import Loaded, load
@@ -48,15 +48,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 sizes = rows, options.new_tokens, options.batch_repeats
                 results.append(many_rows(loaded, entrants, workload, *sizes))
             show(console, results[-1])
-    prompts = CODE.prompts(loaded, min(4, options.prompts))
-    thinking = overhead(loaded, entrants.specs[ADAPTIVE], prompts, options.new_tokens)
-    console.print(f"the policy itself takes {thinking:.1%} of the time of its rounds")
     return record.end(
         options.device,
         plans=plan_lines(entrants.specs),
         round_costs={rows: round_costs.model_dump(mode="json") for rows, round_costs in entrants.round_costs.items()},
         results=results,
-        policy_overhead=round(thinking, 4),
     )
 
 

@@ -1,8 +1,9 @@
 """Train a mid-size model (108 million parameters, 28 layers) on the Python sources of this machine.
 
-`benchmarks/gpu.py` measures the model end to end. The corpus is the standard library and the installed packages. The
-script trains a byte-level BPE tokenizer of 16,384 tokens, then the model by LayerSkip's recipe for the given minutes,
-and cuts prompts from held-out files. It writes everything to --out. Prints the loss; the last line is JSON.
+`benchmarks/quantised.py gpu` measures the model end to end. The corpus is the standard library and the installed
+packages. The script trains a byte-level BPE tokenizer of 16,384 tokens, then the model by LayerSkip's recipe for the
+given minutes, and cuts prompts from held-out files. It writes everything to --out. Prints the loss; the last line is
+JSON.
 
     python benchmarks/midsize.py                       # six minutes of training on one GPU, about nine in all
     python benchmarks/midsize.py --toy --out DIR       # seconds on a CPU; the model is useless

@@ -1,6 +1,7 @@
 """What do quantised drafts gain: their agreement, their cost, and the speedup of decoding?
 
-A draft that only skips sub-layers costs half of the model. A draft in 4 bits costs a quarter of the model where reading weights bounds a pass, and agrees more often. Three parts, each a command:
+A draft that only skips sub-layers costs half of the model. A draft in 4 bits costs a quarter of the model where reading
+weights bounds a pass, and agrees more often. Three parts, each a command:
 
     python benchmarks/quantised.py bits       # the embedded model, float32: agreement by bits, by skips, by both
     python benchmarks/quantised.py cpu        # one billion parameters, bfloat16: passes, and decoding at set agreements

@@ -9,24 +9,21 @@ to their budget. The two skip sets with the best predictions decode, and the fas
 profile for free; our search pays for texts, profile and confirmation. Prompt lookup is off. Prints a table; the last
 line is JSON.
 
-    python benchmarks/selection.py --out benchmarks/results/selection_cpu.json --figure benchmarks/results/selection_cpu.png
+    python benchmarks/selection.py --out benchmarks/results/selection_cpu.json
     python benchmarks/selection.py --model demo --budget 40 --prompts 2 --repeats 1 --calibration 8 --new-tokens 48
-    python benchmarks/selection.py --redraw benchmarks/results/selection_cpu.json --figure selection.png
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common.machine import one_core
-from common.record import Record, add_out, parser, run_script, write
+from common.record import Record, add_out, parser, run_script
 from common.tables import figures_table, interval
-from methods.figure import draw
 from methods.judging import OURS, Entry, best_of_each, enter, judge, rows, verdict
 from methods.ours import search_ours
 from methods.prepared import prepare
@@ -40,15 +37,11 @@ PATHS = {"demo": "demo", "plain": str(Path(__file__).parent / "plain_twin")}
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
-    if options.redraw:
-        result: dict[str, Any] = json.loads(options.redraw.read_text("utf8"))
-        if options.out:
-            write(result, options.out)
-    else:
-        result = run(options)
-    if options.figure:
-        draw(result["models"], options.figure)
-    return result
+    record = Record("selection", options, threads=1)  # the embedded models are too small to gain from more
+    console = Console(width=190)
+    with one_core() as cores:
+        models = [run_model(name, options, console) for name in (PATHS if options.model == "both" else [options.model])]
+    return record.end("cpu", cores=cores, models=models)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,18 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--new-tokens", type=int, default=128)
     options.add_argument("--gamma-max", type=int, default=8, help="the longest draft, in tokens")
     options.add_argument("--dtype", default="float32")
-    options.add_argument("--figure", type=Path, help="draw the measured speedups here")
-    options.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing; draw the figure of this result")
     add_out(options)
     return options.parse_args(argv)
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    record = Record("selection", options, threads=1)  # the embedded models are too small to gain from more
-    console = Console(width=190)
-    with one_core() as cores:
-        models = [run_model(name, options, console) for name in (PATHS if options.model == "both" else [options.model])]
-    return record.end("cpu", cores=cores, models=models)
 
 
 def run_model(name: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:

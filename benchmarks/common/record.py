@@ -16,9 +16,6 @@ import torch
 from selfspec import SelfspecError
 from selfspec.huggingface.loading import processor_name, quiet_hugging_face, versions
 
-NOT_SETTINGS = ("out", "figure", "redraw")
-"""Options that only name output files."""
-
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser with `--seed`, described by the first line of a script's docstring."""
@@ -51,7 +48,7 @@ class Record:
             "device": device_name(str(device)),
             "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions()},
-            "settings": {name: value for name, value in vars(self.options).items() if name not in NOT_SETTINGS},
+            "settings": {name: value for name, value in vars(self.options).items() if name != "out"},
             **measured,
         }
 

@@ -5,8 +5,8 @@ more similar to the full model's (the paper's recurrence and approximation). The
 verification, on the last accepted token, which sees its own draft key and the target's keys of all other tokens.
 
 Our choice for a static plan: the mean similarity over the last tokens of as many calibration texts as the budget
-allows, each token with the paper's keys. The paper lets the user choose the number of layers; here every number is offered, by
-one run of the programme.
+allows, each token with the paper's keys. The paper lets the user choose the number of layers; here every number is
+offered, by one run of the programme.
 """
 
 from __future__ import annotations

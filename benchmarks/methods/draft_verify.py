@@ -3,8 +3,8 @@
 A skip set is one bit per attention and MLP; a Gaussian process models the speed over the bits. The objective is the
 time per token of decoding 8 prompts x 32 tokens with *adaptive draft exit*: a draft ends when its confidence falls
 below a threshold, and after each round the threshold moves to bring the acceptance rate near a target. Each prompt
-begins with the first threshold. The paper runs 1000 trials, hours on a GPU; here the budget ends the trials, and the two fastest
-skip sets are offered.
+begins with the first threshold. The paper runs 1000 trials, hours on a GPU; here the budget ends the trials, and the
+two fastest skip sets are offered.
 
 The paper leaves open where to begin and how to propose. Here: two known good skip sets, then random ones, then the most
 promising among random skip sets and those one bit away from the best three.

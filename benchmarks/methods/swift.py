@@ -1,7 +1,8 @@
 """SWIFT (Xia et al., ICLR 2025, arXiv:2410.06916): random search with regular Bayesian proposals.
 
 Context-based layer set optimisation: skip sets of a fixed ratio are drawn at random; a Gaussian process proposes every
-25th. The score of a skip set is the draft's agreement with the target's text, in one pass over a window of 32 tokens. The best skip set wins. The first and the last layer are never skipped.
+25th. The score of a skip set is the draft's agreement with the target's text, in one pass over a window of 32 tokens.
+The best skip set wins. The first and the last layer are never skipped.
 
 The paper searches during decoding, on the current text. Here the windows of several texts give the score, with less
 noise, and only the clock ends the search. The process chooses among random skip sets of the ratio and those one

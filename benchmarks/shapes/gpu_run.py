@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from common.tables import stages_table
 from rich.console import Console
 
 from selfspec import InputError
-from selfspec.benchmark.contenders import OURS
-from shapes.aims import judge_aims
 from shapes.ceilings import Ceilings, measure_ceilings
 from shapes.effort import GPU, TOY, Effort
 from shapes.peers import measure_peers
@@ -22,11 +19,10 @@ from shapes.searching import measure_search
 from shapes.shape import LLAMA_8B, QWEN3_32B, TOY_LLAMA, TOY_QWEN3, Shape, in_float32
 from shapes.skip_cells import Cell, CellBench
 from shapes.subject import Subjects
-from shapes.tables import aims_table, ceilings_table, peers_table, search_table, skip_cells_table
-from shapes.trained import Trained, TrainedRun
+from shapes.tables import ceilings_table, peers_table, search_table, skip_cells_table
 
-AIMED = 0.9
-"""The agreement of the cell with aims, and of the first cell of each size."""
+FIRST_AGREEMENT = 0.9
+"""The agreement of the first cell of each size."""
 PEERS, SEARCH = "Hugging Face's decoders", "search"
 
 
@@ -38,9 +34,7 @@ class Extent:
     other: Shape  # measured at the first size only
     sizes: Sequence[tuple[int, int]]  # rows and context, the most important first
     agreements: Sequence[float]
-    dtype: str  # of the trained model
     effort: Effort
-    trained: float  # seconds of the trained model
     estimates: dict[str, float]  # seconds by kind of stage
 
 
@@ -49,9 +43,7 @@ REAL_RUN = Extent(
     other=QWEN3_32B,
     sizes=[(1, 512), (1, 4096), (16, 512), (64, 512), (4, 512), (1, 32768), (16, 4096), (4, 4096)],
     agreements=(0.9, 0.8, 0.7, 0.95),
-    dtype="bfloat16",
     effort=GPU,
-    trained=120,
     estimates={"first cell": 90, "cell": 40, PEERS: 60, SEARCH: 150},
 )
 TOY_RUN = Extent(
@@ -59,9 +51,7 @@ TOY_RUN = Extent(
     other=in_float32(TOY_QWEN3),
     sizes=[(1, 17), (3, 13)],
     agreements=(0.9, 0.7),
-    dtype="float32",
     effort=TOY,
-    trained=10,
     estimates={"first cell": 2, "cell": 1, PEERS: 1, SEARCH: 4},
 )
 
@@ -72,14 +62,12 @@ class Run:
 
     extent: Extent
     device: torch.device
-    midsize: Path
     seed: int
     seconds: float
     console: Console
     cells: list[dict[str, Any]] = field(default_factory=list)
     peers: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
-    trained: Trained | None = None
 
     def measure(self) -> dict[str, Any]:
         """Run all stages that fit into the budget, and print their tables."""
@@ -87,15 +75,14 @@ class Run:
         self.subjects = Subjects(self.device, self.seed)
         self.ceilings = self._ceilings()
         main, other, (first, *rest) = self.extent.main, self.extent.other, self.extent.sizes
-        others = [agreement for agreement in self.extent.agreements if agreement != AIMED]
-        self._cell(main, first, AIMED, kind="first cell")
+        others = [agreement for agreement in self.extent.agreements if agreement != FIRST_AGREEMENT]
+        self._cell(main, first, FIRST_AGREEMENT, kind="first cell")
         self._peers(main, first)
         self._search(main)
-        self._trained()
         for agreement in others:
             self._cell(main, first, agreement)
         for size in rest:
-            self._cell(main, size, AIMED)
+            self._cell(main, size, FIRST_AGREEMENT)
         for agreement in self.extent.agreements:
             self._cell(other, first, agreement, kind=f"cell of {other.name}")
         for size in rest:
@@ -125,47 +112,29 @@ class Run:
             if not self.cells:
                 raise LeftOutError("the cell to compare them with was not measured")
             ours = self.cells[0]["ours_tokens_per_second"]
-            cell = Cell(shape=shape.name, rows=size[0], context=size[1], agreement=AIMED)
+            cell = Cell(shape=shape.name, rows=size[0], context=size[1], agreement=FIRST_AGREEMENT)
             return measure_peers(self.subjects.of(shape), cell, self.extent.effort, ours)
 
         self.peers = self.budget.run(PEERS, self.extent.estimates[PEERS], work)
 
     def _search(self, shape: Shape) -> None:
         def work() -> dict[str, Any]:
-            return measure_search(self.subjects.of(shape), self.extent.effort, AIMED)
+            return measure_search(self.subjects.of(shape), self.extent.effort, FIRST_AGREEMENT)
 
         self.search = self.budget.run(SEARCH, self.extent.estimates[SEARCH], work)
 
-    def _trained(self) -> None:
-        self.trained = TrainedRun(
-            folder=self.midsize,
-            device=self.device,
-            dtype=self.extent.dtype,
-            effort=self.extent.effort.search,
-            drafts={OURS: "skip"},
-            seconds=self.extent.trained,
-        ).measure(self.budget)
-
     def _result(self) -> dict[str, Any]:
-        shape = self.extent.main.name
-        aims = judge_aims(shape, self.cells, self.peers, self.search) if self.extent is REAL_RUN else []
         if self.cells:
             self.console.print(skip_cells_table(self.cells))
         if self.peers:
             self.console.print(peers_table(self.peers))
         if self.search:
             self.console.print(search_table(self.search))
-        if self.trained:
-            self.trained.show(self.console)
-        if aims:
-            self.console.print(aims_table(shape, aims))
         self.console.print(stages_table(self.budget.stages))
         return {
             "ceilings": asdict(self.ceilings),
             "cells": self.cells,
             "peers": self.peers,
             "search": self.search,
-            "midsize": self.trained.to_dict if self.trained else None,
-            "aims": [asdict(aim) for aim in aims],
             "stages": self.budget.to_list(),
         }

@@ -1,4 +1,4 @@
-"""Peers: Hugging Face's decoders in the cell with aims, one row."""
+"""Peers: Hugging Face's decoders in one cell of one row."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from common.tables import figures_table, interval, pairs_table
 from rich.table import Table
 
 from selfspec.utils.sizes import in_words
-from shapes.aims import Aim
 from shapes.ceilings import Ceilings
 
 
@@ -81,13 +80,6 @@ def search_table(search: dict[str, Any]) -> Table:
             "all, seconds": f"{search['seconds']:.1f}",
         },
     )
-
-
-def aims_table(shape: str, aims: Sequence[Aim]) -> Table:
-    """Aims and measured figures."""
-    verdicts = {True: "met", False: "missed", None: ""}
-    rows = ([a.name, a.wanted, "open" if a.measured is None else f"{a.measured:.3g}", verdicts[a.met]] for a in aims)
-    return figures_table(f"aims, {shape}, 1 x 512, agreement 0.9", ("", "wanted", "measured", ""), rows)
 
 
 def target_table(result: dict[str, Any]) -> Table:

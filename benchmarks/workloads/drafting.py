@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from selfspec.benchmark.measure import Measurement, measure
 from selfspec.decoding.stats import Stats
 from selfspec.huggingface.loading import Loaded
 from selfspec.plan import Plan, RoundCosts
-from selfspec.policy import AdaptivePolicy
 from selfspec.utils.statistics import interleaved, speed_ratio, timed_task
 from workloads.plans import Plans
 from workloads.prices import Prices
@@ -163,36 +161,6 @@ def padded(prompts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]
     tokens = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
     return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-
-
-def overhead(loaded: Loaded, spec: SelfSpeculator, prompts: Sequence[Tensor], new_tokens: int) -> float:
-    """The policy's share of the time of rounds."""
-    spent, before = 0.0, {name: getattr(AdaptivePolicy, name) for name in ("choose", "observe")}
-
-    def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            nonlocal spent
-            start = perf_counter()
-            try:
-                return method(*args)
-            finally:
-                spent += perf_counter() - start
-
-        return call
-
-    total = 0.0
-    try:
-        for name, method in before.items():
-            setattr(AdaptivePolicy, name, clocked(method))
-        for prompt in prompts:
-            spec.generate(
-                prompt[None].to(spec.model.device), max_new_tokens=new_tokens, do_sample=False, **endless(loaded)
-            )
-            total += spec.stats.seconds["total"] - spec.stats.seconds["prefill"]
-    finally:
-        for name, method in before.items():
-            setattr(AdaptivePolicy, name, method)
-    return spent / total
 
 
 def plan_lines(specs: dict[str, SelfSpeculator]) -> dict[str, str]:

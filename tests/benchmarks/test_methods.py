@@ -21,7 +21,6 @@ from methods.clasp import BOTH, growing
 from methods.clasp import run_programme as clasp_programme
 from methods.context import RATIOS, Candidate, Context, Selection, Stopwatch
 from methods.draft_verify import LONGEST_DRAFT, AdaptiveExit, decode_row
-from methods.figure import draw
 from methods.fixed import evenly
 from methods.gaussian_process import GaussianProcess
 from methods.judging import OURS, best_of_each, enter, predicted_speedup, verdict
@@ -439,31 +438,17 @@ def test_a_rival_is_judged_by_the_faster_of_its_sets() -> None:
     assert [verdict(row) for row in [*rows, row("CLaSp", 1.6, (0.8, 0.99))]] == ["faster", "", "level", "slower"]
 
 
-def test_the_figure_has_a_panel_for_each_model(tmp_path: Path) -> None:
-    rows = [row("SWIFT", 1.1, (1.2, 1.3)), row(OURS, 1.4, None)]
-    sizes = []
-    for models in (1, 2):
-        draw([{"title": "a model", "rows": rows}] * models, tmp_path / "figure.png")
-        data = (tmp_path / "figure.png").read_bytes()
-        assert data.startswith(b"\x89PNG")
-        sizes.append(int.from_bytes(data[16:20]))
-    assert sizes[1] > 1.5 * sizes[0]
-
-
 @pytest.mark.slow
 def test_a_small_benchmark_runs_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Bill, "left_of", lambda bill, budget: 2.0)  # however busy the machine is
     small = "--model plain --budget 40 --prompts 1 --repeats 1 --calibration 2 --new-tokens 16 --gamma-max 2"
-    out, figure = tmp_path / "out.json", tmp_path / "figure.png"
-    selection.main([*small.split(), "--methods", "stride", "CLaSp", "ours", "--out", str(out), "--figure", str(figure)])
+    out = tmp_path / "out.json"
+    selection.main([*small.split(), "--methods", "stride", "CLaSp", "ours", "--out", str(out)])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(out.read_text())
     (result,) = printed["models"]
     assert {row["method"] for row in result["rows"]} == {"stride", "CLaSp", "ours"}
     assert all(row["differing_tokens"] == 0 for row in result["rows"])
     assert set(result["verdicts"]) == {"stride", "CLaSp"}
-    before = figure.read_bytes()
-    selection.main(["--redraw", str(out), "--figure", str(figure)])
-    assert figure.read_bytes() == before

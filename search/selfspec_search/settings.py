@@ -71,9 +71,9 @@ class SearchSettings:
         default_factory=Sampling
     )
     rows: Annotated[int, Described("How many rows will decode together.", least=1)] = 1
-    other_rows: Annotated[
+    more_rows: Annotated[
         Sequence[int],
-        Described("Another number of rows that the plan should serve, and whose cost is measured; may be repeated."),
+        Described("A further number of rows that the plan serves: its round costs are measured. May be repeated."),
     ] = ()
     memory: Annotated[
         int | None,
@@ -110,8 +110,8 @@ class SearchSettings:
         if self.lookup_max is not None and not self.lookup:
             reason = f"is {self.lookup_max}, but prompt lookup takes no part; leave one of them out"
             raise SettingError("lookup_max", reason)
-        if any(rows < 1 for rows in self.other_rows):
-            raise SettingError("other_rows", f"holds {min(self.other_rows)}, but there is at least 1 row")
+        if any(rows < 1 for rows in self.more_rows):
+            raise SettingError("more_rows", f"holds {min(self.more_rows)}, but there is at least 1 row")
 
     @property
     def longest_draft(self) -> int:

@@ -8,13 +8,17 @@ import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from selfspec.cli import bench, demo, generate, profile, report, search
 from selfspec.cli.options import with_options
 from selfspec.errors import PlanWarning, SelfspecError, is_out_of_memory
 
 __all__ = ["app", "main"]
+
+
+RETIRED_OPTIONS = {"--other-rows": "--more-rows"}
+"""Options of earlier releases, and their names today."""
 
 
 def _complain(text: str) -> NoReturn:
@@ -36,6 +40,21 @@ class _Group(TyperGroup):
             _complain(f"{error}; memory does not suffice: try fewer --rows, a smaller --dtype or a smaller --memory")
 
 
+class _Command(TyperCommand):
+    """Also reads options under their retired names, with a warning."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_current_name(arg) for arg in args])
+
+
+def _current_name(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    if name not in RETIRED_OPTIONS:
+        return arg
+    typer.echo(f"warning: {name} is now called {RETIRED_OPTIONS[name]}; use the new name", err=True)
+    return RETIRED_OPTIONS[name] + equals + value
+
+
 app = typer.Typer(
     name="selfspec",
     cls=_Group,
@@ -54,7 +73,7 @@ def _flowing(text: str) -> str:
 
 
 for _command in (demo.demo, search.search, generate.generate, bench.bench, profile.profile, report.report):
-    app.command(help=_flowing(_command.__doc__ or ""))(with_options(_command))
+    app.command(cls=_Command, help=_flowing(_command.__doc__ or ""))(with_options(_command))
 
 
 def _print_version(asked: bool) -> None:

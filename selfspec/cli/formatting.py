@@ -25,7 +25,7 @@ PHASES = {
     "profile": "timing passes",
     "trials": "trying drafts",
     "confirm": "decoding with the best",
-    "rows": "timing other rows",
+    "rows": "timing more rows",
 }
 NOTHING_FASTER = "do not speculate: nothing decodes faster than the plain model"
 BLOCKS = "▏▎▍▌▋▊▉█"

@@ -336,6 +336,7 @@ def test_memory_that_does_not_suffice_takes_one_line(
         (("--draft-memory", "0"), "--draft-memory is '0', but a size such as 512M or 4G is expected"),
         (("--lookup-max", 3, "--no-lookup"), "--lookup-max is 3, but prompt lookup takes no part"),
         (("--rows", 0), "--rows is 0, but it must be at least 1"),
+        (("--more-rows", 0), "--more-rows holds 0, but there is at least 1 row"),
         (("--max-draft-cost", 2), "--max-draft-cost is 2"),
         (("--temperature", -1), "--temperature is -1"),
         (("--timeout", "nan"), "--timeout is nan seconds, but it must be more than 0"),
@@ -555,7 +556,7 @@ def test_misused_draft_models_are_refused_in_one_line(
 ) -> None:
     generate = ("generate", model_dir, "--prompt", PROMPT)
     both = complaint(*generate, "--plan", plan_file, "--draft-model", smaller_dir)
-    assert "drafts with layers of the model itself" in both
+    assert "drafts with the model's own layers" in both
     # Before models are loaded, and before it is told what the draft takes:
     assert both == complaint("generate", "no-model", "--prompt", PROMPT, "--plan", plan_file, "--draft-model", "none")
     assert "there is no model directory at" in complaint(*generate, "--draft-model", tmp_path / "none")
@@ -567,3 +568,12 @@ def test_misused_draft_models_are_refused_in_one_line(
     text = (other / "tokenizer.json").read_text().replace('"!"', '"<other>"')
     (other / "tokenizer.json").write_text(text)
     assert "has another tokenizer than" in complaint(*generate, "--draft-model", other)
+
+
+def test_a_retired_option_still_works_with_a_warning_and_is_not_in_the_help(model_dir: Path, tmp_path: Path) -> None:
+    for option in (("--other-rows", 0), ("--other-rows=0",)):
+        result = run("search", model_dir, "--prompts", "none.jsonl", "--out", tmp_path / "plan.json", *option)
+        warning, error = result.stderr.splitlines()
+        assert warning == "warning: --other-rows is now called --more-rows; use the new name"
+        assert error == "error: --more-rows holds 0, but there is at least 1 row"
+    assert "--other-rows" not in run("search", "--help").stdout

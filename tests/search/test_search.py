@@ -250,7 +250,7 @@ def test_a_plan_speculates_only_if_it_is_faster_beyond_doubt(model: PreTrainedMo
         ({"max_draft_cost": 1.5}, "max_draft_cost is 1.5, but it must be above 0 and at most 1"),
         ({"draft": "all"}, "draft is 'all', but it must be one of both, skip, quantised"),
         ({"draft_memory": 0}, "draft_memory is 0, but it must be at least 1 byte"),
-        ({"other_rows": [4, 0]}, "other_rows holds 0, but there is at least 1 row"),
+        ({"more_rows": [4, 0]}, "more_rows holds 0, but there is at least 1 row"),
         ({"lookup_max": 65}, "lookup_max is 65, but it must be between 1 and 64"),
         ({"lookup_max": 0}, "lookup_max is 0, but it must be between 1 and 64"),
         ({"lookup_max": 7, "lookup": False}, "lookup_max is 7, but prompt lookup takes no part"),

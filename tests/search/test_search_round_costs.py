@@ -137,7 +137,7 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fixed_times")
 def test_the_policy_adapts_for_measured_rows_and_between_them_but_not_beyond(model: PreTrainedModel) -> None:
     progress: list[Progress] = []
-    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 1, 5]), progress.append)
+    result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, more_rows=[5, 1, 5]), progress.append)
     plan = result.plan
     assert plan.rows == [1, 5]
     assert progress[-1] == Progress(phase="rows", done=1, total=1)
@@ -173,7 +173,7 @@ def test_a_plan_leaves_out_rows_for_which_memory_does_not_suffice(
 
     monkeypatch.setattr(BatchCostProbe, "round_costs", short_of_memory)
     with pytest.warns(PlanWarning, match="memory does not suffice for 5 rows"):
-        result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, other_rows=[5, 3]))
+        result = search(model, CALIBRATION, HELD_OUT, SearchSettings(**SETTINGS, more_rows=[5, 3]))
     assert result.plan.rows == [1, 3]
 
 
@@ -189,7 +189,7 @@ def test_a_result_says_whether_texts_were_sampled(model: PreTrainedModel, sample
 
 
 @pytest.mark.usefixtures("fixed_times")
-def test_repick_measures_other_rows_and_keeps_the_lookup_length_of_the_study(
+def test_repick_measures_more_rows_and_keeps_the_lookup_length_of_the_study(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, longest = str(tmp_path / "trials.db"), list[object]()
@@ -206,7 +206,7 @@ def test_repick_measures_other_rows_and_keeps_the_lookup_length_of_the_study(
         return repick(model, study, SearchSettings(**SETTINGS, **changes))
 
     assert again().plan.rows == [1]
-    assert again(other_rows=[3]).plan.rows == [1, 3]
+    assert again(more_rows=[3]).plan.rows == [1, 3]
     (without,) = again(lookup=False).plan.round_costs
     assert (without.matches, without.lookup) == ([], 0.0)
     assert longest == [5, 5, 3], "5 with prompt lookup, as in the study; 3 without"

@@ -199,7 +199,7 @@ class PlanWriter:
 
     def _other_round_costs(self, draft_spec: DraftSpec, own: RoundCosts, texts: Sequence[Text]) -> Iterator[RoundCosts]:
         """Measured round costs for the other numbers of rows, as far as memory suffices."""
-        others = sorted(set(self.settings.other_rows) - {self.profile.rows})
+        others = sorted(set(self.settings.more_rows) - {self.profile.rows})
         if not others:
             return
         probe = BatchCostProbe(
@@ -219,6 +219,6 @@ class PlanWriter:
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):  # without memory for these rows, the plan remains valid
                         raise
-                    advice = f"the plan does not serve them; give fewer than {rows} as other rows"
+                    advice = f"the plan does not serve them; give fewer than {rows} as more_rows"
                     warnings.warn(f"memory does not suffice for {rows} rows: {advice}", PlanWarning, stacklevel=2)
             self.phases.report("rows", len(others), len(others))

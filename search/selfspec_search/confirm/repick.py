@@ -37,7 +37,7 @@ def repick(
     Args:
         model: the model of the study.
         study: see `load_study`.
-        settings: `rows`, `other_rows`, `compile`, `backend`, `lookup`, `max_draft_cost`, `draft_memory` and the
+        settings: `rows`, `more_rows`, `compile`, `backend`, `lookup`, `max_draft_cost`, `draft_memory` and the
             settings of the confirmation are used. Texts, sampling and the longest drafts are the study's.
         on_progress: called with the progress of each phase.
 

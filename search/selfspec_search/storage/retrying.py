@@ -15,28 +15,22 @@ from optuna.storages import BaseStorage
 from sqlalchemy import Engine
 
 from selfspec.errors import InputError
-from selfspec_search.storage.errors import STORAGE_ERRORS, describe, is_locked, is_transient, reason_of
+from selfspec_search.storage.errors import STORAGE_ERRORS, describe, is_locked, is_transient
 
 T = TypeVar("T")
 
 RETRY_SECONDS = 90.0
-"""Seconds for which a call is retried: a database server restarts, or ends a dead worker's transaction, in less."""
+"""Seconds: a call is retried for this long. A server restarts, or ends a dead worker's transaction, in less."""
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between retries after a lost connection; the last one repeats."""
+"""Seconds: pauses between retries after a lost connection; the last one repeats."""
 LOCK_PAUSE_SECONDS = 0.1
-"""Seconds between retries for a lock: each try has itself waited for the lock."""
+"""Seconds: pause between retries for a lock. Each try has itself waited for the lock."""
 LOCK_NOTICE_SECONDS = 5.0
-"""Seconds after which a lock is reported: many or slow workers normally delay each other for less."""
+"""Seconds: a lock is reported after this time. Slow workers normally delay each other for less."""
 
 
 class RetryingStorage:
-    """An Optuna storage whose calls are retried while it is locked or its connection is lost.
-
-    Args:
-        raw: Optuna's storage.
-        label: its name in messages: the path or URL as given, without a password.
-        on_notice: receives one line for each wait that is worth reporting.
-    """
+    """An Optuna storage, with its name in messages, and what receives one line for each long wait."""
 
     def __init__(self, raw: BaseStorage, label: str, on_notice: Callable[[str], None]) -> None:
         self.raw = raw
@@ -54,11 +48,9 @@ class RetryingStorage:
         """Run `action` on the storage; `InputError` if it fails permanently or for longer than `RETRY_SECONDS`."""
         seconds = 0.0 if self._has_failed else RETRY_SECONDS
         try:
-            return retry(lambda: action(self.raw), is_transient, self.label, self.on_notice, seconds)
+            return retry(lambda: action(self.raw), self.label, self.on_notice, seconds)
         except KeyError as error:
-            raise InputError(
-                f"the study is no longer in storage '{self.label}': somebody deleted it; choose another --study"
-            ) from error
+            raise InputError(f"storage '{self.label}' no longer holds the study; choose another --study") from error
         except STORAGE_ERRORS as error:
             self._has_failed = True  # the last writes before the exit are tried once
             raise InputError(
@@ -71,18 +63,11 @@ class RetryingStorage:
             self.engine.dispose()
 
 
-def retry(
-    call: Callable[[], T],
-    is_temporary: Callable[[Exception], bool],
-    label: str,
-    on_notice: Callable[[str], None],
-    seconds: float | None = None,
-) -> T:
-    """Return the result of `call`, which is retried after temporary errors; ctrl-C takes effect between tries.
+def retry(call: Callable[[], T], label: str, on_notice: Callable[[str], None], seconds: float | None = None) -> T:
+    """Return the result of `call`, tried again after a lock or a lost connection; ctrl-C takes effect between tries.
 
     Args:
-        call: uses a storage; raises one of `STORAGE_ERRORS` on failure.
-        is_temporary: whether the same call may succeed after this error.
+        call: uses a storage.
         label: of the storage.
         on_notice: receives one line, once.
         seconds: until any error is raised; None for `RETRY_SECONDS`.
@@ -95,11 +80,10 @@ def retry(
                 return call()
         except STORAGE_ERRORS as error:
             waited, locked = time.monotonic() - began, is_locked(error)
-            if not is_temporary(error) or waited >= seconds:
+            if not is_transient(error) or waited >= seconds:
                 raise
             if not reported and (waited >= LOCK_NOTICE_SECONDS or not locked):
-                lost = f"the connection to storage '{label}' was lost ({reason_of(error)})"
-                on_notice(f"{describe(label, error) if locked else lost}; trying again for {seconds:g} s")
+                on_notice(f"{describe(label, error)}; trying again for {seconds:g} s")
                 reported = True
         time.sleep(LOCK_PAUSE_SECONDS if locked else next(pauses))
 
@@ -108,8 +92,8 @@ def retry(
 def defer_interrupt() -> Iterator[None]:
     """Delay a ctrl-C until the end of the block; a second ctrl-C takes effect at once.
 
-    `KeyboardInterrupt` may be raised between any two instructions. Inside a transaction it would leave a lock that all
-    workers, this process included, wait for until the traceback is freed.
+    `KeyboardInterrupt` may be raised between any two instructions. Inside a transaction it would leave
+    a lock until the traceback is freed.
     """
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(usual):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from optuna.trial import TrialState
 
 from selfspec.errors import InputError
 from selfspec.plan.draft_spec import DraftSpec
-from selfspec_search.storage.ledger import Ledger, blob_of
+from selfspec_search.storage.ledger import Ledger, blobs_of
 from selfspec_search.storage.trial import Running
 
 STUDY = "selfspec"
@@ -19,23 +18,15 @@ STUDY = "selfspec"
 SHARED = "shared"
 """The attribute with the keys of the shared blobs, written after all of them."""
 SETUP = "selfspec:setup"
-"""The attribute that marks a trial as standing for the making of shared data. A study's first trial has it, and says
-what the study is about: all storages give a trial number to one worker only, so that one worker is the first."""
-CREATOR_SECONDS = math.inf
-"""Seconds to wait for the study's creator; no limit while it is alive."""
+"""The attribute of a trial that stands for the making of shared data, and says what the study is about.
+
+A study's first trial has it. All storages give a trial number to one worker only, so that one worker is the first."""
 POLL_SECONDS = 0.5
+"""Seconds: pause between two looks for what the creator shares."""
 
 
 class SharedData:
-    """A worker's access to shared data.
-
-    Args:
-        ledger: the study.
-        about: what its workers must agree on: `identity`, by readable names, and `num_layers`.
-
-    Raises:
-        InputError: the study is about something else.
-    """
+    """A worker's access to shared data; `InputError` if its study is about something else."""
 
     def __init__(self, ledger: Ledger, about: Mapping[str, Any]) -> None:
         self.created = False
@@ -46,16 +37,19 @@ class SharedData:
         self._become_creator()
         self._check()  # another worker may have begun the first trial in the meantime
 
-    def share(self, make: Callable[[], Mapping[str, bytes]], seconds: float) -> dict[str, bytes]:
+    def share(self, make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
         """The result of `make` in the worker that is the creator, for which other workers wait."""
-        self._await_creator(seconds)
+        self._await_creator()
         if self._setup is not None:
             data = make()
             if self._keys() is None:  # else this worker was wrongly failed, and another one was faster
-                self._publish(data)
+                for key, value in data.items():
+                    self._ledger.set_blob(key, value)
+                self._ledger.set(SHARED, list(data))
             self.leave()  # this was no trial of the search, which a sampler or a report should count
         attrs = self._ledger.attrs()
-        return {key: blob_of(attrs, key) or b"" for key in attrs[SHARED]}
+        blobs = blobs_of(attrs)
+        return {key: blobs[key] for key in attrs[SHARED]}
 
     def leave(self) -> None:
         """Let another worker make what is still missing."""
@@ -88,19 +82,14 @@ class SharedData:
         self._setup, self.created = setup, True
         self._ledger.set(STUDY, self._about)
 
-    def _await_creator(self, seconds: float) -> None:
+    def _await_creator(self) -> None:
         """Wait until all is shared, or until this worker is the creator."""
-        deadline, reported = time.monotonic() + seconds, False
+        reported = False
         while self._setup is None and self._keys() is None:
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"{self._ledger.where}: its maker has not published texts and profile after {seconds:g} s; "
-                    "see whether that worker is busy or stopped, or choose another --study"
-                )
             if not reported:
                 self._ledger.storage.on_notice("waiting for the worker that writes texts and measures the profile")
                 reported = True
-            time.sleep(min(POLL_SECONDS, seconds))
+            time.sleep(POLL_SECONDS)
             self._become_creator()
 
     def _creators(self) -> list[int]:
@@ -109,15 +98,9 @@ class SharedData:
         trials = self._ledger.trials()
         return [trial.number for trial in trials if SETUP in trial.user_attrs and trial.state == TrialState.RUNNING]
 
-    def _publish(self, data: Mapping[str, bytes]) -> None:
-        for key, value in data.items():
-            self._ledger.set_blob(key, value)
-        self._ledger.set(SHARED, list(data))
-
     def _keys(self) -> list[str] | None:
         """Keys of the shared blobs; None until all are there."""
-        keys: list[str] | None = self._ledger.attrs().get(SHARED)
-        return keys
+        return self._ledger.attrs().get(SHARED)
 
 
 def _parts(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Study store: a study's trials and shared data, for the workers of the study and for later readers.
 
-It is not the sampler's study: asking Optuna through a database reads and writes once per sub-layer, which takes longer
-than a trial. Here a trial is written when it begins and when it ends.
+The sampler has a study of its own: through a database, Optuna would write once per sub-layer, slower than a trial.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from optuna.storages import BaseStorage
@@ -21,10 +19,10 @@ from selfspec.errors import InputError
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.space import Space
-from selfspec_search.storage.ledger import Ledger, blob_of, blobs_of
-from selfspec_search.storage.open import Heartbeat, open_storage
-from selfspec_search.storage.shared_data import CREATOR_SECONDS, STUDY, SharedData
-from selfspec_search.storage.trial import RECORD, Running
+from selfspec_search.storage.ledger import Ledger, blobs_of
+from selfspec_search.storage.open import open_storage
+from selfspec_search.storage.shared_data import STUDY, SharedData
+from selfspec_search.storage.trial import RECORD, Heartbeat, Running
 
 SPACE = "space"
 """The key of the study's space among the shared data."""
@@ -33,14 +31,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTrial:
-    """A finished trial.
-
-    Attributes:
-        number: of the trial in its study.
-        draft spec: what was tried.
-        value: the predicted speedup; None if the trial was pruned.
-        record: what the study noted about it.
-    """
+    """A finished trial, its value (the predicted speedup; None if it was pruned) and what the study noted about it."""
 
     number: int
     draft_spec: DraftSpec
@@ -66,9 +57,7 @@ class Store:
     """A worker's access to a study, as a context manager. `Store.open` opens it.
 
     Attributes:
-        name: of the study.
         space: what the trials choose from; set again before the first trial where there is more to choose.
-        ledger: the study's trials and attributes, as Optuna stores them.
     """
 
     def __init__(self, ledger: Ledger, shared_data: SharedData, num_layers: int, name: str) -> None:
@@ -89,19 +78,15 @@ class Store:
         on_notice: Callable[[str], None] = lambda line: None,
         heartbeat: Heartbeat | None = None,
     ) -> Store:
-        """Create a study, or join it.
+        """Create a study, or join it; `InputError` if the storage cannot be used, or holds another study of this name.
 
         Args:
-            storage: None for memory, a path for an SQLite file, a path ending in '.journal' or 'journal://PATH' for a
-                journal on a shared file system, or a URL such as 'postgresql://USER:PASSWORD@HOST/DATABASE'.
+            storage: as `open_storage` takes it.
             name: of the study; None for a name made from what the study is about.
-            identity: what all workers must agree on for their trials to be compared, by readable names.
+            identity: what all workers must agree on, by readable names.
             num_layers: of the model.
             on_notice: receives one line for each wait for a lost connection.
             heartbeat: of running trials.
-
-        Raises:
-            InputError: the storage cannot be used, or holds another study of this name.
         """
         about = json.loads(json.dumps({"identity": identity, "num_layers": num_layers}, sort_keys=True, default=str))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -122,9 +107,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(InputError) if error else nullcontext():  # the user must see the first error
             self.close()
 
@@ -135,19 +118,12 @@ class Store:
         finally:
             self.ledger.storage.close()
 
-    def share(self, make: Callable[[], Mapping[str, bytes]], seconds: float = CREATOR_SECONDS) -> dict[str, bytes]:
-        """What all workers of a study must have in common: made by its creator, for which the others wait.
+    def share(self, make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
+        """What all workers of a study must have in common, by key: made by its creator, for which the others wait.
 
         If the creator dies before it has published everything, another worker becomes the creator.
-
-        Args:
-            make: returns the shared data by key; called in the creator only.
-            seconds: to wait for the creator.
-
-        Raises:
-            InputError: the creator is alive but has not published in time.
         """
-        return self._shared_data.share(make, seconds)
+        return self._shared_data.share(make)
 
     def publish(self, key: str, data: bytes) -> None:
         """Store bytes with the study, for all its workers and for later readers."""
@@ -155,7 +131,7 @@ class Store:
 
     def get(self, key: str) -> bytes | None:
         """What was published under `key`; None if nothing was."""
-        return blob_of(self.ledger.attrs(), key)
+        return blobs_of(self.ledger.attrs()).get(key)
 
     def begin(self, draft_spec: DraftSpec) -> Running:
         """Begin a trial, which the other workers see at once; use it as a context manager."""
@@ -164,8 +140,8 @@ class Store:
     def claim(self, draft_spec: DraftSpec) -> Running | None:
         """Begin a trial, unless another worker began one of this draft spec that this worker could not know of yet.
 
-        Workers that propose at the same moment may propose the same draft spec: the trial with the lowest number goes
-        on."""
+        Of workers that propose the same draft spec at the same moment, the one whose trial has the lowest number wins.
+        """
         running = self.begin(draft_spec)
         params = self.space.to_params(draft_spec)
         for trial in self.ledger.trials()[: running.number]:
@@ -186,11 +162,8 @@ class Store:
         Trials whose workers died are failed, so that their draft specs may be tried again.
         """
         self.ledger.fail_stale()
-        fresh = [
-            StoredTrial.of(trial, self.space)
-            for trial in self.ledger.trials()
-            if trial.state in FINISHED and trial.number not in self._known_numbers and self._is_ours(trial)
-        ]
+        finished = [trial for trial in self.ledger.trials() if trial.state in FINISHED and self._is_ours(trial)]
+        fresh = [StoredTrial.of(t, self.space) for t in finished if t.number not in self._known_numbers]
         self._known_numbers.update(trial.number for trial in fresh)
         return fresh
 
@@ -203,9 +176,7 @@ class StoredStudy:
     """A study, as a storage holds it.
 
     Attributes:
-        name: of the study.
         identity: what its workers agree on.
-        space: what there was to choose from.
         trials: the finished ones, by number.
         blobs: what its workers share, or found out for all.
     """
@@ -222,36 +193,24 @@ class StoredStudy:
 
 
 def load_study(storage: str, name: str | None = None) -> StoredStudy:
-    """Read a study; nothing is written.
-
-    Args:
-        storage: as `Store.open` takes it.
-        name: of the study; None if the storage holds just one.
+    """Read the study of this name, or the only one of the storage; nothing is written.
 
     Raises:
         InputError: the storage cannot be read, or holds no such study; the message names those it holds.
     """
     opened = open_storage(storage, on_notice=lambda _: None, create=False)
     try:
-        chosen = _choose(opened.do(_names), name, opened.label)
+        names = opened.do(lambda raw: [s.study_name for s in raw.get_all_studies() if STUDY in s.user_attrs])
+        if not names:
+            raise InputError(f"storage '{opened.label}' holds no study of a search; give another one")
+        chosen = name or names[0]
+        if chosen not in names or (name is None and len(names) > 1):
+            wrong = f"has no study '{name}'" if name else "holds several studies"
+            held = ", ".join(f"'{each}'" for each in names)
+            raise InputError(f"storage '{opened.label}' {wrong}; choose one with --study: {held}")
         return opened.do(lambda raw: _read(raw, chosen))
     finally:
         opened.close()
-
-
-def _names(raw: BaseStorage) -> list[str]:
-    return [study.study_name for study in raw.get_all_studies() if STUDY in study.user_attrs]
-
-
-def _choose(names: list[str], name: str | None, label: str) -> str:
-    held = ", ".join(f"'{each}'" for each in names)
-    if not names:
-        raise InputError(f"storage '{label}' holds no study of selfspec search; give the storage of a search")
-    if name is None and len(names) > 1:
-        raise InputError(f"storage '{label}' holds several studies: {held}; choose one with --study")
-    if name is not None and name not in names:
-        raise InputError(f"storage '{label}' has no study '{name}'; it holds {held}: choose one with --study")
-    return name or names[0]
 
 
 def _read(raw: BaseStorage, name: str) -> StoredStudy:
@@ -261,10 +220,5 @@ def _read(raw: BaseStorage, name: str) -> StoredStudy:
     about = attrs[STUDY]
     space = Space.from_bytes(blobs[SPACE]) if SPACE in blobs else Space(num_layers=about["num_layers"])
     trials = [t for t in raw.get_all_trials(study_id, deepcopy=False, states=FINISHED) if t.params]
-    return StoredStudy(
-        name=name,
-        identity=about["identity"],
-        space=space,
-        trials=[StoredTrial.of(trial, space) for trial in trials],
-        blobs=blobs,
-    )
+    stored = [StoredTrial.of(trial, space) for trial in trials]
+    return StoredStudy(name=name, identity=about["identity"], space=space, trials=stored, blobs=blobs)

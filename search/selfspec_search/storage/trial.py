@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
@@ -20,33 +17,36 @@ from optuna.trial import TrialState
 
 from selfspec.errors import InputError
 from selfspec.plan.draft_spec import DraftSpec
-from selfspec_search.storage.errors import STORAGE_ERRORS, reason_of
+from selfspec_search.storage.errors import STORAGE_ERRORS
 from selfspec_search.storage.retrying import RetryingStorage, defer_interrupt
 
 HEARTBEAT_RETRY_SECONDS = 1.0
-"""Seconds until a failed heartbeat is retried: the grace period may soon be over."""
+"""Seconds: pause before a failed heartbeat is retried. The grace period may soon be over."""
 JOIN_SECONDS = 2.0
-"""Seconds that an ended trial waits for its heartbeat thread, which may hang in a last heartbeat."""
+"""Seconds: an ended trial waits this long for its heartbeat thread, which may hang in a last heartbeat."""
 RECORD = "record"
 OWNER = "selfspec:owner"
+
+
+class Heartbeat(NamedTuple):
+    """How a running trial shows that its worker is alive."""
+
+    interval: float = 10.0
+    """Seconds: pause between two heartbeats of a trial."""
+    grace: float = 30.0
+    """Seconds: a trial is stale after this time without a heartbeat. It is longer than one lost connection."""
 
 
 class Running:
     """A trial in state RUNNING, as a context manager: without `finish` or `prune` inside, the trial fails.
 
     Heartbeats come from a separate thread, so also while the main thread is inside torch.
-
-    Args:
-        storage: of the trial.
-        trial_id: Optuna's.
-        draft spec: what is tried.
     """
 
     def __init__(self, storage: RetryingStorage, trial_id: int, draft_spec: DraftSpec) -> None:
         self.draft_spec = draft_spec
         self._storage = storage
         self._trial_id = trial_id
-        self._ending: set[TrialState] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -59,46 +59,40 @@ class Running:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(InputError) if error else nullcontext():  # the user must see the first error
             if not self._ended.is_set():
                 self.fail()
         self._stop()
 
     def finish(self, value: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
-        """Complete the trial.
-
-        Args:
-            value: the objective.
-            record: what the study notes about the trial; anything that JSON can hold.
-            constraints: values that are feasible if at most 0, as Optuna stores them.
-        """
-        self._note(record, constraints)
-        self._end(TrialState.COMPLETE, [value])
+        """Complete the trial, with the objective and a record for JSON; constraints are feasible if at most 0."""
+        self._end(TrialState.COMPLETE, [value], record, constraints)
 
     def prune(self, estimate: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
         """End the trial early; `estimate` is the objective as estimated after the first depth."""
-        self._note(record, constraints)
         self._write(lambda raw: raw.set_trial_intermediate_value(self._trial_id, 0, estimate))
-        self._end(TrialState.PRUNED)
+        self._end(TrialState.PRUNED, None, record, constraints)
 
     def fail(self) -> None:
         """End the trial without a result; its draft spec may be tried again."""
-        self._end(TrialState.FAIL)
+        self._write(lambda raw: fail_trial(raw, self._trial_id))
+        self._stop()
 
-    def _note(self, record: Mapping[str, Any], constraints: Mapping[str, float] | None) -> None:
+    def _end(
+        self,
+        state: TrialState,
+        values: Sequence[float] | None,
+        record: Mapping[str, Any],
+        constraints: Mapping[str, float] | None,
+    ) -> None:
         def write(raw: BaseStorage) -> None:
             for name, value in (constraints or {}).items():
                 raw.set_trial_system_attr(self._trial_id, f"constraints:{name}", value)
             raw.set_trial_user_attr(self._trial_id, RECORD, dict(record))
+            raw.set_trial_state_values(self._trial_id, state, values)
 
         self._write(write)
-
-    def _end(self, state: TrialState, values: Sequence[float] | None = None) -> None:
-        self._ending.add(state)
-        self._write(lambda raw: raw.set_trial_state_values(self._trial_id, state, values))
         self._stop()
 
     def _write(self, action: Callable[[BaseStorage], object]) -> None:
@@ -108,8 +102,8 @@ class Running:
         try:
             self._storage.do(action)
         except UpdateFinishedTrialError:
-            # After a lost connection, or a ctrl-C behind the write, the trial may have ended as this worker wanted.
-            if self._storage.do(lambda raw: raw.get_trial(self._trial_id)).state not in self._ending:
+            # Without confirmation, after a lost connection or ctrl-C, this worker's own write may have ended it.
+            if self._storage.do(lambda raw: raw.get_trial(self._trial_id)).state == TrialState.FAIL:
                 self._storage.on_notice(
                     f"trial {self.number} was failed by another worker, because no heartbeat of this worker arrived; "
                     "its result is dropped"
@@ -126,25 +120,26 @@ class Running:
         raw = self._storage.raw
         if not isinstance(raw, BaseHeartbeat):  # memory has one worker
             return
-        interval = float(raw.get_heartbeat_interval() or 0)
-        pause, last, reported = interval, time.monotonic(), False
+        pause = interval = float(raw.get_heartbeat_interval() or 0)
         while not self._ended.wait(pause):
             try:
                 raw.record_heartbeat(self._trial_id)  # without retries: the main thread waits for a lost connection
-                pause, last, reported = interval, time.monotonic(), False
+                pause = interval
             except (UpdateFinishedTrialError, KeyError):
                 return  # the main thread finds out when it writes
-            except STORAGE_ERRORS as error:
-                if not reported and time.monotonic() - last > 2 * interval:
-                    label = self._storage.label
-                    self._storage.on_notice(f"no heartbeat reaches storage '{label}': {reason_of(error)}; trying on")
-                    reported = True
+            except STORAGE_ERRORS:
                 pause = min(interval, HEARTBEAT_RETRY_SECONDS)
 
 
+def fail_trial(raw: BaseStorage, trial_id: int) -> None:
+    """Fail a trial, unless it ended, or another worker failed it, in the meantime."""
+    with suppress(UpdateFinishedTrialError):
+        raw.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
 def owner() -> dict[str, Any]:
-    """The worker that begins a trial; the token is unique to the trial."""
-    return {"machine": machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    """The worker that begins a trial."""
+    return {"machine": machine(), "pid": os.getpid()}
 
 
 def machine() -> str:
@@ -159,10 +154,9 @@ def is_gone(worker: Mapping[str, Any]) -> bool:
     """Whether a trial's owner ran on this machine and its process has ended: known at once, without heartbeats."""
     if worker.get("machine") != machine():
         return False
-    try:
-        os.kill(worker["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    with suppress(PermissionError):  # another user's process
+        try:
+            os.kill(worker["pid"], 0)
+        except ProcessLookupError:
+            return True
     return False

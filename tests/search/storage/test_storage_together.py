@@ -33,12 +33,13 @@ pytestmark = pytest.mark.slow
 
 TRIALS = 40
 DEADLINE = 600.0
+"""Seconds: a test gives up after this time."""
 SELFSPEC = [sys.executable, "-c", "from selfspec.cli import main; main()"]
 HELD = """
 import os, sys, time
 from pathlib import Path
 from selfspec.cli import main
-from selfspec_search.study import Study
+from selfspec_search.study.study import Study
 
 hold, after, ended, replay = Path(sys.argv.pop(1)) / str(os.getpid()), int(sys.argv.pop(1)), 0, Study._replay
 
@@ -188,15 +189,13 @@ def test_of_three_workers_on_one_database_the_creator_is_killed_and_the_others_f
     assert {trial.record["worker"].partition(":")[2] for trial in study.trials} == {str(w.pid) for w in workers}
 
     priced = json.loads(study.blobs["profile"])
-    plans = [out for out in outs if out.exists()]
+    plans = [Plan.from_pretrained(out) for out in outs if out.exists()]
     assert len(plans) == 2
-    for out in plans:
-        provenance = Plan.from_pretrained(out).provenance
-        assert provenance is not None
-        assert provenance.study == STUDY
-        conditions = provenance.conditions
+    for plan in plans:
+        assert plan.provenance is not None
+        assert (plan.provenance.study, plan.provenance.trials >= TRIALS) == (STUDY, True)
+        conditions = plan.provenance.conditions
         assert all(getattr(conditions, name) == priced[name] for name in ("device", "dtype", "rows", "compiled"))
-        assert provenance.trials >= TRIALS
 
 
 @dataclass(frozen=True)
@@ -205,10 +204,9 @@ class Story:
 
     storage: str
     studies: list[StoredStudy]
-    interrupted: str
-    finished: str
+    outs: list[str]
     plans: list[Plan]
-    texts_written_anew: list[Path]
+    new_texts: list[Path]
 
 
 @pytest.fixture(scope="module")
@@ -217,37 +215,25 @@ def story(bench: Bench) -> Story:
     out = bench.place / "plan.json"
     storage = str(out.with_suffix(".db"))
     command = ("--out", out, "--study", STUDY)
-    studies, plans = [], []
-
-    def keep() -> None:
-        studies.append(load_study(storage, STUDY))
-
     first = bench.search(*command, hold_after=2)
     await_hold(bench, first)
     kill(first)
-    keep()
+    studies, plans = [load_study(storage, STUDY)], []
     assert not out.exists()
     for text in (bench.cache / "texts").iterdir():
-        text.unlink()  # so that texts come from the study or are written anew
+        text.unlink()  # so that texts come from the study, or are written again
 
     second = bench.search(*command, hold_after=1)
     await_hold(bench, second)
     second.send_signal(signal.SIGINT)
     interrupted = printed(second, code=130)
-    keep()
+    studies.append(load_study(storage, STUDY))
     plans.append(Plan.from_pretrained(out))
 
-    last = printed(bench.search(*command))
-    keep()
+    finished = printed(bench.search(*command))
+    studies.append(load_study(storage, STUDY))
     plans.append(Plan.from_pretrained(out))
-    return Story(
-        storage=storage,
-        studies=studies,
-        interrupted=interrupted,
-        finished=last,
-        plans=plans,
-        texts_written_anew=list((bench.cache / "texts").iterdir()),
-    )
+    return Story(storage, studies, interrupted, finished, plans, list((bench.cache / "texts").iterdir()))
 
 
 def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c_until_exactly_all_trials_are_finished(
@@ -267,7 +253,7 @@ def test_a_search_that_goes_on_neither_writes_texts_nor_measures_a_profile_again
         assert "trying drafts" in out
         assert "writing texts" not in out
         assert "timing passes" not in out
-    assert not story.texts_written_anew
+    assert not story.new_texts
 
 
 def test_ctrl_c_in_the_trials_confirms_and_writes_the_best_so_far(story: Story) -> None:
@@ -279,7 +265,11 @@ def test_ctrl_c_in_the_trials_confirms_and_writes_the_best_so_far(story: Story) 
 
 
 def test_a_worker_that_would_mix_is_refused_by_what_differs(story: Story, bench: Bench) -> None:
-    heavier = save_other_weights(bench.place / "other")
+    heavier = bench.place / "other"
+    save_model(heavier)
+    weights = load_file(heavier / "model.safetensors")
+    weights["lm_head.weight"] *= 1.5
+    save_file(weights, heavier / "model.safetensors", metadata={"format": "pt"})
     fewer = bench.place / "fewer.txt"
     fewer.write_text("another prompt\nand one more\n")
     join = ("--storage", story.storage, "--study", STUDY, "--out", bench.place / "mixed.json")
@@ -294,16 +284,6 @@ def test_a_worker_that_would_mix_is_refused_by_what_differs(story: Story, bench:
     assert not (bench.place / "mixed.json").exists()
 
 
-def save_other_weights(directory: Path) -> Path:
-    """The same model but for one tensor."""
-    save_model(directory)
-    file = directory / "model.safetensors"
-    weights = load_file(file)
-    weights["lm_head.weight"] *= 1.5
-    save_file(weights, file, metadata={"format": "pt"})
-    return directory
-
-
 def test_a_storage_or_plan_that_cannot_be_written_takes_one_line_and_loses_nothing(bench: Bench) -> None:
     out, a_file = bench.place / "kept.json", bench.place / "file"
     a_file.write_text("not a directory")
@@ -314,11 +294,9 @@ def test_a_storage_or_plan_that_cannot_be_written_takes_one_line_and_loses_nothi
         (bench.search("--out", out, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), "cannot be used"),
     ]
     for worker, expected in refused:
-        line = complaint(worker)
-        assert expected in line
+        assert expected in (line := complaint(worker))
         assert "secret" not in line
-    assert out.read_text() == "an earlier plan"
-    assert a_file.read_text() == "not a directory"
+    assert (out.read_text(), a_file.read_text()) == ("an earlier plan", "not a directory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from optuna.trial import TrialState
 from selfspec_search.space import skip_set_of, sublayers
-from selfspec_search.storage import open as opening
+from selfspec_search.storage import journal
 from selfspec_search.storage import trial as trial_module
-from selfspec_search.storage.open import Heartbeat
 from selfspec_search.storage.study_store import Store, load_study
+from selfspec_search.storage.trial import Heartbeat
 
 from selfspec.plan.draft_spec import DraftSpec
 
@@ -40,7 +40,7 @@ def join(storage: str, **options: Any) -> Store:
 
 @pytest.fixture(autouse=True)
 def _short_journal_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "JOURNAL_LOCK_SECONDS", JOURNAL_LOCK_SECONDS)
+    monkeypatch.setattr(journal, "JOURNAL_LOCK_SECONDS", JOURNAL_LOCK_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def workers(processes: ForkServerContext) -> Iterator[Workers]:
 
 def as_worker(target: Any, *arguments: Any) -> None:
     """What a worker's process does."""
-    opening.JOURNAL_LOCK_SECONDS = JOURNAL_LOCK_SECONDS
+    journal.JOURNAL_LOCK_SECONDS = JOURNAL_LOCK_SECONDS
     target(*arguments)
 
 
@@ -160,14 +160,17 @@ def test_of_workers_that_start_at_once_one_is_the_creator_and_all_share(workers:
     assert len({profile for _, profile in answered}) == 1
 
 
+def kill_at(event: Any, process: ForkServerProcess) -> None:
+    assert event.wait(DEADLINE)
+    process.kill()
+    process.join()
+
+
 def test_a_search_resumed_after_a_kill_has_all_finished_trials_and_fails_the_lost_one_at_once(
     workers: Workers, shared: str, processes: ForkServerContext
 ) -> None:
     at_it = processes.Event()
-    process = workers.start(dies_in_a_trial, shared, at_it)
-    assert at_it.wait(DEADLINE)
-    process.kill()
-    process.join()
+    kill_at(at_it, workers.start(dies_in_a_trial, shared, at_it))
     with join(shared) as store:
         assert [trial.draft_spec for trial in store.news()] == SETS[:2]
         assert store.claimed() == set()
@@ -182,13 +185,10 @@ def test_a_creator_that_is_killed_is_replaced_at_once(
     workers: Workers, shared: str, processes: ForkServerContext
 ) -> None:
     at_it = processes.Event()
-    process = workers.start(dies_in_making, shared, at_it)
-    assert at_it.wait(DEADLINE)
-    process.kill()
-    process.join()
+    kill_at(at_it, workers.start(dies_in_making, shared, at_it))
     with join(shared) as store:
         assert store.created
-        assert store.share(lambda: {"profile": b"new"}, seconds=5) == {"profile": b"new"}
+        assert store.share(lambda: {"profile": b"new"}) == {"profile": b"new"}
 
 
 def test_of_three_workers_one_is_killed_and_the_others_finish_all_draft_specs_once(
@@ -197,10 +197,7 @@ def test_of_three_workers_one_is_killed_and_the_others_finish_all_draft_specs_on
     dying = processes.Event()
     for number in range(3):  # each on a machine of its own, so that only missing heartbeats show the death
         workers.start(works, shared, f"machine {number}", SETS[0] if number == 2 else None, dying)
-    assert dying.wait(DEADLINE)
-    victim = workers.started.pop()
-    victim.kill()
-    victim.join()
+    kill_at(dying, workers.started.pop())
     workers.wait()
     trials = load_study(shared).trials
     assert Counter(trial.draft_spec for trial in trials) == Counter(SETS)

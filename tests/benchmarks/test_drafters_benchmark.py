@@ -1,4 +1,4 @@
-"""The benchmark of drafters: prices add up, and all of it runs at a small size."""
+"""The benchmark of drafters: prices, and a small run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark: a cell's speeds, the mid-size model, and the whole of it at toy sizes on a CPU."""
+"""The GPU benchmark: a cell's speeds, the mid-size model, and a toy run on a CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from selfspec import InputError
 CPU = torch.device("cpu")
 
 
-def test_a_cell_s_speed_counts_all_rows_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_of_a_cell_counts_all_rows_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip_cells_module, "decode_seconds", lambda *_, **how: {"plain": 2 * 0.125, "ours": 2 * 0.0625})
     bench = CellBench(Subject(TOY_LLAMA, CPU, 0), Cell(shape="toy", rows=1, context=11, agreement=0.9), TOY)
     assert len(bench.batches) == TOY.prompts == 2  # decoded one after the other
@@ -69,7 +69,7 @@ class Letters:
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
-def test_the_stream_is_all_documents_in_order_and_its_windows_depend_on_the_step_alone() -> None:
+def test_the_stream_holds_all_documents_in_order_and_windows_depend_on_the_step_only() -> None:
     texts = ["abc" * 5, "de" * 7, "f" * 11]
     stream = Stream(iter(texts), Letters(), CPU, 3)  # type: ignore[arg-type]
     assert "".join(map(chr, stream.tokens.tolist())) == "".join(text + "\0" for text in texts)
@@ -90,7 +90,7 @@ def test_a_missing_mid_size_model_names_the_command_that_trains_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3"])
-def test_no_time_to_train_is_refused(minutes: str, tmp_path: Path) -> None:
+def test_a_training_time_that_is_not_positive_is_refused(minutes: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"--minutes is {minutes}"):
         midsize.main(["--toy", "--minutes", minutes, "--out", str(tmp_path / "model")])
 
@@ -110,7 +110,7 @@ def statuses_of(result: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", [gpu, midsize])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_gpu_both_scripts_point_to_the_toy(script: Any, tmp_path: Path) -> None:
+def test_without_a_gpu_both_scripts_suggest_the_toy_run(script: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no CUDA device here.*--toy"):
         script.main(["--out", str(tmp_path / "out")])
 
@@ -156,7 +156,7 @@ def test_the_toy_run_measures_every_stage_and_ends_with_json(result: dict[str, A
 
 
 @pytest.mark.slow
-def test_every_cell_of_the_toy_run_says_what_was_set_and_is_consistent(result: dict[str, Any]) -> None:
+def test_the_figures_of_every_toy_cell_are_consistent(result: dict[str, Any]) -> None:
     for cell in result["cells"]:
         assert cell["basis"] == "time real, agreement set"
         assert cell["agreement"] == pytest.approx(cell["agreement_wanted"], abs=0.1)
@@ -169,13 +169,13 @@ def test_every_cell_of_the_toy_run_says_what_was_set_and_is_consistent(result: d
         assert cell["ideal_speedup"] == pytest.approx(ideal_speedup(cell["tokens_per_round"], cell["gamma"], times))
         assert cell["speedup"] == pytest.approx(cell["ours_tokens_per_second"] / cell["plain_tokens_per_second"])
         assert cell["efficiency"] == pytest.approx(cell["speedup"] / cell["ideal_speedup"])
-        # A token takes a pass and what the loop adds. A busy machine is no precise clock.
+        # A token takes a pass and the overhead of the loop; a busy machine is an imprecise clock.
         assert 0.1 < cell["plain_tokens_per_second"] * times.plain / cell["rows"] < 5
         assert 0.1 < cell["efficiency"] < 10
 
 
 @pytest.mark.slow
-def test_the_toy_run_s_limit_is_that_of_its_own_bandwidth(result: dict[str, Any]) -> None:
+def test_the_limit_of_the_toy_run_follows_from_its_measured_bandwidth(result: dict[str, Any]) -> None:
     cell = next(cell for cell in result["cells"] if cell["rows"] == 3)
     context = 13 + TOY.new_tokens / 2
     bandwidth = result["ceilings"]["copy_bytes_per_second"]
@@ -185,7 +185,7 @@ def test_the_toy_run_s_limit_is_that_of_its_own_bandwidth(result: dict[str, Any]
 
 
 @pytest.mark.slow
-def test_the_toy_run_holds_ours_against_hugging_face_s_ways_and_searches(result: dict[str, Any]) -> None:
+def test_the_toy_run_measures_the_peers_and_a_search(result: dict[str, Any]) -> None:
     peers, ours = result["peers"], result["cells"][0]["ours_tokens_per_second"]
     assert result["cells"][0]["agreement_wanted"] == FIRST_AGREEMENT
     assert set(peers["ours_over"]) == {"model.generate", "assistant_early_exit"}
@@ -198,8 +198,8 @@ def test_the_toy_run_holds_ours_against_hugging_face_s_ways_and_searches(result:
 
 
 @pytest.mark.slow
-def test_a_toy_training_learns_something_and_leaves_a_whole_model(trained: dict[str, Any]) -> None:
-    assert trained["held_out_loss"] < math.log(TOY_SIZE.vocabulary) - 0.3  # that of knowing nothing
+def test_a_toy_training_learns_and_saves_a_complete_model(trained: dict[str, Any]) -> None:
+    assert trained["held_out_loss"] < math.log(TOY_SIZE.vocabulary) - 0.3  # the loss of a uniform guess
     assert trained["tokens_seen"] == trained["steps"] * TOY_SIZE.rows * TOY_SIZE.length > 0
     files = {file.name for file in Path(trained["out"]).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "calibration.jsonl", "held_out.jsonl"} <= files

@@ -1,12 +1,12 @@
 """How fast is decoding with a searched plan, against the plain model and the peers?
 
-Greedy decoding of held-out prompts, one row, everything interleaved in one process: the plain model in our runtime,
-`model.generate`, `assistant_early_exit` at its best exit layer, prompt lookup, and ours. The plan is searched first, on
-other prompts, unless `--plan` gives one. Prints a table; the last line is JSON.
+Greedy decoding of held-out prompts, one row. The decoders take turns in one process: the plain model in our runtime,
+`model.generate`, `assistant_early_exit` at its best exit layer, prompt lookup, and ours. Without `--plan`, a search on
+other prompts finds the plan first. Prints a table; the last line is JSON.
 
     python benchmarks/decode.py                         # embedded model, float32, one thread
     python benchmarks/decode.py --compile               # the same with compiled passes
-    python benchmarks/decode.py --no-lookup             # the draft skips layers and never looks prompts up
+    python benchmarks/decode.py --no-lookup             # drafts by layers only
     python benchmarks/decode.py --model DIR --calibration FILE --held-out FILE --dtype bfloat16
 """
 
@@ -64,9 +64,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--model", default="demo", help="'demo', a directory or a hub id")
     options.add_argument("--plan", help="a plan to measure; without one, search")
-    options.add_argument("--calibration", type=Path, help="prompts to search on")
-    options.add_argument("--held-out", type=Path, help="prompts to decode")
-    options.add_argument("--prompts", type=int, default=16, help="held-out prompts to measure; the others confirm")
+    options.add_argument("--calibration", type=Path, help="file of prompts to search on")
+    options.add_argument("--held-out", type=Path, help="file of prompts to measure and to confirm on")
+    options.add_argument(
+        "--prompts", type=int, default=16, help="held-out prompts to measure; the search confirms on the others"
+    )
     options.add_argument("--trials", type=int, default=150)
     options.add_argument("--gamma-max", type=int, default=8, help="the longest draft that the search considers")
     options.add_argument(
@@ -77,7 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
-    options.add_argument("--threads", type=int, default=1, help="the embedded model is too small to gain from more")
+    options.add_argument(
+        "--threads", type=int, default=1, help="threads of PyTorch; the embedded model is too small to gain from more"
+    )
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     options.add_argument("--policy", choices=get_args(PolicyName), default="adaptive")
     add_out(options)
@@ -87,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def find_plan(loaded: Loaded, confirming: list[Tensor], options: argparse.Namespace) -> SearchResult:
     """Search on calibration prompts, and confirm on held-out prompts that are not measured."""
     if not confirming:
-        raise InputError("all held-out prompts would be measured; leave some to confirm (--prompts)")
+        raise InputError(f"--prompts is {options.prompts}, which leaves no held-out prompt to confirm on; give fewer")
     settings = SearchSettings(
         draft=options.draft,
         trials=options.trials,

@@ -1,14 +1,14 @@
-"""Who should draft? Prompt lookup, layer skipping, a cascade of both, or the one that the policy chooses.
+"""Which drafter is fastest: prompt lookup, layer skipping, a cascade of both, or the policy's choice per round?
 
-Four workloads for the embedded model (`workloads/workload.py`), each decoded greedily by every drafter in turn, in one
-process: fixed drafters at the best settings that a search on other prompts finds for them, and the adaptive one, which
-starts from the plan that this search writes. Results are judged twice: priced (what was decoded, by counts, at prices
-measured once: no noise) and measured (medians, with 95 % intervals by bootstrap). Batches of many rows are held against
-plain decoding of the same batch. Prints tables; the last line is JSON.
+Four workloads for the embedded model (`workloads/workload.py`). Every drafter decodes them greedily, in turn, in one
+process. A search on other prompts gives each fixed drafter its best settings, and gives the adaptive policy its plan.
+Each speedup over plain decoding of the same batch is reported twice. *Priced*: counted passes times costs measured
+once, so without noise. *Measured*: the median time, with a 95 % bootstrap interval. Prints tables; the last line is
+JSON.
 
     python benchmarks/drafters.py                              # half an hour, one thread
-    python benchmarks/drafters.py --prompts 3 --trials 5 --repeats 1 --rows 1 4      # the same code, in a minute or two
-    python benchmarks/drafters.py --device cuda                                      # captured and compiled
+    python benchmarks/drafters.py --prompts 3 --trials 5 --repeats 1 --rows 1 4      # the same code in two minutes
+    python benchmarks/drafters.py --device cuda                                      # rounds captured and compiled
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from common.record import Record, add_out, parser, run_script
 from common.tables import figures_table, interval
 from rich.console import Console
 from selfspec_search import SearchSettings
-from workloads.drafting import ADAPTIVE, enter, many_rows, one_row, overhead, plan_lines
+from workloads.drafting import enter, many_rows, one_row, plan_lines
 from workloads.plans import Plans, find_plans
-from workloads.workload import CODE, EDITING, WORKLOADS
+from workloads.workload import EDITING, WORKLOADS
 
 from selfspec.benchmark.contenders import GENERATE, PROMPT_LOOKUP
 from selfspec.huggingface.loading import Loaded, load
@@ -48,34 +48,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 sizes = rows, options.new_tokens, options.batch_repeats
                 results.append(many_rows(loaded, entrants, workload, *sizes))
             show(console, results[-1])
-    prompts = CODE.prompts(loaded, min(4, options.prompts))
-    thinking = overhead(loaded, entrants.specs[ADAPTIVE], prompts, options.new_tokens)
-    console.print(f"the policy's own thinking takes {thinking:.1%} of the time of its rounds")
     return record.end(
         options.device,
         plans=plan_lines(entrants.specs),
         round_costs={rows: round_costs.model_dump(mode="json") for rows, round_costs in entrants.round_costs.items()},
         results=results,
-        policy_overhead=round(thinking, 4),
     )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--prompts", type=int, default=12, help="of each workload")
+    options.add_argument("--prompts", type=int, default=12, help="prompts of each workload")
     options.add_argument("--new-tokens", type=int, default=128)
-    options.add_argument("--repeats", type=int, default=3, help="of every decoding of one row")
-    options.add_argument("--batch-repeats", type=int, default=3, help="of every batch")
-    options.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="1, then the batches to measure")
-    options.add_argument("--trials", type=int, default=100, help="of the search")
-    options.add_argument("--calibration", type=int, default=64, help="prompts that the search compares plans on")
+    options.add_argument("--repeats", type=int, default=3, help="timed decodings of each prompt alone")
+    options.add_argument("--batch-repeats", type=int, default=3, help="timed decodings of each batch")
+    options.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="batch sizes to measure, 1 first")
+    options.add_argument("--trials", type=int, default=100, help="trials of the search")
+    options.add_argument("--calibration", type=int, default=64, help="prompts that the search runs on")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
     add_out(options)
     given = options.parse_args(argv)
     if given.rows[0] != 1 or given.rows != sorted(set(given.rows)):
-        options.error(f"--rows is {given.rows}, but it must begin with 1 and rise")
+        options.error(f"--rows is {given.rows}, but batch sizes must begin with 1 and rise")
     return given
 
 
@@ -88,7 +84,7 @@ def search_plans(loaded: Loaded, options: argparse.Namespace) -> Plans:
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """One workload's table, and how the adaptive drafter compares."""
+    """Print one workload's table, and the policy against the best fixed drafter."""
     table = figures_table(
         f"{result['workload']}, {result['rows']} row{'s' if result['rows'] > 1 else ''}",
         ("drafter", "tokens/round", "acceptance", "x plain, priced", "x plain, measured (95 %)", "differing"),
@@ -104,7 +100,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(table)
     over = result["adaptive_over_best_fixed_priced"]
-    console.print(f"adaptive over the best fixed one ({result['best_fixed']}), priced: {over:.3f}")
+    console.print(f"adaptive over the best fixed drafter ({result['best_fixed']}), priced: {over:.3f}")
     for peer in (GENERATE, PROMPT_LOOKUP):
         if peer in result:
             console.print(f"{peer} {result[peer]['settings']}: {result[peer]['against_plain']}")

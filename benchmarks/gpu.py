@@ -1,12 +1,12 @@
-"""How near to the device's limits does decoding come, plainly and with drafts, on a real model and at real sizes?
+"""How close does decoding come to the device's limits, with and without drafts, at real model sizes?
 
-Ceilings first: copy bandwidth and a large matrix product. Then models of big shapes with random weights, where how
-often a draft is right is set (*time real, agreement set*): plain decoding as a share of the bandwidth limit, ours
-against plain and against the ideal, Hugging Face's ways in one cell, and a full search; and a trained mid-size model
-end to end, if `benchmarks/midsize.py` made one. Stages come in the order of their importance; one for which the time
-left is not enough is left out, and named. Prints tables; the last line is JSON.
+The script first measures copy bandwidth and a large matrix product. Then it decodes models of real sizes with random
+weights: times are real, and the draft's agreement is set (*time real, agreement set*). It reports plain decoding as a
+share of the bandwidth limit, our speedup over plain decoding and over the ideal, Hugging Face's decoders in one cell,
+and a full search. The most important stages run first; a stage that does not fit into the time left is skipped and
+named. Prints tables; the last line is JSON.
 
-    python benchmarks/midsize.py && python benchmarks/gpu.py --out benchmarks/results/gpu.json
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json
     python benchmarks/gpu.py --toy                      # the same code at toy sizes, on a CPU
 """
 
@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from common.machine import device_of
 from common.record import Record, add_out, parser, run_script
-from midsize import default_folder
 from rich.console import Console
 from shapes.gpu_run import REAL_RUN, TOY_RUN, Run
 
@@ -31,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = Run(
         extent=TOY_RUN if options.toy else REAL_RUN,
         device=device,
-        midsize=options.midsize,
         seed=options.seed,
         seconds=options.budget,
         console=Console(width=190),
@@ -41,10 +38,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--toy", action="store_true", help="toy sizes, to try the code; its figures mean nothing")
+    options.add_argument("--toy", action="store_true", help="toy sizes, to try the code; the figures mean nothing")
     options.add_argument("--device", help="by default CUDA; the CPU for --toy")
     options.add_argument("--budget", type=float, default=570.0, help="seconds for all stages together")
-    options.add_argument("--midsize", type=Path, default=default_folder(), help="what benchmarks/midsize.py wrote")
     add_out(options)
     return options.parse_args(argv)
 

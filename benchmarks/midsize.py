@@ -1,11 +1,12 @@
 """Train a mid-size model (108 million parameters, 28 layers) on the Python sources of this machine.
 
-What `benchmarks/gpu.py` measures end to end. The standard library and the installed packages, a byte-level BPE
-tokenizer of 16,384 tokens made from them, and LayerSkip's recipe for as many minutes as are given; then prompts cut
-from files that were never trained on. Everything is kept in --out. Prints the loss as it falls; the last line is JSON.
+`benchmarks/quantised.py gpu` measures the model end to end. The corpus is the standard library and the installed
+packages. The script trains a byte-level BPE tokenizer of 16,384 tokens, then the model by LayerSkip's recipe for the
+given minutes, and cuts prompts from held-out files. It writes everything to --out. Prints the loss; the last line is
+JSON.
 
     python benchmarks/midsize.py                       # six minutes of training on one GPU, about nine in all
-    python benchmarks/midsize.py --toy --out DIR       # seconds on a CPU; its model is of no use
+    python benchmarks/midsize.py --toy --out DIR       # seconds on a CPU; the model is useless
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ REAL_MINUTES, TOY_MINUTES = 6.0, 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What a training leaves."""
+    """The result of a training."""
 
     model: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def train(size: Size, device: torch.device, minutes: float, seed: int) -> Made:
-    """Gather, tokenize, train, and measure what will be kept."""
+    """Gather the corpus, train tokenizer and model, and evaluate the model."""
     start = monotonic()
     corpus = gather(size, seed)
     tokenizer = train_tokenizer(corpus, size)
@@ -71,7 +72,7 @@ def train(size: Size, device: torch.device, minutes: float, seed: int) -> Made:
     print(f"{len(corpus.train)} files, {len(stream.tokens)} tokens, prepared in {prepared:.0f} s", flush=True)
     training = Training(model, stream, size)
     training.run(60 * minutes)
-    model.to(torch.bfloat16).float()  # as it is kept
+    model.to(torch.bfloat16).float()  # evaluate the weights as they are saved
     figures = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": size.layers,
@@ -88,21 +89,25 @@ def train(size: Size, device: torch.device, minutes: float, seed: int) -> Made:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--out", type=Path, default=default_folder(), help="the model's folder (%(default)s)")
-    options.add_argument("--minutes", type=float, help="of training, the preparation not counted; by default 6")
+    options.add_argument("--out", type=Path, default=default_folder(), help="folder of the model (%(default)s)")
+    options.add_argument("--minutes", type=float, help="minutes of training, without preparation; by default 6")
     options.add_argument("--device", help="by default CUDA; the CPU for --toy")
     options.add_argument("--toy", action="store_true", help="a tiny model and a tiny corpus, to try the code")
     return options.parse_args(argv)
 
 
 def default_folder() -> Path:
-    """Beside the texts that searches keep."""
+    """In the cache directory that also holds the texts of searches."""
     given = os.environ.get(CACHE_VARIABLE)
     return (Path(given) if given else platformdirs.user_cache_path("selfspec")) / "midsize"
 
 
 def prepare(folder: Path, minutes: float | None) -> None:
-    """Fail now, not when all is trained."""
+    """Check the arguments before training.
+
+    Raises:
+        InputError: the minutes are not positive, or the folder cannot be made.
+    """
     if minutes is not None and minutes <= 0:
         raise InputError(f"--minutes is {minutes:g}, but it must be more than 0")
     try:
@@ -112,7 +117,7 @@ def prepare(folder: Path, minutes: float | None) -> None:
 
 
 def keep(made: Made, folder: Path, report: dict[str, Any], seed: int) -> None:
-    """The model as a Hugging Face directory, its prompts, and how it was trained."""
+    """Save the model as a Hugging Face directory, with its prompts and `training.json`."""
     save_model(made.model, made.tokenizer, folder)
     write_prompts(folder, made.corpus, made.tokenizer, seed=seed)
     write(report, folder / "training.json")

@@ -1,14 +1,12 @@
 """How long does a search take, and how much cheaper is a trial than decoding?
 
-A search of the embedded model with trials of full size: 32 prompts x 128 tokens, drafts of up to 8. As searches do, it
-ends trials early, and replays the others to the depth that may turn out best. Then the same prompts are decoded for
-real, one row at a time by the same runtime, with the best, the middle and the last set of the ranking: what one trial
-would cost by decoding.
+A search of the embedded model with full-size trials: 32 prompts x 128 tokens, drafts of up to 8 tokens. Then the
+runtime decodes the same prompts, one row at a time, with the best, the middle and the last skip set of the ranking: the
+cost of one trial by decoding.
 
-First as a user would have it, in wall time: replay shares the cores, decoding has no use for more than one. Then per
-core, which is what work costs: the process is kept to one core, where the same three sets are tried again, to all
-depths and as far as the search goes, priced, and decoded again: at the draft length that suits each, and at the
-longest one, which tells as much as a trial of all depths. Prints a table; the last line is JSON.
+Wall time first: replay uses all cores, decoding gains nothing from a second core. Then cost per core: the process is
+pinned to one core, replays the three skip sets to all depths and as far as the search does, and decodes with them at
+the best draft length and at the longest. Prints a table; the last line is JSON.
 
     python benchmarks/search.py --out benchmarks/results/search_cpu.json
 """
@@ -25,7 +23,7 @@ from time import perf_counter
 from typing import Any
 
 from common.machine import no_cached_texts, one_core, usable
-from common.prompts import embedded
+from common.prompts import embedded, texts_of
 from common.record import Record, add_out, parser, run_script
 from common.tables import pairs_table
 from rich.console import Console
@@ -33,7 +31,7 @@ from selfspec_search import SearchResult, SearchSettings, load_study, search
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting
 from selfspec_search.replay.table import Table as DepthTable
-from selfspec_search.replay.texts import decode_batch, write_texts
+from selfspec_search.replay.texts import decode_batch
 from selfspec_search.storage.study_store import StoredTrial
 from selfspec_search.study.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
 from selfspec_search.study.study import prediction_of
@@ -46,7 +44,7 @@ from selfspec.runtime.runtime import Runtime
 
 GAMMA_MAX = 8
 REPLAYS = 3
-"""Replays of each set on one core; the median counts."""
+"""Replays of each skip set on one core; the median counts."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--prompts", type=int, default=32)
     options.add_argument("--new-tokens", type=int, default=128)
     options.add_argument("--trials", type=int, default=200)
-    options.add_argument("--threads", type=int, default=1, help="of PyTorch; replay shares the cores by itself")
+    options.add_argument("--threads", type=int, default=1, help="threads of PyTorch; replay uses all cores anyway")
     add_out(options)
     return options.parse_args(argv)
 
@@ -96,7 +94,7 @@ def run_search(
 
 
 def best_middle_last(trials: Sequence[StoredTrial]) -> dict[str, Prediction]:
-    """Of the trials that ran whole."""
+    """Predictions of three complete trials, by place in the ranking."""
     ranking = sorted(filter(None, map(prediction_of, trials)), key=lambda prediction: -prediction.speedup)
     return {"best": ranking[0], "middle": ranking[len(ranking) // 2], "last": ranking[-1]}
 
@@ -109,7 +107,7 @@ def on_all_cores(
     prompts: Sequence[Tensor],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Wall time: of the search, and of decoding in place of its trials."""
+    """Wall time of the search's trials, and of decoding instead."""
     decoded = {place: seconds(model, prediction, prompts, options) for place, prediction in chosen.items()}
     whole = [float(trial.record["seconds"]) for trial in trials if trial.value is not None]
     return {
@@ -131,9 +129,9 @@ def on_one_core(
     prompts: Sequence[Tensor],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Trials and decodings of the same sets, with one core for either: to all depths, and as the search runs them."""
+    """Seconds of trials and of decoding with the same skip sets, all on one core."""
     with one_core() as cores:
-        texts = [text for _, text in write_texts(Runtime(model), prompts, options.new_tokens)]
+        texts = texts_of(Runtime(model), prompts, options.new_tokens)
         replay = Replay(model, texts, GAMMA_MAX)
         prices = Prices.of(found.profile, texts).with_lookups(texts)
         whole, searched = (
@@ -158,7 +156,7 @@ def on_one_core(
 
 
 def trial_seconds(replay: Replay, prices: Prices, prediction: Prediction, *, all_depths: bool) -> float:
-    """This prediction's set, replayed and priced: to all depths, or as far as the first one promises anything."""
+    """Seconds to replay and price a skip set: to all depths, or to the depths that the search would replay."""
     skip_set, taken = prediction.skip_set, []
 
     def worth_it(first: DepthTable) -> int:
@@ -175,7 +173,7 @@ def trial_seconds(replay: Replay, prices: Prices, prediction: Prediction, *, all
 def seconds(
     model: PreTrainedModel, prediction: Prediction, prompts: Sequence[Tensor], options: argparse.Namespace
 ) -> float:
-    """Decoding all prompts with this plan, one at a time."""
+    """Seconds to decode all prompts with this plan, one at a time."""
     runtime = Runtime(model, prediction.skip_set)
     drafter = drafter_of(prediction.plan, runtime)
     decode_batch(runtime, drafter, prompts[:1], options.new_tokens)  # warm up
@@ -185,25 +183,12 @@ def seconds(
     return perf_counter() - start
 
 
-def show(result: dict[str, Any]) -> None:
-    one = result["one_core"]
-    rows = {
-        **{f"{name}, seconds": value for name, value in result["phases_s"].items()},
-        "trials run whole, ended early": (result["trials_whole"], result["trials_ended_early"]),
-        "one trial, seconds": result["trial_s"],
-        "one whole trial, median seconds": result["trial_whole_median_s"],
-        "decoding the same prompts, seconds": result["decoding_s"],
-        "decoding over a trial (everything in the phase counted)": result["decoding_over_trial"],
-        "decoding over a whole trial": result["decoding_over_whole_trial"],
-        "on one core: a trial of all depths, seconds": one["trial_whole_s"],
-        "on one core: a trial as the search runs it, seconds": one["trial_as_searched_s"],
-        "on one core: decoding the same prompts, seconds": one["decoding_s"],
-        "on one core: the same, drafting the longest, seconds": one["decoding_longest_s"],
-        "on one core: decoding over a trial of all depths": result["decoding_over_whole_trial_one_core"],
-        "on one core: the same, drafting the longest": result["decoding_longest_over_whole_trial_one_core"],
-        "on one core: decoding over a trial as the search runs it": result["decoding_over_trial_as_searched_one_core"],
-    }
-    Console(width=120).print(pairs_table("search", {name: in_words(value) for name, value in rows.items()}))
+def show(result: Mapping[str, Any]) -> None:
+    """Print the figures under their names in the JSON; `_s` marks seconds."""
+    one_core = {f"one core: {name}": value for name, value in result["one_core"].items()}
+    rows = {name: value for name, value in result.items() if name != "one_core"} | one_core
+    shown = {name.replace("_", " "): in_words(value) for name, value in rows.items()}
+    Console(width=120).print(pairs_table("search", shown))
 
 
 def in_words(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""What every benchmark script uses."""
+"""Common: run records, machine, prompts, timing, budget and tables of all benchmark scripts."""

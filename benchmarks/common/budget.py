@@ -1,4 +1,4 @@
-"""Budget: the stages of a run, in their order, each left out where what remains of the time is not enough for it."""
+"""Budget: runs the stages of a benchmark in order, and skips stages that do not fit into the time left."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Status = Literal["done", "skipped", "failed"]
 
 
 class LeftOutError(SelfspecError):
-    """Why a stage cannot be measured here, which is no fault."""
+    """A stage cannot be measured on this machine: the stage is skipped, not failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What became of one stage."""
+    """The outcome of a stage."""
 
     name: str
     status: Status
@@ -36,11 +36,11 @@ class Stage:
 
 @dataclass
 class Budget:
-    """Seconds for all stages together, and what became of them.
+    """The time for all stages, and the outcome of each.
 
     Args:
-        seconds: what there is from now on.
-        console: prints every stage as soon as it has ended; None for silence.
+        seconds: the time for all stages, from construction on.
+        console: prints each stage when the stage ends; None prints nothing.
     """
 
     seconds: float
@@ -56,10 +56,10 @@ class Budget:
         return self.seconds - (perf_counter() - self._start)
 
     def run(self, name: str, estimate: float, work: Callable[[], T], *, kind: str | None = None) -> T | None:
-        """What `work` returns; None where it was left out or failed, and then `stages` says why.
+        """The result of `work`; None if the stage was skipped or failed, for the reason in `stages`.
 
         Args:
-            estimate: seconds that it may take; once stages of its `kind` were measured, the longest of them counts.
+            estimate: seconds of the stage, unless a stage of the same `kind` ran before: then the longest of those.
         """
         expected, kind = self._taken.get(kind or name, estimate), kind or name
         if expected > self.left:
@@ -72,8 +72,8 @@ class Budget:
             return self._note(name, "skipped", perf_counter() - start, str(error))
         except torch.OutOfMemoryError as error:
             _let_go(error)
-            return self._note(name, "skipped", perf_counter() - start, "the device's memory is too small for it")
-        except (SelfspecError, RuntimeError) as error:  # one stage that fails must not cost the others' figures
+            return self._note(name, "skipped", perf_counter() - start, "the device's memory is too small")
+        except (SelfspecError, RuntimeError) as error:  # the other stages still run
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             _let_go(error)
             return self._note(name, "failed", perf_counter() - start, reason[:500])
@@ -83,11 +83,11 @@ class Budget:
         return result
 
     def skip(self, name: str, reason: str) -> None:
-        """Leave a stage out."""
+        """Record a stage as skipped."""
         self._note(name, "skipped", reason=reason)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """What became of every stage, for the JSON."""
+        """The outcome of every stage, for the JSON."""
         return [stage.to_dict() for stage in self.stages]
 
     def _note(self, name: str, status: Status, seconds: float = 0.0, reason: str = "") -> None:
@@ -98,13 +98,13 @@ class Budget:
 
 
 def free_memory() -> None:
-    """Give memory back. Views and what they compiled refer to each other, so only a collection finds them."""
+    """Free unused memory. Views and their compiled code form reference cycles, which only a collection frees."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _let_go(error: BaseException) -> None:
-    """Free what the frames of an error hold: the next stage may need the memory."""
+    """Free the tensors in the frames of an error: the next stage may need their memory."""
     error.__traceback__ = None
     free_memory()

@@ -1,4 +1,4 @@
-"""The machine: the device of a run, one core for all that is compared, and no texts of earlier searches."""
+"""Machine: the device of a run, pinning to one core, and a text cache that starts empty."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ from selfspec import InputError
 
 
 def device_of(name: str | None, *, toy: bool) -> torch.device:
-    """The device of this name; by default CUDA, or the CPU for a toy.
+    """The device of this name; by default CUDA, or the CPU for `--toy`.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine has no device of this name.
     """
     try:
         device = torch.device(name or ("cpu" if toy else "cuda"))
     except RuntimeError:
         raise InputError(f"device '{name}' is unknown; give 'cuda' or 'cpu'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "there is no CUDA device here; try the code with --toy, or give --device cpu and a lot of time"
-        )
+        raise InputError("there is no CUDA device here; try the code with --toy, or give --device cpu and hours")
     return device
 
 
 @contextmanager
 def one_core() -> Iterator[int]:
-    """Keep this process to one core, so that no side of a comparison has more of the machine than the other.
+    """Pin this process to one core, so that both sides of a comparison use one core.
 
-    Yields the number of usable cores: 1, or all of them on a system that cannot keep a process to one core.
+    Yields the number of usable cores: 1, or all cores on a system that cannot pin a process.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield usable()
@@ -62,7 +60,7 @@ def _keep_to(cores: set[int]) -> None:
 
 @contextmanager
 def no_cached_texts() -> Iterator[None]:
-    """A search in this context writes its texts itself, whatever an earlier search left on the disk."""
+    """In this context, a search finds no cached texts and writes its own."""
     before = os.environ.get(CACHE_VARIABLE)
     with TemporaryDirectory() as empty:
         os.environ[CACHE_VARIABLE] = empty

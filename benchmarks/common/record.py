@@ -1,4 +1,4 @@
-"""The record of a run: which code was measured, on which device, with which versions and settings."""
+"""Record: the commit, device, versions and settings of a run, for its JSON."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ import torch
 from selfspec import SelfspecError
 from selfspec.huggingface.loading import processor_name, quiet_hugging_face, versions
 
-NOT_SETTINGS = ("out", "figure", "redraw")
-"""Options that say where results go."""
-
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser described by the first line of a script's docstring, with the options that every script has."""
+    """A parser with `--seed`, described by the first line of a script's docstring."""
     made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     made.add_argument("--seed", type=int, default=0)
     return made
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """The option that keeps the JSON."""
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    """Add `--out`."""
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
 
 
 class Record:
-    """One run of a script. The commit is that of the start: the tree may change while the script runs."""
+    """One run of a script. The commit is read at the start, since the tree may change during the run."""
 
     def __init__(self, benchmark: str, options: argparse.Namespace, *, threads: int | None = None) -> None:
         self.benchmark, self.options, self.commit = benchmark, options, commit()
@@ -44,14 +41,14 @@ class Record:
             torch.set_num_threads(threads)
 
     def of(self, device: object, **measured: Any) -> dict[str, Any]:
-        """The record with what was measured."""
+        """The record and the measured figures."""
         return {
             "benchmark": self.benchmark,
             "commit": self.commit,
             "device": device_name(str(device)),
             "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions()},
-            "settings": {name: value for name, value in vars(self.options).items() if name not in NOT_SETTINGS},
+            "settings": {name: value for name, value in vars(self.options).items() if name != "out"},
             **measured,
         }
 
@@ -65,12 +62,12 @@ class Record:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """A result as a file of JSON."""
+    """Write a result to a JSON file."""
     path.write_text(json.dumps(result, indent=1, default=str) + "\n", "utf8")
 
 
 def run_script(main: Callable[[], dict[str, Any]]) -> None:
-    """Run a script's `main` and exit: 1, with one line, for an error of the user; 1 where a stage failed."""
+    """Run a script's `main` and exit: with 1 and one line for a user error, with 1 if a stage failed."""
     try:
         stages = main().get("stages", [])
     except SelfspecError as error:
@@ -79,7 +76,7 @@ def run_script(main: Callable[[], dict[str, Any]]) -> None:
 
 
 def commit() -> str:
-    """The commit of the tree, with a mark if the tree differs from it."""
+    """The commit of the tree, with the suffix `-dirty` if the tree has changes."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=10"],
         cwd=Path(__file__).parent,
@@ -91,7 +88,7 @@ def commit() -> str:
 
 
 def warn_if_dirty(code: str) -> None:
-    """Results that are kept should name the code that they came from."""
+    """Warn if written results would name a commit with changes."""
     if code.endswith("-dirty"):
         print(f"warning: the tree differs from its commit; the results will name '{code}'", file=sys.stderr)
 

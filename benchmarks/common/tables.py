@@ -13,7 +13,7 @@ from selfspec.benchmark.measure import Score
 
 
 def figures_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = (), caption: str = "") -> Table:
-    """A table whose first column is text, to the left; figures stand to the right."""
+    """A table with a left-aligned first column; all other columns are right-aligned."""
     table = Table(title=title, caption=caption or None)
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")
@@ -23,7 +23,7 @@ def figures_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[st
 
 
 def pairs_table(title: str, rows: Mapping[str, str]) -> Table:
-    """Names and values."""
+    """A table of names and values."""
     table = Table(title=title, show_header=False)
     for row in rows.items():
         table.add_row(*row)
@@ -31,7 +31,7 @@ def pairs_table(title: str, rows: Mapping[str, str]) -> Table:
 
 
 def interval(ratio: Mapping[str, float] | None) -> str:
-    """A ratio of the JSON, with its interval."""
+    """A ratio of the JSON with its interval, as text."""
     return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
 
 
@@ -55,16 +55,16 @@ def scores_table(scores: Sequence[Score]) -> Table:
 
 
 def print_search(console: Console, found: SearchResult) -> None:
-    """What a search confirmed, and its plan."""
+    """Print the confirmed plans of a search, its phases and its plan."""
     rows = found.rows()
     console.print(figures_table("search", list(rows[0]), ([*row.values()] for row in rows)))
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found.seconds.items())
-    console.print(f"{found.trials_complete} trials whole, {found.trials_pruned} ended early ({phases})")
+    console.print(f"{found.trials_complete} complete trials, {found.trials_pruned} pruned ({phases})")
     console.print(f"plan: {found.plan}", soft_wrap=True, highlight=False)
 
 
 def stages_table(stages: Iterable[Stage]) -> Table:
-    """What was measured, and what was not and why."""
+    """The outcome of every stage."""
     table = Table(title="stages")
     for column in ("", "status", "seconds", "why"):
         table.add_column(column, justify="right" if column == "seconds" else "left")

@@ -1,1 +1,1 @@
-"""Published ways of choosing what the draft skips, one file per method, written from the papers' descriptions."""
+"""Methods: published methods of choosing a skip set, one file each, written from the papers."""

@@ -1,4 +1,4 @@
-"""Bill: what our search will spend, estimated from what preparing took on the same core."""
+"""Bill: the time that our search will spend, estimated from measured steps on the same core."""
 
 from __future__ import annotations
 
@@ -10,37 +10,28 @@ from selfspec_search.study.proposals import FULL_TRIALS_FIRST
 from selfspec import InputError
 
 LEAST_TRIALS = FULL_TRIALS_FIRST
-"""With fewer, a search has hardly begun: these run whole, the many behind them are mostly ended early."""
+"""Trials: the fewest that make a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bill:
-    """Seconds: of writing the texts, of the profile, of recording the texts for replay, of the confirmation; of the
-    pass over all sub-layers that comes before the trials, and of one trial that runs whole."""
+    """Seconds of the steps of a search."""
 
     texts: float
     profile: float
-    recording: float
+    recording: float  # of the texts, for replay
     confirmation: float
-    sensitivity: float
-    trial: float
-
-    @property
-    def beside_trials(self) -> float:
-        """All that a search spends before its first trial and after its last."""
-        return self.texts + self.profile + self.recording + self.confirmation
-
-    @property
-    def least(self) -> float:
-        """The smallest budget that holds a search."""
-        return self.beside_trials + self.sensitivity + LEAST_TRIALS * self.trial
+    sensitivity: float  # replay of each sub-layer, before the trials
+    trial: float  # one complete trial
 
     def left_of(self, budget: float) -> float:
-        """What a budget leaves for trials. Raises `InputError` if that is next to nothing."""
-        if budget < self.least:
+        """Seconds that a budget leaves for trials; `InputError` if that is too little."""
+        fixed = self.texts + self.profile + self.recording + self.confirmation
+        trials = self.sensitivity + LEAST_TRIALS * self.trial
+        if budget < fixed + trials:
             raise InputError(
                 f"a budget of {budget:g} s cannot hold our search: texts, profile and confirmation take about "
-                f"{self.beside_trials:.0f} s here, and {LEAST_TRIALS} trials {self.least - self.beside_trials:.0f} s; "
-                f"give --budget {math.ceil(self.least)} or more"
+                f"{fixed:.0f} s here, and {LEAST_TRIALS} trials {trials:.0f} s; "
+                f"give --budget {math.ceil(fixed + trials)} or more"
             )
-        return budget - self.beside_trials
+        return budget - fixed

@@ -1,12 +1,12 @@
 """CLaSp (Chen et al., ACL 2025, arXiv:2505.24196): whole layers, chosen by a dynamic programme on cosine similarity.
 
-The state is (layer, number of layers skipped); a layer is kept or skipped, whichever leaves the hidden state more like
-the full model's behind the same layer (the paper's recurrence, and its approximation). The paper runs it after every
-verification on the last accepted token, whose own key is the draft's and all others the target's.
+The state is (layer, number of skipped layers). Each layer is kept or skipped, whichever gives the hidden state that is
+more similar to the full model's (the paper's recurrence and approximation). The paper runs the programme after every
+verification, on the last accepted token, which sees its own draft key and the target's keys of all other tokens.
 
-Left open for a plan that stays: on which tokens. Here it is the mean similarity over the last tokens of as many
-calibration texts as the budget allows, each token under the paper's conditions. The number of layers to skip is the
-user's choice in the paper; here every number is offered, and one run of the programme serves them all.
+Our choice for a static plan: the mean similarity over the last tokens of as many calibration texts as the budget
+allows, each token with the paper's keys. The paper lets the user choose the number of layers; here every number is
+offered, by one run of the programme.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BOTH = ("attn", "mlp")
 
 
 def clasp(context: Context, budget: float, seed: int) -> Selection:
-    """One set for each number of layers; nothing here is random."""
+    """One skip set for each number of layers; `seed` has no effect."""
     watch = Stopwatch(budget)
     for count in growing(len(context.texts)):
         ways = run_programme(context, count)
@@ -33,7 +33,7 @@ def clasp(context: Context, budget: float, seed: int) -> Selection:
 
 
 def run_programme(context: Context, texts: int) -> dict[int, Way]:
-    """The best way to skip each number of layers, judged on the first `texts` texts."""
+    """The best skip set of each number of layers, on the first `texts` texts."""
     windows = Windows.of(context.model, context.texts[:texts])
     stack = Stack(context.model, windows, alone=True)
     start = states = stack.embedded()
@@ -48,7 +48,7 @@ def run_programme(context: Context, texts: int) -> dict[int, Way]:
 
 
 def growing(most: int) -> Iterator[int]:
-    """1, 2, 4, ... up to `most`: a programme cannot be broken off, but it can be run on more and more."""
+    """1, 2, 4, ... up to `most`: numbers of texts, since a programme can be repeated but not stopped."""
     count = 1
     while count < most:
         yield count

@@ -1,4 +1,4 @@
-"""Context: what every method of selection is given, and what it gives back."""
+"""Context: the input and the output of every method."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from selfspec.plan.sublayers import SkipSet
 
 RATIOS = (0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Skip ratios for the methods that take one. SWIFT reports 0.45 and 0.5 and looks at ratios around them; the sets that
-Draft & Verify published leave out 0.43 (13B) and 0.53 (70B). Models trained with layer dropout bear more, up to 0.9."""
+"""Skip ratios for methods that take a ratio. SWIFT reports 0.45 and 0.5; Draft & Verify's published skip sets have 0.43
+(13B) and 0.53 (70B). Models that were trained with layer dropout tolerate ratios up to 0.9."""
 JUDGED = 2
-"""So many of a method's sets, the best by prediction, decode for real."""
+"""Skip sets of a method that decode, the best by prediction."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
-    """The model, what it wrote after the calibration prompts, and what its sub-layers cost on this device."""
+    """The model, its texts of the calibration prompts, and the costs of its sub-layers on this device."""
 
     model: PreTrainedModel
     texts: Sequence[Text]
@@ -40,7 +40,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A skip set that a method came up with, and the ratio that it was asked for; None where it chose by itself."""
+    """A skip set of a method, and the requested ratio; None if the method chose the ratio."""
 
     skip_set: SkipSet
     ratio: float | None = None
@@ -48,23 +48,23 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a method offers, and how many sets it tried one by one; None where it builds its sets and tries none."""
+    """The skip sets that a method offers, and how many it tried; None for a method that constructs its skip sets."""
 
     offered: list[Candidate]
     tried: int | None = None
 
 
 class Select(Protocol):
-    """A method: skip sets found in about `budget` seconds, at every ratio that it can be asked for.
+    """A method: finds skip sets at all ratios in about `budget` seconds.
 
-    The same seed gives the same sets, as far as a budget in wall time allows.
+    The same seed gives the same skip sets, as far as a budget in wall time allows.
     """
 
     def __call__(self, context: Context, budget: float, seed: int) -> Selection: ...
 
 
 class Stopwatch:
-    """Whether there is time for another step that takes as long as the slowest one so far."""
+    """Says whether the budget has time for another step, assumed as slow as the slowest step so far."""
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
@@ -72,7 +72,7 @@ class Stopwatch:
         self.slowest = 0.0
 
     def allows_another(self, times: float = 1.0) -> bool:
-        """Call it between steps; the next one takes `times` times as long as the slowest one."""
+        """Call this between steps; the next step is assumed to take `times` the slowest step."""
         now = perf_counter()
         self.slowest, self.last = max(self.slowest, now - self.last), now
         return now - self.began + times * self.slowest <= self.budget

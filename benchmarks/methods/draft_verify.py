@@ -1,13 +1,13 @@
 """Draft & Verify (Zhang et al., ACL 2024, arXiv:2309.08168): Bayesian optimisation of the measured decoding speed.
 
-Selection of skipped layers: one bit for each attention and each MLP; a Gaussian process over the bits; the objective
-is the time per token of really decoding a few prompts (8 of them, 32 tokens each), with adaptive draft exit: a draft
-ends when its confidence falls below a threshold, and after each round the threshold moves so that the acceptance rate
-comes near a target; each prompt begins with the first threshold. The paper takes 1000 trials, hours on a GPU; here as
-many as the budget allows, and the two fastest sets are offered.
+A skip set is one bit per attention and MLP; a Gaussian process models the speed over the bits. The objective is the
+time per token of decoding 8 prompts x 32 tokens with *adaptive draft exit*: a draft ends when its confidence falls
+below a threshold, and after each round the threshold moves to bring the acceptance rate near a target. Each prompt
+begins with the first threshold. The paper runs 1000 trials, hours on a GPU; here the budget ends the trials, and the
+two fastest skip sets are offered.
 
-Left open: where to begin, and how to look for the next set. Here: two sets that are known to be good, then some drawn
-at random, then whatever promises most among random sets and those one bit away from the best three.
+The paper leaves open where to begin and how to propose. Here: two known good skip sets, then random ones, then the most
+promising among random skip sets and those one bit away from the best three.
 """
 
 from __future__ import annotations
@@ -36,22 +36,21 @@ PROMPTS, NEW_TOKENS = 8, 32
 LONGEST_DRAFT = 8
 FIRST_THRESHOLD, TARGET_RATE, STEP = 0.8, 0.9, 0.01
 KEEP_RATE, KEEP_THRESHOLD = 0.5, 0.9
-"""How much of the old acceptance rate, and of the old threshold, stays at an update; all as the authors have them."""
+"""Weights of the old acceptance rate and the old threshold in an update, as in the authors' code."""
 DRAWN_FIRST = 5
 PROPOSALS = 1000
 PARENTS = 3
 
 
 class AdaptiveExit(Drafter):
-    """Drafts one row greedily by layer skipping, up to the first token that the draft is not confident of, with the
-    threshold that the acceptance rate asks for (adaptive draft exit). One serves for one text.
+    """Drafts one row of one text greedily by layer skipping, with adaptive draft exit.
 
-    Unlike in our own drafter, that token is drafted too, as in the paper: at least one token is, and so the threshold
-    always learns.
+    The first token below the threshold is drafted too, as in the paper, and ends the draft. So every round drafts at
+    least one token, and the threshold always learns.
     """
 
     key = "adaptive exit"
-    uncaptured_reason = "every drafted token's confidence is read"
+    uncaptured_reason = "the host reads the confidence of every drafted token"
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.gamma, self.threshold = runtime, LONGEST_DRAFT, FIRST_THRESHOLD
@@ -69,8 +68,7 @@ class AdaptiveExit(Drafter):
         return Draft(drafted, torch.full_like(request.ends, len(tokens)), None, steps=len(tokens))
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Move the threshold after a round. A good rate lowers it, unless the draft was as long as it may be: then the
-        threshold did not end it, and a lower one would not have helped."""
+        """Move the threshold after a round. A good rate lowers it, unless the length limit ended the draft."""
         self.rate = KEEP_RATE * self.rate + (1 - KEEP_RATE) * accepted / drafted
         if self.rate <= TARGET_RATE:
             self.threshold += (1 - KEEP_THRESHOLD) * STEP
@@ -94,7 +92,7 @@ class AdaptiveExit(Drafter):
 
 
 def draft_verify(context: Context, budget: float, seed: int) -> Selection:
-    """The sets with which the prompts were decoded fastest, as many as are judged."""
+    """The skip sets that decoded the prompts fastest."""
     watch, random = Stopwatch(budget), np.random.default_rng(seed)
     runtime = Runtime(context.model)
     prompts = evenly(context.prompts, PROMPTS)
@@ -109,7 +107,7 @@ def draft_verify(context: Context, budget: float, seed: int) -> Selection:
 
 
 def propose(speeds: dict[SkipSet, float], num_layers: int, random: np.random.Generator) -> SkipSet:
-    """The next set to decode with, none that was tried."""
+    """The next skip set to try, which is a new one."""
     layers = range(num_layers)
     for start in (SkipSet(attn=layers[1::2], mlp=layers[1::2]), SkipSet(attn=layers[1:-1])):
         if start not in speeds:
@@ -134,7 +132,7 @@ def speed(runtime: Runtime, skip_set: SkipSet, prompts: Sequence[Tensor]) -> flo
 
 
 def decode_row(runtime: Runtime, drafter: Drafter, prompt: Tensor, new_tokens: int) -> tuple[Tensor, Stats]:
-    """So many new tokens behind a prompt, greedily, whatever they are; and the stats."""
+    """`new_tokens` greedy tokens after a prompt, without stop tokens; and the stats."""
     limit = len(prompt) + new_tokens
     request = Request(
         prompts=prompt[None].to(runtime.model.device),
@@ -154,7 +152,7 @@ def decode_row(runtime: Runtime, drafter: Drafter, prompt: Tensor, new_tokens: i
 
 
 def _random_sets(num_layers: int, random: np.random.Generator) -> list[SkipSet]:
-    """Sets of every size: the share of skipped sub-layers is drawn first."""
+    """Random skip sets: the share of skipped sub-layers is drawn first, so every size occurs."""
     steps = sublayers(num_layers)
     rows = random.random((PROPOSALS, len(steps))) < random.random((PROPOSALS, 1))
     return [skip_set_of([steps[index] for index in np.flatnonzero(row)]) for row in rows]
@@ -167,5 +165,5 @@ def _points(skip_sets: Sequence[SkipSet], num_layers: int) -> Floats:
 
 
 def flipped(skip_set: SkipSet, sublayer: Sublayer) -> SkipSet:
-    """The set with this sub-layer run if it is skipped, and skipped if it is run."""
+    """The skip set with one sub-layer added or removed."""
     return skip_set_of(set(skip_set) ^ {sublayer})

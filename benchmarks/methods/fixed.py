@@ -1,4 +1,4 @@
-"""Sets that need no search: uniform strides, and early exits."""
+"""Fixed: skip sets that need no search: uniform strides and early exits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Item = TypeVar("Item")
 
 
 def stride(context: Context, budget: float, seed: int) -> Selection:
-    """Evenly spaced whole layers, and evenly spaced sub-layers, at each ratio; the first and the last layer stay.
+    """Evenly spaced layers and evenly spaced sub-layers at each ratio, without the first and the last layer.
 
-    SWIFT (Xia et al., ICLR 2025, arXiv:2410.06916) begins with the observation that such sets speed decoding up.
+    SWIFT (Xia et al., ICLR 2025, arXiv:2410.06916) observes that uniform skip sets speed decoding up.
     """
     layers = range(1, context.num_layers - 1)
     inner = [sublayer for sublayer in sublayers(context.num_layers) if sublayer[1] in layers]
@@ -37,6 +37,6 @@ def early_exit(context: Context, budget: float, seed: int) -> Selection:
 
 
 def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items, evenly spaced; all of them if there are no more."""
+    """`count` items, evenly spaced; all items if there are fewer."""
     count = min(count, len(items))
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]

@@ -1,4 +1,4 @@
-"""GaussianProcess: what Draft & Verify and SWIFT propose skip sets with."""
+"""GaussianProcess: the model with which Draft & Verify and SWIFT propose skip sets."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 
 NOISE = 1e-2
-"""Variance of the noise, as a share of the values'."""
+"""Variance of the noise, as a share of the variance of the values."""
 KAPPA = 2.5
 """Weight of the uncertainty in the upper bound."""
 LENGTHS = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
-"""Length scales tried, in units of the distance between sets that differ in one sub-layer."""
+"""Length scales to choose from, in units of the distance between skip sets that differ in one sub-layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianProcess:
     """A Gaussian process with a Matérn 5/2 kernel over points `n d`; values are standardised.
 
-    Both papers use such a process with an upper confidence bound. Neither states more; noise, bound and kernel are the
-    usual defaults, and the length scale is the likeliest of a few.
+    Both papers use a Gaussian process with an upper confidence bound and state no more. Noise, bound and kernel are the
+    usual defaults; the length scale is the likeliest of `LENGTHS`.
     """
 
     points: Floats  # n d
@@ -35,7 +35,7 @@ class GaussianProcess:
 
     @classmethod
     def fit(cls, points: Floats, values: Floats) -> GaussianProcess:
-        """Raise `ValueError` for no points."""
+        """The process of the likeliest length scale; `ValueError` without points."""
         if not len(points):
             raise ValueError("a Gaussian process needs at least one point")
         mean, scale = float(values.mean()), float(values.std()) or 1.0

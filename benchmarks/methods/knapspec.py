@@ -1,17 +1,16 @@
 """KnapSpec (Cha et al., ICML 2026, arXiv:2602.20217): a knapsack of attention and MLP sub-layers.
 
-Attention and MLP are decided apart. Weights are their measured latencies, in whole multiples of the smaller one; values
-are cosine similarities to the full model's hidden states on the tokens accepted last; a dynamic programme keeps the
-best way for every total weight. Of its results the paper takes the one with the most tokens per time, by agreement on
-the same tokens; here all of them are offered, and replay finds the best two.
+Attention and MLP are decided separately. Weights are measured latencies, in whole multiples of the smaller latency.
+Values are cosine similarities to the full model's hidden states on the last accepted tokens. A dynamic programme keeps
+the best skip set of every total weight. The paper takes the skip set with the most tokens per time, by agreement on the
+same tokens; here all skip sets are offered, and replay finds the best two.
 
-Given here: our profile of this device, for the weights. Left open for a plan that stays: the tokens, which are the last
-ones of as many calibration texts as the budget allows; within a text the draft's keys stand for the window's own
-tokens.
+Weights come from our profile of this device. Our choice for a static plan: the last tokens of as many calibration texts
+as the budget allows. The tokens of a window see each other's draft keys.
 
-The authors' code never skips the first and the last layer, and skips half of the time at most. Here no capacity is set:
-lighter ways are the same without it. What may be skipped does matter, since a programme goes on with one way only for
-each weight, so it is run twice, with both layers kept and with all sub-layers free.
+The authors' code never skips the first and the last layer, and skips at most half of the time. Here no capacity is set,
+since lighter skip sets do not depend on the capacity. The programme runs twice, with the first and the last layer kept
+and with all sub-layers free, since the programme continues only one skip set for each weight.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from methods.windows import Stack, Windows
 from selfspec.plan.sublayers import SkipSet
 
 HEAVIEST = 5
-"""The largest weight of a sub-layer, as multiple of the lighter kind's. This and the floor are its authors' own."""
+"""The largest weight of a sub-layer, as a multiple of the smaller latency; from the authors' code, as is `FLOOR`."""
 FLOOR = 0.5
-"""Ways whose states are less similar are given up."""
+"""The least similarity of hidden states at which a skip set is continued."""
 
 
 def knapspec(context: Context, budget: float, seed: int) -> Selection:
-    """The sets of both programmes, at every weight; nothing here is random."""
+    """The skip sets of both programmes, at every weight; `seed` has no effect."""
     watch = Stopwatch(budget)
     for count in growing(len(context.texts)):
         windows = Windows.of(context.model, context.texts[:count])
@@ -46,13 +45,13 @@ def knapspec(context: Context, budget: float, seed: int) -> Selection:
 
 
 def ends(context: Context) -> list[int]:
-    """The steps of the first and of the last layer."""
+    """The steps of the first and the last layer."""
     last = context.num_layers - 1
     return [step for step, (_, layer) in enumerate(sublayers(context.num_layers)) if layer in (0, last)]
 
 
 def weights(context: Context) -> list[int]:
-    """What skipping each sub-layer saves, in the order in which the model runs them."""
+    """The weight of each sub-layer, in the order in which the model runs them."""
     saved = {kind: context.costs.saved(kind) for kind in ("attn", "mlp")}
     unit = max(min(saved.values()), 1e-12)
     whole = {kind: min(HEAVIEST, max(1, round(seconds / unit))) for kind, seconds in saved.items()}
@@ -60,7 +59,7 @@ def weights(context: Context) -> list[int]:
 
 
 def run_programme(context: Context, windows: Windows, kept: Collection[int] = ()) -> dict[int, SkipSet]:
-    """The best set for every weight left out, without the steps `kept`."""
+    """The best skip set of every skipped weight; the steps `kept` are never skipped."""
     steps = sublayers(context.num_layers)
     stack = Stack(context.model, windows, alone=False)
     start = states = stack.embedded()

@@ -1,4 +1,4 @@
-"""Ours: our search as one of the methods. Its texts, profile and confirmation come out of its budget."""
+"""Ours: our search as a method. Its budget pays for texts, profile and confirmation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from methods.prepared import Prepared
 
 
 def search_ours(prepared: Prepared, budget: float) -> Entry:
-    """A search that is expected to end when the budget does. Raises `InputError` if that cannot be."""
+    """Search within the budget; `InputError` if the budget is too small."""
     settings = replace(prepared.settings, timeout=prepared.bill.left_of(budget))
     start = perf_counter()
     with no_cached_texts():

@@ -1,4 +1,4 @@
-"""Prepared: what all methods share. Our search makes texts and profile once more, out of its own budget."""
+"""Prepared: model, prompts, texts and profile of all methods. Our search makes its own texts and profile."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
 
-from common.prompts import embedded
+from common.prompts import embedded, texts_of
 from selfspec_search import SearchSettings
 from selfspec_search.confirm.plan_writer import Phases, measure_for
 from selfspec_search.replay.replay import Replay
-from selfspec_search.replay.texts import Text, decode_batch, write_texts
+from selfspec_search.replay.texts import decode_batch
 from selfspec_search.study.objective import Prices
 from selfspec_search.study.proposals import SENSITIVITY_TEXTS
 from torch import Tensor
@@ -29,12 +29,12 @@ from selfspec.runtime.runtime import Runtime
 Result = TypeVar("Result")
 
 CONFIRMED, CONFIRM_TEXTS, CONFIRM_REPEATS = 2, 4, 2
-"""What ours confirms within its budget: plans, prompts and repeats."""
+"""Plans, prompts and repeats of the confirmation of our search."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """What all methods share, how ours is set but for the time of its trials, and what it will spend."""
+    """The input of all methods, the settings of our search, and its bill."""
 
     loaded: Loaded
     calibration: list[Tensor]
@@ -47,16 +47,16 @@ class Prepared:
 
 
 def prepare(path: str, options: argparse.Namespace) -> Prepared:
-    """Load the model, let it write its texts, and measure what its sub-layers cost, all as our search does."""
+    """Load the model, write its texts and measure its profile, all as our search does."""
     loaded = load(path, device="cpu", dtype=options.dtype)
     calibration, held_out = embedded(loaded, options.new_tokens)
     calibration = calibration[: options.calibration]
     judged, confirming = held_out[: options.prompts], held_out[options.prompts :][:CONFIRM_TEXTS]
     if not confirming:
-        raise InputError(f"all {len(held_out)} held-out prompts would be judged on; leave some to confirm (--prompts)")
+        raise InputError(f"--prompts leaves none of {len(held_out)} held-out prompts to confirm on; give fewer")
     settings = settings_of(options, len(confirming))
     runtime, silent = Runtime(loaded.model), Phases(on_progress=lambda progress: None)
-    written, texts_took = timed(lambda: write(runtime, [*calibration, *confirming], options.new_tokens))
+    written, texts_took = timed(lambda: texts_of(runtime, [*calibration, *confirming], options.new_tokens))
     profile, profile_took = timed(lambda: measure_for(loaded.model, written, settings, silent))
     texts = written[: len(calibration)]
     replay, recording_took = timed(lambda: Replay(loaded.model, texts, options.gamma_max))
@@ -81,9 +81,9 @@ def prepare(path: str, options: argparse.Namespace) -> Prepared:
 
 
 def settings_of(options: argparse.Namespace, confirming: int) -> SearchSettings:
-    """Of our search, which ends by the clock alone."""
+    """The settings of our search, which ends by its timeout only."""
     return SearchSettings(
-        draft="skip",  # as the rivals
+        draft="skip",  # as the published methods
         trials=10**6,
         seed=options.seed,
         gamma_max=options.gamma_max,
@@ -91,35 +91,30 @@ def settings_of(options: argparse.Namespace, confirming: int) -> SearchSettings:
         confirm=CONFIRMED,
         confirm_texts=confirming,
         repeats=CONFIRM_REPEATS,
-        lookup=False,  # what is judged is the selection of sub-layers
+        lookup=False,  # the benchmark compares skip sets only
     )
 
 
-def write(runtime: Runtime, prompts: Sequence[Tensor], new_tokens: int) -> list[Text]:
-    written = dict(write_texts(runtime, prompts, new_tokens))
-    return [written[index] for index in range(len(prompts))]
-
-
-def timed(do: Callable[[], Result]) -> tuple[Result, float]:
-    """What it returns, and the seconds that it took."""
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """The result of `work`, and its seconds."""
     start = perf_counter()
-    return do(), perf_counter() - start
+    return work(), perf_counter() - start
 
 
 def seconds_to_confirm(runtime: Runtime, prompts: Sequence[Tensor], new_tokens: int) -> float:
-    """By plain decoding and by each plan, which is hardly slower; each warms up with the first prompt."""
+    """Seconds of plain decoding and as many for each plan; each warms up with the first prompt."""
     _, once = timed(lambda: [decode_batch(runtime, NoDrafter(), [prompt], new_tokens) for prompt in prompts])
     return (CONFIRMED + 1) * (CONFIRM_REPEATS + 1 / len(prompts)) * once
 
 
 def seconds_of_sensitivity(replay: Replay, context: Context) -> float:
-    """Every sub-layer is left out alone, on a few of the texts, to the first depth."""
+    """Seconds to replay each sub-layer alone, on a few texts, to the first depth."""
     share = min(1.0, SENSITIVITY_TEXTS / len(context.texts))
     _, seconds = timed(lambda: replay.first_depth(SkipSet(attn=[0])))
     return 2 * context.num_layers * share * seconds
 
 
 def seconds_of_trial(replay: Replay, context: Context) -> float:
-    """One that runs whole."""
+    """Seconds of a complete trial."""
     every_other = range(1, context.num_layers, 2)
     return timed(lambda: price(replay, context, SkipSet(attn=every_other, mlp=every_other)))[1]

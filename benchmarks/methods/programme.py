@@ -1,8 +1,8 @@
 """Programme: the dynamic programme that CLaSp and KnapSpec share.
 
-Steps (layers, or sub-layers) are decided one after the other. Of all ways to leave out steps of one total weight, only
-the way whose hidden states are the most like the target's is kept, with its states. That is the papers' approximation:
-a way that is behind now may be ahead later.
+Steps (layers or sub-layers) are decided one after the other. Of all ways to skip steps of one total weight, the
+programme keeps only the way whose hidden states are most similar to the target's. That is the papers' approximation: a
+way that is less similar now may become more similar later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """Steps left out so far, the hidden states that they lead to, and how much these are like the target's."""
+    """Steps skipped so far, the resulting hidden states, and their similarity to the target's."""
 
     skipped: tuple[int, ...]
     states: Tensor
@@ -32,23 +32,23 @@ def best_ways(
     kept: Collection[int] = (),
     floor: float = -1.0,
 ) -> dict[int, Way]:
-    """By the weight left out, the best way through all steps.
+    """The best way through all steps, by skipped weight.
 
     Args:
-        start: hidden states in front of the first step.
-        targets: the target's hidden states behind each step.
-        apply: the states behind a step, from those in front of it.
+        start: hidden states before the first step.
+        targets: the target's hidden states after each step.
+        apply: the hidden states after a step, from the step and the states before it.
         weights: of each step.
         similarity: of two tensors of hidden states.
-        kept: steps that are never left out.
-        floor: ways less similar than this are given up.
+        kept: steps that are never skipped.
+        floor: the least similarity of a way that is continued.
     """
     ways = {0: Way((), start, 1.0)}
     for step, (target, weight) in enumerate(zip(targets, weights, strict=True)):
         found: dict[int, Way] = {}
         for saved, way in ways.items():
-            behind = apply(step, way.states)
-            _offer(found, saved, Way(way.skipped, behind, similarity(behind, target)), floor)
+            after = apply(step, way.states)
+            _offer(found, saved, Way(way.skipped, after, similarity(after, target)), floor)
             if step not in kept:
                 skipped = Way((*way.skipped, step), way.states, similarity(way.states, target))
                 _offer(found, saved + weight, skipped, floor)

@@ -1,4 +1,4 @@
-"""Methods: every published way of choosing what to skip that ours is held against."""
+"""Published: the methods that our search is compared with, by name."""
 
 from __future__ import annotations
 
@@ -17,4 +17,3 @@ METHODS: dict[str, Select] = {
     "KnapSpec": knapspec,
     "Draft & Verify": draft_verify,
 }
-"""By the names under which they are reported."""

@@ -1,13 +1,12 @@
-"""SWIFT (Xia et al., ICLR 2025, arXiv:2410.06916): random search with a Bayesian proposal every now and then.
+"""SWIFT (Xia et al., ICLR 2025, arXiv:2410.06916): random search with regular Bayesian proposals.
 
-Context-based layer set optimisation: sets of a fixed share of the sub-layers, drawn at random, every 25th proposed by
-a Gaussian process instead; a set's score is the share of tokens of the target's text that the draft would have written
-too, in one parallel pass over a window of 32 tokens; the best set so far stays. The first and the last layer are never
-skipped.
+Context-based layer set optimisation: skip sets of a fixed ratio are drawn at random; a Gaussian process proposes every
+25th. The score of a skip set is the draft's agreement with the target's text, in one pass over a window of 32 tokens.
+The best skip set wins. The first and the last layer are never skipped.
 
-The paper searches while it decodes, on the text at hand. Here a set is scored on the windows of several texts at once,
-which is less noisy, and the search ends by the clock alone, never early. What the process proposes from: sets of the
-right size drawn at random, and those one exchange away from the best. The budget is shared equally by the ratios.
+The paper searches during decoding, on the current text. Here the windows of several texts give the score, with less
+noise, and only the clock ends the search. The process chooses among random skip sets of the ratio and those one
+exchange away from the best. All ratios get equal shares of the budget.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from selfspec.plan.sublayers import SkipSet
 
 BAYES_EVERY = 25
 MOST_SETS = 1000
-"""Sets tried for one ratio, at most."""
+"""Skip sets: the most that are tried for one ratio."""
 TEXTS = 16
-"""Windows that a set is scored on."""
+"""Windows that give the score of a skip set."""
 PROPOSALS = 1000
 
 
 def swift(context: Context, budget: float, seed: int) -> Selection:
-    """The best set for each ratio."""
+    """The best skip set of each ratio."""
     windows = Windows.of(context.model, evenly(context.texts, TEXTS))
     candidates, tried = [], 0
     for turn, ratio in enumerate(RATIOS):
@@ -42,7 +41,7 @@ def swift(context: Context, budget: float, seed: int) -> Selection:
 
 
 class _Search:
-    """Sets of one size, as rows of zeros and ones over the sub-layers that may be skipped."""
+    """The search at one ratio. A skip set is a row of zeros and ones over the sub-layers that may be skipped."""
 
     def __init__(self, context: Context, windows: Windows, ratio: float, random: np.random.Generator) -> None:
         self.choices: list[Sublayer] = [

@@ -1,6 +1,6 @@
-"""Windows: the last tokens of some texts, run through a draft or through single sub-layers, all in parallel.
+"""Windows: the last tokens of some texts, run through a draft or through single sub-layers in parallel.
 
-SWIFT, CLaSp and KnapSpec judge a draft on recent tokens while the target's keys and values stand for all before them.
+SWIFT, CLaSp and KnapSpec score a draft on recent tokens, which see the target's keys and values of all earlier tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDTH = 32
 
 @dataclass
 class _Keeping(ProbePass):
-    """Attends causally, and keeps every layer's keys and values."""
+    """Attends causally and records the keys and values of every layer."""
 
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -37,10 +37,10 @@ class _Keeping(ProbePass):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Windows:
-    """`t` tokens of each of `b` texts. What stands behind a short text is padding, and not `counted`."""
+    """`t` tokens of each of `b` texts. Padding after short texts is not `counted`."""
 
     tokens: Tensor  # b t
-    following: Tensor  # b t, what the target wrote behind each of them
+    following: Tensor  # b t, the target's next token after each token
     positions: Tensor  # b t
     counted: Tensor  # b t
     recorded: dict[int, tuple[Tensor, Tensor]]  # by layer: the target's keys and values of the whole texts, b h n d
@@ -48,7 +48,7 @@ class Windows:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: PreTrainedModel, texts: Sequence[Text], width: int = WIDTH) -> Windows:
-        """The windows that end where the texts do, and begin with the prompt's last token at the earliest."""
+        """The last `width` tokens of each text, from the prompt's last token on at the earliest."""
         device = model.device
         tokens = pad_sequence([text.tokens.to(device) for text in texts], batch_first=True)  # b n
         keeping = _Keeping()
@@ -70,10 +70,10 @@ class Windows:
 
     @torch.inference_mode()
     def agreement(self, view: PreTrainedModel, skip_set: SkipSet) -> float:
-        """The share of tokens that a draft without `skip_set` would have written too, in one parallel pass.
+        """The share of the texts' tokens that a draft without `skip_set` predicts, in one parallel pass.
 
         Args:
-            view: a draft view, whose skip set is changed.
+            view: a draft view, whose skip set this call changes.
         """
         change_draft(view, skip_set)
         logits = run_view(view, self.tokens, self.positions, WindowPass(self, alone=False))  # b t v
@@ -81,8 +81,11 @@ class Windows:
 
 
 class WindowPass:
-    """One pass over all windows. Tokens before a window are the target's; within it, a token sees the keys of the
-    states at hand, its own and those before it; or, if `alone`, its own only, and the target's of all others."""
+    """One pass over all windows.
+
+    A token sees the target's keys of tokens before its window, and this pass's keys of its window up to itself. If
+    `alone`, a token sees its own key of this pass and the target's keys of all earlier tokens.
+    """
 
     def __init__(self, windows: Windows, *, alone: bool) -> None:
         self.windows, self.alone = windows, alone
@@ -98,7 +101,7 @@ class WindowPass:
         return masked_attention(query, keys, values, self._mask(how.window, query.dtype), how).transpose(1, 2)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """`b 1 t n+t`: the recorded tokens, then the window's own."""
+        """The mask `b 1 t n+t`: the recorded keys, then the keys of the window."""
         if window not in self._masks:
             positions, n = self.windows.positions, self.windows.recorded[0][0].shape[2]
             t = torch.arange(positions.shape[1], device=positions.device)
@@ -113,7 +116,7 @@ class WindowPass:
 
 
 class Stack:
-    """Runs single sub-layers of a model on hidden states of one's choice (`b t d`), for one set of windows."""
+    """Runs single sub-layers of a model on given hidden states (`b t d`) of some windows."""
 
     def __init__(self, model: PreTrainedModel, windows: Windows, *, alone: bool) -> None:
         self.windows, self.alone = windows, alone
@@ -121,11 +124,11 @@ class Stack:
         self.layers = list(self.view.get_decoder().layers)
 
     def embedded(self) -> Tensor:
-        """The hidden states in front of the first layer."""
+        """The hidden states before the first layer."""
         return self._run(0, SkipSet(range(1, len(self.layers)), range(1, len(self.layers))), None)[0]
 
     def run(self, layer: int, kinds: Sequence[str], states: Tensor) -> Tensor:
-        """The hidden states behind the attention (`attn`), the MLP (`mlp`) or both of a layer."""
+        """The hidden states after the attention (`attn`), the MLP (`mlp`) or both of a layer."""
         others = [index for index in range(len(self.layers)) if index != layer]
         skip_set = SkipSet(
             attn=others if "attn" in kinds else [*others, layer], mlp=others if "mlp" in kinds else [*others, layer]
@@ -134,19 +137,19 @@ class Stack:
 
     @torch.inference_mode()
     def _run(self, layer: int, skip_set: SkipSet, states: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States before and behind the layer, through Hugging Face's own forward, which knows what a layer needs."""
+        """The hidden states before and after a layer, by Hugging Face's own forward with hooks."""
         seen: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(args[0] if states is None else states)
             return (seen[0], *args[1:])
 
-        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
         change_draft(self.view, skip_set)
         module = self.layers[layer]
-        hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(behind)]
+        hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         try:
             step = WindowPass(self.windows, alone=self.alone)
             run_view(self.view, self.windows.tokens, self.windows.positions, step, head=False)

@@ -1,1 +1,1 @@
-"""The mid-size model that `benchmarks/midsize.py` trains, one noun per file. What it can, it takes from the demo's."""
+"""The mid-size model of `benchmarks/midsize.py`: size, sources and training, on top of the demo's code."""

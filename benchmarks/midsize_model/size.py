@@ -11,16 +11,7 @@ from selfspec.demo.recipe import LAYERSKIP, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Everything that a real training and a toy differ in.
-
-    Args:
-        megabytes: of source text at most.
-        tokenizer_megabytes: of that, what the tokenizer is trained on.
-        rows, length: tokens of a step.
-        packages: whether installed packages are read, besides the standard library.
-        compiled: whether the sub-layers are compiled.
-        windows: held-out windows of 1024 tokens that the model is measured on.
-    """
+    """The settings in which a real and a toy training differ."""
 
     layers: int
     width: int
@@ -28,18 +19,18 @@ class Size:
     heads: int
     kv_heads: int
     vocabulary: int
-    megabytes: float
-    tokenizer_megabytes: float
-    rows: int
-    length: int
-    packages: bool
-    compiled: bool
-    windows: int
+    megabytes: float  # of source text, at most
+    tokenizer_megabytes: float  # of source text that trains the tokenizer
+    rows: int  # of a step
+    length: int  # tokens of a row
+    packages: bool  # whether to read installed packages too
+    compiled: bool  # whether sub-layers are compiled
+    windows: int  # held-out windows of 1024 tokens that evaluate the model
     recipe: Recipe
 
     @property
     def roots(self) -> list[Path]:
-        """Where Python sources are on this machine."""
+        """The folders of this machine's Python sources."""
         names = ["stdlib", "purelib"] if self.packages else ["stdlib"]
         return [Path(sysconfig.get_paths()[name]) for name in names]
 
@@ -66,7 +57,7 @@ REAL = Size(
         exit_layers=(3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9, 10, 12, 14, 17, 20, 24),
     ),
 )
-"""About 108 million parameters. The recipe's steps are its clock's ticks: see `training.py`."""
+"""About 108 million parameters. The recipe's steps are ticks of a clock: see `training.py`."""
 
 TOY = replace(
     REAL,

@@ -1,4 +1,4 @@
-"""Sources: the Python files of this machine as one stream of tokens, and the tokenizer made from them."""
+"""Sources: the Python files of this machine as one stream of tokens, and their tokenizer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from selfspec.demo.copying import copy_document
 from selfspec.demo.corpus import CONTEXT, Corpus, Source, definitions, load_corpus
 
 COPIED_SHARE = 0.15
-"""Of the text, so that the model can repeat a function."""
+"""Share of copy-and-edit documents in the text, so that the model learns to repeat a function."""
 CHARACTERS_PER_FILE = 200_000
-"""Longer files are tables, mostly."""
+"""Characters: the longest file. Longer files are mostly tables."""
 AT_ONCE = 1000
-"""Documents that are tokenized together."""
+"""Documents: tokenized together."""
 
 
 def gather(size: Size, seed: int) -> Corpus:
-    """The files of all roots in a random order, as far as they count; each root holds some out (see the demo's)."""
+    """Training files of all roots in random order, up to `megabytes`; and the held-out files of all roots."""
     corpora = [load_corpus(root) for root in size.roots]
     train = [source for corpus in corpora for source in corpus.train if len(source.text) <= CHARACTERS_PER_FILE]
     Random(seed).shuffle(train)
@@ -45,7 +45,7 @@ def _first(sources: Sequence[Source], megabytes: float) -> Iterator[Source]:
 
 
 def train_tokenizer(corpus: Corpus, size: Size) -> PreTrainedTokenizerBase:
-    """The embedded model's kind of tokenizer, with a vocabulary of this size, trained on the corpus."""
+    """A tokenizer like the embedded model's, trained on the corpus."""
     texts = [source.text for source in _first(corpus.train, size.tokenizer_megabytes)]
     kind: Any = AutoTokenizer.from_pretrained(model_dir())
     tokenizer: PreTrainedTokenizerBase = kind.train_new_from_iterator(texts, size.vocabulary, show_progress=False)
@@ -54,12 +54,12 @@ def train_tokenizer(corpus: Corpus, size: Size) -> PreTrainedTokenizerBase:
 
 
 def documents(corpus: Corpus, seed: int) -> Iterator[str]:
-    """The files, and among them copy-and-edit documents of definitions of theirs."""
+    """The training files, mixed with copy-and-edit documents of their definitions."""
     random, owed = Random(seed), 0.0
     for source in corpus.train:
         yield source.text
         owed += COPIED_SHARE * len(source.text)
-        if owed > len(source.text):  # so that few files are parsed, for that takes its time
+        if owed > len(source.text):  # parse few files, since parsing is slow
             for definition in definitions(source):
                 text = copy_document(definition.text, random)
                 if len(text) <= owed:
@@ -68,7 +68,7 @@ def documents(corpus: Corpus, seed: int) -> Iterator[str]:
 
 
 class Stream:
-    """All documents as one row of tokens, an end of text behind each, on the device; a step sees random windows."""
+    """All documents as one row of tokens on the device, each with an end of text. Steps draw random windows."""
 
     def __init__(
         self, texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, device: torch.device, seed: int
@@ -78,7 +78,7 @@ class Stream:
         self.tokens = torch.from_numpy(np.concatenate(pieces)).to(device)
 
     def batch(self, step: int, *, rows: int, length: int) -> Tensor:  # b t+1
-        """A pure function of seed, step and size."""
+        """The windows of a step, which depend on seed, step and size only."""
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         starts = torch.randint(len(self.tokens) - length - 1, (rows, 1), generator=random)
         return self.tokens[(starts + torch.arange(length + 1)).to(self.tokens.device)].long()

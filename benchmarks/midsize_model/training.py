@@ -1,7 +1,7 @@
-"""Training: LayerSkip's recipe (layer dropout, early-exit loss) until the time is up.
+"""Training: LayerSkip's recipe (layer dropout, early-exit loss) for a given time.
 
-Schedules of the recipe run by the clock: a training that has used half of its minutes is in the middle of the recipe's
-steps, however fast the device is, so that the rate ends at zero in time.
+The recipe's schedules follow the clock: after half of the time, a training is in the middle of the recipe's steps. So
+the learning rate ends at zero on any device.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from selfspec.demo.network import TrainingPass
 from selfspec.demo.train import make_optimizers
 
 WARM_UP_STEPS = 3
-"""Before the clock starts: everything is compiled in them."""
+"""Steps before the clock starts, which compile everything."""
 OWN_LOGIT = 6.4
-"""How strongly a fresh model expects the token that it just saw, whatever its width: as strongly as the demo's."""
+"""The logit of the last seen token in a fresh model, at any width; as in the demo model."""
 LINES = 40
-"""Lines of the log, about."""
+"""Lines of the log, roughly."""
 
 
 def new_model(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A fresh model of this size; every sub-layer starts as the identity, as the demo's do."""
+    """A fresh model whose sub-layers start as the identity, as in the demo model."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -55,7 +55,7 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int) -> Llam
 
 
 class Training:
-    """One training of a model on a stream."""
+    """The training of a model on a stream."""
 
     def __init__(self, model: LlamaForCausalLM, stream: Stream, size: Size) -> None:
         self.model, self.stream, self.size = model, stream, size
@@ -64,7 +64,7 @@ class Training:
         self.steps = 0
 
     def run(self, seconds: float) -> None:
-        """Train for so long, compilation not counted; a line of JSON every now and then."""
+        """Train for `seconds`, without compilation, and print losses as lines of JSON."""
         start, logged = monotonic(), 0.0
         while (used := monotonic() - start) < seconds:
             losses = self.step(int(used / seconds * self.size.recipe.steps))
@@ -77,10 +77,10 @@ class Training:
                 print(json.dumps({"step": self.steps, "seconds": round(used, 1), **read}), flush=True)
 
     def step(self, tick: int) -> dict[str, Tensor]:
-        """One step, at this tick of the recipe; the losses it saw."""
+        """Train one step at a tick of the recipe; returns the losses."""
         recipe, size, device = self.size.recipe, self.size, self.stream.tokens.device
         tokens = self.stream.batch(self.steps, rows=size.rows, length=size.length)
-        # The pass asks for autocast on the CPU and makes small tensors there; this makes it run anywhere.
+        # The training pass is written for the CPU; these contexts run it on any device.
         with torch.device(device), torch.autocast(device.type, torch.bfloat16):
             dropped = recipe.dropped(tick, size.layers)
             loss, early = self.training_pass(tokens, dropped, recipe.exit_layer(tick), recipe.progress(tick))
@@ -102,7 +102,7 @@ class Training:
 def evaluate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, windows: int
 ) -> dict[str, Any]:
-    """Loss on held-out files, and how often the full model's argmax is that of an exit after each of a few layers."""
+    """The loss on held-out files, and the agreement of early exits with the full model."""
     text = held_out_windows(tokenizer, corpus.held_out, windows).to(model.device)
     losses = [float(model(row, labels=row).loss) for row in text[:, None]]
     agree = torch.cat([exits_agree(model, row[:, :-1])[:, 0] for row in text[:, None]], dim=1).float().mean(1)

@@ -1,1 +1,1 @@
-"""Models of real sizes with random weights: what `benchmarks/gpu.py` and `benchmarks/quantised.py` measure."""
+"""Shapes: models of real sizes with random weights, for `benchmarks/gpu.py` and `benchmarks/quantised.py`."""

@@ -1,4 +1,4 @@
-"""Agreement: set by the scale of what the target does and the draft does not, and measured by real decoding."""
+"""Agreement: find the scale of the skipped sub-layers that sets it, and measure it by decoding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from selfspec import SelfSpeculator, SkipSet
 
 ATTENTION_SHARE, MLP_SHARE = 0.6, 0.3
-"""Of their layers: 45 % of the sub-layers, more attention than MLP, as in published skip sets (Draft & Verify's leave
-out 60 % and 25 % of a 13B model's, 59 % and 46 % of a 70B model's)."""
+"""Shares of the attention and MLP sub-layers that are skipped: together 45 %, as in published skip sets. Draft & Verify
+skips 60 % and 25 % of a 13B model, 59 % and 46 % of a 70B model."""
 PROJECTIONS = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
 def published_share(num_layers: int) -> SkipSet:
-    """That share of attention and MLP sub-layers, spread evenly over all layers but the first and the last."""
+    """A skip set of the published shares, spread evenly over all layers but the first and the last."""
 
     def spread(n: int) -> list[int]:
         return [1 + i * (num_layers - 2) // n for i in range(n)]
@@ -27,10 +27,10 @@ def published_share(num_layers: int) -> SkipSet:
 def find_scale(
     agreement_at: Callable[[float], float], wanted: float, *, guess: float, tolerance: float, steps: int
 ) -> tuple[float, float]:
-    """The scale in (0, 1] whose agreement comes nearest to `wanted`, and that agreement.
+    """The scale in (0, 1] whose agreement is nearest to `wanted`, and that agreement.
 
-    Disagreement grows about in proportion to the scale, which gives the next one to try; bisection takes over where
-    that would leave the bracket. Ends within `tolerance`, or after `steps` tries.
+    Disagreement is roughly proportional to the scale, so the next scale is extrapolated; bisection replaces an
+    extrapolation outside the bracket. Stops within `tolerance`, or after `steps` scales.
     """
     low, high, scale, tried = 0.0, 1.0, guess, list[tuple[float, float]]()
     for _ in range(steps):
@@ -45,7 +45,7 @@ def find_scale(
 
 
 def drafted_agreement(spec: SelfSpeculator, batches: Sequence[Tensor], new_tokens: int) -> float:
-    """The share accepted of tokens drafted behind an accepted prefix, all depths together, by real decoding."""
+    """The accepted share of tokens drafted after an accepted prefix, over all depths, by decoding."""
     accepted = reached = 0
     for prompts in batches:
         write(spec, prompts, new_tokens)
@@ -55,13 +55,13 @@ def drafted_agreement(spec: SelfSpeculator, batches: Sequence[Tensor], new_token
 
 
 def write(spec: SelfSpeculator, prompts: Tensor, new_tokens: int) -> Tensor:
-    """Decode greedily; the new tokens `b n`."""
+    """Decode greedily and return the new tokens, `b n`."""
     result = spec.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new_tokens, do_sample=False)
     assert isinstance(result, Tensor), "no output object was asked for"
     return result[:, prompts.shape[1] :]
 
 
 def distinct_share(rows: Iterable[Tensor]) -> float:
-    """The share of different tokens in a row, averaged: text that loops has few."""
+    """The share of distinct tokens in a row, averaged over rows; low values mean loops."""
     shares = [len(row.unique()) / len(row) for row in rows]
     return sum(shares) / len(shares)

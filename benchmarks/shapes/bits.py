@@ -1,4 +1,4 @@
-"""The part `bits`: what rounding, skipping and a trimmed head cost in agreement, on the embedded model, in float32."""
+"""Bits: the agreement of rounded, skipping and trimmed drafts of the embedded model, in float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common.prompts import embedded
+from common.prompts import embedded, texts_of
 from rich.console import Console
 from selfspec_search.profile.draft_costs import vocabulary_of
 from selfspec_search.replay.replay import Replay
@@ -20,36 +20,31 @@ from selfspec import DraftSpec, Quantised, SkipSet, SubVocabulary
 from selfspec.huggingface.loading import Loaded, load
 from selfspec.models.draft_weights import DraftWeights
 from selfspec.plan.draft_spec import INT4, INT8
+from selfspec.runtime.runtime import Runtime
 from shapes.quantised_run import at_least
-from shapes.replayed import GAMMA, Rightness, by_sensitivity, most_dispensable, rightness, texts_of
+from shapes.replayed import GAMMA, Rightness, by_sensitivity, least_important, rightness
 from shapes.rounding import BITS, OVERHEAD, RoundedCopies, read_share
 from shapes.tables import rightness_table
 
 SKIP_SHARES = (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2)
 INT4_BITS, INT8_BITS = 4 + OVERHEAD, 8.0
-"""Bits a weight, scales and zeros counted where they count."""
+"""Bits of a weight, with its share of scales and zeros for int4."""
 CALIBRATION_PER_PROMPT = 2
-"""Calibration texts that are written for every held-out one."""
+"""Calibration texts for each held-out text."""
 SENSITIVITY_TEXTS = 8
-"""Calibration texts that give the order in which sub-layers are skipped."""
+"""Texts: the calibration texts that order sub-layers by their importance."""
 PROMPTS, TOY_PROMPTS = 32, 3
 NEW_TOKENS, TOY_TOKENS = 128, 23
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One draft.
-
-    Args:
-        bits: a weight, of what is not skipped; None where nothing is quantised.
-        skipped: share of the sub-layers.
-        read: share of the model's weights, in 16 bits, that a pass of the draft reads.
-    """
+    """The figures of one draft."""
 
     name: str
-    bits: float | None
-    skipped: float
-    read: float
+    bits: float | None  # of a weight that is not skipped; None if nothing is quantised
+    skipped: float  # share of the sub-layers
+    read: float  # bytes that a draft pass reads, as a share of the model's bytes in 16 bits
     right: Rightness
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +58,7 @@ class Row:
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All figures are of held-out texts; calibration texts choose what is skipped and which tokens stay."""
+    """Measure on held-out texts; calibration texts choose the skipped sub-layers and the head's tokens."""
     at_least("prompts", options.prompts, 1)
     at_least("new_tokens", options.new_tokens, GAMMA + 1)
     count = options.prompts or (TOY_PROMPTS if options.toy else PROMPTS)
@@ -77,27 +72,27 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 TITLES = {
     "bits": "everything rounded, nothing skipped",
-    "skips": "nothing rounded, the most dispensable sub-layers skipped",
-    "both": "the same skipped, the rest in int4, the head too",
-    "trimmed": "nothing rounded or skipped, a head of the most frequent tokens (their share of what was written)",
+    "skips": "nothing rounded, the least important sub-layers skipped",
+    "both": "the same sub-layers skipped, all others and the head in int4",
+    "trimmed": "nothing rounded or skipped, a head of the most frequent tokens (their share of the texts)",
 }
 
 
 class Embedded:
-    """The embedded model, and what it wrote."""
+    """The embedded model and its texts."""
 
     def __init__(self, loaded: Loaded, count: int, new_tokens: int) -> None:
         self.model = loaded.model
         self.num_layers: int = self.model.config.num_hidden_layers
-
         calibration, held_out = embedded(loaded, new_tokens)
-        self.calibration = texts_of(self.model, calibration[: CALIBRATION_PER_PROMPT * count], new_tokens)
-        self.replay = Replay(self.model, texts_of(self.model, held_out[:count], new_tokens), GAMMA)
+        runtime = Runtime(self.model)
+        self.calibration = texts_of(runtime, calibration[: CALIBRATION_PER_PROMPT * count], new_tokens)
+        self.replay = Replay(self.model, texts_of(runtime, held_out[:count], new_tokens), GAMMA)
         few = self.calibration[:: -(-len(self.calibration) // SENSITIVITY_TEXTS)]
         self.order: Sequence[Sublayer] = by_sensitivity(Replay(self.model, few, GAMMA))
 
     def by_bits(self) -> Iterator[Row]:
-        """Everything rounded, the head too: to the nearest in groups, and in the formats that have kernels."""
+        """All sub-layers and the head, rounded to the nearest in groups, and in the formats that have kernels."""
         everything = DraftSpec(quantised=Quantised.everything(INT4, self.num_layers))
         for bits in BITS:
             draft_weights = RoundedCopies(self.model, bits)
@@ -119,7 +114,7 @@ class Embedded:
             yield self._row(f"int4, {share:.1%} skipped", draft_spec, bits=INT4_BITS)
 
     def by_trimmed(self) -> Iterator[Row]:
-        """With the tokens that are the most frequent in calibration texts."""
+        """A head of the most frequent tokens of the calibration texts."""
         vocabulary = vocabulary_of(self.model)
         ranking = frequent_tokens(self.calibration, vocabulary)
         for share in (1, *TRIMMED):
@@ -129,10 +124,10 @@ class Embedded:
 
     def _skip_sets(self) -> Iterator[tuple[float, SkipSet]]:
         for share in SKIP_SHARES:
-            yield share, most_dispensable(self.order, share)
+            yield share, least_important(self.order, share)
 
     def _covered(self, tokens: Sequence[int]) -> float:
-        """The share of what was written behind held-out prompts that is among these tokens."""
+        """The share of the held-out texts' written tokens that are among `tokens`."""
         written = torch.cat([text.tokens[text.prompt :] for text in self.replay.texts])
         return float(torch.isin(written, torch.tensor(tokens)).float().mean())
 

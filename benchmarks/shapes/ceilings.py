@@ -1,8 +1,8 @@
-"""Ceilings: what this device can do at most, measured in this run."""
+"""Ceilings: the device's copy bandwidth and matrix product speed, measured in this run."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -12,19 +12,15 @@ from shapes.effort import Effort
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Bytes read and written per second by a copy within the device's memory, and bf16 operations per second of a
-    matrix product."""
+    """The most that the device can do per second."""
 
-    copy_bytes_per_second: float
-    matmul_flops: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+    copy_bytes_per_second: float  # read and written, by a copy within the device's memory
+    matmul_flops: float  # bfloat16 operations of a matrix product
 
 
 @torch.inference_mode()
 def measure_ceilings(device: torch.device, effort: Effort) -> Ceilings:
-    """Both, on random data: zeros may run faster."""
+    """Measure both ceilings on random data, since zeros may run faster."""
     source = torch.rand(effort.copy_bytes // 4, device=device)
     target, n = torch.empty_like(source), effort.matmul_size
     one, other = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))

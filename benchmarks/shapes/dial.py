@@ -1,12 +1,12 @@
-"""Dial: how far the target is from what its draft has. *Time real, agreement set.*
+"""Dial: sets the distance between target and draft, and so their agreement. *Time real, agreement set.*
 
-Two things can be turned, alone or together:
+Two scales, alone or together:
 
-- What the skipped sub-layers give: their output projections are scaled in the target. At 0 a draft that skips them is
-  the target; the larger the scale, the more the target does that the draft leaves out.
-- What rounding took: a draft's copies are made of the weights as they were drawn, W0, and hold Wq. The target's weights
-  are set, in place, to Wq + s (W0 - Wq). At s = 0 target and draft differ by nothing but kernels and bfloat16. A copy
-  of this target would be nearly Wq again: `requantised` measures how nearly.
+- The output projections of the skipped sub-layers are scaled in the target. At scale 0, a draft that skips these
+  sub-layers equals the target.
+- A quantised draft holds Wq, the quantised copy of the drawn weights W0. The target's weights are set in place to
+  Wq + s (W0 - Wq). At s = 0, target and draft differ only by kernels and by rounding to bfloat16. `requantised`
+  compares Wq with a new quantised copy of this target.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from shapes.agreement import PROJECTIONS
 from shapes.subject import Subject
 
 ROWS_AT_ONCE, MANY_ROWS = 256, 4096
-"""On a CPU rounding is several times as fast where what it computes stays in the caches; a GPU wants more at once."""
+"""Rows that are rounded together on a CPU, whose caches hold them, and on a GPU."""
 
 
 class Dial:
-    """Sets the target's weights. They are drawn again at every turn, so nothing is rounded or scaled twice.
+    """Sets the target's weights from the drawn weights, so that no weight is rounded or scaled twice.
 
     Args:
-        format: of the draft's copies; None where the draft only skips.
-        keep: hold W0 and Wq in memory, as much again as the weights, twice; else they are drawn and rounded again at
-            every turn, which takes a GPU a second, and a CPU a minute.
+        format: of the draft's copies; None if the draft only skips.
+        keep: hold W0 and Wq in memory, which takes twice the memory of the weights. Otherwise each turn draws and
+            rounds the weights again: a second on a GPU, a minute on a CPU.
     """
 
     def __init__(self, subject: Subject, format: Format | None = None, *, keep: bool = False) -> None:
@@ -40,7 +40,7 @@ class Dial:
 
     @torch.no_grad()
     def turn(self, scale: float = 1.0, skip_set: SkipSet | None = None, skipped_scale: float = 1.0) -> None:
-        """Set s, and the scale of what the sub-layers of a skip set give; leave nothing of the turn before."""
+        """Set s and the scale of the skipped sub-layers' outputs; undo the turn before."""
         skipped, subject = projections(skip_set), self.subject
         for name in {*self.copied, *skipped, *subject.moved}:
             weight = subject.model.get_parameter(name)
@@ -55,9 +55,9 @@ class Dial:
 
     @torch.no_grad()
     def requantised(self, skip_set: SkipSet | None = None) -> float:
-        """How far the target is from a copy made of it now, over how far it is from the draft's: 1 if equally far.
+        """The distance of the target's weights from a new quantised copy, over their distance from the draft's copy.
 
-        Of the linear layers of one decoder layer, in the middle, but those whose outputs are skipped and so scaled.
+        Measured on the middle decoder layer, without the scaled output projections of skipped sub-layers.
         """
         middle = [name for name in self.copied if f".{self.subject.num_layers // 2}." in name]
         from_new = from_draft = 0.0
@@ -68,7 +68,7 @@ class Dial:
         return float((from_new / from_draft) ** 0.5)
 
     def _squared_error(self, weight: Tensor, copied_from: Tensor) -> float:
-        """Between a weight and a copy made of another."""
+        """Between `weight` and the quantised copy of `copied_from`."""
         assert self.format is not None
         return (weight.float() - rounded(copied_from, self.format, torch.float32)).square().sum().item()
 
@@ -86,11 +86,11 @@ class Dial:
 
 @torch.no_grad()
 def rounded(weight: Tensor, format: Format, dtype: torch.dtype | None = None) -> Tensor:
-    """What a copy of a weight holds, some rows at a time: a row's does not depend on the others."""
+    """The dequantised copy of a weight, computed some rows at a time: rows are quantised independently."""
     rows = weight.split(ROWS_AT_ONCE if weight.device.type == "cpu" else MANY_ROWS)
     return torch.cat([QuantisedWeight.of(some, format).dequantised(dtype or weight.dtype) for some in rows])
 
 
 def projections(skip_set: SkipSet | None) -> set[str]:
-    """The weights by which the sub-layers of a skip set give what they give."""
+    """Names of the output projections of a skip set's sub-layers."""
     return {f"model.layers.{layer}.{PROJECTIONS[kind]}.weight" for kind, layer in skip_set or ()}

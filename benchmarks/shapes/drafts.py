@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from selfspec import DraftSpec, Format, Quantised, SkipSet, SubVocabulary
 
 FULL = "bf16"
-"""The target's own weights: a draft that is never wrong, and saves nothing."""
+"""The draft with the target's own weights, which is always right and saves nothing."""
 
 
 def drafts_for(
     formats: Sequence[Format], num_layers: int, vocabulary: int, trimmed: int, skip_set: SkipSet
 ) -> dict[str, DraftSpec]:
-    """In full precision and in each format: without and with the head, with a trimmed one, and with skips on top."""
+    """Drafts in full precision and in each format: without head, with head, with a trimmed head, and with skips."""
     skipped = share_skipped(skip_set, num_layers)
     drafts = {FULL: DraftSpec(), f"{FULL}, {skipped}": DraftSpec(skip_set=skip_set)}
     for format in formats:
@@ -24,22 +24,22 @@ def drafts_for(
 
 def _in_format(format: Format, num_layers: int, vocabulary: int, trimmed: int) -> Iterator[tuple[str, DraftSpec]]:
     everything = Quantised.everything(format, num_layers)
-    few = SubVocabulary.of(range(trimmed), vocabulary)  # a pass takes as long with any tokens
+    few = SubVocabulary.of(range(trimmed), vocabulary)  # which tokens they are does not change the time
     yield format.name, DraftSpec(quantised=Quantised(format=format, sublayers=everything.sublayers))
     yield with_head(format), DraftSpec(quantised=everything)
     yield f"{format.name}, head of {trimmed:,} tokens", DraftSpec(quantised=everything, vocabulary=few)
 
 
 def with_skips(format: Format, num_layers: int, skip_set: SkipSet) -> DraftSpec:
-    """All in one format but what is skipped."""
+    """All sub-layers and the head in one format, but for the skipped sub-layers."""
     return DraftSpec(skip_set=skip_set, quantised=Quantised.everything(format, num_layers, skip_set=skip_set))
 
 
 def with_head(format: Format) -> str:
-    """The name of the draft that is quantised as a whole."""
+    """The name of the draft whose sub-layers and head are quantised."""
     return f"{format.name} and head"
 
 
 def share_skipped(skip_set: SkipSet, num_layers: int) -> str:
-    """In words."""
+    """The skipped share in words, such as `45% skipped`."""
     return f"{len(skip_set) / (2 * num_layers):.0%} skipped"

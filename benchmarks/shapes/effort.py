@@ -1,4 +1,4 @@
-"""Effort: how much of everything is measured of a shape, at real sizes and as a toy."""
+"""Effort: prompts, tokens and repeats of a run, for a GPU, a CPU and `--toy`."""
 
 from __future__ import annotations
 
@@ -7,54 +7,36 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class SearchEffort:
-    """Sizes of a search, and of the decoding that follows it.
-
-    Args:
-        calibration, confirming: prompts that plans are compared on, and held-out ones that confirm them.
-        timed, repeats: held-out prompts that are decoded afterwards, and how often.
-    """
+    """Sizes of a search, and of the decoding after the search."""
 
     trials: int
     new_tokens: int
     gamma_max: int
-    calibration: int
-    confirming: int
-    timed: int
+    calibration: int  # prompts
+    confirming: int  # held-out prompts that confirm plans
+    timed: int  # held-out prompts that all decoders decode afterwards
     repeats: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Sizes of one run.
+    """Sizes of one run."""
 
-    Args:
-        prompts, prompt_length, new_tokens, repeats: of timed decodings; `prompts` rows or more give a cell's agreement.
-        tolerance: how far the agreement may be off before the next scale is tried, `steps` times at most.
-        pass_repeats, in_a_row: stretches of a pass, a copy or a product, and how many of them make a stretch; the
-            median stretch counts.
-        copy_bytes, matmul_size: of the device's ceilings.
-        peer_tokens: new tokens of a timed decoding by Hugging Face's ways, which take their time.
-        agreements: that are set for quantised drafts, each a cell.
-        lengths: tokens of the target's passes that are timed; a draft is at most one shorter than the longest.
-        context: tokens cached before a timed pass.
-        trimmed: tokens of a trimmed head.
-    """
-
-    prompts: int
+    prompts: int  # of timed decodings, and the fewest rows that measure a cell's agreement
     prompt_length: int
     new_tokens: int
     repeats: int
-    tolerance: float
-    steps: int
-    pass_repeats: int
-    in_a_row: int
+    tolerance: float  # of a set agreement
+    steps: int  # scales that are tried for an agreement, at most
+    pass_repeats: int  # timed stretches of a pass, a copy or a product; the median counts
+    in_a_row: int  # calls of a stretch
     copy_bytes: int
     matmul_size: int
-    peer_tokens: int
-    agreements: tuple[float, ...]
-    lengths: tuple[int, ...]
-    context: int
-    trimmed: int
+    peer_tokens: int  # new tokens of a timed decoding by Hugging Face
+    agreements: tuple[float, ...]  # set for quantised drafts, one cell each
+    lengths: tuple[int, ...]  # tokens of the target's timed passes
+    context: int  # tokens cached before a timed pass
+    trimmed: int  # tokens of a trimmed head
     search: SearchEffort
 
 
@@ -71,7 +53,7 @@ GPU = Effort(
     matmul_size=8192,
     peer_tokens=34,
     agreements=(0.9, 0.95),
-    lengths=(1, 3, 5, 7, 9),  # few, since each is compiled
+    lengths=(1, 3, 5, 7, 9),  # few, since each length is compiled
     context=512,
     trimmed=32_000,
     search=SearchEffort(trials=200, new_tokens=128, gamma_max=8, calibration=32, confirming=8, timed=16, repeats=3),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from common.tables import stages_table
 from rich.console import Console
 
 from selfspec import InputError
-from selfspec.benchmark.contenders import OURS
-from shapes.aims import judge_aims
 from shapes.ceilings import Ceilings, measure_ceilings
 from shapes.effort import GPU, TOY, Effort
 from shapes.peers import measure_peers
@@ -22,33 +19,23 @@ from shapes.searching import measure_search
 from shapes.shape import LLAMA_8B, QWEN3_32B, TOY_LLAMA, TOY_QWEN3, Shape, in_float32
 from shapes.skip_cells import Cell, CellBench
 from shapes.subject import Subjects
-from shapes.tables import aims_table, ceilings_table, peers_table, search_table, skip_cells_table
-from shapes.trained import Trained, TrainedRun
+from shapes.tables import ceilings_table, peers_table, search_table, skip_cells_table
 
-AIMED = 0.9
-"""The agreement of the cell that has aims, and of the first cell at each number of rows and context."""
-PEERS, SEARCH = "Hugging Face's ways", "search"
+FIRST_AGREEMENT = 0.9
+"""The agreement of the first cell of each size."""
+PEERS, SEARCH = "Hugging Face's decoders", "search"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """What a run covers, and how many seconds its stages may take before one of their kind was measured.
+    """The cells of a run, and the estimated seconds of its stages."""
 
-    Args:
-        main, other: the shape of most cells and the search; and one that is measured at its first sizes alone.
-        sizes: rows and contexts, the most important first.
-        dtype, trained: of the trained model, and the seconds that it may take.
-        estimates: seconds by kind of stage.
-    """
-
-    main: Shape
-    other: Shape
-    sizes: Sequence[tuple[int, int]]
+    main: Shape  # of most cells, and of the search
+    other: Shape  # measured at the first size only
+    sizes: Sequence[tuple[int, int]]  # rows and context, the most important first
     agreements: Sequence[float]
-    dtype: str
     effort: Effort
-    trained: float
-    estimates: dict[str, float]
+    estimates: dict[str, float]  # seconds by kind of stage
 
 
 REAL_RUN = Extent(
@@ -56,9 +43,7 @@ REAL_RUN = Extent(
     other=QWEN3_32B,
     sizes=[(1, 512), (1, 4096), (16, 512), (64, 512), (4, 512), (1, 32768), (16, 4096), (4, 4096)],
     agreements=(0.9, 0.8, 0.7, 0.95),
-    dtype="bfloat16",
     effort=GPU,
-    trained=120,
     estimates={"first cell": 90, "cell": 40, PEERS: 60, SEARCH: 150},
 )
 TOY_RUN = Extent(
@@ -66,43 +51,38 @@ TOY_RUN = Extent(
     other=in_float32(TOY_QWEN3),
     sizes=[(1, 17), (3, 13)],
     agreements=(0.9, 0.7),
-    dtype="float32",
     effort=TOY,
-    trained=10,
     estimates={"first cell": 2, "cell": 1, PEERS: 1, SEARCH: 4},
 )
 
 
 @dataclass(kw_only=True)
 class Run:
-    """One run of the benchmark, and what it measured so far."""
+    """One run of the benchmark, and its figures so far."""
 
     extent: Extent
     device: torch.device
-    midsize: Path
     seed: int
     seconds: float
     console: Console
     cells: list[dict[str, Any]] = field(default_factory=list)
     peers: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
-    trained: Trained | None = None
 
     def measure(self) -> dict[str, Any]:
-        """All stages that the budget has room for; prints as it goes."""
+        """Run all stages that fit into the budget, and print their tables."""
         self.budget = Budget(seconds=self.seconds, console=self.console)
         self.subjects = Subjects(self.device, self.seed)
         self.ceilings = self._ceilings()
         main, other, (first, *rest) = self.extent.main, self.extent.other, self.extent.sizes
-        others = [agreement for agreement in self.extent.agreements if agreement != AIMED]
-        self._cell(main, first, AIMED, kind="first cell")
+        others = [agreement for agreement in self.extent.agreements if agreement != FIRST_AGREEMENT]
+        self._cell(main, first, FIRST_AGREEMENT, kind="first cell")
         self._peers(main, first)
         self._search(main)
-        self._trained()
         for agreement in others:
             self._cell(main, first, agreement)
         for size in rest:
-            self._cell(main, size, AIMED)
+            self._cell(main, size, FIRST_AGREEMENT)
         for agreement in self.extent.agreements:
             self._cell(other, first, agreement, kind=f"cell of {other.name}")
         for size in rest:
@@ -112,7 +92,7 @@ class Run:
 
     def _ceilings(self) -> Ceilings:
         ceilings = self.budget.run("ceilings", 0, lambda: measure_ceilings(self.device, self.extent.effort))
-        if ceilings is None:  # the budget never leaves them out
+        if ceilings is None:  # their estimate is 0, so they are never skipped
             raise InputError(f"{self.device} has no ceilings: {self.budget.stages[-1].reason}")
         self.console.print(ceilings_table(ceilings))
         return ceilings
@@ -130,49 +110,31 @@ class Run:
     def _peers(self, shape: Shape, size: tuple[int, int]) -> None:
         def work() -> dict[str, Any]:
             if not self.cells:
-                raise LeftOutError("the cell that they are held against was not measured")
+                raise LeftOutError("the cell to compare them with was not measured")
             ours = self.cells[0]["ours_tokens_per_second"]
-            cell = Cell(shape=shape.name, rows=size[0], context=size[1], agreement=AIMED)
+            cell = Cell(shape=shape.name, rows=size[0], context=size[1], agreement=FIRST_AGREEMENT)
             return measure_peers(self.subjects.of(shape), cell, self.extent.effort, ours)
 
         self.peers = self.budget.run(PEERS, self.extent.estimates[PEERS], work)
 
     def _search(self, shape: Shape) -> None:
         def work() -> dict[str, Any]:
-            return measure_search(self.subjects.of(shape), self.extent.effort, AIMED)
+            return measure_search(self.subjects.of(shape), self.extent.effort, FIRST_AGREEMENT)
 
         self.search = self.budget.run(SEARCH, self.extent.estimates[SEARCH], work)
 
-    def _trained(self) -> None:
-        self.trained = TrainedRun(
-            folder=self.midsize,
-            device=self.device,
-            dtype=self.extent.dtype,
-            effort=self.extent.effort.search,
-            drafts={OURS: "skip"},
-            seconds=self.extent.trained,
-        ).measure(self.budget)
-
     def _result(self) -> dict[str, Any]:
-        shape = self.extent.main.name
-        aims = judge_aims(shape, self.cells, self.peers, self.search) if self.extent is REAL_RUN else []
         if self.cells:
             self.console.print(skip_cells_table(self.cells))
         if self.peers:
             self.console.print(peers_table(self.peers))
         if self.search:
             self.console.print(search_table(self.search))
-        if self.trained:
-            self.trained.show(self.console)
-        if aims:
-            self.console.print(aims_table(shape, aims))
         self.console.print(stages_table(self.budget.stages))
         return {
-            "ceilings": self.ceilings.to_dict(),
+            "ceilings": asdict(self.ceilings),
             "cells": self.cells,
             "peers": self.peers,
             "search": self.search,
-            "midsize": self.trained.to_dict if self.trained else None,
-            "aims": [aim.to_dict() for aim in aims],
             "stages": self.budget.to_list(),
         }

@@ -1,8 +1,8 @@
-"""Limits: what no runtime can beat, in closed form."""
+"""Limits: the bandwidth limit of plain decoding, and the ideal speedup of a draft, in closed form."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -11,27 +11,23 @@ LONGEST_DRAFT = 12
 
 @dataclass(frozen=True, kw_only=True)
 class PassTimes:
-    """Seconds of passes measured in isolation: the target over one token, the draft over one, and the target over
-    gamma + 1."""
+    """Seconds of passes measured in isolation."""
 
-    plain: float
-    draft: float
-    verify: float
+    plain: float  # target, one token
+    draft: float  # draft, one token
+    verify: float  # target, gamma + 1 tokens
 
     @property
     def draft_cost(self) -> float:
-        """In plain passes."""
+        """Plain passes that a draft pass costs."""
         return self.draft / self.plain
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def weight_bytes(model: PreTrainedModel, rows: int) -> int:
     """Bytes of weights that a pass over one token in each of `rows` rows reads.
 
-    All parameters but the input embedding, of which a pass looks up one row per token; where it is tied to the head it
-    is read whole, once.
+    A pass reads one row of the input embedding per token, and all other parameters once. An embedding that is tied to
+    the head is read whole, once.
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
@@ -41,7 +37,7 @@ def weight_bytes(model: PreTrainedModel, rows: int) -> int:
 
 
 def kv_bytes(model: PreTrainedModel, rows: int, context: float) -> float:
-    """Bytes of keys and values that a pass reads where each of `rows` rows has `context` tokens cached."""
+    """Bytes of keys and values that a pass reads with `context` cached tokens in each of `rows` rows."""
     config = model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -50,20 +46,20 @@ def kv_bytes(model: PreTrainedModel, rows: int, context: float) -> float:
 
 
 def bandwidth_limit(model: PreTrainedModel, rows: int, context: float, bytes_per_second: float) -> float:
-    """Tokens per second of plain decoding that reads its weights and its cache once a pass, and does nothing else."""
+    """Tokens per second of plain decoding if a pass only read weights and cache, each once."""
     return rows * bytes_per_second / (weight_bytes(model, rows) + kv_bytes(model, rows, context))
 
 
 def expected_tokens(agreement: float, gamma: int) -> float:
-    """Tokens of a round whose drafted tokens are accepted with this probability each: (1 - a^(gamma+1)) / (1 - a)."""
+    """Tokens per round at agreement a: (1 - a^(gamma+1)) / (1 - a) (Leviathan et al. 2023, eq. 1)."""
     return sum(agreement**i for i in range(gamma + 1))
 
 
 def best_gamma(agreement: float, draft_cost: float) -> int:
-    """The draft length (1 or more) that is best where a verify pass costs one plain pass."""
+    """The best draft length (1 or more) if a verify pass costs one plain pass."""
     return max(range(1, LONGEST_DRAFT + 1), key=lambda n: expected_tokens(agreement, n) / (n * draft_cost + 1))
 
 
 def ideal_speedup(tokens_per_round: float, gamma: int, passes: PassTimes) -> float:
-    """Over plain decoding, where rounds take their passes and nothing else, and plain decoding its."""
+    """The speedup over plain decoding if only passes took time."""
     return tokens_per_round * passes.plain / (gamma * passes.draft + passes.verify)

@@ -1,6 +1,6 @@
-"""Passes in isolation: how long the runtime's own passes take with nothing around them.
+"""Passes: the time of the runtime's single passes.
 
-On CUDA every pass is captured in a graph of its own, which is then replayed: so no launch counts, only the work.
+On CUDA, each pass is captured in its own graph, and replays of the graph are timed, so that launches do not count.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from shapes.limits import PassTimes, expected_tokens, ideal_speedup
 from shapes.subject import Subject
 
 WARM_UP = 3
-"""Calls before a capture: compilation and the libraries' own set-up must be over."""
+"""Calls before a capture, for compilation and set-up."""
 
 
 @torch.inference_mode()
 def round_passes(runtime: Runtime, tokens: Tensor, gamma: int, context: int, effort: Effort) -> PassTimes:
-    """Of the passes of a round over the first of these tokens (`b t`), behind `context` cached tokens in every row.
+    """Time the passes of a round over the first of `tokens` (`b t`), with `context` cached tokens in every row.
 
-    The cache must have room; what it holds does not matter, and is overwritten.
+    The cache must have room; its contents are overwritten.
     """
     runtime.cache.lengths.fill_(context)
     device = runtime.cache.lengths.device
@@ -43,7 +43,7 @@ def round_passes(runtime: Runtime, tokens: Tensor, gamma: int, context: int, eff
 
 
 def captured(call: Call, device: torch.device) -> Call:
-    """A replay of what `call` launches; `call` itself on a CPU."""
+    """A replay of the work that `call` launches; `call` itself on a CPU."""
     if device.type != "cuda":
         return call
     stream = torch.cuda.Stream(device)
@@ -60,50 +60,43 @@ def captured(call: Call, device: torch.device) -> Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """Measured in one run.
+    """Times of passes, measured in one run."""
 
-    Args:
-        target: by tokens of the pass.
-        drafts: of one token, by the draft's name.
-        padded: how many tokens such a pass is made of, where it is more than one.
-        bytes: memory that each draft takes in addition to the model.
-    """
-
-    target: dict[int, Times]
-    drafts: dict[str, Times]
-    padded: dict[str, int]
-    bytes: dict[str, int]
+    target: dict[int, Times]  # by tokens of the pass
+    drafts: dict[str, Times]  # over one token, by the draft's name
+    padded: dict[str, int]  # tokens of a draft's pass, where padding makes them more than one
+    bytes: dict[str, int]  # memory of each draft in addition to the model
 
     @cached_property
     def pass_lengths(self) -> PassLengths | None:
-        """The lengths at which passes are faster than shorter ones; None where there are none."""
+        """The pass lengths that are faster than shorter ones; None if padding never helps."""
         longest = max(self.target)
         medians = {t - 1: times.median for t, times in self.target.items()}
         pass_lengths = PassLengths(rows=1, target=target_lengths(medians, longest - 1))
         return pass_lengths if pass_lengths.most else None
 
     def length_of(self, t: int) -> int:
-        """How many tokens a pass over `t` is made of."""
+        """Tokens of a padded pass over `t` tokens."""
         return self.pass_lengths.of_target(t) if self.pass_lengths else t
 
     @property
     def better_plain(self) -> Times:
-        """Of the pass by which plain decoding is the fastest."""
+        """Times of the pass with which plain decoding is fastest."""
         return self.target[self.length_of(1)]
 
     def verify(self, gamma: int) -> Times:
-        """Of the pass that verifies a draft of `gamma` tokens."""
+        """Times of the pass that verifies a draft of `gamma` tokens."""
         return self.target[self.length_of(gamma + 1)]
 
     def of(self, draft: str, gamma: int) -> PassTimes:
-        """A round's passes, and the better plain one."""
+        """Seconds of a round's passes, and of the better plain pass."""
         return PassTimes(
             plain=self.better_plain.median, draft=self.drafts[draft].median, verify=self.verify(gamma).median
         )
 
     @property
     def gammas(self) -> list[int]:
-        """Draft lengths whose verify pass was measured."""
+        """Draft lengths with a measured verify pass."""
         return [t - 1 for t in sorted(self.target) if t > 1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +121,7 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """The best draft length, and the speedup over the better plain decoding if passes were all that takes time."""
+    """The best draft length, and its speedup over the better plain decoding if only passes took time."""
 
     draft: str
     agreement: float
@@ -137,7 +130,7 @@ class Ceiling:
 
     @classmethod
     def of(cls, passes: Passes, draft: str, agreement: float) -> Ceiling:
-        """max over gamma of ((1 - a^(gamma+1)) / (1 - a)) / (gamma c + verify), costs in passes of plain decoding."""
+        """max over gamma of ((1 - a^(gamma+1)) / (1 - a)) / (gamma c + verify), with costs in plain passes."""
 
         def speedup(gamma: int) -> float:
             return ideal_speedup(expected_tokens(agreement, gamma), gamma, passes.of(draft, gamma))
@@ -153,7 +146,7 @@ class Ceiling:
 def measure_passes(
     subject: Subject, drafts: Mapping[str, DraftSpec], draft_weights: DraftWeights, effort: Effort
 ) -> Passes:
-    """All in turn, each by a runtime of its own behind a filled cache."""
+    """Time all passes in turn, each in its own runtime with a filled cache."""
     target = Runtime(subject.model)
     runtimes = {
         name: Runtime(subject.model, draft_spec, draft_weights=draft_weights) for name, draft_spec in drafts.items()
@@ -161,7 +154,7 @@ def measure_passes(
     longest = max(*effort.lengths, *DRAFT_LENGTHS)
     for runtime in (target, *runtimes.values()):
         runtime.reserve(1, effort.context + longest)
-        runtime.cache.lengths.fill_(effort.context)  # which tokens they are does not change a pass's time
+        runtime.cache.lengths.fill_(effort.context)  # the contents do not change a pass's time
     (tokens,) = subject.prompts(1, 1, longest)
     calls = {("target", t): partial(target.run, "target", tokens[:, :t].clone()) for t in effort.lengths}
     for name, runtime in runtimes.items():
@@ -183,11 +176,11 @@ def measure_passes(
 
 
 def lengths_of(runtime: Runtime) -> tuple[int, ...]:
-    """To how many tokens a draft's pass over one may be padded: as a search has it, quantised ones never."""
+    """Lengths to which a draft's pass over one token may be padded. Quantised drafts are not padded, as in a search."""
     return (1,) if runtime.static or runtime.draft_spec.quantised else DRAFT_LENGTHS
 
 
 def best_length(timed: Mapping[int, Times]) -> int:
-    """The fastest, where it is faster than one token by more than noise."""
+    """The fastest length if it beats one token by more than noise, else 1."""
     best = min(timed, key=lambda t: timed[t].median)
     return best if timed[best].median < timed[1].median * (1 - LEAST_PADDING_GAIN) else 1

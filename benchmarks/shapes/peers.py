@@ -1,4 +1,4 @@
-"""Peers: Hugging Face's own ways in the cell that has an aim, one row."""
+"""Peers: Hugging Face's decoders in one cell of one row."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ DRAFT_TOKENS = (3, 6)
 
 
 def measure_peers(subject: Subject, cell: Cell, effort: Effort, ours_tokens_per_second: float) -> dict[str, Any]:
-    """Tokens per second of `model.generate` and of `assistant_early_exit`, prefill taken off.
+    """Tokens per second of `model.generate` and `assistant_early_exit`, without prefill.
 
-    An early exit agrees with random weights by chance alone, so for it the agreement is set as for ours: with all
-    sub-layers behind its exit scaled. It exits where as many sub-layers are left out as ours leaves out, and has the
-    faster of two draft lengths.
+    An early exit of random weights agrees by chance only, so its agreement is set too, by scaling the sub-layers after
+    the exit. The exit skips as many sub-layers as our draft, and drafts the faster of two draft lengths.
     """
     bench = CellBench(subject, cell, effort)
     prompts = [batch[0] for batch in bench.batches[:1]]

@@ -1,7 +1,4 @@
-"""Cells of quantised drafts: one shape and format, a draft at one agreement, held against its rivals.
-
-*Time real, agreement set.*
-"""
+"""Cells of quantised drafts: one shape, format and agreement, against plain decoding. *Time real, agreement set.*"""
 
 from __future__ import annotations
 
@@ -25,22 +22,22 @@ from shapes.subject import Subject
 
 PADDED, DRAFTED = "plain, padded", "drafted"
 REACH = 16.0
-"""The largest scale that is tried: 8 bits err so little that they disagree only with targets far away."""
+"""The largest scale: int8 rounds so little that only a distant target disagrees."""
 FIRST_GUESS = 3.0
-"""Scale over disagreement, roughly, in 4 bits."""
+"""Scale per disagreement in 4 bits, roughly."""
 OUT_OF_REACH = 2
-"""Tolerances by which an agreement must be missed to be called out of reach."""
+"""Tolerances: an agreement that is missed by more is out of reach."""
 
 Turn = Callable[[float], dict[str, float]]
-"""Sets how far the target is from the draft, between 0 and 1; returns what it set, by name."""
+"""Sets the target's distance from the draft, from 0 to 1; returns the scales that it set, by name."""
 
 
 class QuantisedBench:
     """Decodes one shape plainly, and with drafts in one format.
 
     Attributes:
-        spec: ours. Its copies are made once, of the weights as they were drawn; its plan changes from cell to cell.
-        scales: of the dial, by the agreement that they gave.
+        spec: our decoder. Its copies are made once, of the drawn weights; its plan changes with the cell.
+        scales: of the dial, by agreement.
     """
 
     def __init__(self, subject: Subject, format: Format, effort: Effort) -> None:
@@ -55,9 +52,9 @@ class QuantisedBench:
         self._plain: dict[str, Ours] = {}
 
     def measure(self, agreement: float, *, skipping: bool) -> dict[str, Any]:
-        """Everything of one cell, for the table and the JSON.
+        """All figures of one cell.
 
-        The draft is quantised as a whole, or, with `skipping`, all but a published share of sub-layers that it skips.
+        The draft is quantised as a whole; with `skipping`, it also skips the published share of sub-layers.
         """
         turn, draft, skip_set = self.turn_of(agreement), with_head(self.format), None
         if skipping:
@@ -90,7 +87,7 @@ class QuantisedBench:
         }
 
     def turn_of(self, agreement: float) -> Turn:
-        """Turns the dial of a draft that is quantised as a whole."""
+        """Sets the rounding scale."""
 
         def turn(share: float) -> dict[str, float]:
             self.scales[agreement] = REACH * share
@@ -100,16 +97,14 @@ class QuantisedBench:
         return turn
 
     def turn_with_skips(self, agreement: float) -> Turn:
-        """The dial stays where the highest agreement was; what the skipped sub-layers give is scaled.
+        """Scales the skipped sub-layers' outputs, at the rounding scale of the highest agreement.
 
         Raises:
             LeftOutError: no higher agreement was measured.
         """
         highest = max(self.scales, default=0.0)
         if highest <= agreement:
-            raise LeftOutError(
-                f"it begins where a cell of more agreement than {agreement:g} ends, and none was measured"
-            )
+            raise LeftOutError(f"it needs a cell of more agreement than {agreement:g}, and none was measured")
         scale = self.scales[highest]
 
         def turn(share: float) -> dict[str, float]:
@@ -119,9 +114,9 @@ class QuantisedBench:
         return turn
 
     def draft_by(self, skip_set: SkipSet | None, gamma: int) -> None:
-        """Draft `gamma` tokens from now on, with all quantised but what is skipped.
+        """Draft `gamma` tokens from now on, without the skip set, all other sub-layers quantised.
 
-        The copies stay: new ones would take a minute on a CPU, and would be those of another target.
+        The copies stay: new copies would take a minute on a CPU, and would be copies of a changed target.
         """
         draft_spec = with_skips(self.format, self.subject.num_layers, skip_set) if skip_set else self.everything
         if draft_spec != self.spec.runtime.draft_spec:
@@ -129,12 +124,11 @@ class QuantisedBench:
         self.spec.plan = self._plan(draft_spec, gamma)
 
     def agreement(self) -> float:
-        """By real decoding of the prompts."""
+        """The draft's agreement, by decoding the prompts."""
         return drafted_agreement(self.spec, [prompt[None] for prompt in self.prompts], self.effort.new_tokens)
 
     def ends(self) -> dict[str, float]:
-        """Agreement at both ends: where target and draft differ by nothing but kernels and rounding to bfloat16, above
-        which none can be set; and that of the weights as they were drawn, which nobody set."""
+        """The highest agreement that can be set (s = 0), and the agreement of the drawn weights (s = 1)."""
         found = {}
         for name, scale in (("highest", 0.0), ("as_drawn", 1.0)):
             self.dial.turn(scale)
@@ -142,12 +136,12 @@ class QuantisedBench:
         return found
 
     def contenders(self) -> list[Contender]:
-        """`model.generate`, plain decoding as it is and padded, and ours as it drafts now."""
+        """`model.generate`, plain decoding unpadded and padded, and the current draft."""
         plain = [self._plainly(PLAIN), *([self._plainly(PADDED)] if self._pass_lengths else [])]
         return [HuggingFace(GENERATE, self.subject.model), *plain, Ours(DRAFTED, self.spec)]
 
     def _speeds(self, measured: Measurement, best: Ceiling) -> dict[str, Any]:
-        """Every contender's score; and ours over the faster of the two that decode plainly."""
+        """Every contender's score, and our speedup over the faster plain decoding."""
         assert self.passes is not None
         names = [contender.name for contender in measured.contenders]
         better = max((name for name in (PLAIN, PADDED) if name in names), key=measured.tokens_per_second)
@@ -173,7 +167,7 @@ class QuantisedBench:
         return self.passes.pass_lengths if self.passes else None
 
     def _plainly(self, name: str) -> Ours:
-        if name not in self._plain:  # kept: each compiles and captures passes of its own
+        if name not in self._plain:  # kept, since each compiles and captures its own passes
             plan = Plan.none(pass_lengths=self._pass_lengths if name == PADDED else None)
             self._plain[name] = Ours(name, wrap(self.subject.model, plan))
         return self._plain[name]

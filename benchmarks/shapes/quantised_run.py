@@ -1,4 +1,4 @@
-"""The runs of `benchmarks/quantised.py` on shapes: a billion parameters on a CPU, 8 and 32 billion on a GPU."""
+"""Runs of `benchmarks/quantised.py` on shapes: a billion parameters on a CPU, 8 and 32 billion on a GPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from selfspec import Format, InputError
 from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.plan.draft_spec import INT4, INT8
+from selfspec.utils.devices import dtype_name
 from shapes.drafts import drafts_for
 from shapes.effort import CPU, GPU, TOY, Effort
 from shapes.limits import weight_bytes
@@ -28,26 +29,21 @@ from shapes.tables import drafts_table, quantised_ceilings_table, quantised_cell
 from shapes.trained import Trained, TrainedRun
 
 FORMATS = {"int4": INT4, "int8": INT8}
-"""In the order of their importance."""
+"""By name, the most important first."""
 CPU_BUDGET, GPU_BUDGET = 1500.0, 570.0
 EIGHT, THIRTY_TWO, MIDSIZE = "8B", "32B", "midsize"
 SUBJECTS = (EIGHT, MIDSIZE, THIRTY_TWO)
 SKIPPING, ANY = "selfspec, skips alone", "selfspec, all choices"
 LEAST = {"prompts": 1, "new_tokens": 2, "repeats": 1}
-"""The least that each option may be."""
+"""The least value of each option."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
-    """Seconds that stages may take before one of their kind was measured.
+    """Seconds of the stages of a shape, until a stage of the kind was measured."""
 
-    Args:
-        passes: with drawing the shape and making its copies.
-        ends: the agreement at both ends of the dial.
-    """
-
-    passes: float
-    ends: float
+    passes: float  # with drawing the weights and making their copies
+    ends: float  # agreement at both ends of the dial
     cell: float
 
 
@@ -60,7 +56,7 @@ TOY_SHAPES = {EIGHT: (TOY_LLAMA, TOY_ESTIMATES), THIRTY_TWO: (TOY_QWEN3, TOY_EST
 
 
 def measure_on_cpu(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Passes in 8 and 4 bits; decoding in 4 bits, which are the faster ones."""
+    """Time passes in 8 and 4 bits; decode in 4 bits, the faster format."""
     effort = as_given(TOY if options.toy else CPU, options)
     run = ShapeRun(effort, torch.device("cpu"), options.seed, Budget(options.budget or CPU_BUDGET, console), console)
     real = LLAMA_1B, Estimates(passes=200, ends=60, cell=240)
@@ -70,7 +66,7 @@ def measure_on_cpu(options: argparse.Namespace, console: Console) -> dict[str, A
 
 
 def measure_on_gpu(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The most important first: 4 bits at 8 billion, the trained model, other formats, and all again at 32 billion."""
+    """Measure 4 bits at 8 billion parameters, the trained model, other formats, then all formats at 32 billion."""
     if options.device is None and not options.toy and not torch.cuda.is_available():
         raise InputError("this part needs a CUDA device, and there is none here; try the code with --toy")
     device, effort = device_of(options.device, toy=options.toy), as_given(TOY if options.toy else GPU, options)
@@ -102,7 +98,7 @@ def measure_on_gpu(options: argparse.Namespace, console: Console) -> dict[str, A
 
 
 def order(wanted: Sequence[str], formats: Sequence[Format]) -> Iterator[tuple[str, Format | None]]:
-    """Subjects and formats, the trained model behind the first format of the smaller shape."""
+    """Models and formats; the trained model follows the first format of the smaller shape."""
     small, large = ([(name, format) for format in formats if name in wanted] for name in (EIGHT, THIRTY_TWO))
     yield from small[:1]
     if MIDSIZE in wanted:
@@ -122,14 +118,14 @@ def as_given(effort: Effort, options: argparse.Namespace) -> Effort:
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
-    """Raise `InputError` if an option was given and is less."""
+    """Raise `InputError` if a given option is less than `least`."""
     if value is not None and value < least:
         raise InputError(f"--{name.replace('_', '-')} is {value}, but it must be at least {least}")
 
 
 @dataclass
 class ShapeRun:
-    """One run over some shapes; `found` is what it measured so far, by shape and format."""
+    """One run over some shapes; `found` holds the figures so far, by shape and format."""
 
     effort: Effort
     device: torch.device
@@ -142,7 +138,7 @@ class ShapeRun:
         self.subjects = Subjects(self.device, self.seed, damped=True)
 
     def measure(self, shape: Shape, estimates: Estimates, format: Format, *, also_timed: Sequence[Format] = ()) -> None:
-        """All stages of a shape with drafts in one format; passes of drafts in other formats may be timed in turn."""
+        """Measure a shape with drafts in one format. Passes of drafts in other formats may be timed too."""
         name = f"{shape.name}, {format.name}"
         if (reason := device_unsupported_reason(format, self.device)) is not None:
             self.budget.skip(name, reason)
@@ -166,7 +162,7 @@ class ShapeRun:
         self.console.print(quantised_ceilings_table(result, self.effort.agreements))
 
     def _bench(self, shape: Shape, format: Format, timed: Sequence[Format]) -> QuantisedBench:
-        """A bench, its passes timed; the copies of other formats are let go of."""
+        """A bench with timed passes; copies in other formats are freed."""
         free_memory()
         subject = self.subjects.of(shape)
         bench = QuantisedBench(subject, format, self.effort)
@@ -179,12 +175,12 @@ class ShapeRun:
         return bench
 
     def _begin(self, bench: QuantisedBench) -> dict[str, Any]:
-        """What is known when the passes are."""
+        """The result of a shape, with its passes and no cells yet."""
         assert bench.passes is not None
         model, passes = bench.subject.model, bench.passes
         result: dict[str, Any] = {
             "shape": bench.subject.shape.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "format": bench.format.code,
             "bytes_a_pass_reads": weight_bytes(model, 1),
             "passes": passes.to_dict(),

@@ -1,4 +1,4 @@
-"""Replayed: how often drafts of the embedded model are right, and how far that gets a round, without decoding."""
+"""Replayed: agreement and tokens per round of drafts of the embedded model, by replay."""
 
 from __future__ import annotations
 
@@ -9,30 +9,21 @@ from typing import Any
 
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement, rounds_of
-from selfspec_search.replay.texts import Text, write_texts
 from selfspec_search.space import Sublayer, skip_set_of, sublayers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import DraftSpec, SkipSet
 from selfspec.models.draft_weights import DraftWeights, branch
-from selfspec.runtime.runtime import Runtime
 
 GAMMA = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rightness:
-    """Of one draft, in rounds of up to GAMMA drafted tokens.
+    """Figures of one draft, in rounds of up to `GAMMA` drafted tokens."""
 
-    Args:
-        first: agreement at the first depth, over all positions of the texts.
-        by_depth: over the rounds that decoding goes through, behind accepted tokens.
-        acceptance: accepted over drafted.
-    """
-
-    first: float
-    by_depth: list[float]
+    first: float  # agreement at depth 0, over all positions of the texts
+    by_depth: list[float]  # agreement in the rounds that decoding would go through
     acceptance: float
     tokens_per_round: float
 
@@ -45,13 +36,8 @@ class Rightness:
         }
 
 
-def texts_of(model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int) -> list[Text]:
-    """What the model writes behind each prompt, greedily."""
-    return [text for _, text in write_texts(Runtime(model), prompts, new_tokens)]
-
-
 def rightness(replay: Replay, draft_spec: DraftSpec, draft_weights: DraftWeights | None = None) -> Rightness:
-    """Of a draft by this draft spec, its copies made in another way if any are given."""
+    """The figures of a draft; `draft_weights` replaces the draft's own copies."""
     if draft_weights is not None:
         replay = copy(replay)
         replay.draft_weights = draft_weights
@@ -67,7 +53,7 @@ def rightness(replay: Replay, draft_spec: DraftSpec, draft_weights: DraftWeights
 
 
 def by_sensitivity(replay: Replay) -> list[Sublayer]:
-    """All sub-layers, first those whose absence alone costs the least agreement for the weights that it saves."""
+    """All sub-layers, by the agreement that skipping one sub-layer costs per saved weight, the least first."""
     model = replay.view
     weights = {kind: _parameters(model, kind) for kind in ("attn", "mlp")}
     lost = {
@@ -76,8 +62,8 @@ def by_sensitivity(replay: Replay) -> list[Sublayer]:
     return sorted(lost, key=lambda one: lost[one] / weights[one[0]])
 
 
-def most_dispensable(order: Sequence[Sublayer], share: float) -> SkipSet:
-    """The first of an order of sub-layers."""
+def least_important(order: Sequence[Sublayer], share: float) -> SkipSet:
+    """The first `share` of the sub-layers."""
     return skip_set_of(order[: round(share * len(order))])
 
 

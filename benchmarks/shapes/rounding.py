@@ -1,4 +1,4 @@
-"""Rounding: weights rounded to any number of bits, for bits that have no kernel; and what a draft reads of them."""
+"""Rounding: weights rounded to any number of bits, also without a kernel; and the bytes that a draft reads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from selfspec.models.draft_weights import DraftWeights, branch
 
 BITS = (2, 3, 4, 8)
 GROUP = 32
-"""Inputs of an output that share a scale and a zero."""
+"""Weights of an output that share a scale and a zero."""
 OVERHEAD = 2 * 16 / GROUP
-"""Bits a weight, of both, kept in bfloat16."""
+"""Bits of scale and zero per weight, both in bfloat16."""
 FULL_BITS = 16
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
-    """The weight `n k` in 2^bits even steps from the least to the greatest of each group."""
+    """The weight `n k` in 2^bits even steps from the least to the greatest weight of each group."""
     groups = rearrange(weight.float(), "n (g i) -> n g i", i=GROUP)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
@@ -28,7 +28,7 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 
 
 class RoundedCopies(DraftWeights):
-    """Stands in for quantised copies: ordinary layers with rounded weights, whatever format a draft spec names."""
+    """Ordinary layers with rounded weights in place of quantised copies, for any format of a draft spec."""
 
     def __init__(self, model: PreTrainedModel, bits: int) -> None:
         super().__init__(model, many_tokens=True)
@@ -60,8 +60,7 @@ def _rounded(original: nn.Linear, bits: int) -> nn.Linear:
 
 
 def read_share(model: PreTrainedModel, draft_spec: DraftSpec, bits: float | None) -> float:
-    """Of the weights in 16 bits: those of the sub-layers that are not skipped and of the head, in `bits` where they are
-    quantised."""
+    """Bytes of the draft's sub-layers and head, quantised weights in `bits`, over the model's bytes in 16 bits."""
     read = whole = 0.0
     for kind in ("attn", "mlp"):
         for layer in range(model.config.num_hidden_layers):

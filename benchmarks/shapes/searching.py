@@ -1,4 +1,4 @@
-"""Searching: how long a full search of a big shape takes. *Time real*; what it finds in random weights says little."""
+"""Searching: the time of a full search of a real shape. The plan means little with random weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from shapes.subject import Subject
 
 
 def measure_search(subject: Subject, effort: Effort, agreement: float) -> dict[str, Any]:
-    """A search with trials of full size, on random prompts, of the model as the cell with this agreement had it.
-
-    As searches do, it ends trials early, and replays the others to the depth that may turn out best.
-    """
-    subject.forget()  # the search has runtimes of its own
+    """Search with full-size trials on random prompts, with the weights of the cell of this agreement."""
+    subject.forget()  # the search makes its own runtimes
     skip_set, sizes = subject.skip_set, effort.search
     scale = subject.scales.get((skip_set, agreement), FIRST_GUESS)
     Dial(subject).turn(skip_set=skip_set, skipped_scale=scale)

@@ -1,9 +1,8 @@
-"""Shapes: models of real sizes with random weights, drawn on the device from a seed by the parameter's name.
+"""Shape: a model of real size with random weights, drawn on the device from the seed and the parameter's name.
 
-Greedy text of weak random weights loops, so this module draws stronger weights than Hugging Face does. Embeddings have
-size 1; queries, keys and outputs of an MLP are somewhat stronger than what keeps variance. The head is strong, too: the
-likeliest token then has much of the probability, as in trained models. With a weak head, the confidence test of
-`assistant_early_exit` would end every draft at once. Greedy tokens do not depend on the head's strength.
+Greedy text of weak random weights loops, so this module draws stronger weights than Hugging Face does. A strong head
+gives the likeliest token much of the probability, as in trained models. With a weak head, the confidence test of
+`assistant_early_exit` would end every draft at once. Greedy tokens do not depend on the strength of the head.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from selfspec.utils.sizes import in_words
 
 STRONG, USUAL, HEAD = 2.0, 1.2, 12.0
-"""Standard deviations of a linear layer's weights, times the root of what it takes in."""
+"""Standard deviations of a linear layer's weights, times the root of its input size."""
 STRONG_LAYERS = ("q_proj", "k_proj", "down_proj")
 NORM_SPREAD = 0.2
 ROOM = 6 << 30
-"""Bytes needed in addition to the weights: a cache of a few rows, and the work of a pass."""
+"""Bytes in addition to the weights, for a cache of a few rows and the tensors of a pass."""
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-"""No token ends a text. The head is not tied to the embedding, so that it can be drawn by itself."""
+"""No token ends a text. The head is drawn separately from the embedding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +39,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
     def build(self, device: torch.device, seed: int) -> PreTrainedModel:
-        """With random weights, without a copy elsewhere.
+        """The model with random weights, drawn in place.
 
         Raises:
             LeftOutError: the device's memory is too small.
@@ -68,12 +67,12 @@ class Shape:
         torch.cuda.empty_cache()
         free, needed = torch.cuda.mem_get_info(device)[0], self.bytes + ROOM
         if needed > free:
-            raise LeftOutError(f"{self.name} needs {in_words(needed)}, and {in_words(free)} are free here")
+            raise LeftOutError(f"{self.name} needs {in_words(needed)}, but only {in_words(free)} are free")
 
 
 @torch.no_grad()
 def draw(name: str, parameter: Tensor, seed: int) -> None:
-    """Fill a parameter with what this seed has for one of this name: the same at every call."""
+    """Fill a parameter with values that depend on the seed and the name only."""
     generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + seed)
     if parameter.ndim < 2:
         parameter.normal_(_middle(name), NORM_SPREAD, generator=generator)
@@ -82,7 +81,7 @@ def draw(name: str, parameter: Tensor, seed: int) -> None:
 
 
 def _middle(name: str) -> float:
-    """Of what is no matrix: norms' weights and biases. A norm of queries or keys sets how strong they are."""
+    """The mean of a vector parameter. A norm of queries or keys sets their strength."""
     return STRONG if "q_norm" in name or "k_norm" in name else 1.0 if "norm" in name else 0.0
 
 
@@ -94,7 +93,6 @@ def _spread(name: str, width: int) -> float:
 
 
 def _llama(name: str, rope_factor: float, **sizes: Any) -> Shape:
-    """A Llama 3.1 or 3.2."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -133,11 +131,11 @@ _TOY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1021,
 }
-"""Sizes that the kernels of quantised layers take."""
+"""Sizes that the kernels of quantised layers support."""
 TOY_LLAMA = Shape(name="toy Llama", family=LlamaConfig, sizes=_TOY | {"num_hidden_layers": 7})
 TOY_QWEN3 = Shape(name="toy Qwen3", family=Qwen3Config, sizes=_TOY | {"num_hidden_layers": 5, "head_dim": 24})
 
 
 def in_float32(shape: Shape) -> Shape:
-    """The shape in the dtype in which decoding is exact."""
+    """The shape in float32, in which decoding is exact."""
     return replace(shape, dtype=torch.float32)

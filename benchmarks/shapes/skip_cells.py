@@ -1,9 +1,9 @@
-"""Cells of drafts that skip: one shape at one number of rows, context and agreement. *Time real, agreement set.*"""
+"""Cells of drafts that skip: one shape, number of rows, context and agreement. *Time real, agreement set.*"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.timing import Decode, decode_seconds
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfspec import SelfSpeculator, SkipSet
 from selfspec.benchmark.lossless import compare
+from selfspec.utils.devices import dtype_name
 from shapes.agreement import distinct_share, drafted_agreement, find_scale, write
 from shapes.ceilings import Ceilings
 from shapes.dial import Dial
@@ -21,18 +22,18 @@ from shapes.subject import Subject
 
 BASIS = "time real, agreement set"
 FIRST_GUESS = 0.03
-"""Scale of what is skipped where no cell has set one before."""
+"""Scale of the skipped sub-layers before any cell has found a scale."""
 PROBING = 3
-"""Draft length at which the cost of a draft's step is measured, before its length is chosen."""
+"""Tokens: the draft length with which the cost of a draft step is measured, before the draft length is chosen."""
 LONG = 16384
-"""Tokens of prompts that a cell may prefill at a time, beyond its first batch."""
+"""Tokens: the most in the prompts of a cell with several batches."""
 JUDGED = 4096
-"""Tokens. Up to this context differing tokens of single rows are judged, which decodes the row twice more."""
+"""Tokens: the longest context at which differing tokens are judged, which decodes the row twice more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is set."""
+    """The settings of a cell."""
 
     shape: str
     rows: int
@@ -45,7 +46,7 @@ class Cell:
 
 @dataclass
 class Totals:
-    """Of what one decoder wrote, batch after batch, in its latest decoding of them all."""
+    """Counts of a decoder's latest decoding of all batches."""
 
     spec: SelfSpeculator
     batches: Sequence[Tensor]
@@ -66,7 +67,7 @@ class Totals:
 
     @property
     def tokens_per_round(self) -> float:
-        """Of a row's average pass. Where rows end at different times, those that wait for the last one count, too."""
+        """Tokens of a row's average pass; rows that wait for the last row of their batch count too."""
         return self.tokens / self.passes
 
     @property
@@ -88,13 +89,13 @@ class CellBench:
         self.batches = subject.prompts(count, cell.rows, cell.context)
 
     def measure(self, ceilings: Ceilings) -> dict[str, Any]:
-        """Everything of the cell, for the table and the JSON."""
+        """All figures of the cell."""
         gamma = self.choose_gamma()
         spec = self.subject.drafting(self.subject.skip_set, gamma)
         scale, _ = self.set_agreement(spec)
         plain, ours = Totals(self.subject.plain(), self.batches), Totals(spec, self.batches)
         seconds = self.seconds_per_token({"plain": plain.decode, "ours": ours.decode})
-        plain.decode(self.effort.new_tokens)  # what is counted and compared: the timed ones ended with a short one
+        plain.decode(self.effort.new_tokens)  # for counts and comparison: the last timed decoding was the short one
         ours.decode(self.effort.new_tokens)
         passes = self.passes(spec)
         speedup, ideal = seconds["plain"] / seconds["ours"], ideal_speedup(ours.tokens_per_round, gamma, passes)
@@ -104,7 +105,7 @@ class CellBench:
             "timed_batches": len(self.batches),
             "agreement": ours.agreement,
             "tokens_per_round": ours.tokens_per_round,
-            "pass_seconds": passes.to_dict(),
+            "pass_seconds": asdict(passes),
             "draft_cost": passes.draft_cost,
             "speedup": speedup,
             "ideal_speedup": ideal,
@@ -114,19 +115,19 @@ class CellBench:
         }
 
     def seconds_per_token(self, decoders: Mapping[str, Decode]) -> dict[str, float]:
-        """Of all rows together, for one token in each; every decoder decodes all batches, one after the other."""
+        """Seconds for one token in every row of a batch, by decoder."""
         effort = self.effort
         seconds = decode_seconds(decoders, self.subject.device, new_tokens=effort.new_tokens, repeats=effort.repeats)
         return {name: value / len(self.batches) for name, value in seconds.items()}
 
     def choose_gamma(self) -> int:
-        """The draft length that suits the agreement and what a step of the draft costs."""
+        """The best draft length for the agreement and the cost of a draft step."""
         probing = self.subject.drafting(self.subject.skip_set, PROBING)
         write(probing, self.batches[0], self.effort.new_tokens)  # fills the cache
         return best_gamma(self.cell.agreement, self.passes(probing).draft_cost)
 
     def set_agreement(self, spec: SelfSpeculator) -> tuple[float, float]:
-        """Turn the dial to where these batches have the agreement; the scale and what they have."""
+        """Set the cell's agreement; returns the scale and the measured agreement."""
         skip_set: SkipSet = spec.plan.skip_set
         known = (skip_set, self.cell.agreement)
 
@@ -146,12 +147,12 @@ class CellBench:
         return scale, agreement
 
     def passes(self, spec: SelfSpeculator) -> PassTimes:
-        """In isolation, on the runtime that decodes, in the middle of what it decodes."""
+        """Times of a round's passes, in the decoding runtime, at the average context."""
         return round_passes(spec.runtime, self.batches[0], spec.plan.gamma, int(self._context), self.effort)
 
     @property
     def _context(self) -> float:
-        """Tokens in the cache on average while it decodes."""
+        """Tokens in the cache, averaged over a decoding."""
         return self.cell.context + self.effort.new_tokens / 2
 
     def _set(self, gamma: int, scale: float) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class CellBench:
         return {
             "shape": self.cell.shape,
             "basis": BASIS,
-            "dtype": str(self.subject.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.subject.model.dtype),
             "rows": self.cell.rows,
             "context": self.cell.context,
             "agreement_wanted": self.cell.agreement,
@@ -181,7 +182,7 @@ class CellBench:
         }
 
     def _texts(self, plain: Totals, ours: Totals, gamma: int) -> dict[str, Any]:
-        """How ours differs from plain: counted, and judged where judging is cheap."""
+        """Tokens that differ from plain decoding, judged as near-ties or errors where judging is cheap."""
         prompts = [row for batch in self.batches for row in batch]
         triples = [*zip(prompts, plain.rows, ours.rows, strict=True)]
         judged = self.cell.rows == 1 and self.cell.context <= JUDGED

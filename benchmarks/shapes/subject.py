@@ -1,4 +1,4 @@
-"""Subject: one shape, built, and everything that all measurements of it share."""
+"""Subject: a built shape, with the prompts and decoders that its measurements share."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from shapes.agreement import PROJECTIONS, published_share
 from shapes.shape import Shape, draw
 
 DAMPING = 0.5
-"""What sub-layers add is scaled by this over the root of the layers, so that all together add as much in any model."""
+"""Scale of the sub-layers' outputs, times the root of the number of layers."""
 HEAD_SPREAD = 0.5
-"""Standard deviation of the logarithm of the head's row lengths."""
+"""Standard deviation of the logarithm of the lengths of the head's rows."""
 
 
 class Subject:
-    """A model with random weights, which can be drawn again at any time: they depend on the seed alone.
+    """A model with random weights, which can be drawn again at any time.
 
     Args:
-        damped: draw weights so that rounding them does not change everything. As shapes draw them, errors grow a
-            hundredfold from the first layer to the last, and the two likeliest tokens are so near to each other that
-            rounding to bfloat16 alone flips one in twenty: no quantised draft could agree with that. Damped, what the
-            sub-layers add is small, and the head's rows differ in length, so that the likeliest token stands out, as
-            in trained models. Neither changes how long a pass takes.
+        damped: draw weights for quantised drafts. Undamped, errors grow a hundredfold from the first layer to the last,
+            and rounding to bfloat16 alone flips one token in twenty, so no quantised draft could agree. Damped,
+            sub-layers add little, and the head's rows differ in length, so that the likeliest token stands out, as in
+            trained models. Damping does not change the time of a pass.
 
     Attributes:
-        moved: names of parameters that are not as they were drawn.
-        scales: by skip set and agreement wanted, the scale that came nearest so far: where the next cell begins.
+        moved: names of parameters that differ from their drawn values.
+        scales: the nearest scale so far, by skip set and wanted agreement: the next cell begins there.
     """
 
     def __init__(self, shape: Shape, device: torch.device, seed: int, *, damped: bool = False) -> None:
@@ -43,45 +42,45 @@ class Subject:
             self._damp(name, parameter)
 
     def drawn(self, name: str) -> Tensor:
-        """A parameter as it was drawn, in a tensor of its own."""
+        """A new tensor with the drawn values of a parameter."""
         return self.draw(name, torch.empty_like(self.model.get_parameter(name), requires_grad=False))
 
     def draw(self, name: str, weight: Tensor) -> Tensor:
-        """Fill a tensor with the parameter as it was drawn."""
+        """Fill a tensor with the drawn values of a parameter."""
         draw(name, weight, self.seed)
         self._damp(name, weight)
         return weight
 
     def restore(self) -> None:
-        """Leave all parameters as they were drawn, where they are."""
+        """Restore the drawn values of all parameters in place."""
         for name in self.moved:
             self.draw(name, self.model.get_parameter(name))
         self.moved.clear()
 
     def linears(self) -> dict[str, nn.Linear]:
-        """All linear layers, the head's too, by their weights' names."""
+        """All linear layers and the head, by the names of their weights."""
         modules = self.model.named_modules()
         return {f"{name}.weight": module for name, module in modules if type(module) is nn.Linear}
 
     def prompts(self, count: int, rows: int, length: int, *, seed: int = 1) -> list[Tensor]:
-        """So many batches of random tokens, each `rows length`; none is the padding token, which Hugging Face hides."""
+        """`count` batches of random tokens, `rows length` each, without the padding token, which Hugging Face masks."""
         generator = torch.Generator().manual_seed(self.seed + seed)
         drawn = torch.randint(1, self.model.config.vocab_size, (count, rows, length), generator=generator)
         return list(drawn.to(self.device))
 
     def plain(self) -> SelfSpeculator:
-        """The model in our runtime, without a draft."""
+        """Plain decoding in our runtime."""
         return self.drafting(SkipSet(), 0)
 
     def drafting(self, skip_set: SkipSet, gamma: int) -> SelfSpeculator:
-        """Ours, with drafts of `gamma` tokens without `skip_set`; each is kept, since it compiles its own passes."""
+        """Our decoder with drafts of `gamma` tokens without `skip_set`; kept, since each compiles its own passes."""
         key = (skip_set, gamma)
-        if key not in self._specs:  # fixed: the ideal speedup is that of this draft length in every round
+        if key not in self._specs:  # fixed, since the ideal speedup assumes this draft length in every round
             self._specs[key] = wrap(self.model, Plan(skip_set=skip_set, gamma=gamma), policy="fixed")
         return self._specs[key]
 
     def forget(self) -> None:
-        """Free the caches of all that decoded so far."""
+        """Free all decoders and their caches."""
         self._specs.clear()
         free_memory()
 
@@ -98,7 +97,7 @@ class Subject:
 
 
 class Subjects:
-    """Builds shapes one at a time: the one before makes room first."""
+    """Builds one shape at a time; the shape before is freed first."""
 
     def __init__(self, device: torch.device, seed: int, *, damped: bool = False) -> None:
         self.device, self.seed, self.damped = device, seed, damped

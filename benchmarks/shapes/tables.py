@@ -1,4 +1,4 @@
-"""Tables of shapes: what was measured, on the terminal."""
+"""Tables of shapes on the terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from common.tables import figures_table, interval, pairs_table
 from rich.table import Table
 
 from selfspec.utils.sizes import in_words
-from shapes.aims import Aim
 from shapes.ceilings import Ceilings
 
 
 def ceilings_table(ceilings: Ceilings) -> Table:
-    """What the device can do at most."""
+    """The device's ceilings."""
     return pairs_table(
         "ceilings, measured in this run",
         {
@@ -25,16 +24,16 @@ def ceilings_table(ceilings: Ceilings) -> Table:
 
 
 def skip_cells_table(cells: Sequence[dict[str, Any]]) -> Table:
-    """One line per cell of drafts that skip."""
+    """One line for each cell of drafts that skip."""
     columns = ("", "rows x context", "agreement wanted", "measured", "gamma", "draft cost", "tokens/ round")
     figures = ("plain tokens/s", "of limit", "ours tokens/s", "speedup", "ideal", "efficiency", "distinct", "differing")
     return figures_table(
         "random weights: time real, agreement set",
         (*columns, *figures),
         map(_skip_cell, cells),
-        "Agreement was set by scaling the output projections of the skipped sub-layers in the target; the one shown "
-        "was measured. Limit: weight and KV bytes of a pass over the copy bandwidth. Ideal: tokens per round and "
-        "passes measured in isolation. Decoding without prefill.",
+        "Agreement was set by scaling the output projections of the skipped sub-layers in the target, then measured. "
+        "Limit: weight and KV bytes of a pass over the copy bandwidth. Ideal: from tokens per round and passes "
+        "measured in isolation. Decoding without prefill.",
     )
 
 
@@ -60,7 +59,7 @@ def _skip_cell(cell: dict[str, Any]) -> list[str]:
 
 
 def peers_table(peers: dict[str, Any]) -> Table:
-    """Hugging Face's ways in one cell."""
+    """Hugging Face's decoders in one cell."""
     speeds = peers["tokens_per_second"].items()
     return figures_table(
         f"{peers['cell']}: {peers['basis']}",
@@ -71,23 +70,16 @@ def peers_table(peers: dict[str, Any]) -> Table:
 
 
 def search_table(search: dict[str, Any]) -> Table:
-    """Where the time of a search went."""
+    """The phases of a search."""
     size = f"{search['prompts']} prompts x {search['new_tokens']} tokens, drafts of up to {search['gamma_max']}"
     return pairs_table(
         f"search of {search['shape']}, {search['sublayers']} sub-layers: {size}",
         {
-            "trials whole, ended early": f"{search['trials_whole']}, {search['trials_ended_early']}",
+            "trials complete, pruned": f"{search['trials_whole']}, {search['trials_ended_early']}",
             **{f"{name}, seconds": f"{seconds:.1f}" for name, seconds in search["phases_s"].items()},
             "all, seconds": f"{search['seconds']:.1f}",
         },
     )
-
-
-def aims_table(shape: str, aims: Sequence[Aim]) -> Table:
-    """What was wanted, and what was measured."""
-    verdicts = {True: "met", False: "missed", None: ""}
-    rows = ([a.name, a.wanted, "open" if a.measured is None else f"{a.measured:.3g}", verdicts[a.met]] for a in aims)
-    return figures_table(f"aims, {shape}, 1 x 512, agreement 0.9", ("", "wanted", "measured", ""), rows)
 
 
 def target_table(result: dict[str, Any]) -> Table:
@@ -95,7 +87,7 @@ def target_table(result: dict[str, Any]) -> Table:
     passes = result["passes"]
     table = figures_table(
         f"{result['shape']}, {result['dtype']}: a pass of the target reads {in_words(result['bytes_a_pass_reads'])}",
-        ("tokens", "ms", "over one token's (least-greatest)", "padded to"),
+        ("tokens", "ms", "over one token (least-greatest)", "padded to"),
     )
     padded = (passes["pass_lengths"] or {"target": []})["target"]
     for t, milliseconds in passes["target_ms"].items():
@@ -105,10 +97,10 @@ def target_table(result: dict[str, Any]) -> Table:
 
 
 def drafts_table(result: dict[str, Any]) -> Table:
-    """Drafts' passes over one token."""
+    """The drafts' passes over one token."""
     table = figures_table(
         f"{result['shape']}: a pass of the draft, one token",
-        ("draft", "padded to", "ms", "share of the target's (least-greatest)", "of the better plain pass", "memory"),
+        ("draft", "padded to", "ms", "over the target (least-greatest)", "over the better plain pass", "memory"),
     )
     for name, draft in result["passes"]["drafts"].items():
         shares = (interval(draft[key]) for key in ("share_of_target", "share_of_better_plain"))
@@ -120,13 +112,13 @@ def drafts_table(result: dict[str, Any]) -> Table:
 
 def quantised_cell_table(cell: dict[str, Any]) -> Table:
     """The contenders of one cell of a quantised draft."""
-    missed = ", which is out of reach here" if cell["out_of_reach"] else ""
+    missed = " (out of reach)" if cell["out_of_reach"] else ""
     table = figures_table(
         f"{cell['draft']}, gamma {cell['gamma']}: agreement {cell['agreement']:.3f} of {cell['agreement_wanted']:g} "
         f"wanted{missed}",
         ("", "tokens/s", f"over {cell['better_plain']} (95 %)", "tokens per round", "differing from plain"),
         caption=f"s = {cell['scale']:.3g}; a new copy would be {cell['requantised']:.3f} times as far from the "
-        f"target; {cell['distinct_tokens']:.0%} of a text's tokens are different ones",
+        f"target; {cell['distinct_tokens']:.0%} of a text's tokens are distinct",
     )
     for score in cell["contenders"]:
         per_round = score["tokens_per_round"]
@@ -146,9 +138,7 @@ def quantised_ceilings_table(result: dict[str, Any], agreements: Sequence[float]
     table = figures_table(
         f"{result['shape']}: speedup over the better plain decoding, time real, agreement set",
         ("draft", *(f"{what} at {a:g}" for a in agreements for what in ("gamma", "ceiling", "measured"))),
-        caption=f"agreement of {ends['highest']:.3f} at s = 0, of {ends['as_drawn']:.3f} at s = 1, as drawn"
-        if ends
-        else "",
+        caption=f"agreement: {ends['highest']:.3f} at s = 0; {ends['as_drawn']:.3f} at s = 1, as drawn" if ends else "",
     )
     found = {(cell["draft"], cell["agreement_wanted"]): cell for cell in result["cells"]}
     ceilings = {(one["draft"], one["agreement"]): one for one in result["ceilings"]}
@@ -162,7 +152,7 @@ def quantised_ceilings_table(result: dict[str, Any], agreements: Sequence[float]
 
 
 def rightness_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """How often drafts are right, by how they are made."""
+    """Agreement and tokens per round of drafts."""
     depths = range(1, 1 + len(rows[0]["agreement_by_depth"]))
     columns = ("of the weights read", "agreement", *(f"at depth {depth}" for depth in depths), "acceptance")
     table = figures_table(title, ("draft", *columns, "tokens per round"))

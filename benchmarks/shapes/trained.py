@@ -1,4 +1,4 @@
-"""Trained: the mid-size model of `benchmarks/midsize.py`, everything real: searches, then all decoders in turn."""
+"""Trained: the model of `benchmarks/midsize.py`: search plans, then compare all decoders."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from selfspec import SelfspecError, wrap
 from selfspec.benchmark.contenders import GENERATE, PLAIN, Ours, line_up
 from selfspec.benchmark.measure import Score, measure
 from selfspec.huggingface.loading import load
+from selfspec.utils.devices import dtype_name
 from shapes.effort import SearchEffort
 
 STAGE = "mid-size model"
@@ -28,14 +29,14 @@ STAGE = "mid-size model"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What is printed and what is kept."""
+    """The results of the trained model."""
 
     found: dict[str, SearchResult]
     scores: list[Score]
     to_dict: dict[str, Any]
 
     def show(self, console: Console) -> None:
-        """The searches, and all decoders."""
+        """Print the searches and the decoders' scores."""
         for name, result in self.found.items():
             console.print(f"{name}:", style="bold")
             print_search(console, result)
@@ -44,28 +45,23 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """What is measured of a trained model.
-
-    Args:
-        drafts: by the name under which a plan decodes, what drafts may do in its search.
-        seconds: that the stage may take.
-    """
+    """The settings of the stage that measures a trained model."""
 
     folder: Path
     device: torch.device
     dtype: str
     effort: SearchEffort
-    drafts: Mapping[str, DraftName]
-    seconds: float
+    drafts: Mapping[str, DraftName]  # what drafts may do in the search, by the plan's name in the tables
+    seconds: float  # of the whole stage
 
     def measure(self, budget: Budget) -> Trained | None:
-        """As a stage of a run; None where it was left out."""
+        """Run the stage; None if it was skipped."""
         if (reason := missing(self.folder)) is not None:
             return budget.skip(STAGE, reason)
         return budget.run(STAGE, self.seconds, self._measure)
 
     def _measure(self) -> Trained:
-        """Search on calibration prompts, confirm on some of the held-out ones, and decode the others."""
+        """Search on calibration prompts, confirm on some held-out prompts, and decode the others."""
         loaded, effort = load(str(self.folder), device=str(self.device), dtype=self.dtype), self.effort
         model = loaded.model
         calibration, held_out = (
@@ -87,7 +83,7 @@ class TrainedRun:
             found=found,
             scores=scores,
             to_dict={
-                "basis": "a trained model, time and agreement real",
+                "basis": "a trained model: time and agreement real",
                 "model": _described(self.folder, model),
                 "plans": {name: json.loads(result.plan.to_json()) for name, result in found.items()},
                 "search_phases_s": {name: result.seconds for name, result in found.items()},
@@ -114,14 +110,14 @@ class TrainedRun:
 
 
 def missing(folder: Path) -> str | None:
-    """Why there is nothing to measure, and what to do; None where there is."""
+    """Why there is no trained model, and how to make one; None if there is a model."""
     if (folder / "config.json").is_file():
         return None
     return f"no model in {folder}; train one with 'python benchmarks/midsize.py --out {folder}'"
 
 
 def _described(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """What was trained, and how well."""
+    """The model's size and the figures of its training."""
     try:
         training = json.loads((folder / "training.json").read_text("utf8"))
     except (OSError, ValueError) as error:
@@ -130,6 +126,6 @@ def _described(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": model.config.num_hidden_layers,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         **{name: training.get(name) for name in kept},
     }

@@ -1,1 +1,1 @@
-"""What `benchmarks/drafters.py` is made of: workloads, the plans held against each other, prices, and tables."""
+"""Workloads: prompts, plans, prices and measurements of `benchmarks/drafters.py`."""

@@ -1,4 +1,4 @@
-"""Choice: the editing prompts that the model does continue by copying, and those it leaves for fresh code."""
+"""Choose: the editing prompts that the model continues by copying, or leaves for new code."""
 
 from __future__ import annotations
 
@@ -12,40 +12,33 @@ from torch.nn import functional as F
 
 from selfspec.huggingface.loading import Loaded
 from workloads.editing import Function
-from workloads.faithfulness import faithful, looped, whole_copies
+from workloads.faithfulness import faithful, looped
 from workloads.workload import NEW_TOKENS, endless
 
 ROWS = 16
-"""Prompts that are continued at once."""
+"""Prompts that are continued together."""
 FAITHFUL = 0.75
-"""The least share of what was written that is a true copy."""
+"""The least share of written tokens that must be true copies."""
 START, END = NEW_TOKENS // 2, 3 * NEW_TOKENS // 8
-"""Tokens in which a change from copying to fresh code must show."""
+"""Tokens at the start and at the end in which a change from copying to new code must show."""
 COPIED_FIRST = 0.5
 STILL_COPIED = 0.25
 LOOPED = 0.25
-"""The most, of the end, that may be copied or looped for it to be fresh."""
+"""The largest shares of the end that may be copied or looped if the end is to count as new code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A function, and how the model continued its prompt.
-
-    Args:
-        faithful: share of what was written that is a true copy; `start` and `end` are that of either end.
-        end_looped: share of the end that is a loop.
-        whole_copies: of the function, to the letter; reported but not required, as bodies are often wrong.
-    """
+    """A function, and shares of the model's continuation of its prompt."""
 
     function: Function
-    faithful: float
-    start: float
-    end: float
-    end_looped: float
-    whole_copies: int
+    faithful: float  # true copies
+    start: float  # true copies in the first `START` tokens
+    end: float  # true copies in the last `END` tokens
+    end_looped: float  # loops in the last `END` tokens
 
     @classmethod
-    def of(cls, function: Function, prompt: Sequence[int], written: Sequence[int], decoded: str) -> Candidate:
+    def of(cls, function: Function, prompt: Sequence[int], written: Sequence[int]) -> Candidate:
         true = faithful(prompt, written)
         return cls(
             function=function,
@@ -53,17 +46,16 @@ class Candidate:
             start=round(float(true[:START].mean()), 4),
             end=round(float(true[-END:].mean()), 4),
             end_looped=round(float(looped(written)[-END:].mean()), 4),
-            whole_copies=whole_copies(function, decoded),
         )
 
     @property
     def copies(self) -> bool:
-        """Whether the model copied the function, as the editing workload wants it."""
+        """Whether the continuation copies the function, as the editing workload requires."""
         return self.faithful >= FAITHFUL
 
     @property
     def changes(self) -> bool:
-        """Whether the model copied first and then wrote code of its own that is no loop."""
+        """Whether the continuation first copies, then is new code without loops."""
         fresh = self.end <= STILL_COPIED and self.end_looped <= LOOPED
         return self.start >= COPIED_FIRST and fresh
 
@@ -74,17 +66,17 @@ class Candidate:
 
 
 def candidates(loaded: Loaded, functions: Sequence[Function]) -> Iterator[Candidate]:
-    """Continue the prompt of each function greedily, similar lengths together."""
+    """Continue the prompt of each function greedily, in batches of similar lengths."""
     encoded = [(torch.tensor(loaded.tokenizer(function.prompt)["input_ids"]), function) for function in functions]
     fitting = sorted((e for e in encoded if len(e[0]) + NEW_TOKENS <= (loaded.context or 0)), key=lambda e: len(e[0]))
     for first in range(0, len(fitting), ROWS):
         prompts, these = zip(*fitting[first : first + ROWS], strict=True)
         for function, prompt, written in zip(these, prompts, _continued(loaded, prompts), strict=True):
-            yield Candidate.of(function, prompt.tolist(), written.tolist(), str(loaded.tokenizer.decode(written)))
+            yield Candidate.of(function, prompt.tolist(), written.tolist())
 
 
 def _continued(loaded: Loaded, prompts: Sequence[Tensor]) -> Tensor:
-    """What the model writes behind each prompt, `b t`."""
+    """The model's continuations, `b t`."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])
@@ -95,7 +87,7 @@ def _continued(loaded: Loaded, prompts: Sequence[Tensor]) -> Tensor:
 
 
 def least_looping(loaded: Loaded, prompts: Sequence[str], count: int) -> list[str]:
-    """The prompts whose continuations repeat themselves the least: a loop is no text, and lookup would shine on it."""
+    """The prompts whose continuations loop least: loops would favour prompt lookup."""
     shares = {}
     for prompt in prompts:
         (written,) = _continued(loaded, [torch.tensor(loaded.tokenizer(prompt)["input_ids"])])
@@ -106,13 +98,13 @@ def least_looping(loaded: Loaded, prompts: Sequence[str], count: int) -> list[st
 
 
 def chosen(found: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Of those that copy, the most faithful ones: one of each name, as the same method stands in many files."""
+    """The most faithful copying candidates, one of each name, since many files define the same method."""
     copying = sorted((c for c in found if c.copies), key=lambda c: (-c.faithful, c.function.prompt))
     return _first_of_each_name(copying, count)
 
 
 def changing(found: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Of those that pass from copying to fresh code, the ones with the widest gap between both ends."""
+    """The candidates that change from copying to new code, the widest gap between start and end first."""
     passing = sorted((c for c in found if c.changes), key=lambda c: (c.end - c.start, c.function.prompt))
     return _first_of_each_name(passing, count)
 

@@ -1,11 +1,10 @@
-"""Drafting: every workload by every drafter, counted, priced, and timed in turn."""
+"""Drafting: decodes a workload with every drafter in turn; counts, prices and times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from selfspec.benchmark.measure import Measurement, measure
 from selfspec.decoding.stats import Stats
 from selfspec.huggingface.loading import Loaded
 from selfspec.plan import Plan, RoundCosts
-from selfspec.policy import AdaptivePolicy
 from selfspec.utils.statistics import interleaved, speed_ratio, timed_task
 from workloads.plans import Plans
 from workloads.prices import Prices
@@ -37,14 +35,14 @@ from workloads.workload import Workload, endless
 
 ADAPTIVE = "adaptive"
 IN_BATCHES = (PLAIN, "lookup", "cascade", ADAPTIVE)
-"""Who decodes batches: those that are fast with one row, and plain decoding."""
+"""The drafters that decode batches: plain decoding, and the drafters that are fast with one row."""
 PEER_DRAFTS = (3, 10, 16)
-"""Draft lengths of transformers' prompt lookup; the fastest takes part."""
+"""Tokens: draft lengths of transformers' prompt lookup, of which the fastest takes part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
-    """The speculators by name, and what each number of rows costs them."""
+    """The speculators by name, and the round costs of each number of rows."""
 
     specs: dict[str, SelfSpeculator]
     round_costs: dict[int, RoundCosts]
@@ -55,7 +53,7 @@ class Entrants:
 
 
 def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
-    """Make the speculators, and measure what rounds cost at each number of rows, once for all speculators."""
+    """Make the speculators, and measure the round costs of each number of rows."""
     adaptive = plans.adaptive
     probe = BatchCostProbe(
         model=loaded.model,
@@ -76,7 +74,7 @@ def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
 def timed_in_turn(
     loaded: Loaded, entrants: Entrants, prompts: Sequence[Tensor], new_tokens: int, repeats: int, *, peers: bool
 ) -> Measurement:
-    """One row at a time, every prompt by everyone in turn."""
+    """Decode every prompt alone, with all decoders in turn."""
     options = endless(loaded)
     ours = [Ours(name, spec, options=options) for name, spec in entrants.specs.items()]
     theirs: list[Contender] = []
@@ -91,7 +89,7 @@ def timed_in_turn(
 def one_row(
     loaded: Loaded, entrants: Entrants, workload: Workload, count: int, new_tokens: int, repeats: int, *, peers: bool
 ) -> dict[str, Any]:
-    """A workload's counts, priced and measured speeds, as ratios to plain decoding and to the best fixed drafter."""
+    """A workload's counts, and priced and measured speedups, with one row."""
     prompts = workload.prompts(loaded, count, new_tokens)
     measured = timed_in_turn(loaded, entrants, prompts, new_tokens, repeats, peers=peers)
     stats = {one.name: one.stats for one in measured.contenders if isinstance(one, Ours) and one.stats is not None}
@@ -116,7 +114,7 @@ def one_row(
 def many_rows(
     loaded: Loaded, entrants: Entrants, workload: Workload, rows: int, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """The same for one batch; prompts repeat where a workload has fewer than `rows`."""
+    """The same for one batch. Prompts repeat if the workload has fewer than `rows`."""
     prompts, device = workload.prompts(loaded, new_tokens=new_tokens), loaded.model.device
     given = padded([prompts[row % len(prompts)] for row in range(rows)], device)
     options = {"do_sample": False, **endless(loaded)}
@@ -141,7 +139,7 @@ def many_rows(
 
 
 def _compared(stats: dict[str, Stats], prices: dict[str, Prices]) -> dict[str, Any]:
-    """Counts and priced ratios of every drafter."""
+    """Counts and priced speedups of every drafter."""
     speeds = {name: prices[name].speed(one) for name, one in stats.items()}
     best = max((name for name in speeds if name != ADAPTIVE), key=lambda name: speeds[name])
     lines = {
@@ -158,43 +156,13 @@ def _compared(stats: dict[str, Stats], prices: dict[str, Prices]) -> dict[str, A
 
 
 def padded(prompts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch, padded on the left."""
+    """A batch with padding on the left."""
     width = max(map(len, prompts))
     tokens = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
     return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
 
 
-def overhead(loaded: Loaded, spec: SelfSpeculator, prompts: Sequence[Tensor], new_tokens: int) -> float:
-    """The share of the time of rounds that the policy's own thinking takes."""
-    spent, before = 0.0, {name: getattr(AdaptivePolicy, name) for name in ("choose", "observe")}
-
-    def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            nonlocal spent
-            start = perf_counter()
-            try:
-                return method(*args)
-            finally:
-                spent += perf_counter() - start
-
-        return call
-
-    total = 0.0
-    try:
-        for name, method in before.items():
-            setattr(AdaptivePolicy, name, clocked(method))
-        for prompt in prompts:
-            spec.generate(
-                prompt[None].to(spec.model.device), max_new_tokens=new_tokens, do_sample=False, **endless(loaded)
-            )
-            total += spec.stats.seconds["total"] - spec.stats.seconds["prefill"]
-    finally:
-        for name, method in before.items():
-            setattr(AdaptivePolicy, name, method)
-    return spent / total
-
-
 def plan_lines(specs: dict[str, SelfSpeculator]) -> dict[str, str]:
-    """Every plan in words."""
+    """Every plan as text, by name."""
     return {name: str(spec.plan if name != PLAIN else Plan.none()) for name, spec in specs.items()}

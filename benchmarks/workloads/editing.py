@@ -1,9 +1,8 @@
-"""Editing prompts: one short function, given again and again, each time with a new docstring.
+"""Editing prompts: a short function, repeated with new docstrings.
 
-The embedded model hardly copies what it has read once: repeating a function does not raise the share of its tokens that
-are right, and no copy of a function of some length stays true for more than some 15 tokens. What it does go on with is
-an editing history: a short function, then the marker and the function once more under another docstring, several times
-over. So that is the prompt, and it ends behind one more marker.
+The embedded model hardly copies a function that it has read once: a copy stays true for about 15 tokens. It does
+continue an editing history: a short function, then a marker and the function with another docstring, several times. The
+prompt is such a history and ends with a marker.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from selfspec.demo.copying import NEW_DOCSTRING
 from selfspec.demo.corpus import Definition, Source, definitions
 
 VERSIONS = 8
-"""So often a prompt holds the function with a new docstring, after the first time without any."""
+"""Versions of the function with a new docstring in a prompt, after the version without docstring."""
 DOCSTRINGS = (
     "See the description of {name} above.",
     "This is {name}, documented anew.",
     "Do the work of {name}.",
     "Same as before; only this line is new.",
 )
-"""They take turns; the embedded model knows them from its copy-and-edit documents."""
+"""Docstrings in turn. The embedded model knows them from its copy-and-edit documents."""
 BODY = range(3, 25)
 HEADER = range(25)
-"""Tokens: of longer functions the model makes up the rest."""
+"""Tokens of a function's body and header. The model does not copy longer functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +47,13 @@ class Function:
 
     @property
     def prompt(self) -> str:
-        """The function, then marker and edited function `VERSIONS` times, and one more marker."""
+        """The function, then `VERSIONS` times marker and edited function, and a last marker."""
         edits = [self.edited(DOCSTRINGS[version % len(DOCSTRINGS)]) for version in range(VERSIONS)]
         return f"\n\n{NEW_DOCSTRING}\n".join([f"{self.header}\n{self.body}", *edits, ""]).rstrip("\n")
 
 
 def short_functions(files: Sequence[Source], tokenizer: PreTrainedTokenizerBase, random: Random) -> list[Function]:
-    """All different functions of these files that are short enough, in random order."""
+    """All distinct short functions of some files, in random order."""
     found = {function: None for file in files for function in _functions(file)}
     short = [f for f in found if _length(f.body, tokenizer) in BODY and _length(f.header, tokenizer) in HEADER]
     random.shuffle(short)
@@ -68,7 +67,7 @@ def _functions(file: Source) -> Iterator[Function]:
 
 
 def _function(definition: Definition) -> Function | None:
-    """None for a class, for a function of nothing but a docstring, and where the indentation cannot be taken away."""
+    """The function of a definition; None for classes, empty functions, and indentation that `dedent` cannot remove."""
     lines = textwrap.dedent(definition.text).splitlines()
     try:
         node = ast.parse("\n".join(lines)).body[0]

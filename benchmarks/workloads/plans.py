@@ -1,17 +1,18 @@
-"""Plans: every fixed way to draft at its best by the search, and the adaptive one."""
+"""Plans: the best plan of each fixed drafter by a search, and the plan of the adaptive policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from common.prompts import texts_of
 from selfspec_search import SearchSettings, search
 from selfspec_search.profile.profile import Profile
 from selfspec_search.profile.round_costs import match_shares, strip_trailing_zeros
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement
 from selfspec_search.replay.table import Table
-from selfspec_search.replay.texts import Text, write_texts
+from selfspec_search.replay.texts import Text
 from selfspec_search.study.objective import Prices, predict, simplest, ways_to_draft
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from selfspec.runtime.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """What takes part: plans to be kept to, by name, and the one that adapts; and the texts that they were found on."""
+    """Fixed plans by name, the adaptive plan, and the texts and the profile of the search."""
 
     fixed: dict[str, Plan]
     adaptive: Plan
@@ -34,9 +35,9 @@ class Plans:
 def find_plans(
     model: PreTrainedModel, calibration: Sequence[Tensor], held_out: Sequence[Tensor], settings: SearchSettings
 ) -> Plans:
-    """Search for a plan that may look up; of its draft and of lookup, find the best settings of every kind."""
+    """Search for the adaptive plan, and find the best settings of each fixed drafter with the search's draft."""
     found = search(model, calibration, held_out, settings)
-    texts = [text for _, text in sorted(write_texts(Runtime(model), calibration, settings.new_tokens))]
+    texts = texts_of(Runtime(model), calibration, settings.new_tokens)
     prices = Prices.of(found.profile, texts).with_lookups(texts)
     drafting = next(one.prediction for one in found.confirmed if one.prediction.drafting.gamma)
     table = Replay(model, texts, settings.gamma_max).run(drafting.draft_spec)
@@ -53,7 +54,7 @@ def find_plans(
         "cascade": cascade.plan,
     }
     adaptive = found.plan
-    if not adaptive.round_costs or not adaptive.gamma:  # where plain decoding won, or a plan that cannot adapt
+    if not adaptive.round_costs or not adaptive.gamma:  # plain decoding won, or the plan cannot adapt
         adaptive = cascade.plan.model_copy(
             update={"round_costs": [_round_costs(found.profile, drafting.draft_spec, table, texts)]}
         )
@@ -67,7 +68,7 @@ def find_plans(
 
 
 def _round_costs(profile: Profile, draft_spec: DraftSpec, table: Table, texts: Sequence[Text]) -> RoundCosts:
-    """What the policy starts from, at the search's prices."""
+    """Round costs from the search's profile and replay."""
     prices = Prices.of(profile, texts)
     assert prices.lookup is not None
     return RoundCosts(

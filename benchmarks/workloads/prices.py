@@ -1,4 +1,4 @@
-"""Prices: what a decoding costs by its counts and measured prices, whatever else the machine was doing."""
+"""Prices: the seconds of a decoding by its counts and by round costs, without the noise of the machine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ from selfspec.plan import RoundCosts
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Seconds of what a decoding is made of, for one number of rows. Prefill, the same for all, is left out.
-
-    Attributes:
-        round costs: what a round costs at every length, a look, and a step of the draft.
-        looks: whether the decoding looks prompts up.
-    """
+    """Prices decodings of one number of rows, without prefill, which is the same for all drafters."""
 
     round_costs: RoundCosts
-    looks: bool
+    looks: bool  # whether the decoding uses prompt lookup
 
     def seconds(self, stats: Stats) -> float:
-        """Of all rounds that were counted."""
+        """Seconds of all counted rounds."""
         round_costs, passes = self.round_costs, sum(stats.pass_lengths.values())
         rounds = sum(round_costs.rounds[tokens - 1] * count for tokens, count in stats.pass_lengths.items())
         looking = round_costs.lookup * passes if self.looks else 0.0

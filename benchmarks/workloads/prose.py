@@ -1,4 +1,4 @@
-"""Prose prompts: long docstrings, from the quotes to within a line about the middle."""
+"""Prose prompts: first halves of long docstrings, cut within a line."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerBase
 from selfspec.demo.corpus import Source
 
 TOKENS = range(60, 500)
-"""Of the half that is the prompt."""
+"""Tokens of a prompt."""
 LINES = 10
-"""The fewest of a docstring."""
+"""Lines: the shortest docstring."""
 WORDS = 5
-"""Words. A line of as many or more, and no code, is prose."""
+"""Words: a line with as many or more words, and no code, is prose."""
 PROSE_LINES = 0.7
-"""The least share of prose lines among a docstring's lines that are not blank."""
+"""The least share of prose among a docstring's non-blank lines."""
 PER_FILE = 3
 _CODE = (">>>", "...", "def ", "class ", "import ", "%", "-")
 
 
 def prose_prompts(files: Sequence[Source], tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
-    """Halves of docstrings of modules, classes and functions, in random order, few of each file."""
+    """First halves of docstrings, at most `PER_FILE` of each file, in random order."""
     found = []
     for file in files:
         halves = [half for half in _halves(file) if len(tokenizer.encode(half, verbose=False)) in TOKENS]
@@ -45,7 +45,7 @@ def _halves(file: Source) -> Iterator[str]:
 
 
 def _cut(docstring: Sequence[str]) -> str:
-    """Up to the middle of the last wordy line of the first half: within a sentence, which the model then continues."""
+    """The first half, up to the middle of its last wordy line, so that the model continues a sentence."""
     half = docstring[: len(docstring) // 2]
     last = max((at for at, line in enumerate(half) if len(line.split()) >= WORDS), default=0)
     words = half[last].split()

@@ -1,4 +1,4 @@
-"""Write the prompts of all workloads, in minutes on one core: `python -m workloads.write`, in `benchmarks`."""
+"""Write the prompts of all workloads, in minutes on one core: run `python -m workloads.write` in `benchmarks`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SEED = 0
 OF_EACH = COUNT // 4
 """Prompts of each of the four kinds in the mixed workload."""
 CHOICE = FOLDER / "choice.json"
-"""What the choice of the editing prompts had to choose from."""
+"""The file with the figures of the choice of editing prompts."""
 CANDIDATES = 256
-"""Functions that are tried."""
+"""Functions: the candidates for editing prompts."""
 DOCSTRINGS = 24
-"""Docstrings that are tried."""
+"""Docstrings: the candidates for prose prompts."""
 MARKERS = (NEW_DOCSTRING, ONCE_MORE, " renamed to ")
 
 
 def main() -> None:
-    """Write everything, with one thread, so that the same machine writes the same."""
+    """Write all workloads, with one thread, so that a machine always writes the same prompts."""
     torch.set_num_threads(1)
     files = load_corpus().held_out
     loaded = load("demo", device="cpu", dtype="float32")
@@ -47,13 +47,13 @@ def main() -> None:
 
 
 def code_prompts() -> list[str]:
-    """The package's held-out prompts, but those that ask for a copy."""
+    """The package's held-out prompts without markers of copies."""
     texts = [prompt.text for prompt in read_prompts(held_out_prompts())]
     return [text for text in texts if not any(marker in text for marker in MARKERS)][:COUNT]
 
 
 def edits(loaded: Loaded, files: Sequence[Source]) -> tuple[list[str], list[str]]:
-    """The prompts that the model goes on copying, and a few that it leaves for fresh code."""
+    """Prompts whose continuations copy, and prompts whose continuations change to new code."""
     functions = short_functions(files, loaded.tokenizer, Random(f"{SEED} editing"))
     found = list(candidates(loaded, functions[:CANDIDATES]))
     kept, changes = chosen(found, COUNT), changing(found, OF_EACH)
@@ -62,7 +62,7 @@ def edits(loaded: Loaded, files: Sequence[Source]) -> tuple[list[str], list[str]
 
 
 def choice(found: Sequence[Candidate], kept: Sequence[Candidate], changes: Sequence[Candidate]) -> dict[str, Any]:
-    """How many there were to choose from, and what the model did with those that were chosen."""
+    """The figures of all candidates and of the chosen prompts."""
     return {
         "candidates": len(found),
         "mean_faithful_of_all": round(sum(c.faithful for c in found) / len(found), 4),

@@ -20,7 +20,7 @@ BENCHMARKS = Path(midsize.__file__).parent
 
 @dataclass(frozen=True)
 class Ran:
-    """A script that ended: its exit code, what it printed, and its last line read as JSON."""
+    """A finished script: exit code and output."""
 
     code: int
     out: str
@@ -28,6 +28,7 @@ class Ran:
 
     @property
     def result(self) -> dict[str, Any]:
+        """The last line, read as JSON."""
         assert self.code == 0, self.err
         return dict(json.loads(self.out.splitlines()[-1]))
 
@@ -48,14 +49,14 @@ def script() -> Any:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What training the toy mid-size model printed; `out` is its folder."""
+    """The JSON of training the toy mid-size model; `out` is its folder."""
     return run_script("midsize.py", "--toy", "--out", tmp_path_factory.mktemp("midsize") / "model").result
 
 
 @pytest.fixture
 def small_model() -> Any:
-    """Makes a Llama of 3 layers: 64 x 192 weights of attention, 3 x 64 x 96 of an MLP and 128 of norms each; 64 weights
-    of the last norm; 48 x 64 of the embedding, and of the head."""
+    """Makes a Llama of 3 layers, each with 64 x 192 weights of attention, 3 x 64 x 96 of an MLP and 128 of norms. The last
+    norm has 64 weights, embedding and head have 48 x 64 each."""
 
     def make(*, tied: bool = False) -> LlamaForCausalLM:
         sizes = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}

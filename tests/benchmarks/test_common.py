@@ -1,4 +1,4 @@
-"""What benchmark scripts share: timing, stages within a budget, cores, and the record of a run."""
+"""Code that all benchmark scripts share: timing, budget, cores, and the record of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 # --- Timing ---
 
 
-def test_decoding_is_timed_without_what_comes_before_its_tokens(clock: Clock) -> None:
+def test_decode_seconds_excludes_the_time_before_the_first_tokens(clock: Clock) -> None:
     decoders = {"plain": clock.decoder(5.0, 3.0), "ours": clock.decoder(11.0, 2.0)}
     seconds = decode_seconds(decoders, CPU, new_tokens=FEWEST + 7, repeats=3)
     assert seconds == {"plain": pytest.approx(3.0), "ours": pytest.approx(2.0)}
@@ -60,18 +60,18 @@ def test_decoding_is_timed_without_what_comes_before_its_tokens(clock: Clock) ->
     assert clock.now == pytest.approx(runs * (2 * (5.0 + 11.0) + (2 * FEWEST + 7) * (3.0 + 2.0)))
 
 
-def test_decoding_that_takes_no_time_is_refused_and_not_reported(clock: Clock) -> None:
+def test_a_decoding_without_measurable_time_is_refused(clock: Clock) -> None:
     with pytest.raises(InputError, match="plain took no longer for 11 tokens than for 2"):
         decode_seconds({"plain": clock.decoder(5.0, 0.0)}, CPU, new_tokens=11, repeats=3)
 
 
-def test_a_ratio_of_times_is_taken_repeat_by_repeat() -> None:
+def test_the_ratio_of_times_is_the_median_of_the_repeats_ratios() -> None:
     spread = Times((2.0, 9.0, 5.0)).over(Times((4.0, 3.0, 5.0)))
     assert (spread.value, spread.low, spread.high) == (1.0, 0.5, 3.0)  # of 0.5, 3 and 1
     assert Times((2.0, 9.0, 5.0)).median == 5.0
 
 
-def test_calls_take_turns_after_a_stretch_that_is_not_timed(clock: Clock) -> None:
+def test_calls_take_turns_after_an_untimed_stretch(clock: Clock) -> None:
     called = list[str]()
 
     def call(name: str, seconds: float) -> None:
@@ -88,7 +88,7 @@ def test_calls_take_turns_after_a_stretch_that_is_not_timed(clock: Clock) -> Non
 # --- Budget ---
 
 
-def test_a_stage_that_the_time_left_is_not_enough_for_is_skipped_and_says_so(clock: Clock) -> None:
+def test_a_stage_that_does_not_fit_into_the_time_left_is_skipped_with_the_reason(clock: Clock) -> None:
     budget = Budget(seconds=101)
     assert budget.run("one", 7, lambda: clock.decoder(60.0, 0.0)(1) or "done") == "done"
     assert budget.run("other", 43, lambda: "done") is None
@@ -97,7 +97,7 @@ def test_a_stage_that_the_time_left_is_not_enough_for_is_skipped_and_says_so(clo
     assert other.reason == "it may take 43 s, and 41 s of 101 s are left; give a longer --budget"
 
 
-def test_a_stage_is_expected_to_take_as_long_as_the_longest_of_its_kind(clock: Clock) -> None:
+def test_a_stage_is_expected_to_take_as_long_as_the_longest_stage_of_its_kind(clock: Clock) -> None:
     budget = Budget(seconds=100)
     for seconds in (31, 17):
         budget.run(f"{seconds}", 1, lambda seconds=seconds: clock.decoder(seconds, 0)(1), kind="cell")
@@ -108,7 +108,7 @@ def test_a_stage_is_expected_to_take_as_long_as_the_longest_of_its_kind(clock: C
     assert "it may take 31 s, and 29 s" in budget.stages[-1].reason
 
 
-def test_a_stage_that_fails_leaves_the_others_their_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_stages_run_after_a_failed_stage(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(error: Exception) -> None:
         raise error
 
@@ -123,7 +123,7 @@ def test_a_stage_that_fails_leaves_the_others_their_turn(capsys: pytest.CaptureF
     assert [stage["reason"] for stage in budget.to_list()][::2] == ["RuntimeError: first line second", "too big", ""]
 
 
-def test_a_mistake_in_the_code_is_not_taken_for_a_stage_s_failure() -> None:
+def test_a_programming_error_is_not_recorded_as_a_failed_stage() -> None:
     with pytest.raises(ZeroDivisionError):
         Budget(seconds=11).run("mistaken", 0, lambda: 1 // 0)
 
@@ -131,8 +131,8 @@ def test_a_mistake_in_the_code_is_not_taken_for_a_stage_s_failure() -> None:
 # --- The machine and the record ---
 
 
-@pytest.mark.skipif(usable() < 2, reason="needs two cores, and a system that can keep a process to one")
-def test_a_process_kept_to_one_core_is_so_in_every_thread_and_gets_the_others_back() -> None:
+@pytest.mark.skipif(usable() < 2, reason="needs two cores, and a system that can pin a process")
+def test_one_core_pins_every_thread_and_restores_all_cores() -> None:
     def affinities() -> list[set[int]]:
         threads = (thread.submit(os.sched_getaffinity, 0).result() for thread in (older, newer))
         return [os.sched_getaffinity(0), *threads]
@@ -143,16 +143,14 @@ def test_a_process_kept_to_one_core_is_so_in_every_thread_and_gets_the_others_ba
         with one_core() as cores:
             inside, threads = affinities(), threads_for(CPU)
         assert affinities() == [before] * 3
-    assert (cores, threads) == (1, 1)  # replay, which would take every core
+    assert (cores, threads) == (1, 1)  # the threads of replay, which uses all cores
     assert threads_for(CPU) == len(before)
     assert len(inside[0]) == 1
     assert inside[1:] == inside[:1] * 2
 
 
 @pytest.mark.parametrize(("code", "warned"), [("8d26c5237a", False), ("8d26c5237a-dirty", True)])
-def test_only_results_of_a_changed_tree_are_warned_of(
-    code: str, warned: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_a_changed_tree_causes_a_warning(code: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
     warn_if_dirty(code)
     assert ("8d26c5237a-dirty" in capsys.readouterr().err) == warned
 

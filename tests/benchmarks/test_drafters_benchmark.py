@@ -1,4 +1,4 @@
-"""The benchmark of drafters: prices add up, and all of it runs at a small size."""
+"""The benchmark of drafters: prices, and a small run."""
 
 from __future__ import annotations
 
@@ -36,4 +36,3 @@ def test_the_benchmark_runs_at_a_small_size(tmp_path: Path, capsys: pytest.Captu
         assert set(result["drafters"]) == {"plain", "lookup", "cascade", "adaptive"} | one_row
         assert all(line["differing"] == 0 for line in result["drafters"].values())
         assert result["drafters"]["plain"]["priced"] == 1
-    assert 0 < found["policy_overhead"] < 0.2

@@ -1,4 +1,4 @@
-"""The benchmark's rivals: their dynamic programmes against brute force, and what every method must keep to."""
+"""The published methods: dynamic programmes against brute force, and properties of every method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from methods.clasp import BOTH, growing
 from methods.clasp import run_programme as clasp_programme
 from methods.context import RATIOS, Candidate, Context, Selection, Stopwatch
 from methods.draft_verify import LONGEST_DRAFT, AdaptiveExit, decode_row
-from methods.figure import draw
 from methods.fixed import evenly
 from methods.gaussian_process import GaussianProcess
 from methods.judging import OURS, best_of_each, enter, predicted_speedup, verdict
@@ -45,7 +44,7 @@ from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 
 COSTS = costs_of(attention=0.0055, mlp=0.0015)
-"""An attention saves 6 ms, an MLP 2: weights of 3 and 1."""
+"""Skipping an attention saves 6 ms, skipping an MLP 2 ms: weights 3 and 1."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def model() -> PreTrainedModel:
 def texts(model: PreTrainedModel) -> list[Text]:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (5, 11, 2, 7)]
-    # Windows of 32: texts on both sides of it.
+    # Texts longer and shorter than a window of 32 tokens.
     written = {**dict(write_texts(Runtime(model), prompts[:2], 41))}
     written |= {index + 2: text for index, text in write_texts(Runtime(model), prompts[2:], 19)}
     return [written[index] for index in range(4)]
@@ -84,7 +83,7 @@ def turn(angle: float, states: Tensor) -> Tensor:
 
 
 def ways_to_turn(angles: Sequence[float], weights: Sequence[int], **options: Any) -> dict[int, Way]:
-    """The best ways to leave out turns in a plane: a way's angle to the target is the sum of those left out."""
+    """The best ways to skip rotations in a plane: the angle to the target is the sum of the skipped angles."""
     start = states = torch.tensor([[1.0, 0.0]], dtype=torch.double)
     targets = [states := turn(angle, states) for angle in angles]
     return best_ways(
@@ -98,7 +97,7 @@ def ways_to_turn(angles: Sequence[float], weights: Sequence[int], **options: Any
 
 
 def brute_force(weights: tuple[int, ...], kept: tuple[int, ...]) -> dict[int, float]:
-    """The largest cosine by weight left out, of every subset of turns that may be left out."""
+    """The largest cosine by skipped weight, over all subsets of rotations that may be skipped."""
     best: dict[int, float] = {}
     for bits in product(*((0,) if step in kept else (0, 1) for step in range(len(ANGLES)))):
         saved = sum(weight for bit, weight in zip(bits, weights, strict=True) if bit)
@@ -109,9 +108,7 @@ def brute_force(weights: tuple[int, ...], kept: tuple[int, ...]) -> dict[int, fl
 
 @pytest.mark.parametrize("weights", [(1,) * 7, (3, 1, 3, 1, 3, 1, 3), (2, 5, 1, 4, 3, 1, 2)])
 @pytest.mark.parametrize("kept", [(), (0, 6)])
-def test_the_programme_finds_what_brute_force_finds_where_losses_add_up(
-    weights: tuple[int, ...], kept: tuple[int, ...]
-) -> None:
+def test_the_programme_equals_brute_force_if_losses_add_up(weights: tuple[int, ...], kept: tuple[int, ...]) -> None:
     ways, expected = ways_to_turn(ANGLES, weights, kept=kept), brute_force(weights, kept)
     assert set(ways) == set(expected)
     for saved, way in ways.items():
@@ -120,12 +117,12 @@ def test_the_programme_finds_what_brute_force_finds_where_losses_add_up(
         assert math.cos(sum(ANGLES[step] for step in way.skipped)) == pytest.approx(way.similarity, abs=1e-9)
 
 
-def test_ways_that_are_too_unlike_the_target_are_given_up() -> None:
+def test_ways_below_the_floor_of_similarity_are_dropped() -> None:
     ways = ways_to_turn((0.4, 0.8), (1, 1), floor=0.9)
     assert {saved: way.skipped for saved, way in ways.items()} == {0: (), 1: (0,)}
 
 
-def test_clasp_comes_near_the_best_of_all_sets_of_layers(context: Context, windows: Windows) -> None:
+def test_clasp_is_near_the_best_of_all_sets_of_layers(context: Context, windows: Windows) -> None:
     stack = Stack(context.model, windows, alone=True)
 
     def last(skipped: tuple[int, ...]) -> Tensor:
@@ -148,18 +145,20 @@ def test_clasp_comes_near_the_best_of_all_sets_of_layers(context: Context, windo
         assert way.similarity >= np.quantile(by_count[count], 0.75) - 1e-5
 
 
-def test_the_knapsack_counts_what_a_sublayer_saves(context: Context, windows: Windows) -> None:
+def test_knapsack_weights_are_the_savings_of_sublayers(context: Context, windows: Windows) -> None:
     assert weights(context) == [3, 1] * LAYERS
     for saved, skip_set in knapspec_programme(context, windows).items():
         assert 3 * len(skip_set.attn) + len(skip_set.mlp) == saved
 
 
-def test_the_knapsack_can_keep_the_first_and_the_last_layer(context: Context, windows: Windows) -> None:
+def test_knapspec_offers_skip_sets_with_and_without_the_first_and_last_layer(
+    context: Context, windows: Windows
+) -> None:
     free, kept = knapspec_programme(context, windows), knapspec_programme(context, windows, ends(context))
     outer = {0, LAYERS - 1}
     assert any(outer & (skip_set.attn | skip_set.mlp) for skip_set in free.values())
     assert not any(outer & (skip_set.attn | skip_set.mlp) for skip_set in kept.values())
-    assert set(kept.values()) - set(free.values()), "free ways displace some that keep both"
+    assert set(kept.values()) - set(free.values()), "the free programme drops some skip sets that keep both"
     offered = [candidate.skip_set for candidate in METHODS["KnapSpec"](context, 600.0, 0).offered]
     assert set(offered) == {*free.values(), *kept.values()} - {SkipSet()}
     assert len(offered) == len(set(offered))
@@ -169,7 +168,7 @@ def test_the_knapsack_can_keep_the_first_and_the_last_layer(context: Context, wi
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_states_of_single_sublayers_are_those_of_the_draft(context: Context, windows: Windows, alone: bool) -> None:
+def test_running_single_sublayers_equals_the_draft(context: Context, windows: Windows, alone: bool) -> None:
     stack, draft = Stack(context.model, windows, alone=alone), draft_view(context.model, ENDS_SKIPPED)
     states = stack.embedded()
     for layer in range(LAYERS):
@@ -194,7 +193,7 @@ def test_a_draft_that_skips_nothing_agrees_with_the_target_everywhere(context: C
 # --- Gaussian process ---
 
 
-def test_a_gaussian_process_remembers_and_knows_what_it_does_not_know() -> None:
+def test_a_gaussian_process_fits_its_points_and_is_uncertain_far_away() -> None:
     random = np.random.default_rng(0)
     points = (random.random((23, 11)) < 0.5).astype(float)
     values = 5 + points[:, 0] - 2 * points[:, 3]
@@ -208,7 +207,7 @@ def test_a_gaussian_process_remembers_and_knows_what_it_does_not_know() -> None:
     assert high > low + 1
 
 
-def test_a_gaussian_process_over_equal_values_does_not_divide_by_zero() -> None:
+def test_a_gaussian_process_accepts_equal_values() -> None:
     process = GaussianProcess.fit(np.eye(3), np.full(3, 2.0))
     assert process.predict(np.eye(3))[0] == pytest.approx([2.0] * 3)
 
@@ -217,7 +216,7 @@ def test_a_gaussian_process_over_equal_values_does_not_divide_by_zero() -> None:
 
 
 class Quick(dict[SkipSet, float]):
-    """Decoding speeds that do not depend on the hour: the more attention and the less MLP is skipped, the faster."""
+    """Deterministic decoding speeds: skipping attention is faster, skipping MLPs is slower."""
 
     def __call__(self, runtime: Runtime, skip_set: SkipSet, prompts: list[Tensor]) -> float:
         self[skip_set] = 10.0 + 2 * len(skip_set.attn) - len(skip_set.mlp)
@@ -237,7 +236,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Quick:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_gives_sets_of_this_model_however_short_the_time(context: Context, name: str) -> None:
+def test_every_method_offers_valid_skip_sets_without_any_time(context: Context, name: str) -> None:
     selection = METHODS[name](context, 0.0, 0)
     assert selection.offered
     for candidate in selection.offered:
@@ -246,12 +245,12 @@ def test_every_method_gives_sets_of_this_model_however_short_the_time(context: C
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_seed_gives_the_same_sets(context: Context, name: str, quick: Quick) -> None:
+def test_the_same_seed_gives_the_same_skip_sets(context: Context, name: str, quick: Quick) -> None:
     first, again = (METHODS[name](context, 40.0, 3) for _ in range(2))
     assert first == again
 
 
-def test_another_seed_searches_elsewhere(context: Context, quick: Quick) -> None:
+def test_another_seed_tries_other_skip_sets(context: Context, quick: Quick) -> None:
     assert METHODS["SWIFT"](context, 40.0, 3) != METHODS["SWIFT"](context, 40.0, 4)
     METHODS["Draft & Verify"](context, 40.0, 3)
     tried = set(quick)
@@ -260,7 +259,7 @@ def test_another_seed_searches_elsewhere(context: Context, quick: Quick) -> None
     assert tried != set(quick)
 
 
-def test_swift_keeps_to_its_ratio_and_spares_the_first_and_last_layer(context: Context, quick: Quick) -> None:
+def test_swift_keeps_its_ratio_and_never_skips_the_first_and_last_layer(context: Context, quick: Quick) -> None:
     selection = METHODS["SWIFT"](context, 600.0, 0)
     assert selection.tried == len(RATIOS) * 30  # MOST_SETS of each
     assert [candidate.ratio for candidate in selection.offered] == list(RATIOS)
@@ -269,7 +268,7 @@ def test_swift_keeps_to_its_ratio_and_spares_the_first_and_last_layer(context: C
         assert not {0, LAYERS - 1} & (candidate.skip_set.attn | candidate.skip_set.mlp)
 
 
-def test_swift_agrees_more_the_longer_it_searches(
+def test_swift_agrees_more_after_more_trials(
     context: Context, windows: Windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = draft_view(context.model, SkipSet())
@@ -282,11 +281,11 @@ def test_swift_agrees_more_the_longer_it_searches(
     assert agreement(55) > agreement(1) + 0.02
 
 
-def test_draft_and_verify_offers_the_two_fastest_sets_it_decoded_with(context: Context, quick: Quick) -> None:
+def test_draft_and_verify_offers_its_two_fastest_skip_sets(context: Context, quick: Quick) -> None:
     selection = METHODS["Draft & Verify"](context, 60.0, 0)
-    assert selection.tried == len(quick) > 30  # no set twice
+    assert selection.tried == len(quick) > 30  # no skip set twice
     assert [quick[candidate.skip_set] for candidate in selection.offered] == sorted(quick.values())[:-3:-1]
-    # The process finds the direction: of sets drawn at random, one in a million is as fast.
+    # One in a million random skip sets is as fast, so the process must have found the direction.
     assert max(quick.values()) >= 10 + 2 * LAYERS - 2
 
 
@@ -297,7 +296,7 @@ def test_clasp_offers_every_number_of_layers(context: Context) -> None:
     ]
 
 
-def test_decoding_with_an_adaptive_exit_writes_what_the_target_writes(model: PreTrainedModel) -> None:
+def test_decoding_with_an_adaptive_exit_is_lossless(model: PreTrainedModel) -> None:
     runtime = Runtime(model, ENDS_SKIPPED)
     drafter = AdaptiveExit(runtime)
     threshold = drafter.threshold
@@ -309,11 +308,9 @@ def test_decoding_with_an_adaptive_exit_writes_what_the_target_writes(model: Pre
     assert drafter.threshold != threshold
 
 
-def test_the_exit_threshold_rises_until_enough_is_accepted_then_falls_unless_drafts_are_at_their_longest(
-    model: PreTrainedModel,
-) -> None:
+def test_the_exit_threshold_follows_the_acceptance_rate(model: PreTrainedModel) -> None:
     drafter, thresholds = AdaptiveExit(Runtime(model)), []
-    # The acceptance rate starts at 0 and goes half of the way: 1/2, 3/4, 7/8, 15/16, the first above 0.9.
+    # The acceptance rate is 0, 1/2, 3/4, 7/8, then 15/16 > 0.9. A draft of full length does not lower the threshold.
     for drafted, accepted in [(3, 3), (3, 3), (3, 3), (3, 3), (LONGEST_DRAFT, LONGEST_DRAFT), (3, 0)]:
         before = drafter.threshold
         drafter.learn(drafted, accepted)
@@ -321,7 +318,7 @@ def test_the_exit_threshold_rises_until_enough_is_accepted_then_falls_unless_dra
     assert thresholds == [1, 1, 1, -1, 0, 1]
 
 
-def test_every_text_begins_with_the_same_exit_threshold(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_begins_with_the_first_exit_threshold(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     first: list[float] = []
 
     def decode(runtime: Runtime, drafter: AdaptiveExit, prompt: Tensor, new_tokens: int) -> tuple[Tensor, None]:
@@ -337,7 +334,7 @@ def test_every_text_begins_with_the_same_exit_threshold(context: Context, monkey
 # --- Small parts ---
 
 
-def test_a_stopwatch_asks_whether_the_next_step_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_allows_steps_that_fit_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     times: Iterator[float] = iter([0.0, 2.0, 3.0, 6.0, 7.5])
     monkeypatch.setattr("methods.context.perf_counter", lambda: next(times))
     watch = Stopwatch(10.0)
@@ -350,26 +347,22 @@ def test_a_stopwatch_asks_whether_the_next_step_fits(monkeypatch: pytest.MonkeyP
 BILL = Bill(texts=7.0, profile=11.0, recording=1.0, confirmation=23.0, sensitivity=3.0, trial=0.4)
 
 
-def test_what_a_budget_leaves_for_trials_is_what_nothing_else_takes() -> None:
+def test_a_budget_that_cannot_hold_a_search_is_refused_with_the_least_budget() -> None:
     assert BILL.left_of(60.0) == 60 - 7 - 11 - 1 - 23
-
-
-def test_a_budget_that_cannot_hold_a_search_says_what_to_give() -> None:
     least = 7 + 11 + 1 + 23 + 3 + LEAST_TRIALS * 0.4
     assert BILL.left_of(least) == 3 + LEAST_TRIALS * 0.4
-    with pytest.raises(
-        InputError, match=f"cannot hold our search.*42 s.*{least - 42:.0f} s; give --budget {least:.0f} "
-    ):
+    message = f"cannot hold our search.*42 s.*{least - 42:.0f} s; give --budget {least:.0f} "
+    with pytest.raises(InputError, match=message):
         BILL.left_of(least - 0.5)
 
 
-def test_a_budget_that_is_too_small_is_refused_before_any_method_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "prepare", lambda path, options: SimpleNamespace(bill=BILL))  # methods need more
+def test_a_budget_that_is_too_small_is_refused_before_any_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "prepare", lambda path, options: SimpleNamespace(bill=BILL))  # no other attribute
     with pytest.raises(InputError, match="give --budget 47 or more"):
         selection.main(["--model", "plain", "--budget", "1"])
 
 
-def test_items_are_taken_evenly() -> None:
+def test_evenly_and_growing_take_the_expected_items() -> None:
     assert evenly(range(1, 14), 6) == [2, 4, 6, 8, 10, 12]
     assert evenly(range(5), 9) == [0, 1, 2, 3, 4]
     assert evenly(range(7), 1) == [3]
@@ -378,7 +371,7 @@ def test_items_are_taken_evenly() -> None:
 
 
 @pytest.mark.parametrize("budget", [80.0, 320.0])
-def test_swift_shares_its_budget_by_the_ratios(
+def test_swift_gives_all_ratios_equal_shares_of_its_budget(
     context: Context, quick: Quick, monkeypatch: pytest.MonkeyPatch, budget: float
 ) -> None:
     monkeypatch.setattr(swift_module, "BAYES_EVERY", 10**9)
@@ -389,15 +382,15 @@ def test_swift_shares_its_budget_by_the_ratios(
         return 0.5
 
     monkeypatch.setattr(Windows, "agreement", agreement)
-    METHODS["SWIFT"](context, budget, 0)  # a set takes one tick of the clock
-    each = min(30, round(budget / len(RATIOS)))  # no more sets than MOST_SETS
+    METHODS["SWIFT"](context, budget, 0)  # each skip set takes one tick of the clock
+    each = min(30, round(budget / len(RATIOS)))  # at most MOST_SETS
     assert sizes == [size for ratio in RATIOS for size in [int(ratio * 2 * (LAYERS - 2))] * each]
 
 
 # --- Judging ---
 
 
-def test_a_methods_two_best_sets_take_part_with_their_best_draft_lengths(context: Context) -> None:
+def test_the_two_best_skip_sets_of_a_method_take_part_with_their_best_draft_lengths(context: Context) -> None:
     everything = SkipSet(attn=range(LAYERS), mlp=range(LAYERS))
     sets = [everything, ENDS_SKIPPED, SkipSet(mlp=[4]), ENDS_SKIPPED, SkipSet()]
 
@@ -408,17 +401,16 @@ def test_a_methods_two_best_sets_take_part_with_their_best_draft_lengths(context
     replay = Replay(context.model, context.texts, 3)
     entries = enter("mine", select, context, replay, 1.0, 0)
     assert [entry.name for entry in entries] == ["mine", "mine, its next"]
-    # Without one MLP a draft is nearly as slow as the target; without anything it costs next to nothing.
+    # Skipping one MLP saves little, skipping everything saves nearly all.
     assert {entry.plan.skip_set: entry.ratio for entry in entries} == {ENDS_SKIPPED: 1, everything: 0}
     assert entries[0].predicted >= entries[1].predicted
-    # Skipping nothing is no draft.
     assert {(entry.tried, entry.offered) for entry in entries} == {(17, 3)}
     assert all(1 <= entry.plan.gamma <= 3 for entry in entries)
     assert [predicted_speedup(replay, context, entry.plan) for entry in entries] == [e.predicted for e in entries]
     assert predicted_speedup(replay, context, Plan.none()) == 1.0
 
 
-def test_a_method_that_offers_nothing_decodes_plainly(context: Context) -> None:
+def test_a_method_without_skip_sets_decodes_plainly(context: Context) -> None:
     replay = Replay(context.model, context.texts, 3)
     (entry,) = enter("mine", lambda *_: Selection(offered=[Candidate(skip_set=SkipSet())]), context, replay, 1.0, 0)
     assert (entry.plan, entry.predicted, entry.offered) == (Plan.none(), 1.0, 0)
@@ -432,38 +424,24 @@ def row(method: str, speedup: float, against: tuple[float, float] | None) -> dic
     }
 
 
-def test_a_rival_is_judged_by_the_faster_of_its_sets() -> None:
+def test_the_faster_skip_set_of_a_method_counts() -> None:
     rows = [row("SWIFT", 1.1, (1.2, 1.3)), row(OURS, 1.4, None), row("SWIFT", 1.3, (0.97, 1.1))]
     best = best_of_each(rows)
     assert [(row["method"], row["speedup"]["value"]) for row in best] == [(OURS, 1.4), ("SWIFT", 1.3)]
     assert [verdict(row) for row in [*rows, row("CLaSp", 1.6, (0.8, 0.99))]] == ["faster", "", "level", "slower"]
 
 
-def test_the_figure_has_a_panel_for_each_model(tmp_path: Path) -> None:
-    rows = [row("SWIFT", 1.1, (1.2, 1.3)), row(OURS, 1.4, None)]
-    sizes = []
-    for models in (1, 2):
-        draw([{"title": "a model", "rows": rows}] * models, tmp_path / "figure.png")
-        data = (tmp_path / "figure.png").read_bytes()
-        assert data.startswith(b"\x89PNG")
-        sizes.append(int.from_bytes(data[16:20]))
-    assert sizes[1] > 1.5 * sizes[0]
-
-
 @pytest.mark.slow
 def test_a_small_benchmark_runs_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bill, "left_of", lambda bill, budget: 2.0)  # however busy the machine is
+    monkeypatch.setattr(Bill, "left_of", lambda bill, budget: 2.0)  # on a busy machine too
     small = "--model plain --budget 40 --prompts 1 --repeats 1 --calibration 2 --new-tokens 16 --gamma-max 2"
-    out, figure = tmp_path / "out.json", tmp_path / "figure.png"
-    selection.main([*small.split(), "--methods", "stride", "CLaSp", "ours", "--out", str(out), "--figure", str(figure)])
+    out = tmp_path / "out.json"
+    selection.main([*small.split(), "--methods", "stride", "CLaSp", "ours", "--out", str(out)])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(out.read_text())
     (result,) = printed["models"]
     assert {row["method"] for row in result["rows"]} == {"stride", "CLaSp", "ours"}
     assert all(row["differing_tokens"] == 0 for row in result["rows"])
     assert set(result["verdicts"]) == {"stride", "CLaSp"}
-    before = figure.read_bytes()
-    selection.main(["--redraw", str(out), "--figure", str(figure)])
-    assert figure.read_bytes() == before

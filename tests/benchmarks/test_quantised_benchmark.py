@@ -1,4 +1,4 @@
-"""The benchmark of quantised drafts: its bench, its rounding, and all three parts at toy sizes."""
+"""The benchmark of quantised drafts: cells, rounding, and toy runs of all three parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shapes.drafts import with_head, with_skips
 from shapes.effort import TOY
 from shapes.quantised_cells import QuantisedBench
 from shapes.quantised_run import EIGHT, MIDSIZE, THIRTY_TWO, order
-from shapes.replayed import GAMMA, most_dispensable
+from shapes.replayed import GAMMA, least_important
 from shapes.rounding import RoundedCopies, read_share, round_to_nearest
 from shapes.shape import TOY_LLAMA, TOY_QWEN3
 from shapes.subject import Subject
@@ -37,7 +37,7 @@ def bench() -> QuantisedBench:
     return make_bench()
 
 
-def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(bench: QuantisedBench) -> None:
+def test_turning_the_dial_changes_agreement_and_keeps_the_copies(bench: QuantisedBench) -> None:
     draft_weights = bench.spec.runtime.views.draft_weights
     made = dict(draft_weights._made)
     bench.draft_by(None, 3)
@@ -51,7 +51,7 @@ def test_the_draft_s_copies_stay_while_the_target_moves_and_so_does_agreement(be
     assert draft_weights._made == made
 
 
-def test_a_draft_that_skips_more_needs_no_new_copies(bench: QuantisedBench) -> None:
+def test_a_draft_that_skips_more_reuses_its_copies(bench: QuantisedBench) -> None:
     made = dict(bench.spec.runtime.views.draft_weights._made)
     bench.draft_by(bench.subject.skip_set, 2)
     few = bench.spec.runtime.views.draft_weights._made
@@ -60,7 +60,7 @@ def test_a_draft_that_skips_more_needs_no_new_copies(bench: QuantisedBench) -> N
     assert bench.spec.plan.draft_spec == bench.spec.runtime.draft_spec == with_skips(INT4, 7, bench.subject.skip_set)
 
 
-def test_a_cell_with_skips_begins_where_a_higher_agreement_was_found() -> None:
+def test_a_cell_with_skips_uses_the_scale_of_a_higher_agreement() -> None:
     bench = make_bench()
     with pytest.raises(LeftOutError, match=r"more agreement than 0\.8"):
         bench.turn_with_skips(0.8)
@@ -71,7 +71,7 @@ def test_a_cell_with_skips_begins_where_a_higher_agreement_was_found() -> None:
 # --- Rounding ---
 
 
-def test_rounding_to_the_nearest_keeps_a_group_s_ends_and_is_half_a_step_off_at_most() -> None:
+def test_rounding_keeps_the_ends_of_a_group_and_errs_by_at_most_half_a_step() -> None:
     weight = torch.randn(7, 3 * 32)
     groups = weight.view(7, 3, 32)
     for bits in (2, 3, 4, 8):
@@ -84,7 +84,7 @@ def test_rounding_to_the_nearest_keeps_a_group_s_ends_and_is_half_a_step_off_at_
     assert torch.equal(round_to_nearest(torch.full((1, 32), 0.375), 2), torch.full((1, 32), 0.375))
 
 
-def test_a_stand_in_for_copies_is_the_layer_with_rounded_weights(small_model: Any) -> None:
+def test_rounded_copies_are_layers_with_rounded_weights(small_model: Any) -> None:
     model, inputs = small_model(), torch.randn(5, 64)
     draft_weights = RoundedCopies(model, 3)
     gate = draft_weights.linear("mlp", 1, "gate_proj", INT4)
@@ -97,7 +97,7 @@ def test_a_stand_in_for_copies_is_the_layer_with_rounded_weights(small_model: An
     )
 
 
-def test_a_draft_reads_what_it_keeps_in_16_bits_and_what_it_quantised_in_fewer(small_model: Any) -> None:
+def test_read_share_counts_kept_quantised_and_skipped_weights(small_model: Any) -> None:
     model, (attn, mlp, head) = small_model(), (64 * 192, 3 * 64 * 96, 48 * 64)
     whole = 3 * (attn + mlp) + head
     assert read_share(model, DraftSpec(), None) == 1
@@ -110,22 +110,22 @@ def test_a_draft_reads_what_it_keeps_in_16_bits_and_what_it_quantised_in_fewer(s
     assert read_share(model, trimmed, 5.0) == pytest.approx((3 * (attn + mlp) + head / 3) * 5 / 16 / whole)
 
 
-def test_the_most_dispensable_sub_layers_are_the_first_of_theirorder() -> None:
+def test_the_least_important_sub_layers_are_the_first_of_theirorder() -> None:
     order = [("mlp", 3), ("attn", 0), ("attn", 3), ("mlp", 1)]
-    assert most_dispensable(order, 0.5) == SkipSet(attn={0}, mlp={3})
-    assert not most_dispensable(order, 0)
+    assert least_important(order, 0.5) == SkipSet(attn={0}, mlp={3})
+    assert not least_important(order, 0)
 
 
 # --- The command ---
 
 
 @pytest.mark.parametrize(("part", "option"), [("bits", "--prompts"), ("cpu", "--new-tokens"), ("gpu", "--repeats")])
-def test_nothing_to_measure_is_refused(part: str, option: str) -> None:
+def test_a_size_of_zero_is_refused(part: str, option: str) -> None:
     with pytest.raises(InputError, match=f"{option} is 0, but it must be at least"):
         quantised.main([part, "--toy", option, "0"])
 
 
-def test_the_trained_model_comes_behind_the_first_format_of_the_smaller_shape() -> None:
+def test_the_trained_model_follows_the_first_format_of_the_smaller_shape() -> None:
     formats = [INT4, INT8]
     assert list(order([THIRTY_TWO, EIGHT, MIDSIZE], formats)) == [
         (EIGHT, INT4),
@@ -138,7 +138,7 @@ def test_the_trained_model_comes_behind_the_first_format_of_the_smaller_shape() 
     assert list(order([MIDSIZE], formats)) == [(MIDSIZE, None)]
 
 
-def test_a_run_without_time_names_all_that_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_time_names_every_skipped_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = quantised.main(["gpu", "--toy", "--budget", "0.1", "--midsize", str(tmp_path)])
     assert {stage["status"] for stage in result["stages"]} == {"skipped"}
     assert result["shapes"] == []
@@ -156,7 +156,7 @@ COMMON = {"benchmark", "part", "commit", "device", "threads", "versions", "setti
 
 
 @pytest.mark.slow
-def test_the_toy_run_of_bits_gives_the_agreement_of_every_draft(script: Any, tmp_path: Path) -> None:
+def test_the_toy_run_of_bits_measures_every_draft(script: Any, tmp_path: Path) -> None:
     result = script("quantised.py", "bits", "--toy", "--out", tmp_path / "bits.json").result
     assert json.loads((tmp_path / "bits.json").read_text()) == result
     assert set(result) == COMMON | {"gamma", "texts", "bits", "skips", "both", "trimmed"}
@@ -171,12 +171,12 @@ def test_the_toy_run_of_bits_gives_the_agreement_of_every_draft(script: Any, tmp
     rounded_rows = {row["draft"]: row for row in result["bits"]}
     two, eight = rounded_rows["2 bits, to the nearest"], rounded_rows["8 bits, to the nearest"]
     assert two["agreement"] < eight["agreement"]
-    assert (two["read"], eight["read"]) == (3 / 16, 9 / 16)  # scales and zeros take a bit a weight
+    assert (two["read"], eight["read"]) == (3 / 16, 9 / 16)  # scale and zero take one bit per weight
     assert result["both"][0]["agreement"] == rounded_rows["int4, steps fitted (ours)"]["agreement"]
 
 
 def check_shape(result: dict[str, Any]) -> None:
-    """Figures of one shape and format agree with each other."""
+    """Check that the figures of one shape and format are consistent."""
     passes, ceilings = result["passes"], {(one["draft"], one["agreement"]): one for one in result["ceilings"]}
     assert set(passes["target_ms"]) == {str(t) for t in TOY.lengths}
     assert set(passes["drafts"]) == {draft for draft, _ in ceilings}

@@ -1,4 +1,4 @@
-"""Models of real sizes with random weights: their arithmetic against hand-computed cases, and the dial of agreement."""
+"""Shapes: limits against hand-computed cases, drawn weights, the dial, and times of passes."""
 
 from __future__ import annotations
 
@@ -47,37 +47,35 @@ LAYER = 64 * 192 + 3 * 64 * 96 + 2 * 64
 """Weights of a layer of the small model."""
 
 
-def test_the_bandwidth_limit_reads_every_weight_once_a_looked_up_row_per_token_and_the_whole_cache(
-    small_model: Any,
-) -> None:
+def test_the_bandwidth_limit_counts_weights_embedding_rows_and_the_cache(small_model: Any) -> None:
     model = small_model()
     assert weight_bytes(model, 5) == 4 * (3 * LAYER + 64 + 48 * 64) + 4 * 5 * 64 == 384_000
     assert kv_bytes(model, 5, 17) == 2 * 3 * 2 * 16 * 5 * 17 * 4 == 65_280
     assert bandwidth_limit(model, 5, 17, 20 * 449_280) == pytest.approx(100)  # 20 passes a second, 5 tokens each
 
 
-def test_a_head_that_is_tied_to_the_embedding_is_read_once(small_model: Any) -> None:
+def test_a_tied_head_is_read_once(small_model: Any) -> None:
     assert weight_bytes(small_model(tied=True), 5) == 4 * (3 * LAYER + 64 + 48 * 64)
 
 
-def test_cached_bytes_follow_a_head_size_of_the_config_s_own() -> None:
+def test_cached_bytes_use_the_head_size_of_the_config() -> None:
     assert kv_bytes(TOY_QWEN3.build(CPU, 0), 3, 7) == 2 * 5 * 2 * 24 * 3 * 7 * 2
 
 
-def test_the_ideal_speedup_is_tokens_times_a_plain_pass_over_the_round_s_passes() -> None:
+def test_the_ideal_speedup_is_tokens_per_round_over_the_cost_of_a_round() -> None:
     passes = PassTimes(plain=7.0, draft=2.0, verify=11.0)
     assert ideal_speedup(3.0, 5, passes) == pytest.approx(3 * 7 / (5 * 2 + 11))
     assert passes.draft_cost == pytest.approx(2 / 7)
 
 
 @pytest.mark.parametrize(("cost", "speedup"), [(0.55, 1.30), (0.45, 1.46), (0.28, 1.95), (0.1, 3.43)])
-def test_the_best_draft_length_reaches_the_ceilings_of_the_design(cost: float, speedup: float) -> None:
+def test_the_best_draft_length_reaches_known_ceilings(cost: float, speedup: float) -> None:
     gamma = best_gamma(0.9, cost)
     assert expected_tokens(0.9, gamma) / (gamma * cost + 1) == pytest.approx(speedup, abs=0.005)
     assert expected_tokens(0.9, gamma) == pytest.approx((1 - 0.9 ** (gamma + 1)) / (1 - 0.9))
 
 
-def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings_module, "median_seconds", lambda calls, device, **how: dict.fromkeys(calls, 2.0))
     ceilings = measure_ceilings(CPU, TOY)
     assert ceilings.copy_bytes_per_second == TOY.copy_bytes  # twice as many bytes, in two seconds
@@ -92,13 +90,11 @@ def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch: pytest.Monk
     [(LLAMA_1B, 1_235_814_400 + 128256 * 2048), (LLAMA_8B, 8_030_261_248), (QWEN3_32B, 32_762_123_264)],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_a_real_shape_has_the_parameters_of_the_model_it_is_named_after_and_a_head_of_its_own(
-    shape: Shape, parameters: int
-) -> None:
+def test_a_real_shape_has_the_parameters_of_its_model_and_an_untied_head(shape: Shape, parameters: int) -> None:
     assert shape.bytes == 2 * parameters
 
 
-def test_weights_depend_on_the_seed_alone() -> None:
+def test_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(5)
     one = weights(TOY_QWEN3.build(CPU, 7))
     torch.manual_seed(11)
@@ -108,7 +104,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("damped", [False, True])
-def test_a_subject_s_parameters_can_be_drawn_again(damped: bool) -> None:
+def test_parameters_of_a_subject_can_be_drawn_again(damped: bool) -> None:
     subject = Subject(TOY_QWEN3, CPU, 3, damped=damped)
     for name, parameter in subject.model.named_parameters():
         assert torch.equal(subject.drawn(name), parameter), name
@@ -116,7 +112,7 @@ def test_a_subject_s_parameters_can_be_drawn_again(damped: bool) -> None:
     assert not torch.equal(other.drawn("lm_head.weight"), subject.drawn("lm_head.weight"))
 
 
-def test_what_sub_layers_add_is_damped_and_head_rows_differ_in_length() -> None:
+def test_damping_scales_output_projections_and_head_rows() -> None:
     subject, plain = Subject(TOY_LLAMA, CPU, 0, damped=True), TOY_LLAMA.build(CPU, 0)
     for name in ("model.layers.2.self_attn.o_proj.weight", "model.layers.5.mlp.down_proj.weight"):
         ratio = subject.model.get_parameter(name).float().std() / plain.get_parameter(name).float().std()
@@ -127,13 +123,13 @@ def test_what_sub_layers_add_is_damped_and_head_rows_differ_in_length() -> None:
     assert torch.equal(subject.model.get_parameter(name), plain.get_parameter(name))
 
 
-def test_no_prompt_holds_the_padding_token() -> None:
+def test_no_prompt_contains_the_padding_token() -> None:
     batches = Subject(TOY_LLAMA, CPU, 0).prompts(7, 3, 997)
     assert {batch.shape for batch in batches} == {(3, 997)}
     assert min(int(batch.min()) for batch in batches) > 0
 
 
-def test_the_published_share_is_45_percent_and_spares_the_first_and_the_last_layer() -> None:
+def test_the_published_share_is_45_percent_without_the_first_and_the_last_layer() -> None:
     skip_set = published_share(32)
     assert (len(skip_set.attn), len(skip_set.mlp)) == (19, 10)
     assert len(skip_set) / 64 == pytest.approx(0.45, abs=0.01)
@@ -159,7 +155,7 @@ def test_the_scale_is_found_for_any_agreement(wanted: float, power: float) -> No
     assert len(tried) <= 13
 
 
-def test_an_agreement_out_of_reach_gets_the_nearest_there_is() -> None:
+def test_an_agreement_out_of_reach_gets_the_nearest_one() -> None:
     tried: list[float] = []
 
     def agreement_at(scale: float) -> float:
@@ -173,7 +169,7 @@ def test_an_agreement_out_of_reach_gets_the_nearest_there_is() -> None:
 
 
 @pytest.mark.parametrize("shape", TOYS, ids=lambda shape: shape.name)
-def test_the_scale_takes_agreement_from_certain_to_poor_and_text_does_not_loop(shape: Shape) -> None:
+def test_scales_from_0_to_1_take_agreement_from_1_to_poor_without_loops(shape: Shape) -> None:
     subject = Subject(shape, CPU, 0)
     dial, batches = Dial(subject), subject.prompts(2, 1, 13)
     spec = subject.drafting(subject.skip_set, 3)
@@ -190,7 +186,7 @@ def test_the_scale_takes_agreement_from_certain_to_poor_and_text_does_not_loop(s
 
 
 @pytest.mark.parametrize("format", [None, INT4], ids=str)
-def test_the_dial_scales_what_a_skip_set_gives_and_leaves_nothing_behind(format: Format | None) -> None:
+def test_the_dial_scales_only_the_skipped_sublayers_of_the_latest_turn(format: Format | None) -> None:
     subject = Subject(TOY_LLAMA, CPU, 3, damped=format is not None)
     before, dial = weights(subject.model), Dial(subject, format, keep=True)
     dial.turn(1.0, SkipSet(attn={1, 4}, mlp={4}), 0.37)
@@ -204,10 +200,10 @@ def test_the_dial_scales_what_a_skip_set_gives_and_leaves_nothing_behind(format:
 
 @pytest.mark.parametrize("format", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_dial_goes_from_the_copies_to_the_weights_as_they_were_drawn(format: Format, keep: bool) -> None:
+def test_the_dial_goes_from_the_copies_to_the_drawn_weights(format: Format, keep: bool) -> None:
     subject = Subject(TOY_LLAMA, CPU, 0, damped=True)
     dial, names = Dial(subject, format, keep=keep), list(subject.linears())
-    assert dial.copied == names  # every layer of a toy can have a copy
+    assert dial.copied == names  # every linear layer of a toy can be quantised
     before = weights(subject.model)
     places = {name: subject.model.get_parameter(name).data_ptr() for name in names}
     for scale in (0.0, 0.25, 1.0):
@@ -217,24 +213,26 @@ def test_the_dial_goes_from_the_copies_to_the_weights_as_they_were_drawn(format:
             wanted = copied + scale * (before[name].float() - copied)
             torch.testing.assert_close(parameter.float(), wanted, rtol=0.01, atol=1e-4)
     assert all(torch.equal(subject.model.get_parameter(name), before[name]) for name in before)
-    assert places == {name: subject.model.get_parameter(name).data_ptr() for name in names}  # no view is built anew
+    assert places == {
+        name: subject.model.get_parameter(name).data_ptr() for name in names
+    }  # in place, so no view is rebuilt
 
 
-def test_rows_are_rounded_alike_whether_few_or_all_at_a_time() -> None:
+def test_rounding_does_not_depend_on_the_number_of_rows_at_a_time() -> None:
     weight = torch.randn(523, 64).to(torch.bfloat16)  # more than two parts
     for format in (INT4, INT8):
         assert torch.equal(rounded(weight, format), QuantisedWeight.of(weight, format).dequantised(torch.bfloat16))
 
 
-def test_a_copy_made_of_the_target_anew_is_as_far_from_it_as_the_draft_s() -> None:
+def test_a_new_copy_of_the_target_is_as_far_away_as_the_draft_copy() -> None:
     dial = Dial(Subject(TOY_LLAMA, CPU, 0, damped=True), INT4)
     for scale in (0.25, 0.5, 1.0):
         dial.turn(scale)
         assert dial.requantised() == pytest.approx(1, abs=0.02)
-    skip_set = SkipSet(attn={3}, mlp={3})  # of the layer in the middle
+    skip_set = SkipSet(attn={3}, mlp={3})  # of the middle layer
     dial.turn(1.0, skip_set, 0.25)
-    assert dial.requantised(skip_set) == pytest.approx(1)  # what is skipped has no copy
-    dial.turn(7.0)  # so far away the nearest copy is another
+    assert dial.requantised(skip_set) == pytest.approx(1)  # skipped sub-layers are left out
+    dial.turn(7.0)  # at this distance the new copy differs
     assert dial.requantised() < 0.5
 
 
@@ -250,24 +248,24 @@ def passes_of(target: dict[int, float], **drafts: float) -> Passes:
     )
 
 
-def test_passes_in_isolation_leave_the_cache_as_long_as_it_was() -> None:
+def test_timing_passes_keeps_the_length_of_the_cache() -> None:
     subject = Subject(TOYS[0], CPU, 0)
     spec, (prompts,) = subject.drafting(subject.skip_set, 3), subject.prompts(1, 3, 11)
     write(spec, prompts, 13)
     passes = round_passes(spec.runtime, prompts, 3, 17, TOY)
-    assert all(seconds > 0 for seconds in passes.to_dict().values())
+    assert all(seconds > 0 for seconds in vars(passes).values())
     assert spec.runtime.cache.lengths.tolist() == [17, 17, 17]
 
 
 @pytest.mark.parametrize(
     ("target", "padding", "plain", "verify"),
     [
-        # 2 to 3 would gain 1.4 %, which is noise
+        # padding 2 to 3 would gain 1.4 %, which is noise
         ({1: 10.0, 2: 7.0, 3: 6.9, 4: 9.0, 5: 8.0}, [3, 2, 3, 5, 5], 6.9, {1: 7.0, 2: 6.9, 3: 8.0, 4: 8.0}),
         ({1: 10.0, 3: 10.1, 5: 11.0}, None, 10.0, {2: 10.1, 4: 11.0}),  # longer passes are slower
     ],
 )
-def test_passes_are_padded_to_the_length_that_is_clearly_faster(
+def test_target_passes_are_padded_to_clearly_faster_lengths(
     target: dict[int, float], padding: list[int] | None, plain: float, verify: dict[int, float]
 ) -> None:
     passes = passes_of(target)
@@ -276,7 +274,7 @@ def test_passes_are_padded_to_the_length_that_is_clearly_faster(
     assert {gamma: passes.verify(gamma).median for gamma in passes.gammas} == verify
 
 
-def test_a_draft_s_pass_is_padded_where_that_is_clearly_faster_and_nothing_is_quantised() -> None:
+def test_draft_passes_are_padded_if_clearly_faster_and_not_quantised() -> None:
     times = {t: Times((seconds,)) for t, seconds in ((1, 10.0), (2, 9.7), (3, 9.5))}
     assert best_length(times) == 3
     assert best_length({1: times[1], 2: times[2]}) == 1  # 3 % is noise
@@ -286,7 +284,7 @@ def test_a_draft_s_pass_is_padded_where_that_is_clearly_faster_and_nothing_is_qu
     assert lengths_of(Runtime(model, quantised_too)) == (1,)
 
 
-def test_the_ceiling_is_that_of_the_best_draft_length_by_hand() -> None:
+def test_the_ceiling_is_the_speedup_of_the_best_draft_length() -> None:
     passes = passes_of({1: 10.0, 2: 8.0, 3: 8.0, 4: 9.0}, cheap=2.0, dear=8.0)
     # Of plain passes of 8: (1 + a) / (2 + 8), (1 + a + a^2) / (4 + 8), (1 + a + a^2 + a^3) / (6 + 9).
     best = Ceiling.of(passes, "cheap", 0.9)
@@ -296,7 +294,7 @@ def test_the_ceiling_is_that_of_the_best_draft_length_by_hand() -> None:
     assert Ceiling.of(passes, "dear", 0.9).speedup == pytest.approx(8 * 1.9 / 16)
 
 
-def test_drafts_are_named_by_what_they_are_made_of() -> None:
+def test_names_of_drafts_say_format_head_and_skips() -> None:
     skip_set = SkipSet(attn={1, 2}, mlp={3, 4, 5})
     drafts = drafts_for([INT8, INT4], 7, 528, 128, skip_set)
     assert list(drafts)[:2] == ["bf16", "bf16, 36% skipped"]

@@ -32,7 +32,7 @@ from selfspec.huggingface.output import SpeculativeOutput, output_of
 from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import draft_weight_bytes, unsupported_reasons
 from selfspec.models.support import check_supported
-from selfspec.plan import Plan
+from selfspec.plan.plan import Plan
 from selfspec.policy import drafter_for, too_many_rows
 from selfspec.runtime.cuda_graphs import Recorder
 from selfspec.runtime.runtime import Runtime

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from methods.context import JUDGED, Context, Select
 from selfspec.benchmark.contenders import PLAIN, Ours
 from selfspec.benchmark.measure import Measurement, measure
-from selfspec.plan import Plan
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.plan import Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec.speculator import SelfSpeculator
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfspec import DraftSpec
 from selfspec.models.draft_weights import DraftWeights, draft_weight_bytes
-from selfspec.plan import PassLengths
+from selfspec.plan.round_costs import PassLengths
 from selfspec.runtime.runtime import Runtime
 from shapes.effort import Effort
 from shapes.limits import PassTimes, expected_tokens, ideal_speedup

@@ -10,7 +10,7 @@ from common.budget import LeftOutError
 from selfspec import DraftSpec, Format, Plan, Quantised, SkipSet, wrap
 from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
 from selfspec.benchmark.measure import Measurement, measure
-from selfspec.plan import PassLengths
+from selfspec.plan.round_costs import PassLengths
 from shapes.agreement import distinct_share, drafted_agreement, find_scale
 from shapes.dial import Dial
 from shapes.drafts import share_skipped, with_head, with_skips

@@ -27,7 +27,8 @@ from selfspec.benchmark.contenders import (
 from selfspec.benchmark.measure import Measurement, measure
 from selfspec.decoding.stats import Stats
 from selfspec.huggingface.loading import Loaded
-from selfspec.plan import Plan, RoundCosts
+from selfspec.plan.plan import Plan
+from selfspec.plan.round_costs import RoundCosts
 from selfspec.utils.statistics import interleaved, speed_ratio, timed_task
 from workloads.plans import Plans
 from workloads.prices import Prices

@@ -17,8 +17,9 @@ from selfspec_search.study.objective import Prices, predict, simplest, ways_to_d
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import Plan, RoundCosts
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.plan import Plan
+from selfspec.plan.round_costs import RoundCosts
 from selfspec.runtime.runtime import Runtime
 
 

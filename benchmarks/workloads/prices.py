@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selfspec.decoding.stats import Stats
-from selfspec.plan import RoundCosts
+from selfspec.plan.round_costs import RoundCosts
 
 
 @dataclass(frozen=True, kw_only=True)

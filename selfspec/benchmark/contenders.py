@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from selfspec.decode_options import DecodeOptions
 from selfspec.decoding.stats import Stats
 from selfspec.errors import SelfspecError
-from selfspec.plan import Plan
+from selfspec.plan.plan import Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec.speculator import SelfSpeculator
 

@@ -53,7 +53,7 @@ def bench(
         raise InputError("--draft-gamma goes with --draft-model")
 
     from selfspec.huggingface.prompts import encode_prompts, read_prompts
-    from selfspec.plan import Plan
+    from selfspec.plan.plan import Plan
 
     chosen, read = Plan.from_pretrained(plan), read_prompts(prompts)
     loaded = load_model(model, place, quiet=quiet)

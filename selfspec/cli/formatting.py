@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from selfspec_search import Confirmed, OnProgress, Progress, SearchResult
 
     from selfspec.cli.terminal import Report
-    from selfspec.plan import Figures
+    from selfspec.plan.provenance import Figures
 
 PHASES = {
     "texts": "writing texts",

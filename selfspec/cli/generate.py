@@ -20,7 +20,7 @@ from selfspec.utils.settings import Described
 if TYPE_CHECKING:
     from selfspec.decoding.stats import Stats
     from selfspec.huggingface.prompts import Prompt
-    from selfspec.plan import Plan
+    from selfspec.plan.plan import Plan
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -119,7 +119,7 @@ def generate(
 
 def _plan(file: Path | None, drafting: DraftModel) -> Plan:
     """The plan of the file; with a draft model alone, a plan for the draft model."""
-    from selfspec.plan import Plan
+    from selfspec.plan.plan import Plan
     from selfspec.plan.sublayers import SkipSet
 
     if drafting.draft_gamma is not None and (file is not None or drafting.draft_model is None):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from selfspec_search.profile.profile import Profile
 
-    from selfspec.plan import PassLengths
+    from selfspec.plan.round_costs import PassLengths
 
 PROFILE_FILE = "profile.json"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -97,7 +97,7 @@ def parse_contexts(text: str | None) -> list[int] | None:
 
 def check_longest_draft(gamma_max: int) -> None:
     """Raise `InputError` for a draft longer than a plan allows."""
-    from selfspec.plan import MOST_DRAFTED
+    from selfspec.plan.lookup import MOST_DRAFTED
 
     if gamma_max > MOST_DRAFTED:
         raise InputError(f"--gamma-max is {gamma_max}, but a plan's draft length is at most {MOST_DRAFTED}")

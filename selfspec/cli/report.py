@@ -64,7 +64,7 @@ def page_path(source: str, out: Path | None) -> Path:
 
 def default_page(source: str) -> Path:
     """In the directory of the source, under its name; for a URL in the working directory."""
-    from selfspec.plan import PLAN_FILE
+    from selfspec.plan.plan import PLAN_FILE
 
     if "://" in source:
         return Path(NAME_FOR_URLS)

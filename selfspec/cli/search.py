@@ -95,7 +95,7 @@ def search(
     earlier one ended, and on other machines joins in. Ctrl-C ends the trials, confirms the best so far, writes the plan
     and exits with 130.
     """
-    from selfspec.plan import Plan
+    from selfspec.plan.plan import Plan
 
     out = writable(out)
     storage = storage or str(out.with_suffix(".db"))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from selfspec.cli.options import Placement
     from selfspec.huggingface.loading import Loaded
-    from selfspec.plan import Plan
+    from selfspec.plan.plan import Plan
 
 Report = Callable[[int, int, str], None]
 """Draws progress: (done, total, description)."""
@@ -121,7 +121,7 @@ def _loading(name: str, *, quiet: bool) -> Iterator[None]:
 
 def writable(out: Path) -> Path:
     """The plan file to write, checked before the search. In a directory: `selfspec_plan.json`."""
-    from selfspec.plan import PLAN_FILE
+    from selfspec.plan.plan import PLAN_FILE
 
     file = out / PLAN_FILE if os.path.isdir(out) else out
     check_writable(file)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from selfspec.decoding.acceptance import Committed
     from selfspec.decoding.stats import Stats
-    from selfspec.plan import Plan
+    from selfspec.plan.plan import Plan
     from selfspec.speculator import SelfSpeculator
 
 RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "undrafted"

@@ -7,7 +7,7 @@ from selfspec.drafters.cascade import LookupFirstDrafter
 from selfspec.drafters.draft_model import DraftModelDrafter
 from selfspec.drafters.layer_skip import LayerSkipDrafter, StepwiseDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
-from selfspec.plan import Plan
+from selfspec.plan.plan import Plan
 from selfspec.runtime.runtime import Runtime
 
 

@@ -17,8 +17,8 @@ from selfspec.drafters.layer_skip import StepwiseDrafter
 from selfspec.errors import InputError, UnsupportedModelError
 from selfspec.models.rope import longrope_switch
 from selfspec.models.support import check_supported
-from selfspec.plan import Plan
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.plan import Plan
 from selfspec.runtime.prefill import extend, prefill_prompts
 from selfspec.runtime.runtime import Runtime
 

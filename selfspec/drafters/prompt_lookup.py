@@ -11,7 +11,7 @@ from torch import Tensor
 from selfspec.decoding.acceptance import Draft, Origin
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.request import Request
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 
 
 class Found(NamedTuple):

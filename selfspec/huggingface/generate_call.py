@@ -18,7 +18,7 @@ from selfspec.errors import InputError
 from selfspec.huggingface.options import check_arguments, check_prepared, max_length
 from selfspec.huggingface.output import SpeculativeOutput
 from selfspec.models.rope import longrope_switch
-from selfspec.plan import Plan
+from selfspec.plan.plan import Plan
 from selfspec.policy import longest_draft
 
 

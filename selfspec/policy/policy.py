@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
 
-from selfspec.plan import MATCHES, RoundCosts, match_class
+from selfspec.plan.round_costs import MATCHES, RoundCosts, match_class
 from selfspec.policy.estimates import AgreementEstimate
 
 SPEED_ROUNDS = 32

@@ -6,7 +6,9 @@ from selfspec.decode_options import PolicyName
 from selfspec.decoding.drafter import Drafter, NoDrafter
 from selfspec.drafters.build import drafter_of
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
-from selfspec.plan import MATCHES, Plan, PromptLookup, RoundCosts
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.plan import Plan
+from selfspec.plan.round_costs import MATCHES, RoundCosts
 from selfspec.policy.adaptive_drafter import AdaptiveDrafter
 from selfspec.policy.policy import AdaptivePolicy
 from selfspec.runtime.runtime import Runtime

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from selfspec.models.views import decoder_layers, run_view
-from selfspec.plan import PassLengths
+from selfspec.plan.round_costs import PassLengths
 from selfspec.runtime.compiling import (
     FusedLayers,
     compile_pass,

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import DraftWeights
 from selfspec.models.support import check_supported
-from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.round_costs import PassLengths
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.attention.choose import BackendChoice, choose_backend
 from selfspec.runtime.cuda_graphs import Graphs, Recorder, graphs_for

@@ -10,7 +10,7 @@ import pytest
 from workloads.prices import Prices
 
 from selfspec import Stats
-from selfspec.plan import RoundCosts
+from selfspec.plan.round_costs import RoundCosts
 
 
 def test_a_decoding_is_priced_by_its_counts() -> None:

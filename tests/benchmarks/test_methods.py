@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from selfspec import InputError
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.models.draft_view import draft_view
-from selfspec.plan import Plan
+from selfspec.plan.plan import Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 

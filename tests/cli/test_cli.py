@@ -20,7 +20,8 @@ from selfspec import Plan, SkipSet, __version__
 from selfspec.cli.search import split
 from selfspec.cli.token_view import printable
 from selfspec.huggingface.prompts import Prompt
-from selfspec.plan import ModelIdentity, RoundCosts
+from selfspec.plan.provenance import ModelIdentity
+from selfspec.plan.round_costs import RoundCosts
 
 PROMPT = "naïve"
 
@@ -507,12 +508,14 @@ def test_help_names_every_command_and_the_version_is_the_packages() -> None:
     for command in ("demo", "search", "generate", "bench"):
         assert run(command, "--help").exit_code == 0
     for command in ("generate", "bench"):
-        assert "who drafts, and how far" in " ".join(run(command, "--help").stdout.replace("│", " ").split())
+        assert "drafter and draft length follow the text" in " ".join(
+            run(command, "--help").stdout.replace("│", " ").split()
+        )
     assert run("--version").stdout == f"selfspec {__version__}\n"
 
 
 def test_the_help_waits_for_nothing_heavy() -> None:
-    heavy = ["torch", "transformers", "numpy", "optuna", "scipy", "sqlalchemy", "matplotlib", "selfspec.plan"]
+    heavy = ["torch", "transformers", "numpy", "optuna", "scipy", "sqlalchemy", "matplotlib", "pydantic"]
     loaded = f"sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
     for arguments in (["--help"], ["search", "--help"]):
         check = f"import sys, selfspec.cli; selfspec.cli.app({arguments}, standalone_mode=False); {loaded}"

@@ -20,7 +20,8 @@ from selfspec.cli.formatting import bar_of
 from selfspec.cli.terminal import ORIGINS, asides
 from selfspec.cli.token_view import MOST_BARS, Detokenizer, Show, origin_of, printable, tell
 from selfspec.decoding.acceptance import Committed
-from selfspec.plan import PromptLookup, RoundCosts
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.round_costs import RoundCosts
 
 BOTH = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, min_ngram=1)})
 PROMPT = "zzz"

@@ -20,7 +20,7 @@ from selfspec import Plan, SkipSet, wrap
 from selfspec.decoding.acceptance import Acceptance, Draft, accept
 from selfspec.decoding.logits_processors import process
 from selfspec.decoding.sampling import next_tokens, sample
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 
 N = 3  # drafted a round
 ROUNDS = 30_011

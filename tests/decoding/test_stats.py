@@ -16,7 +16,7 @@ from transformers.generation import EosTokenCriteria
 from selfspec import Plan, Stats, wrap
 from selfspec.decoding.acceptance import Draft, accept
 from selfspec.decoding.request import Request
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 from selfspec.runtime.runtime import Runtime
 
 EOS = 9

@@ -42,7 +42,7 @@ from selfspec.decoding.request import Request
 from selfspec.drafters.draft_model import WIDEST_WITH_HEAD, DraftModelDrafter
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
 from selfspec.models.views import run_view
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 
 LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 NEW_TOKENS = 33

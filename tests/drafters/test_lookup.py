@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from selfspec import Plan, PlanError, SelfSpeculator, wrap
 from selfspec.decoding.request import Request
 from selfspec.drafters.prompt_lookup import NgramIndex, PromptLookupDrafter, latest_match
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 
 LOOKUP = PromptLookup(gamma=4, min_ngram=1, max_ngram=3)
 

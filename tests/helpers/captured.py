@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import selfspec.decoding.round
 from selfspec import DecodeOptions, DraftSpec, Plan, SelfSpeculator, SkipSet
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 from selfspec.runtime.cuda_graphs import Graphs
 from selfspec.runtime.runtime import Runtime
 

@@ -15,7 +15,7 @@ from selfspec_search.replay.texts import Text, decode_batch, write_texts
 from torch import Tensor
 
 from selfspec.drafters.build import drafter_of
-from selfspec.plan import Plan
+from selfspec.plan.plan import Plan
 from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
 

@@ -34,8 +34,9 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from selfspec import Format, Plan, Quantised, QuantisedSet, SelfSpeculator, SkipSet, SubVocabulary, wrap
 from selfspec.models.quantised_linear import device_unsupported_reason
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
-from selfspec.plan import PromptLookup, RoundCosts
 from selfspec.plan.draft_spec import INT4, INT8
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.round_costs import RoundCosts
 
 SAMPLING = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "top_k": 0}
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfspec import DraftSpec, Format, Plan, PlanError, Quantised, QuantisedSet, SkipSet, SubVocabulary
-from selfspec.plan import ModelIdentity
 from selfspec.plan.draft_spec import GROUP_SIZES, INT4, INT8
+from selfspec.plan.provenance import ModelIdentity
 
 VOCABULARY = 211
 

@@ -15,7 +15,9 @@ from tape import TapeRecorder
 from transformers import PreTrainedModel
 
 from selfspec import InputError, Plan, PlanError, PlanWarning, SelfSpeculator, SkipSet, wrap
-from selfspec.plan import MATCHES, Conditions, PromptLookup, Provenance, RoundCosts, match_class
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.provenance import Conditions, Provenance
+from selfspec.plan.round_costs import MATCHES, RoundCosts, match_class
 from selfspec.policy.adaptive_drafter import AdaptiveDrafter
 from selfspec.policy.estimates import AgreementEstimate
 from selfspec.policy.policy import FIRST_WAIT, LONGEST_WAIT, AdaptivePolicy, Choice, Row, RowOutcome

@@ -48,8 +48,8 @@ from selfspec.decoding.stats import DeviceTimer
 from selfspec.drafters.build import drafter_of
 from selfspec.huggingface.loading import AUTO, _device, describe_device
 from selfspec.models.quantised_linear import QuantisedWeight, device_unsupported_reason, quantise
-from selfspec.plan import PromptLookup
 from selfspec.plan.draft_spec import INT4, INT8, Format
+from selfspec.plan.lookup import PromptLookup
 from selfspec.runtime.attention.flash import TorchFlash
 from selfspec.runtime.compiling import uncompiled_reason
 from selfspec.runtime.cuda_graphs import CudaRecorder, Graphs, Recorder, Work

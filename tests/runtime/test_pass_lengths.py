@@ -33,7 +33,7 @@ import selfspec.runtime.prefill
 from selfspec import Plan, PlanError, PlanWarning, SkipSet, wrap
 from selfspec.benchmark.lossless import compare
 from selfspec.models.support import SUPPORTED_MODEL_TYPES
-from selfspec.plan import PassLengths, RoundCosts
+from selfspec.plan.round_costs import PassLengths, RoundCosts
 from selfspec.runtime.forward_pass import Pass
 from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.prefill import prefill

@@ -34,7 +34,8 @@ from selfspec.drafters.build import drafter_of
 from selfspec.errors import InputError
 from selfspec.huggingface.loading import load
 from selfspec.huggingface.prompts import load_prompts
-from selfspec.plan import Plan, PromptLookup
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.plan import Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 

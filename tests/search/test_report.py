@@ -35,8 +35,10 @@ from selfspec_search.storage.study_store import Store
 
 from selfspec import Plan, SkipSet
 from selfspec.errors import InputError, PlanError
-from selfspec.plan import PLAN_FILE, Conditions, Figures, ModelIdentity, PromptLookup, Provenance
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.plan import PLAN_FILE
+from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance
 
 LAYERS = 5
 LOOKUP = {"gamma": 7, "min_ngram": 2}

@@ -30,7 +30,7 @@ from selfspec.decoding.drafter import NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.drafters.build import drafter_of
 from selfspec.drafters.layer_skip import LayerSkipDrafter
-from selfspec.plan import Figures
+from selfspec.plan.provenance import Figures
 from selfspec.runtime.runtime import Runtime
 
 SETTINGS = {"trials": 9, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}

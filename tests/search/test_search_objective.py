@@ -20,8 +20,8 @@ from selfspec_search.study.objective import (
     ways_to_draft,
 )
 
-from selfspec.plan import PromptLookup
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.lookup import PromptLookup
 from selfspec.plan.sublayers import SkipSet
 
 LAYERS = 7

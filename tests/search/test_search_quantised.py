@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec import InputError, QuantisedSet, SkipSet, SubVocabulary, draft_bytes, wrap
-from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Quantised
+from selfspec.plan.round_costs import PassLengths
 
 LAYERS = 7
 SETTINGS = {"trials": 12, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}

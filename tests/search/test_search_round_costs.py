@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from selfspec import Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.formatting import facts
 from selfspec.cli.token_view import Show
-from selfspec.plan import MATCHES, RoundCosts
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.round_costs import MATCHES, RoundCosts
 
 KNOWN = RoundCosts(
     rows=2,

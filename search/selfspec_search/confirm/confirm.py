@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.drafters.build import drafter_of
 from selfspec.models.draft_weights import DraftWeights, draft_weight_bytes
-from selfspec.plan import Figures, PassLengths
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.provenance import Figures
+from selfspec.plan.round_costs import PassLengths
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import interleaved
 from selfspec_search.confirm.contender import LEAST_BATCHES, Contender

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfspec.decoding.drafter import Drafter
 from selfspec.decoding.stats import Stats
-from selfspec.plan import Figures
+from selfspec.plan.provenance import Figures
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import Ratio, speed_ratio, wait_for
 from selfspec_search.replay.sampling_settings import Sampling

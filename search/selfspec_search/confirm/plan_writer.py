@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import PlanWarning, is_out_of_memory
 from selfspec.huggingface.loading import versions
-from selfspec.plan import Conditions, Figures, ModelIdentity, Plan, Provenance, RoundCosts
 from selfspec.plan.draft_spec import DraftSpec, Format
+from selfspec.plan.plan import Plan
+from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance
+from selfspec.plan.round_costs import RoundCosts
 from selfspec_search.confirm.confirm import Confirmed, confirm, pass_lengths_of
 from selfspec_search.confirm.result import SearchResult
 from selfspec_search.profile.profile import Profile, ProfileSettings, measure, position_limit

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfspec.plan import Figures, Plan
+from selfspec.plan.plan import Plan
+from selfspec.plan.provenance import Figures
 from selfspec_search.confirm.confirm import Confirmed
 from selfspec_search.profile.profile import Profile
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from selfspec.plan import PassLengths
+from selfspec.plan.round_costs import PassLengths
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.timing import Call, TimedCalls

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
 from selfspec.huggingface.loading import processor_name, versions
-from selfspec.plan import PassLengths
+from selfspec.plan.round_costs import PassLengths
 from selfspec.utils.devices import device_name
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.costs import Costs, Record

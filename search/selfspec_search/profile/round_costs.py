@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import MATCHES, PassLengths, RoundCosts, match_class
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.round_costs import MATCHES, PassLengths, RoundCosts, match_class
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
 from selfspec_search.profile.timing import STEPS, TimedCalls

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import DraftWeights
-from selfspec.plan import PassLengths
 from selfspec.plan.draft_spec import DraftSpec, Format
+from selfspec.plan.round_costs import PassLengths
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 from selfspec_search.profile.costs import Costs, at_another_context, fit_step, variants

@@ -15,7 +15,7 @@ from selfspec.decoding.round import bind_buffers, is_captured, run_draft, step
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.layer_skip import LayerSkipDrafter
 from selfspec.drafters.prompt_lookup import PromptLookupDrafter
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 from selfspec.runtime.prefill import prefill_prompts
 from selfspec.runtime.runtime import Runtime
 from selfspec_search.replay.sampling_settings import Sampling

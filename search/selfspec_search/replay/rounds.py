@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from selfspec.plan import PromptLookup
+from selfspec.plan.lookup import PromptLookup
 from selfspec_search.replay.lookup_table import LookupTable
 from selfspec_search.replay.table import Table
 

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec.plan import config_fingerprint
+from selfspec.plan.provenance import config_fingerprint
 from selfspec_search.replay.texts import Text
 
 TEXTS = "texts"

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from selfspec.errors import InputError, PlanError
-from selfspec.plan import Plan, PromptLookup
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.plan import Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.words import in_words, lookup_in_words
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from selfspec.plan import Figures
+from selfspec.plan.provenance import Figures
 from selfspec_search.report.data import ReportData, Trial
 from selfspec_search.report.panels import provenance_figures
 from selfspec_search.report.words import counted, drafting, interval, lookup_in_words, percent, plain_number, times

@@ -9,7 +9,8 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from selfspec.plan import Figures, Plan
+from selfspec.plan.plan import Plan
+from selfspec.plan.provenance import Figures
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report import figures, grids
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfspec.errors import InputError
-from selfspec.plan import PLAN_FILE, Plan
+from selfspec.plan.plan import PLAN_FILE, Plan
 from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial, number
 from selfspec_search.space import sublayers
 

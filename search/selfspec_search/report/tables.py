@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from selfspec.plan import Figures, Plan
+from selfspec.plan.plan import Plan
+from selfspec.plan.provenance import Figures
 from selfspec_search.report.data import ReportData, StudyData
 from selfspec_search.report.panels import provenance_figures
 from selfspec_search.report.words import MISSING, in_words, interval, percent, plain_number, times

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selfspec.plan import PromptLookup
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.lookup import PromptLookup
 from selfspec.plan.sublayers import SkipSet
 
 MISSING = "—"

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfspec.plan import Figures, Plan, PromptLookup
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec.plan.lookup import PromptLookup
+from selfspec.plan.plan import Plan
+from selfspec.plan.provenance import Figures
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.profile.costs import Costs
 from selfspec_search.profile.profile import Profile

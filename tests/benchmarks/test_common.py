@@ -1,4 +1,4 @@
-"""What benchmark scripts share: timing, stages within a budget, cores, and the record of a run."""
+"""What benchmark scripts share: timing, a budget's stages, cores and records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """Only a test moves this time."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""The workloads of the benchmark of drafters: what is kept in their files, and the arithmetic that chose it."""
+"""Workloads of the benchmark of drafters: their files, and the arithmetic that chose them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from random import Random
 import pytest
 from workloads.editing import VERSIONS, Function, short_functions
 from workloads.faithfulness import copied, faithful, looped, whole_copies
-from workloads.workload import (
-    CODE,
-    COUNT,
-    EDITING,
-    MIXED,
-    NEW_TOKENS,
-    PROSE,
-    WORKLOADS,
-    Workload,
-    endless,
-)
+from workloads.workload import CODE, COUNT, EDITING, MIXED, NEW_TOKENS, PROSE, WORKLOADS, Workload, endless
 
 from selfspec import InputError
 from selfspec.demo.copying import NEW_DOCSTRING
@@ -49,17 +39,13 @@ def test_every_prompt_leaves_room_for_the_new_tokens(workload: Workload, loaded:
     assert all(prompt.ndim == 1 and len(prompt) + NEW_TOKENS <= 1024 for prompt in prompts)
 
 
-def test_no_prompt_is_of_two_kinds() -> None:
-    code, editing, prose = (set(texts(workload)) for workload in (CODE, EDITING, PROSE))
-    assert len(code) == len(editing) == len(prose) == COUNT
-    assert len(code | editing | prose) == 3 * COUNT
-
-
-def test_the_mixed_workload_goes_from_kind_to_kind() -> None:
+def test_no_prompt_is_of_two_kinds_and_the_mixed_workload_takes_turns() -> None:
     code, editing, prose, mixed = (texts(workload) for workload in (CODE, EDITING, PROSE, MIXED))
-    assert mixed[0::4] == code[: COUNT // 4]
-    assert mixed[1::4] == editing[: COUNT // 4]
-    assert mixed[2::4] == prose[: COUNT // 4]
+    assert len(code) == len(editing) == len(prose) == COUNT
+    assert len({*code, *editing, *prose}) == 3 * COUNT
+    assert not any(NEW_DOCSTRING in prompt for prompt in code + prose), "only editing has markers"
+    for place, kind in enumerate((code, editing, prose)):
+        assert mixed[place::4] == kind[: COUNT // 4]
     assert not set(mixed[3::4]) & set(editing)
 
 
@@ -71,10 +57,6 @@ def test_editing_prompts_hold_the_function_that_is_to_be_repeated() -> None:
         assert versions.pop() == ""  # the prompt ends with the marker
         assert len(versions) == VERSIONS
         assert all(version.startswith(f"\n{header}\n") and version.endswith(f'"""\n{body}') for version in versions)
-
-
-def test_only_the_code_prompts_and_the_prose_are_free_of_markers() -> None:
-    assert not any(NEW_DOCSTRING in prompt for prompt in texts(CODE) + texts(PROSE))
 
 
 def test_a_function_loses_its_indentation_and_its_docstring(loaded: Loaded) -> None:
@@ -106,5 +88,5 @@ def test_more_prompts_than_there_are_are_refused(loaded: Loaded) -> None:
         PROSE.prompts(loaded, count=13)
 
 
-def test_the_end_of_text_is_what_endless_texts_go_without(loaded: Loaded) -> None:
+def test_endless_texts_never_hold_the_end_of_text(loaded: Loaded) -> None:
     assert endless(loaded) == {"suppress_tokens": [loaded.model.config.eos_token_id]}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import drafters
 import pytest
+from selfspec_search import SearchSettings
 from workloads.prices import Prices
 
 from selfspec import Stats
@@ -23,8 +25,12 @@ def test_a_decoding_is_priced_by_its_counts() -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_at_a_small_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--prompts 1 --trials 3 --calibration 6 --repeats 1 --batch-repeats 1 --rows 1 2 --new-tokens 24"
+def test_the_benchmark_runs_at_a_small_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    less = {"confirm": 1, "confirm_texts": 2, "repeats": 1, "gamma_max": 3, "lookup_max": 4}
+    monkeypatch.setattr(drafters, "SearchSettings", partial(SearchSettings, **less))
+    small = "--prompts 1 --trials 2 --calibration 3 --repeats 1 --batch-repeats 1 --rows 1 2 --new-tokens 12"
     found = drafters.main([*small.split(), "--out", str(tmp_path / "found.json")])
     assert json.loads((tmp_path / "found.json").read_text("utf8"))["results"] == found["results"]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "drafters"

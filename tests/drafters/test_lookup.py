@@ -1,4 +1,4 @@
-"""Prompt lookup and the cascade: the drafts, and output that is the model's."""
+"""Prompt lookup and the cascade draft well, and the output is the model's."""
 
 from __future__ import annotations
 
@@ -53,25 +53,26 @@ def drafted(*rows: list[int], lookup: PromptLookup = LOOKUP, scan: bool = False)
     return returned
 
 
-def test_the_tokens_after_the_longest_match_are_drafted() -> None:
-    assert drafted([5, 6, 7, 8, 9, 1, 2, 7, 4, 4, 4, 4, 5, 6, 7]) == [[8, 9, 1, 2]]
-
-
-def test_the_latest_of_equal_matches_counts() -> None:
-    assert drafted([1, 2, 11, 12, 13, 14, 1, 2, 21, 22, 23, 24, 1, 2]) == [[21, 22, 23, 24]]
-
-
-def test_a_copy_continues_with_its_own_tokens_after_the_last_committed_token() -> None:
-    assert drafted([9, 1, 2, 3, 1, 2, 3]) == [[1, 2, 3, 1]]
-    assert drafted([7, 7]) == [[7, 7, 7, 7]]
-
-
-def test_a_row_looks_up_its_own_tokens_and_never_its_padding() -> None:
-    assert drafted([4, 3, 8, 8, 4, 3], [3], [5, 6, 3]) == [[8, 8, 4, 3], [], []]
+@pytest.mark.parametrize(
+    ("rows", "drafts"),
+    [
+        ([[5, 6, 7, 8, 9, 1, 2, 7, 4, 4, 4, 4, 5, 6, 7]], [[8, 9, 1, 2]]),
+        ([[1, 2, 11, 12, 13, 14, 1, 2, 21, 22, 23, 24, 1, 2]], [[21, 22, 23, 24]]),
+        ([[9, 1, 2, 3, 1, 2, 3]], [[1, 2, 3, 1]]),
+        ([[7, 7]], [[7, 7, 7, 7]]),
+        ([[4, 3, 8, 8, 4, 3], [3], [5, 6, 3]], [[8, 8, 4, 3], [], []]),
+    ],
+    ids=["longest match", "latest of equal matches", "copy goes on", "one token", "own tokens, no padding"],
+)
+def test_lookup_drafts_the_tokens_after_a_match(rows: list[list[int]], drafts: list[list[int]]) -> None:
+    assert drafted(*rows) == drafts
 
 
 def test_a_match_shorter_than_min_ngram_drafts_nothing() -> None:
     assert drafted([1, 5, 6, 7, 9, 5], lookup=PromptLookup(gamma=4, min_ngram=2, max_ngram=3)) == [[]]
+    request = request_of([1, 2, 4])
+    _, length = latest_match(request.sequences, request.pads, request.ends, 3)
+    assert length.tolist() == [0]
 
 
 def naive(tokens: list[int], lookup: PromptLookup) -> list[int]:
@@ -122,12 +123,6 @@ def test_each_request_begins_with_an_empty_index() -> None:
         for moved in (tokens, (tokens + mask) * mask):
             assert_same(moved, attention_mask=mask, max_new_tokens=23, do_sample=False, spec=spec)
             assert spec.stats.accepted
-
-
-def test_without_a_match_the_length_is_zero() -> None:
-    request = request_of([1, 2, 4])
-    _, length = latest_match(request.sequences, request.pads, request.ends, 3)
-    assert length.tolist() == [0]
 
 
 # --- Through the whole runtime ---

@@ -55,8 +55,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def small_model() -> Any:
-    """Makes a Llama of 3 layers, each with 64 x 192 weights of attention, 3 x 64 x 96 of an MLP and 128 of norms. The last
-    norm has 64 weights, embedding and head have 48 x 64 each."""
+    """Makes a Llama of 3 layers, each with 64 x 192 weights of attention, 3 x 64 x 96 of an MLP and 128 of norms. The
+    last norm has 64 weights, embedding and head have 48 x 64 each."""
 
     def make(*, tied: bool = False) -> LlamaForCausalLM:
         sizes = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}

@@ -1,4 +1,4 @@
-"""DecodeOptions: how a model is decoded, whatever its plan."""
+"""DecodeOptions: how to decode a model, independently of the plan."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ PolicyName = Literal["adaptive", "fixed"]
 
 Backend = Annotated[
     str | None,
-    Described("Attention backend: flash-attn, torch-flash or sdpa; by default the best that this device has."),
+    Described("Attention backend: flash-attn, torch-flash or sdpa; by default the best on this device."),
 ]
 Compile = Annotated[
     bool | None, Described("Fuse passes with torch.compile: slower to start, faster to run; by default on CUDA.")
 ]
 DRAFT_MEMORY = Described(
-    "The most that the draft's own layers may take beside the model, such as 512M or 4G.", is_size=True
+    "The most memory that draft weights may take in addition to the model, such as 512M or 4G.", is_size=True
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """What `wrap` takes beside the model, the plan and the draft model; `wrap` explains each option.
+    """The options of `wrap` other than model, plan and draft model; `wrap` explains each.
 
     Raises:
-        InputError: the policy is unknown, or `draft_memory` is no size.
+        InputError: the policy is unknown, or `draft_memory` is not a size.
     """
 
     backend: Backend = None
@@ -36,14 +36,14 @@ class DecodeOptions:
     graphs: bool | None = None
     policy: Annotated[
         PolicyName,
-        Described("Whether who drafts, and how far, follows the text (adaptive) or stays as the plan says (fixed)."),
+        Described("Whether drafter and draft length follow the text (adaptive) or the plan (fixed)."),
     ] = "adaptive"
     draft_memory: Annotated[int | str | None, DRAFT_MEMORY] = None
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(PolicyName):
             raise InputError(f"policy '{self.policy}' is unknown; choose one of {', '.join(get_args(PolicyName))}")
-        self.draft_memory_bytes  # noqa: B018  # raises where the size cannot be read
+        self.draft_memory_bytes  # noqa: B018  # raises if the size cannot be parsed
 
     @property
     def draft_memory_bytes(self) -> int | None:

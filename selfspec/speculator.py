@@ -1,4 +1,4 @@
-"""wrap and SelfSpeculator: Hugging Face's conventions at the edge."""
+"""wrap and SelfSpeculator: decode a model by a plan, with the conventions of Hugging Face."""
 
 from __future__ import annotations
 
@@ -50,35 +50,35 @@ def wrap(
     draft_memory: int | str | None = None,
     draft_model: PreTrainedModel | None = None,
 ) -> SelfSpeculator:
-    """Make `model` decode speculatively by `plan`: the same output, sooner.
+    """Make `model` decode speculatively by `plan`, with the same output in less time.
 
     Args:
-        model: a supported causal language model. It stays untouched and usable.
+        model: a supported causal language model. The model stays unchanged and usable.
         plan: a `Plan`, a plan file, or a directory that holds one.
-        backend: an attention backend by name (`flash-attn`, `torch-flash`, `sdpa`); by default the best that serves.
-        compile: fuse the passes with `torch.compile`: slower to start, faster to run. By default on CUDA only: on a CPU
-            it takes tens of seconds for every pass length.
-        graphs: capture rounds as CUDA graphs; by default where there is CUDA.
-        policy: `adaptive` lets the text decide who drafts and how far, round by round, where the plan says what that
-            costs, down to plain decoding; more rows than it knows are decoded plainly. `fixed` keeps to the plan.
-        draft_memory: the most bytes, or a size such as `2G`, that the draft's own layers may take beside the model: the
-            quantised copies and the trimmed head of plans that have them (`draft_bytes(model, plan)` tells how much).
-        draft_model: a smaller model of the same tokenizer, on the same device, that drafts the plan's gamma tokens in
-            the place of the model's own layers; the plan must not name any (`Plan(skip_set=SkipSet(), gamma=4)`). It
-            takes its weights and a cache of its own (`stats.draft_bytes`).
+        backend: `flash-attn`, `torch-flash` or `sdpa`; by default the best attention backend that supports the model.
+        compile: fuse the passes with `torch.compile`: slower to start, faster to run. The default is CUDA only: a CPU
+            needs tens of seconds for every pass length.
+        graphs: capture rounds as CUDA graphs; by default on CUDA.
+        policy: `adaptive` decides in each round who drafts and how far, from the text and the plan's costs. Without
+            costs for as many rows, rows are decoded plainly. `fixed` keeps to the plan.
+        draft_memory: the most bytes, or a size such as `2G`, for the draft weights: quantised copies and a
+            trimmed head (see `draft_bytes(model, plan)`).
+        draft_model: a smaller model with the same tokenizer on the same device. The draft model drafts the plan's
+            gamma tokens, so the plan must name no layers: `Plan(skip_set=SkipSet(), gamma=4)`. `stats.draft_bytes`
+            counts the draft model's weights and cache.
 
     Raises:
-        InputError: the draft takes more than `draft_memory`, and nothing was taken yet; or the draft model does not go
-            with the model or the plan.
-        UnsupportedModelError: the family is not among those tested, or the probe found a difference.
-        PlanError: the plan is malformed, or made for another model.
+        InputError: the draft needs more than `draft_memory`, or the draft model does not fit the model or the plan.
+        UnsupportedModelError: the model's family is not supported, or the probe found a difference.
+        PlanError: the plan is malformed, or belongs to another model.
     """
     options = DecodeOptions(backend=backend, compile=compile, graphs=graphs, policy=policy, draft_memory=draft_memory)
     return SelfSpeculator(model, plan, options, draft_model)
 
 
 def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
-    """What the draft's own layers take beside the model, before they are made; 0 for a plan that only skips."""
+    """Bytes that the draft weights take in addition to the model, before they are made; 0 for a plan that only
+    skips."""
     plan.check_fits(model.config)
     return draft_weight_bytes(model, plan.draft_spec) if plan.gamma else 0
 
@@ -86,8 +86,8 @@ def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
 class SelfSpeculator:
     """A model with a plan. `generate` takes what `model.generate` takes and returns what it returns.
 
-    One request runs at a time; calls from other threads wait. Also usable as `model.generate(custom_generate=self)`
-    with the model it wraps, but Hugging Face then drops `streamer`.
+    One request runs at a time; calls from other threads wait. `model.generate(custom_generate=self)` works with the
+    wrapped model, but Hugging Face then drops `streamer`.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class SelfSpeculator:
             measured_in=self.plan.measured_in,
         )
         self.draft_runtime: Runtime | None = None
-        """Where a draft model runs, if there is one."""
+        """The runtime of the draft model, if any."""
         if draft_model is not None:
             self.draft_runtime = draft_runtime(self.runtime, draft_model, options)
         _warn_if_stale(self.plan, **self.runtime.conditions)
         self._warned_of_sampling = self._warned_of_rows = False
         self.stats = Stats()
-        """Of the latest call that began to decode, also if it was then broken off."""
+        """The stats of the latest call that began to decode, even if that call was stopped early."""
         self._lock = RequestLock()
 
     def generate(
@@ -137,20 +137,21 @@ class SelfSpeculator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        """What `model.generate` returns: `b length` tokens, or an output object if `return_dict_in_generate`.
+        """Return the same as `model.generate`: `b length` tokens, or an output object if `return_dict_in_generate`.
 
-        Greedy output is `model.generate`'s, token for token; sampled output has the same distribution, not the same
-        draws. What cannot be served is refused by `UnsupportedOptionError`.
+        Greedy tokens equal those of `model.generate`. Sampled tokens have the same distribution, but other draws.
+
+        Raises:
+            UnsupportedOptionError: an option is not supported.
         """
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
 
         def run(*args: Any, **prepared: Any) -> Tensor | SpeculativeOutput:
             return self(*args, **prepared, selfspec_streamer=streamer)  # type: ignore[misc]
 
-        result: Tensor | SpeculativeOutput = through_hugging_face(
+        return through_hugging_face(  # type: ignore[no-any-return]
             self.model, run, inputs, generation_config, logits_processor, criteria, kwargs
         )
-        return result
 
     def stream(
         self,
@@ -162,7 +163,7 @@ class SelfSpeculator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> Generator[int, None, None]:
-        """Yield the tokens of one row as rounds commit them; closing the generator ends the request."""
+        """Yield the tokens of one row after each round; closing the generator ends the request."""
         rounds = self.stream_rounds(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer=tokenizer, **kwargs
         )
@@ -182,7 +183,7 @@ class SelfSpeculator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> Generator[Committed, None, None]:
-        """Like `stream`, but yields each round whole: its tokens, and how many of them were drafted."""
+        """Yield whole rounds where `stream` yields tokens: the round's tokens, and how many tokens were drafted."""
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
         request: Request | PlainDecoding = through_hugging_face(
             self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
@@ -211,7 +212,7 @@ class SelfSpeculator:
     ) -> Tensor | SpeculativeOutput:
         """Hugging Face's `custom_generate` protocol."""
         if model is not self.model:
-            raise InputError("custom_generate was given to another model than the one that selfspec.wrap was given")
+            raise InputError("custom_generate was used with another model than the model that selfspec.wrap wrapped")
         request = self._prepare(
             model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
         )
@@ -224,8 +225,8 @@ class SelfSpeculator:
                 for committed in rounds:
                     if streamed is not None:
                         streamed.put(committed)
-            if streamed is not None:
-                streamed.end()
+            if selfspec_streamer is not None:
+                selfspec_streamer.end()
             return output_of(request, generation_config, self.stats)
 
     def _prepare(
@@ -237,7 +238,7 @@ class SelfSpeculator:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Request | PlainDecoding:
-        """The request for what Hugging Face prepared; or, where no view can serve it, a call of its own decoding."""
+        """The request for a prepared call; if no view can serve the request, Hugging Face decodes it."""
         prepared = Prepared(
             model=model,
             input_ids=input_ids,
@@ -249,8 +250,11 @@ class SelfSpeculator:
         if not self._warned_of_sampling:
             self._warned_of_sampling = True
             _warn_if_stale(self.plan, do_sample=bool(generation_config.do_sample))
-        if self.options.policy == "adaptive" and self.draft_runtime is None and not self._warned_of_rows:
-            self._warned_of_rows = _warn_if_too_many_rows(self.plan, input_ids.shape[0])
+        adapts, rows = self.options.policy == "adaptive" and self.draft_runtime is None, len(input_ids)
+        if adapts and not self._warned_of_rows and (reason := too_many_rows(self.plan, rows)) is not None:
+            self._warned_of_rows = True
+            advice = f"search for {rows} rows (--rows or --more-rows), or keep to the plan with policy 'fixed'"
+            warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=3)
         return prepared.request(self.plan)
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
@@ -270,36 +274,25 @@ class SelfSpeculator:
                 self.plan, self.runtime, request.rows, self.options.policy, self.draft_runtime
             )
         self.runtime.reserve(request.rows, request.max_length + request.room)
-        whole = False
         try:
             yield from decode(self.runtime, drafter, request, self.stats)
-            whole = True
+        except BaseException:  # an error may leave a NaN in the cache, even in a masked slot
+            for runtime in filter(None, (self.runtime, self.draft_runtime)):
+                runtime.zero_cache()
+            raise
         finally:
             _record_paths(self.stats, self.runtime, self.draft_runtime, request)
             self.stats.changes = list(drafter.changes)
-            if not whole:  # an error may have left a NaN behind, even in a slot that is masked
-                self.runtime.zero_cache()
-                if self.draft_runtime is not None:
-                    self.draft_runtime.zero_cache()
 
 
 def _warn_if_stale(plan: Plan, **here: Any) -> None:
     if (reason := plan.stale_because(**here)) is not None:
-        advice = "the output stays right, another plan may be faster; run 'selfspec search' here"
+        advice = "the output stays correct, but another plan may be faster; run 'selfspec search' here"
         warnings.warn(f"plan was searched with {reason}: {advice}", PlanWarning, stacklevel=4)
 
 
-def _warn_if_too_many_rows(plan: Plan, rows: int) -> bool:
-    """Warn if the plan knows no round costs of as many rows; whether it warned."""
-    if (reason := too_many_rows(plan, rows)) is None:
-        return False
-    advice = f"search for {rows} rows (--rows, or --more-rows), or keep to the plan with policy 'fixed'"
-    warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=4)
-    return True
-
-
 def _record_paths(stats: Stats, runtime: Runtime, draft_runtime: Runtime | None, request: Request) -> None:
-    """Write to `stats` what was compiled and captured, and why the rest was not."""
+    """Record in `stats` which passes were compiled and captured, and why other passes were not."""
     passes = runtime.passes
     stats.compiled, stats.draft_bytes = passes.compile, runtime.views.draft_weights.nbytes
     if draft_runtime is not None:

@@ -1,4 +1,4 @@
-"""What a search may be told, and what it tells while it runs."""
+"""SearchSettings, and the progress of a search."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ class SearchSettings:
     memory: Annotated[
         int | None,
         Described(
-            "What the replay of trials may take beside the model, such as 512M or 4G; by default a share of what is "
-            "free.",
+            "Memory of the replay in addition to the model, such as 512M or 4G; by default a share of the free memory.",
             is_size=True,
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""Benchmark: ways of decoding measured against one another, and the check that they decode alike.
+"""Benchmark: compares ways to decode, and checks that their outputs are equal.
 
 Imported by the command line and by the search.
 """

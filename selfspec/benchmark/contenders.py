@@ -1,10 +1,9 @@
-"""Contenders: the ways to decode greedily that a benchmark holds against each other."""
+"""Contenders: the ways to decode greedily that a benchmark compares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -28,15 +27,15 @@ GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, DRAFT_MODEL, OURS = (
     "selfspec",
 )
 TRIAL_PROMPTS, TRIAL_TOKENS = 2, 64
-"""What a contender with settings is tried on, to find its best ones."""
+"""Prompts, and new tokens per prompt: the trial that finds the best settings of a contender."""
 
 
 class PeerError(SelfspecError):
-    """A peer that cannot decode with the model at hand."""
+    """Another way to decode does not support the model."""
 
 
 _PEER_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, NotImplementedError)
-"""What transformers raises where one of its own methods does not serve a model."""
+"""What transformers raises if one of its own methods does not support a model."""
 
 
 class Contender(Protocol):
@@ -44,19 +43,19 @@ class Contender(Protocol):
 
     name: str
     stats: Stats | None
-    """Summed over what was counted since `stats` was last set; None where the contender keeps none."""
+    """The sum since `stats` was last set; None if the contender counts nothing."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it decodes with, for the report."""
+        """The contender's settings, for the report."""
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        """The new tokens `t` behind `prompt` (`t`, on any device), on the CPU."""
+        """The new tokens `t` after `prompt` (`t`, on any device), on the CPU."""
 
 
 @dataclass
 class HuggingFace:
-    """`model.generate` with options of its own."""
+    """`model.generate` with further options."""
 
     name: str
     model: PreTrainedModel
@@ -77,7 +76,7 @@ class HuggingFace:
 
 @dataclass
 class EarlyExit:
-    """Hugging Face's own self-speculation. It reads all but the exit layer from `model.generation_config`."""
+    """Hugging Face's own self-speculation. All options but the exit layer come from `model.generation_config`."""
 
     model: PreTrainedModel
     exit_layer: int
@@ -90,13 +89,6 @@ class EarlyExit:
         return {"exit_layer": self.exit_layer, "num_assistant_tokens": self.draft_tokens}
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        with self._options_where_they_are_read():
-            return HuggingFace(self.name, self.model, {"assistant_early_exit": self.exit_layer}).decode(
-                prompt, new_tokens
-            )
-
-    @contextmanager
-    def _options_where_they_are_read(self) -> Iterator[None]:
         options = {"num_assistant_tokens": self.draft_tokens, "num_assistant_tokens_schedule": "constant"}
         config = self.model.generation_config
         assert config is not None, "a model that can generate has a generation config"
@@ -105,16 +97,17 @@ class EarlyExit:
         try:
             for name, value in options.items():
                 setattr(config, name, value)
-            yield
+            early_exit = HuggingFace(self.name, self.model, {"assistant_early_exit": self.exit_layer})
+            return early_exit.decode(prompt, new_tokens)
         finally:
-            self.model.config.num_hidden_layers = layers  # left truncated after an exception
+            self.model.config.num_hidden_layers = layers  # transformers leaves fewer layers after an exception
             for name, value in before.items():
                 setattr(config, name, value)
 
 
 @dataclass
 class Ours:
-    """A `SelfSpeculator`: our runtime, with a plan or plainly, and further options of `generate`."""
+    """A `SelfSpeculator` with a plan or plain, and further options of `generate`."""
 
     name: str
     spec: SelfSpeculator
@@ -137,7 +130,7 @@ class Ours:
 
 
 def early_exits(model: PreTrainedModel, *, draft_tokens: Sequence[int] = (3, 6)) -> list[EarlyExit]:
-    """The built-in self-speculation at every eighth of the model's depth up to three quarters."""
+    """Hugging Face's self-speculation with exit layers from an eighth to three quarters of the model's depth."""
     layers = model.config.num_hidden_layers
     exits = sorted({max(1, layers * eighths // 8) for eighths in (1, 2, 3, 4, 6)} - {layers})
     return [EarlyExit(model, layer, n) for layer in exits for n in draft_tokens]
@@ -149,10 +142,10 @@ def prompt_lookups(model: PreTrainedModel, *, draft_tokens: Sequence[int] = (3, 
 
 
 def fastest(contenders: Sequence[Contender], prompts: Sequence[Tensor], new_tokens: int) -> Contender:
-    """The contender that decodes the first prompts in the least time; each goes once untimed before.
+    """The contender that decodes the first prompts in the least time, after one untimed decoding.
 
     Raises:
-        PeerError: none of them can decode with this model.
+        PeerError: no contender supports the model.
     """
     prompts, new_tokens = prompts[:TRIAL_PROMPTS], min(new_tokens, TRIAL_TOKENS)
     tried: list[tuple[float, Contender]] = []
@@ -170,7 +163,7 @@ def fastest(contenders: Sequence[Contender], prompts: Sequence[Tensor], new_toke
 
 @dataclass(frozen=True, kw_only=True)
 class LineUp:
-    """Who takes part, and who had to stay away and why."""
+    """The contenders, and for each absent contender the reason."""
 
     contenders: list[Contender]
     ours: SelfSpeculator
@@ -188,29 +181,31 @@ def line_up(
     draft_model: PreTrainedModel | None = None,
     draft_gamma: int = 4,
 ) -> LineUp:
-    """`model.generate`, the plain model in our runtime, and ours; with `peers`, the built-in ways to speculate too,
-    each with the settings that are the fastest on the first prompts; with a `draft_model`, classic speculative decoding
-    in our runtime, `draft_gamma` tokens a round."""
+    """The contenders of a benchmark: `model.generate`, the plain model in our runtime, and the plan in our runtime.
+
+    Args:
+        peers: include Hugging Face's ways to speculate, each with the fastest settings on the first prompts.
+        draft_model: include classic speculative decoding in our runtime with this model.
+        draft_gamma: tokens that the draft model drafts in a round.
+    """
     ours = SelfSpeculator(model, plan, options)
-    passes = DecodeOptions(backend=options.backend, compile=options.compile, graphs=options.graphs)
+    passes = replace(options, policy="adaptive", draft_memory=None)
     plain = SelfSpeculator(model, Plan.none(pass_lengths=ours.runtime.pass_lengths), passes)
     contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
     absent: list[str] = []
-    families: list[list[Contender]] = [[*early_exits(model)], [*prompt_lookups(model)]] if peers else []
-    for candidates in families:
+    for candidates in (early_exits(model), prompt_lookups(model)) if peers else ():
         try:
             contenders.append(fastest(candidates, prompts, new_tokens))
         except PeerError as error:
             absent.append(" ".join(str(error).split()))
     if draft_model is not None:
         classic = Plan(skip_set=SkipSet(), gamma=draft_gamma, pass_lengths=ours.runtime.pass_lengths)
-        spec = SelfSpeculator(model, classic, passes, draft_model)
-        contenders.append(Ours(DRAFT_MODEL, spec))
+        contenders.append(Ours(DRAFT_MODEL, SelfSpeculator(model, classic, passes, draft_model)))
     return LineUp(contenders=[*contenders, Ours(OURS, ours)], ours=ours, absent=absent)
 
 
 def timed(contender: Contender, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:
-    """What the contender wrote, and the seconds until it lay on the CPU, where nothing is left to wait for."""
+    """The new tokens of a contender, and the seconds until these tokens are on the CPU."""
     start = perf_counter()
     new = contender.decode(prompt, new_tokens)
     return new, perf_counter() - start

@@ -1,9 +1,9 @@
-"""Comparing two greedy outputs: where they first differ, and whether rounding explains it.
+"""Compare two greedy outputs: the first difference, and whether rounding explains the difference.
 
-In float32 outputs must be equal, so differences are counted and nothing excuses them. In a narrower dtype a pass over
-one token and one over gamma + 1 tokens use different kernels, and a near-tie between two tokens may flip: a difference
-is a near-tie if the target's top-two gap there is at most twice the largest logit difference between its own two ways
-of getting there, and an error otherwise.
+In float32, outputs must be equal, so each difference is an error. In a narrower dtype, passes of 1 and of gamma + 1
+tokens use different kernels, so two almost equal logits may change places. A difference is a near-tie if the gap
+between the target's two largest logits is at most twice the rounding, and an error otherwise. The rounding is the
+largest logit difference between the target's passes of 1 and of gamma + 1 tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from selfspec.runtime.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first differing token of one row. `gap` and `rounding` are None where nothing excuses a difference."""
+    """The first differing token of one row. `gap` and `rounding` are None in float32."""
 
     position: int
     """Counted from the first new token."""
     expected: int | None
     got: int | None
-    """None where one output had ended already."""
+    """None, like `expected`, if the output had already ended."""
     gap: float | None = None
-    """Between the target's two largest logits."""
+    """The difference between the target's two largest logits."""
     rounding: float | None = None
     """The largest logit difference between the target's 1-token and (gamma + 1)-token passes."""
 
@@ -46,15 +46,15 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of comparing some rows."""
+    """The result of a comparison of rows."""
 
     rows: int
     tokens: int
-    """How many tokens were compared."""
+    """The number of expected tokens."""
     differing_tokens: int
-    """Positions that differ. Behind a row's first difference the texts have parted, so later ones say little."""
+    """Positions that differ. After a row's first difference the texts differ, so later positions say little."""
     differences: tuple[Difference, ...]
-    """The first one of every row that has any."""
+    """The first difference of each row with a difference."""
 
     @property
     def near_ties(self) -> int:
@@ -72,7 +72,7 @@ class Verdict:
 
 
 def first_difference(expected: Tensor, got: Tensor) -> int | None:
-    """The first position where two rows of tokens differ, the end of the shorter one included; None if equal."""
+    """The first position where two rows differ, the end of the shorter row included; None for equal rows."""
     n = min(len(expected), len(got))
     unequal = (expected[:n] != got[:n]).nonzero()
     if len(unequal):
@@ -81,7 +81,7 @@ def first_difference(expected: Tensor, got: Tensor) -> int | None:
 
 
 def count_differing(expected: Tensor, got: Tensor) -> int:
-    """Positions that differ; those that only one row has count too."""
+    """The number of differing positions, including positions that only one row has."""
     n = min(len(expected), len(got))
     return int((expected[:n] != got[:n]).sum()) + abs(len(expected) - len(got))
 
@@ -89,7 +89,7 @@ def count_differing(expected: Tensor, got: Tensor) -> int:
 def compare(runtime: Runtime, rows: Iterable[tuple[Tensor, Tensor, Tensor]], *, gamma: int) -> Verdict:
     """Compare the new tokens of `rows`, each (prompt, expected, got), 1-D.
 
-    `runtime` computes the target's logits where a difference is to be judged; `gamma` is the plan's.
+    `runtime` computes the target's logits at a difference; `gamma` is the plan's gamma.
     """
     count = tokens = differing = 0
     differences: list[Difference] = []
@@ -105,7 +105,7 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
     gap = rounding = None
     if runtime.model.dtype != torch.float32:
         text = torch.cat([prompt, expected[:position]])
-        one_by_one = _last_logits(runtime, text, len(prompt), 1, padded=False)  # as the plain model's
+        one_by_one = _last_logits(runtime, text, len(prompt), 1, padded=False)  # as in plain decoding
         by_rounds = _last_logits(runtime, text, len(prompt), gamma + 1)
         top = one_by_one.topk(2).values
         gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds).abs().max().item()
@@ -120,13 +120,10 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
 
 @torch.inference_mode()
 def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int, *, padded: bool = True) -> Tensor:
-    """The target's float32 logits `v` behind `text`, whose new tokens went through passes of `t` tokens.
-
-    Every new token's keys and values come from such passes too, as they did when the text was decoded.
-    """
+    """The target's float32 logits `v` after `text`, with passes of `t` tokens over the new tokens, as in decoding."""
     row = text.to(runtime.model.device)[None]
     start = prompt_length - 1
-    padding = -(row.shape[1] - start) % t  # the last pass is as long as the others; nothing before it sees the filling
+    padding = -(row.shape[1] - start) % t  # every pass has `t` tokens; no token of the text sees the filling
     row = torch.nn.functional.pad(row, (0, padding))
     runtime.reserve(1, row.shape[1])
     prefill(runtime, row[:, :start], torch.tensor([start], device=row.device))

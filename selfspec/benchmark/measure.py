@@ -1,9 +1,8 @@
-"""Measuring decoders against each other on the same prompts: interleaved, in one run, greedy.
+"""Measure contenders on the same prompts: greedy decoding, interleaved in one run.
 
-Each repeat decodes every prompt with every contender, one right after the other and in rotating order, so that what
-drifts (clocks, heat, neighbours) drifts for all. A contender's speed is that of its median repeat on each prompt; a
-ratio's 95 % interval comes from a bootstrap over the prompts, and over the repeats of each, always drawn for both
-sides of the ratio alike (paired).
+Each repeat decodes every prompt with every contender in rotating order. Changes of clocks or heat thus affect all
+contenders. A contender's speed uses the median repeat of each prompt. A ratio's 95 % interval comes from a paired
+bootstrap over the prompts and over the repeats of each prompt.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import Array, Ratio, interleaved, speed, speed_ratio
 
 Progress = Callable[[int, int], None]
-"""Called with decodings done and decodings in all."""
+"""Called with (decodings done, number of decodings)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one contender did."""
+    """The figures of one contender."""
 
     name: str
     settings: dict[str, Any]
     tokens_per_second: float
     ratios: dict[str, Ratio]
-    """By the name of the contender it is held against."""
+    """By name of the other contender."""
     differing: Verdict
-    """Against the reference: the plain model in our runtime where it takes part, else the first contender."""
+    """Against the plain model in our runtime if present, else against the first contender."""
     stats: Stats | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,30 +67,30 @@ class Measurement:
     contenders: list[Contender]
     prompts: list[Tensor]
     seconds: Array  # contenders repeats prompts
-    outputs: list[list[Tensor]]  # by contender and prompt; every repeat of a greedy decoding is the same
+    outputs: list[list[Tensor]]  # by contender and prompt, of the first repeat
     unsteady: list[str]
-    """Contenders that did not write the same tokens in every repeat, which greedy decoding must."""
+    """Contenders whose tokens differed between repeats, which greedy decoding rules out."""
 
     @property
     def tokens(self) -> Array:
-        """How many tokens each contender wrote for each prompt, `contenders prompts`."""
+        """The number of new tokens, `contenders prompts`."""
         return np.array([[len(output) for output in outputs] for outputs in self.outputs], dtype=float)
 
     def index(self, name: str) -> int:
         return [contender.name for contender in self.contenders].index(name)
 
     def tokens_per_second(self, name: str) -> float:
-        """Of the median repeat of each prompt, over all prompts together."""
+        """The speed of the median repeat of each prompt, over all prompts together."""
         at = self.index(name)
         return float(speed(self.seconds[at], self.tokens[at]))
 
     def ratio(self, name: str, base: str, *, seed: int = 0) -> Ratio:
-        """The speed of `name` over that of `base`, with a 95 % interval (see the module's docstring)."""
+        """The speed of `name` over the speed of `base`, with a 95 % interval (see the module's docstring)."""
         both = [self.index(name), self.index(base)]
         return speed_ratio(self.seconds[both], self.tokens[both], seed=seed)
 
     def scores(self, runtime: Runtime, *, against: Sequence[str], gamma: int) -> list[Score]:
-        """Every contender's score, with its ratios to the contenders named in `against`."""
+        """The score of each contender, with the ratios to the contenders named in `against`."""
         names = [contender.name for contender in self.contenders]
         reference = self.outputs[names.index(PLAIN) if PLAIN in names else 0]
         return [
@@ -115,15 +114,15 @@ def measure(
     repeats: int,
     on_progress: Progress | None = None,
 ) -> Measurement:
-    """Decode every prompt with every contender `repeats` times, interleaved, after one untimed decoding each.
+    """Decode every prompt with every contender `repeats` times, interleaved, after one untimed decoding per contender.
 
     Raises:
-        InputError: nothing to measure.
+        InputError: there is no prompt, no new token or no repeat.
     """
     if not prompts or new_tokens < 1 or repeats < 1:
         raise InputError("a benchmark needs at least one prompt, one new token and one repeat")
     for contender in contenders:
-        # The longest prompt, so that caches have their size, and passes that compile are compiled, before any timing.
+        # The longest prompt gives caches their final size and compiles passes before any timing.
         contender.decode(max(prompts, key=len), new_tokens)
         if contender.stats is not None:
             contender.stats = Stats()
@@ -142,13 +141,11 @@ def measure(
     places = [(index, column) for column in range(len(prompts)) for index in range(len(contenders))]
     tasks = {place: partial(decode, *place) for place in places}
     times = interleaved(tasks, repeats=repeats, warmup=0, group=len(contenders))
-    columns = range(len(prompts))
+    rows = [[(index, column) for column in range(len(prompts))] for index in range(len(contenders))]
     return Measurement(
         contenders=list(contenders),
         prompts=list(prompts),
-        seconds=np.array([[times[index, column] for column in columns] for index in range(len(contenders))]).swapaxes(
-            1, 2
-        ),
-        outputs=[[outputs[index, column] for column in columns] for index in range(len(contenders))],
+        seconds=np.array([[times[place] for place in row] for row in rows]).swapaxes(1, 2),
+        outputs=[[outputs[place] for place in row] for row in rows],
         unsteady=sorted(unsteady),
     )

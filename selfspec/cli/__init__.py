@@ -27,7 +27,7 @@ def _complain(text: str) -> NoReturn:
 
 
 class _Group(TyperGroup):
-    """Prints what a user can mend as one line on stderr, and exits 1."""
+    """Prints an error of the user's input as one line on stderr, and exits 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -68,7 +68,7 @@ app = typer.Typer(
 
 
 def _flowing(text: str) -> str:
-    """Paragraphs without the line breaks of the source, which a narrower terminal would break once more."""
+    """Paragraphs without the line breaks of the source code, so that the terminal wraps the text."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 

@@ -1,4 +1,4 @@
-"""selfspec bench: a plan against the plain model and its rivals."""
+"""selfspec bench: a plan against the plain model and the peers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def bench(
 
 
 def print_scores(out: Console, scores: list[Score]) -> None:
-    """One row per contender."""
+    """A row for each contender."""
     bases = list(scores[0].ratios)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("decoder")
@@ -115,7 +115,7 @@ def print_scores(out: Console, scores: list[Score]) -> None:
 
 
 def notes(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: list[Score]) -> list[str]:
-    """What the figures rest on, one line each."""
+    """The conditions of the figures, a line each."""
     from selfspec.benchmark.contenders import DRAFT_MODEL
     from selfspec.huggingface.loading import describe_device
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 128
 PROMPTS, REPEATS = 6, 2
-"""What the closing table is measured on."""
+"""Prompts: the table at the end is measured on them."""
 CALIBRATION = 32
-"""How many prompts the search compares plans on."""
+"""Prompts on which the search confirms plans."""
 PROMPT_LINES = 8
 FRAMES_PER_SECOND = 20
 SECONDS_OF_TRIALS = 60.0
-"""Keeps the whole within some three minutes on two slow cores; on a quick machine all trials fit."""
+"""Seconds: keeps the demo within about three minutes on two slow cores."""
 
 
 def demo(
@@ -83,7 +83,7 @@ def demo(
     console.print(Panel(Text(_end_of(prompt)), title="the prompt's end", title_align="left"))
     race(console, specs, loaded.tokenizer, unseen[0], NEW_TOKENS)
 
-    console.print(f"\n[bold]3. Measure[/bold]  {len(unseen)} such prompts, everything interleaved")
+    console.print(f"\n[bold]3. Measure[/bold]  {len(unseen)} held-out prompts, contenders interleaved")
     with progress_bar("decoding", quiet=quiet) as report:
         measured = measure(
             entrants.contenders,
@@ -118,7 +118,7 @@ def _end_of(prompt: str | list[str]) -> str:
 
 @dataclass
 class Runner:
-    """One way to decode, its text so far, and a clock that runs only while it does."""
+    """A way to decode, its text so far, and a clock that runs only while it decodes."""
 
     name: str
     spec: SelfSpeculator
@@ -158,7 +158,7 @@ def race(
     prompt: Tensor,
     new_tokens: int,
 ) -> list[Runner]:
-    """Decode `prompt` with each contender and show them side by side, each as far as its own clock says.
+    """Decode `prompt` with each contender, and show all texts side by side, each as far as its own clock allows.
 
     They take turns, never run at once, and whoever has used the least time goes next.
     """

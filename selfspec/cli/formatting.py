@@ -1,4 +1,4 @@
-"""Tables, bars and figures: what a search found, and how often drafts were right at each position."""
+"""Tables and bars: the result of a search, and acceptance by draft position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHASES = {
 }
 NOTHING_FASTER = "do not speculate: nothing decodes faster than the plain model"
 BLOCKS = "▏▎▍▌▋▊▉█"
-"""One eighth of a column to eight."""
+"""Characters for one eighth to eight eighths of a column."""
 LONGEST_BAR = 40
 
 
@@ -44,7 +44,7 @@ def in_phases(report: Report) -> OnProgress:
 
 
 def report_search(out: Console, result: SearchResult) -> None:
-    """What was tried, the plan, and what it is worth: by replay and by decoding, predicted and measured."""
+    """Print the trials, the plan, and its figures: predicted by replay and measured by decoding."""
     rows = result.rows()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in rows[0]:
@@ -56,7 +56,7 @@ def report_search(out: Console, result: SearchResult) -> None:
 
 
 def print_facts(out: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Print one line for each (name, text), with all texts in one column."""
+    """Print a line for each (name, text), all texts in one column."""
     words = Table.grid(padding=(0, 2, 0, 0))
     for name, text in facts:
         words.add_row(Text(name, style="bold"), text)
@@ -80,7 +80,7 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
             ("rows", f"the policy adapts for {rows[0]} to {rows[-1]}, by what {', '.join(map(str, rows))} cost")
         )
     if winner.draft_bytes:
-        lines.append(("draft's own layers", f"{in_words(winner.draft_bytes)} beside the model"))
+        lines.append(("draft weights", f"{in_words(winner.draft_bytes)} in addition to the model"))
     calibration, held_out = winner.prediction.figures, winner.predicted_on_held_out
     return [
         *lines,
@@ -128,7 +128,7 @@ def _gap(value: float, base: float) -> str:
 
 @dataclass
 class Bar:
-    """One position of the draft, or several: tokens accepted there, in all and by origin, of those that it reached."""
+    """A draft position, or several: how many drafted tokens reached it, and how many were accepted, by origin."""
 
     name: str
     accepted: int
@@ -137,12 +137,12 @@ class Bar:
 
     @property
     def count(self) -> str:
-        """What the bar says, in figures."""
+        """The figures of the bar."""
         share = f"{self.accepted / self.reached:.0%}" if self.reached else "-"
         return f"{share:>4}  {self.accepted} of {self.reached}"
 
     def drawn(self, width: int, *, blocks: bool) -> Text:
-        """At most `width` columns long, in the colours of its origins."""
+        """The bar, at most `width` columns long, in the colours of the origins."""
         bar = Text(bar_of(self.accepted / self.reached if self.reached else 0.0, width, blocks=blocks))
         end, total = 0, self.origins.total()
         for origin, style in ORIGINS.items():
@@ -154,7 +154,7 @@ class Bar:
 
 
 def chart(bars: Sequence[Bar], console: Console) -> list[Text]:
-    """A line for each bar, of the console's width at most."""
+    """A line for each bar, at most as wide as the console."""
     names = max(len(bar.name) for bar in bars)
     counts = [bar.count for bar in bars]
     room = console.width - names - max(map(len, counts)) - len("   ") - 1
@@ -166,7 +166,7 @@ def chart(bars: Sequence[Bar], console: Console) -> list[Text]:
 
 
 def bar_of(share: float, width: int, *, blocks: bool) -> str:
-    """A bar of at most `width` columns: to an eighth of one where `blocks` can be shown, else in plain ASCII."""
+    """A bar of at most `width` columns: exact to an eighth of a column with `blocks`, else in ASCII."""
     if not blocks:
         return "#" * round(share * width)
     whole, eighths = divmod(round(share * width * len(BLOCKS)), len(BLOCKS))
@@ -174,7 +174,7 @@ def bar_of(share: float, width: int, *, blocks: bool) -> str:
 
 
 def holds_blocks(console: Console) -> bool:
-    """Whether the stream's encoding has the characters that bars are drawn with."""
+    """Whether the stream's encoding has the characters of the bars."""
     try:
         BLOCKS.encode(getattr(console.file, "encoding", None) or "utf8")
     except (UnicodeEncodeError, LookupError):

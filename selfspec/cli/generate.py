@@ -27,7 +27,7 @@ DEFAULT_NEW_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """The prompt, or a file of prompts."""
+    """A prompt, or a file of prompts."""
 
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None
     prompt_file: Annotated[
@@ -36,7 +36,7 @@ class PromptOptions:
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the tokenizer's chat template.")] = False
 
     def read(self) -> list[Prompt]:
-        """All prompts, as chats where that is asked for."""
+        """All prompts; as chats with `--chat`."""
         from selfspec.huggingface.prompts import Prompt, read_prompts
 
         if (self.prompt is None) == (self.prompt_file is None):
@@ -76,7 +76,7 @@ def generate(
     the model's own plain.
 
     Greedy unless a sampling option is given. The text goes to stdout, one line of figures to stderr. With
-    [bold]--show[/bold] tokens are told apart by who drafted them, or what the model wrote them for.
+    [bold]--show[/bold], each token has the colour of its origin: its drafter, or the model (recovered, bonus).
     """
     prompts = given.read()
     if stats is not None:
@@ -118,7 +118,7 @@ def generate(
 
 
 def _plan(file: Path | None, drafting: DraftModel) -> Plan:
-    """The plan of the file; or, with a draft model alone, one by which that drafts."""
+    """The plan of the file; with a draft model alone, a plan for the draft model."""
     from selfspec.plan import Plan
     from selfspec.plan.sublayers import SkipSet
 
@@ -132,14 +132,14 @@ def _plan(file: Path | None, drafting: DraftModel) -> Plan:
 
 
 def _check_stats_file(path: Path) -> None:
-    """Find out before anything is decoded whether the file can be written."""
+    """Raise `InputError` before decoding if the file cannot be written."""
     if str(path) == "-" or path.parent == Path("/dev"):
         raise InputError(f"--stats is '{path}', but stdout is for the text, and stderr for asides; name a file")
     check_writable(path)
 
 
 def _write_stats(stats: Stats, path: Path) -> None:
-    """Write the figures as JSON; whoever reads the file never sees half of it."""
+    """Write the figures as JSON, atomically."""
     from selfspec.utils.files import write_atomically
 
     write_atomically(path, stats.to_json(indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the step from a command's dataclasses to options that Typer reads.
+"""Options that several commands share, and how a command's dataclasses become Typer options.
 
 A command takes dataclasses: `settings: SearchSettings`, `place: Placement`. `with_options` gives it one option for each
 of their fields. An option of a settings class has the help text, the default and the bounds of its field.
@@ -20,7 +20,7 @@ from selfspec.utils.settings import SettingError, check_value, described, descri
 from selfspec.utils.sizes import parse_size
 
 DRAFT_GAMMA = 4
-"""Tokens that a draft model drafts a round by default."""
+"""Tokens: the default draft length of a draft model."""
 
 Model = Annotated[
     str,
@@ -39,7 +39,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only re
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the model is put, and as what."""
+    """The device and the dtype of the model."""
 
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is any.")] = "auto"
     dtype: Annotated[
@@ -61,13 +61,13 @@ class DraftModel:
 
     @property
     def gamma(self) -> int:
-        """The draft length, given or by default."""
+        """The draft length: the given one, or the default."""
         return self.draft_gamma or DRAFT_GAMMA
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen; greedily where no option is given."""
+    """How tokens are chosen; greedy without any option."""
 
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None
@@ -83,7 +83,7 @@ class SamplingOptions:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `generate`. What is not given is left to the model's own generation config."""
+        """Keyword arguments of `generate`. The model's generation config decides the rest."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         if self.temperature == 0 or all(value is None for value in given.values()):
             return {"do_sample": False}
@@ -95,12 +95,12 @@ class Without(frozenset[str]):
 
 
 def flag(name: str) -> str:
-    """The option of a parameter, as it is typed."""
+    """The option of a parameter, as typed on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as Typer reads it: a parameter that is a dataclass becomes one option for each of its fields."""
+    """`command` for Typer: a dataclass parameter becomes one option for each of its fields."""
     hints = get_type_hints(command, include_extras=True)
     options = {name: _options(hints[name], parameter) for name, parameter in signature(command).parameters.items()}
 
@@ -118,7 +118,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(hint: Any, parameter: Parameter) -> list[Parameter]:
-    """The options that stand for one parameter of a command."""
+    """The options of one parameter of a command."""
     group = _group_of(hint)
     if group is None:
         return [_option(parameter.name, hint, parameter.default)]
@@ -138,7 +138,7 @@ def _group_of(hint: Any) -> Any:
 
 
 def _option(name: str, hint: Any, default: Any) -> Parameter:
-    """A described setting as an option; other parameters say themselves what Typer shall make of them."""
+    """The option of a described setting. Other annotations already hold a Typer option."""
     if (about := described(hint)) is not None:
         kind, option = get_args(hint)[0], typer.Option(help=about.help)
         if about.is_size:
@@ -150,7 +150,7 @@ def _option(name: str, hint: Any, default: Any) -> Parameter:
 
 
 def _value(hint: Any, options: list[Parameter], given: dict[str, Any]) -> Any:
-    """What a command gets for one of its parameters."""
+    """The value of one parameter of a command."""
     group, values = _group_of(hint), {option.name: given[option.name] for option in options}
     if group is not None:
         return group(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PROFILE_FILE = "profile.json"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 SHOWN = (1, 2, 3, 5, 9, 17, 33, 65)
-"""Tokens of the passes that the table shows, as far as they were measured; and the longest."""
+"""Tokens: pass lengths that the table shows, in addition to the longest."""
 
 
 def profile(
@@ -83,7 +83,7 @@ def profile(
 
 
 def parse_contexts(text: str | None) -> list[int] | None:
-    """Lengths from '128,512'; None stays None. Whether the model reaches so far is found out when it is measured."""
+    """Context lengths from text such as '128,512'; None stays None."""
     if text is None:
         return None
     try:
@@ -96,7 +96,7 @@ def parse_contexts(text: str | None) -> list[int] | None:
 
 
 def check_longest_draft(gamma_max: int) -> None:
-    """Raise `InputError` for a draft longer than any plan's."""
+    """Raise `InputError` for a draft longer than a plan allows."""
     from selfspec.plan import MOST_DRAFTED
 
     if gamma_max > MOST_DRAFTED:
@@ -104,14 +104,14 @@ def check_longest_draft(gamma_max: int) -> None:
 
 
 def checked_out(out: Path | None) -> Path | None:
-    """The file to write, found out before anything is measured; a directory gets a `profile.json`."""
+    """The file to write, checked before the measurement. In a directory: `profile.json`."""
     if out is None:
         return None
     return writable(out / PROFILE_FILE if os.path.isdir(out) else out)
 
 
 def checked_plot(plot: Path | None) -> Path | None:
-    """The file to draw into, found out before anything is measured."""
+    """The file of the plot, checked before the measurement."""
     if plot is None:
         return None
     if plot.suffix.lower() not in PLOT_SUFFIXES or os.path.isdir(plot):
@@ -120,7 +120,7 @@ def checked_plot(plot: Path | None) -> Path | None:
 
 
 def report_profile(out: Console, profile: Profile) -> None:
-    """Milliseconds at every context, and what they mean for drafting."""
+    """Print milliseconds at every context, and what they mean for drafting."""
     shown = [tokens for tokens in SHOWN if tokens <= profile.gamma_max] + [profile.gamma_max + 1]
     table = Table(box=None, pad_edge=False, header_style="bold", title="milliseconds", title_justify="left")
     passes = [f"pass of {shown[0]}", *map(str, shown[1:])]
@@ -142,12 +142,12 @@ def report_profile(out: Console, profile: Profile) -> None:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits or more."""
+    """Milliseconds with at least three digits."""
     return f"{seconds * 1e3:.{3 if seconds < 1e-3 else 2 if seconds < 0.1 else 1}f}"
 
 
 def facts(profile: Profile) -> list[tuple[str, str]]:
-    """What the figures mean, in words."""
+    """The figures in words."""
     longest = profile.gamma_max + 1
     at = [(f"at {context}", costs) for context, costs in zip(profile.contexts, profile.costs, strict=True)]
     verify = ", ".join(f"{costs.rounds[-1] / costs.rounds[0]:.2f} {where}" for where, costs in at)
@@ -157,7 +157,7 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
     }
     return [
         ("measured on", profile.conditions),
-        ("verify", f"a pass of {longest} tokens costs so many plain passes: {verify}"),
+        ("verify", f"a pass of {longest} tokens costs, in plain passes: {verify}"),
         ("skip an attention", f"saves of a draft step: {saved['attn']}"),
         ("skip an MLP", f"saves of a draft step: {saved['mlp']}"),
         *_draft_weights(profile),
@@ -166,7 +166,7 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
 
 
 def _draft_weights(profile: Profile) -> Iterator[tuple[str, str]]:
-    """What quantised copies of everything make of a draft step, or why a format was left out."""
+    """The cost of a draft step with everything quantised, or why a format was left out."""
     costs = profile.costs[len(profile.costs) // 2]
     for code, savings in costs.formats.items():
         parts = {"an attention": savings.attention, "an MLP": savings.mlp, "the head": savings.head}

@@ -19,8 +19,8 @@ def report(
         str,
         typer.Argument(
             metavar="STUDY_OR_PLAN",
-            help="A plan that 'search' wrote (its trials are shown too where they lie beside it), or the storage of a "
-            "search: an SQLite file, a journal file, a URL.",
+            help="A plan that 'search' wrote, whose trials are shown if their storage lies next to the plan; or the "
+            "storage of a search: an SQLite file, a journal file, a URL.",
         ),
     ],
     study: Annotated[str | None, typer.Option(metavar="NAME", help="Which study, where there are several.")] = None,
@@ -29,7 +29,9 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The page to write; by default beside what it is about, *_report.html."),
+        typer.Option(
+            metavar="FILE", help="The page to write; by default in the directory of the plan or storage, *_report.html."
+        ),
     ] = None,
     png: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each figure as a PNG into this directory, too.")
@@ -49,7 +51,7 @@ def report(
 
 
 def page_path(source: str, out: Path | None) -> Path:
-    """The file to write; `InputError` where that cannot be."""
+    """The file to write; `InputError` if it cannot be written."""
     page = out or default_page(source)
     if os.path.isdir(page):
         page = page / NAME_FOR_URLS
@@ -61,7 +63,7 @@ def page_path(source: str, out: Path | None) -> Path:
 
 
 def default_page(source: str) -> Path:
-    """Beside a file or in a directory, with its name; for a URL in the working directory."""
+    """In the directory of the source, under its name; for a URL in the working directory."""
     from selfspec.plan import PLAN_FILE
 
     if "://" in source:

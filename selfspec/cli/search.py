@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from selfspec.huggingface.prompts import Prompt
 
 LEAST_TOKENS = 2
-"""Of a prompt that a search can use."""
+"""Tokens: the shortest prompt that a search can use."""
 _OF_A_STUDY = (
     *("prompts", "held_out", "start_from", "draft", "temperature", "top_p", "top_k"),
     *("trials", "timeout", "seed", "sampler", "gamma_max", "lookup_max", "new_tokens"),
 )
-"""What picking again has no use for."""
+"""Options that `--repick` refuses."""
 _SET_OTHERWISE = Without({"start_from", "sampling", "storage", "study_name", "confirm", "confirm_texts", "repeats"})
-"""Settings that are made from options of another form, or left to the library."""
+"""Settings that other options set, or that only the library offers."""
 HELD_OUT_SHARE = 4
-"""One prompt in so many is held out, where no held-out prompts are given."""
+"""Prompts: every n-th prompt is held out, if no held-out prompts are given."""
 INTERRUPTED = 130
-"""Exit code of ctrl-C. Where it ended the trials, the plan of the best so far is written all the same."""
+"""Exit code of ctrl-C. A plan of the best draft so far is still written if ctrl-C ended the trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +109,12 @@ def search(
         study_name=study,
     )
     if pick_again:
-        _refuse_beside_repick(context)
-        with _told_of_interrupts(storage):
+        _refuse_with_repick(context)
+        with _explaining_interrupts(storage):
             result = _repick(model, settings, place, quiet=quiet)
     else:
         calibration, confirmation = files.read(settings.seed)
-        with _told_of_interrupts(storage):
+        with _explaining_interrupts(storage):
             loaded = load_model(model, place, quiet=quiet)
             for plan in known:
                 plan.check_fits(loaded.model.config)
@@ -126,8 +126,8 @@ def search(
         raise typer.Exit(INTERRUPTED)
 
 
-def _refuse_beside_repick(context: typer.Context) -> None:
-    """A usage error for what picking again takes from the study, or does not need."""
+def _refuse_with_repick(context: typer.Context) -> None:
+    """Raise a usage error for options that `--repick` takes from the study or does not need."""
     for name in _OF_A_STUDY:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -137,15 +137,15 @@ def _refuse_beside_repick(context: typer.Context) -> None:
 
 
 def _refuse_one_file_for_both(out: Path, storage: str) -> None:
-    """The plan must not be written over the trials."""
+    """Raise `InputError` if plan and storage are the same file."""
     file = storage.removeprefix("journal://").removeprefix("sqlite:///")
     if "://" not in file and os.path.realpath(os.path.expanduser(file)) == os.path.realpath(out):
         raise InputError(f"--out is {out}, where the trials would be kept too; give another file to one of them")
 
 
 @contextmanager
-def _told_of_interrupts(storage: str) -> Iterator[None]:
-    """One line for a ctrl-C that comes too early or too late for a plan."""
+def _explaining_interrupts(storage: str) -> Iterator[None]:
+    """Print one line for a ctrl-C outside the trials, after which no plan is written."""
     try:
         yield
     except KeyboardInterrupt:
@@ -195,7 +195,7 @@ def _notice(line: str) -> None:
 
 
 def split(prompts: list[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Calibration prompts, and a quarter held out, drawn by `seed`: files may be in some order."""
+    """Calibration prompts, and a quarter held out. Drawn by `seed`, since a file may be sorted."""
     if len(prompts) < 2:
         raise InputError("one prompt cannot be split into calibration and held-out ones; give more, or --held-out")
     count = max(1, len(prompts) // HELD_OUT_SHARE)

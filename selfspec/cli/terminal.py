@@ -1,4 +1,4 @@
-"""Where commands write: results on stdout, everything in passing on stderr."""
+"""Where commands write: results to stdout, progress and notes to stderr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from selfspec.plan import Plan
 
 Report = Callable[[int, int, str], None]
-"""Draws progress: (done, total, what is being done)."""
+"""Draws progress: (done, total, description)."""
 PIPE_WIDTH = 140
 DRAFTED = "green"
 """The style of tokens that were drafted and accepted."""
@@ -41,11 +41,11 @@ ORIGINS = {
     "bonus": "magenta",
     "undrafted": "",
 }
-"""The style of tokens by who wrote them: drafted and accepted ones first, then the model's own."""
+"""The style of a token by its origin: accepted drafts first, then the model's own tokens."""
 
 
 def results() -> Console:
-    """Stdout; where it is a file or a pipe, plain text of a width that tables fit into."""
+    """Stdout. In a file or a pipe: plain text, wide enough for tables."""
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return Console(highlight=False)
     return Console(highlight=False, width=PIPE_WIDTH)
@@ -57,7 +57,7 @@ def asides() -> Console:
 
 
 def load_model(name: str, place: Placement, *, quiet: bool = False) -> Loaded:
-    """Load MODEL, and say so on a terminal while that takes."""
+    """Load MODEL. On a terminal, a line says so meanwhile."""
     with _loading(name, quiet=quiet):
         from selfspec.huggingface.loading import DEMO, load, quiet_hugging_face
 
@@ -70,28 +70,29 @@ def load_model(name: str, place: Placement, *, quiet: bool = False) -> Loaded:
     return loaded
 
 
-def load_draft_model(name: str | None, beside: Loaded, *, quiet: bool = False) -> PreTrainedModel | None:
-    """Load what `--draft-model` names, if it was given."""
+def load_draft_model(name: str | None, target: Loaded, *, quiet: bool = False) -> PreTrainedModel | None:
+    """Load the model that `--draft-model` names; None without the option."""
     if name is None:
         return None
     with _loading(name, quiet=quiet):
         from selfspec.huggingface.loading import load_draft_model
 
-        return load_draft_model(name, beside).model
+        return load_draft_model(name, target).model
 
 
 def tell_draft_bytes(model: PreTrainedModel, plan: Plan) -> None:
-    """Say what memory the draft takes beside the model, before it is taken."""
+    """Print the memory of the draft weights, before it is taken."""
     from selfspec.speculator import draft_bytes
     from selfspec.utils.sizes import in_words
 
     if size := draft_bytes(model, plan):
-        asides().print(f"the draft's own layers take {in_words(size)} beside the model", style="dim", markup=False)
+        asides().print(f"the draft weights take {in_words(size)} in addition to the model", style="dim", markup=False)
 
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
-    """Yields a function of (done, total, description). Drawn only when it is called: nothing runs beside a timing."""
+    """Yields a function of (done, total, description). The bar is drawn in that call only, so that no thread disturbs a
+    timing."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -119,7 +120,7 @@ def _loading(name: str, *, quiet: bool) -> Iterator[None]:
 
 
 def writable(out: Path) -> Path:
-    """The plan file to write, found out before minutes are spent; a directory gets a `selfspec_plan.json`."""
+    """The plan file to write, checked before the search. In a directory: `selfspec_plan.json`."""
     from selfspec.plan import PLAN_FILE
 
     file = out / PLAN_FILE if os.path.isdir(out) else out
@@ -128,7 +129,7 @@ def writable(out: Path) -> Path:
 
 
 def check_writable(file: Path) -> None:
-    """Raise `InputError` where a file could not be written, before time is spent on what it shall hold."""
+    """Raise `InputError` if the file cannot be written, before its content is computed."""
     if not os.path.isdir(file.parent):
         raise InputError(f"cannot write {file}: there is no directory {file.parent}; make it first")
     if not os.access(file.parent, os.W_OK):

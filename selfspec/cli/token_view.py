@@ -1,4 +1,4 @@
-"""A text in colour as it is decoded: each token's text and origin, and in the end how often drafts were right."""
+"""Shows a text while it is decoded: the origin of each token in colour, then acceptance by draft position."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 RECOVERED, BONUS, UNDRAFTED = "recovered", "bonus", "undrafted"
 MOST_BARS = 12
-"""Positions beyond share the last bar."""
+"""Bars: later draft positions share the last bar."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 6
-"""How many of the prompt's tokens are decoded along, so that the first new one gets its space, or does not."""
+"""Tokens of the prompt that are detokenized with the first new token, which decides whether a space precedes it."""
 
 
 class Detokenizer:
-    """Turns tokens into text one by one; what it returns adds up to the text of all.
+    """Turns tokens into text, token by token. The returned pieces add up to the whole text.
 
     A token may hold part of a character's bytes, or a space only where something stands before it. So new text is
     what a short stretch of tokens decodes to, less what it did without the new ones, once no character is in pieces.
@@ -42,7 +42,7 @@ class Detokenizer:
         self._shown = len(self._tokens)
 
     def put(self, token: int) -> str:
-        """The text that `token` completes; often one word, and nothing within a character."""
+        """The text that `token` completes: often a word, and nothing inside a character."""
         self._tokens.append(token)
         new = self._new_text()
         if not new or new.endswith(_INCOMPLETE):
@@ -52,7 +52,7 @@ class Detokenizer:
         return new
 
     def end(self) -> str:
-        """What was held back: bytes that never became a character."""
+        """The text held back: bytes that did not become a character."""
         return self._new_text()
 
     def _new_text(self) -> str:
@@ -65,7 +65,7 @@ class Detokenizer:
 
 
 def origin_of(committed: Committed, index: int) -> str:
-    """Who wrote a round's token: whoever drafted it; or the model, and then after what kind of draft."""
+    """The origin of a round's token: its drafter, or the model (recovered, bonus, undrafted)."""
     if index < committed.accepted:
         return committed.origin or "layers"
     if not committed.drafted:
@@ -74,10 +74,10 @@ def origin_of(committed: Committed, index: int) -> str:
 
 
 class Show:
-    """Gives every token the colour of its origin, and counts them.
+    """Gives each token the colour of its origin, and counts tokens by origin.
 
     Args:
-        drafts: who drafts by the plan's gamma.
+        drafts: the drafter that the plan's gamma is of.
     """
 
     def __init__(self, plan: Plan, drafts: Literal["layers", "draft model"] = "layers") -> None:
@@ -88,7 +88,7 @@ class Show:
         """By draft position: accepted tokens by origin."""
 
     def style(self, committed: Committed, index: int) -> str:
-        """The style of one token, which is thereby counted."""
+        """The style of a token. Counts the token."""
         origin = origin_of(committed, index)
         self.written[origin] += 1
         if index < committed.accepted:
@@ -97,7 +97,7 @@ class Show:
         return ORIGINS[origin]
 
     def legend(self) -> Text:
-        """What the colours mean, in one line; empty for a plan under which there is but one."""
+        """The meaning of the colours in one line; empty if the plan leads to one colour only."""
         if not self.plan.speculates:
             return Text()
         said = {"lookup": "by lookup"} if self._may_look_up else {}
@@ -114,7 +114,7 @@ class Show:
         return self.drafts == "layers" and any(costs.matches for costs in self.plan.round_costs)
 
     def summary(self, stats: Stats, console: Console) -> list[Text]:
-        """How often drafts were right at each of their positions, and how many tokens came from where."""
+        """Acceptance by draft position, and tokens by origin."""
         if not stats.drafted:
             why = "" if self.plan.speculates else ": this plan does not speculate"
             return [Text(f"nothing was drafted{why}")]
@@ -122,7 +122,7 @@ class Show:
         return [heading, *chart(self._bars(stats), console), self._by_origin(stats)]
 
     def _bars(self, stats: Stats) -> list[Bar]:
-        """One for each position, counted from 1."""
+        """The bars, one for each draft position, counted from 1."""
         counted = self.accepted_at + [Counter()] * (len(stats.reached_at) - len(self.accepted_at))
         columns = zip(stats.accepted_at, stats.reached_at, counted, strict=True)
         bars = [Bar(str(number), *column) for number, column in enumerate(columns, start=1)]
@@ -147,7 +147,7 @@ class Show:
 
 
 def tell(lines: Sequence[Text]) -> None:
-    """Print to stderr; broken between words on a terminal alone."""
+    """Print to stderr. Lines wrap on a terminal only."""
     aside = asides()
     for line in lines:
         if line:
@@ -155,7 +155,7 @@ def tell(lines: Sequence[Text]) -> None:
 
 
 class Writer:
-    """Writes continuations as their rounds come in; ctrl-C ends one early. Adds up the figures of all."""
+    """Writes continuations round by round, and sums their figures. Ctrl-C ends a continuation early."""
 
     def __init__(self, spec: SelfSpeculator, tokenizer: PreTrainedTokenizerBase, show: Show | None) -> None:
         from selfspec.decoding.stats import Stats
@@ -169,7 +169,7 @@ class Writer:
             tell([show.legend()])
 
     def write(self, prompt: Tensor, **options: Any) -> None:
-        """Write one continuation, then its figures."""
+        """Write a continuation, then its figures."""
         text, before = Detokenizer(self._tokenizer, prompt.tolist()), self._spec.stats
         rounds = self._spec.stream_rounds(prompt.to(self._spec.model.device)[None], **options)
         try:
@@ -192,12 +192,12 @@ class Writer:
 
 
 def _drafted(committed: Committed, index: int) -> str:
-    """The style of a token, where only drafted ones have one."""
+    """The style of a token; only drafted tokens have a style."""
     return DRAFTED if index < committed.accepted else ""
 
 
 def printable(text: str) -> str:
-    """Without the control characters by which a text could command the terminal."""
+    """The text without control characters, which could command the terminal."""
     return "".join(char for char in text if char in "\n\t" or not (char < " " or "\x7f" <= char < "\xa0"))
 
 

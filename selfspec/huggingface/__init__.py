@@ -1,4 +1,4 @@
-"""Hugging Face at the edge: loading, prompts, the `generate` call, its options and its streamers.
+"""The edge to Hugging Face: loading, prompts, the call of `generate`, its options and its streamers.
 
-Imported by the speculator and all above it.
+Imported by the speculator and the layers above it.
 """

@@ -1,10 +1,9 @@
-"""Preparation: Hugging Face validates and prepares a call, and what it prepared becomes a request."""
+"""Hugging Face validates and prepares a call of `generate`; the prepared call becomes a request."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def through_hugging_face(
     check_arguments(model, inputs, generation_config, kwargs)
     own = model.generation_config
     if own is not None and own.cache_implementation is not None:
-        kwargs["cache_implementation"] = "dynamic"  # else Hugging Face would allocate a cache that nobody fills
+        kwargs["cache_implementation"] = "dynamic"  # otherwise Hugging Face allocates a cache that stays empty
     prepared = False
 
     def begin(*args: Any, **arguments: Any) -> Any:
@@ -61,7 +60,7 @@ def through_hugging_face(
 
 @dataclass(kw_only=True)
 class Prepared:
-    """What Hugging Face hands to a `custom_generate`; what it let pass and cannot be served is refused."""
+    """The arguments that Hugging Face passes to `custom_generate`. Unsupported arguments are refused on creation."""
 
     model: PreTrainedModel
     input_ids: Tensor
@@ -74,11 +73,13 @@ class Prepared:
         self.pads = check_prepared(self.model, self.input_ids, self.generation_config, self.model_kwargs)  # b
 
     def request(self, plan: Plan) -> Request | PlainDecoding:
-        """The request that this is; or, where no view can serve it, a call of Hugging Face's own decoding."""
+        """The request for this call; if no view can serve the request, Hugging Face decodes it."""
         limit = max_length(self.stopping_criteria, self.input_ids.shape[1])
         lockstep = needs_lockstep(self.logits_processor, self.stopping_criteria, self.input_ids.shape[0])
         gamma = 0 if lockstep else longest_draft(plan)
-        if self._crosses_longrope_switch(limit):
+        switch, width = longrope_switch(self.model), self.input_ids.shape[1]
+        longest = int((width - self.pads).max())
+        if switch is not None and longest <= switch < longest + limit - width:  # a view serves one side of the switch
             return PlainDecoding(self, "the request crosses the longrope switch: model.generate decodes it")
         config = self.generation_config
         pad = config._pad_token_tensor
@@ -97,16 +98,12 @@ class Prepared:
             keep_logits=returns_dict and bool(config.output_logits),
         )
 
-    def _crosses_longrope_switch(self, limit: int) -> bool:
-        """Whether a prompt on one side of it may grow beyond it, up to `limit`: a view serves one side."""
-        switch, width = longrope_switch(self.model), self.input_ids.shape[1]
-        longest = int((width - self.pads).max())
-        return switch is not None and longest <= switch < longest + limit - width
-
 
 class Counting(StoppingCriteriaList):
-    """The same criteria, which Hugging Face asks once for every token of a row; what follows a row's own end does not
-    count."""
+    """Stopping criteria that count the tokens of each row up to the row's end.
+
+    Hugging Face calls the criteria once for every token.
+    """
 
     def __init__(self, criteria: StoppingCriteriaList, prompts: Tensor) -> None:
         super().__init__(criteria)
@@ -121,43 +118,36 @@ class Counting(StoppingCriteriaList):
 
     @property
     def tokens(self) -> int:
-        """Of all rows together."""
+        """The number of tokens of all rows together."""
         return int(self._counts.sum())
 
 
 @dataclass(frozen=True)
 class PlainDecoding:
-    """A request that no view can serve, as a call of Hugging Face's own decoding, and why."""
+    """A request that Hugging Face decodes, since no view can serve the request; `reason` explains why."""
 
     prepared: Prepared
     reason: str
-
-    @cached_property
-    def criteria(self) -> Counting:
-        return Counting(self.prepared.stopping_criteria, self.prompts)
 
     @property
     def prompts(self) -> Tensor:
         return self.prepared.input_ids
 
     def decode(self, stats: Stats, streamer: BaseStreamer | None) -> Tensor | SpeculativeOutput:
-        """What `model.generate` returns. `stats` counts the tokens and the time, also of a call that fails."""
+        """The result of `model.generate`. `stats` counts the tokens and the time, even if the call fails."""
+        call, criteria = self.prepared, Counting(self.prepared.stopping_criteria, self.prompts)
         if streamer is not None:
             streamer.put(self.prompts.cpu())
         try:
             with stats.timed("total"):
-                output = self._run(streamer)
+                output = call.model._sample(  # type: ignore[operator]
+                    call.input_ids,
+                    call.logits_processor,
+                    criteria,
+                    call.generation_config,
+                    streamer=streamer,
+                    **call.model_kwargs,
+                )
         finally:
-            stats.tokens = self.criteria.tokens
+            stats.tokens = criteria.tokens
         return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=stats)
-
-    def _run(self, streamer: BaseStreamer | None) -> Any:
-        call = self.prepared
-        return call.model._sample(  # type: ignore[operator]
-            call.input_ids,
-            call.logits_processor,
-            self.criteria,
-            call.generation_config,
-            streamer=streamer,
-            **call.model_kwargs,
-        )

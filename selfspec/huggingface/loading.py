@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer by name, with one clear line for whatever cannot be loaded."""
+"""Load a model and its tokenizer by name. Every failure becomes an error of one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from selfspec.errors import InputError
-from selfspec.models.support import check_supported, check_supported_config
+from selfspec.models.support import check_supported, check_supported_config, position_limit, vocabulary_size
+from selfspec.utils.devices import device_name, dtype_name
 
 DEMO = "demo"
 """The name of the embedded model."""
@@ -41,12 +42,12 @@ _LOAD_ERRORS = (
     HfHubHTTPError,
     StrictDataclassError,
 )
-"""What transformers raises for files that are missing, damaged or not what the config says."""
+"""What transformers raises for files that are missing or damaged, or that contradict the config."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, ready to decode, and its tokenizer."""
+    """A model that is ready to decode, and its tokenizer."""
 
     name: str
     model: PreTrainedModel
@@ -54,12 +55,12 @@ class Loaded:
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the model's positions reach, None where its config names no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Tokens: the longest text that the model's positions reach; None if the config has no limit."""
+        return position_limit(self.model.config)
 
     @property
     def dtype_name(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+        return dtype_name(self.model.dtype)
 
 
 def load(name: str, *, device: str = AUTO, dtype: str = AUTO) -> Loaded:
@@ -67,22 +68,24 @@ def load(name: str, *, device: str = AUTO, dtype: str = AUTO) -> Loaded:
 
     Args:
         name: a hub id, a local directory, or `demo` for the embedded model.
-        device: a torch device; `auto` is CUDA where there is any, else the CPU.
-        dtype: float32, bfloat16 or float16; `auto` is the checkpoint's own, and float32 for the embedded model.
+        device: a torch device; `auto` is CUDA if available, else the CPU.
+        dtype: float32, bfloat16 or float16; `auto` is the checkpoint's dtype, and float32 for the embedded model.
 
     Raises:
-        InputError: the model, its weights or its tokenizer cannot be loaded, or not with this device or dtype.
+        InputError: the model, the weights or the tokenizer cannot be loaded with this device and dtype.
         UnsupportedModelError: the family is not supported.
     """
     if not name:
         raise InputError("the model's name is empty; give a hub id, a directory, or 'demo'")
-    path = _resolve(name)
-    on = _device(device)
-    config = _config(path, name)
+    path, on = _resolve(name), _device(device)
+    with _explained(f"model '{name}' cannot be loaded"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_supported_config(config)  # before any weights are downloaded
     kind = _dtype(dtype, config, demo=name == DEMO)
     check_dtype(kind, on)
-    tokenizer = _tokenizer(path, name)
-    check_vocabulary(tokenizer, config)
+    with _explained(f"the tokenizer of '{name}' cannot be loaded", "put tokenizer.json into the model's directory"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _check_vocabulary(tokenizer, config)
     model = _model(path, name, config, kind)
     check_supported(model)
     with _explained(f"model '{name}' cannot be moved to {on}", "choose another --device, or a smaller --dtype"):
@@ -90,32 +93,32 @@ def load(name: str, *, device: str = AUTO, dtype: str = AUTO) -> Loaded:
     return Loaded(name, model.eval(), tokenizer)
 
 
-def load_draft_model(name: str, beside: Loaded) -> Loaded:
-    """Load a model that is to draft for `beside`: on its device, in its dtype, of its tokenizer.
+def load_draft_model(name: str, target: Loaded) -> Loaded:
+    """Load a draft model on the target's device and in the target's dtype.
 
     Raises:
-        InputError: it cannot be loaded, or its tokenizer is another one.
+        InputError: the draft model cannot be loaded, or its tokenizer differs from the target's.
         UnsupportedModelError: the family is not supported.
     """
-    loaded = load(name, device=str(beside.model.device), dtype=beside.dtype_name)
-    own, other = loaded.tokenizer.get_vocab(), beside.tokenizer.get_vocab()
+    loaded = load(name, device=str(target.model.device), dtype=target.dtype_name)
+    own, other = loaded.tokenizer.get_vocab(), target.tokenizer.get_vocab()
     differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
     if differing:
         token = differing[0]
         raise InputError(
-            f"draft model '{name}' has another tokenizer than '{beside.name}': token {token!r} is {own.get(token)} "
+            f"draft model '{name}' has another tokenizer than '{target.name}': token {token!r} is {own.get(token)} "
             f"there and {other.get(token)} here; give a draft model of the same tokenizer"
         )
     return loaded
 
 
 def _resolve(name: str) -> str:
-    """What to hand to `from_pretrained`: the demo's directory, a checked local directory, or a hub id."""
+    """The argument for `from_pretrained`: the demo's directory, a checked local directory, or a hub id."""
     if name == DEMO:
         from selfspec.demo import model_dir
 
         name = str(model_dir())
-    path = Path(os.path.expanduser(name))  # of os.path, which answers no where a Path raises
+    path = Path(os.path.expanduser(name))  # os.path returns false for names for which Path raises
     if os.path.isdir(path):
         _check_directory(path)
         return str(path)
@@ -128,9 +131,9 @@ def _resolve(name: str) -> str:
 
 def _check_directory(path: Path) -> None:
     if not os.path.isfile(path / "config.json"):
-        raise InputError(f"model directory '{path}' has no config.json; give one that save_pretrained wrote")
+        raise InputError(f"model directory '{path}' has no config.json; give a directory that save_pretrained wrote")
     if not any(file.is_file() for pattern in _WEIGHT_FILES for file in path.glob(pattern)):
-        raise InputError(f"model directory '{path}' has no weights (model.safetensors); give one that has")
+        raise InputError(f"model directory '{path}' has no weights (model.safetensors); give a directory with weights")
 
 
 def _device(name: str) -> torch.device:
@@ -142,23 +145,15 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device '{name}' cannot be used: {first_sentence(error)}") from None
     if device.type == "meta":
-        raise InputError("device 'meta' cannot be used: it holds no numbers")
+        raise InputError("device 'meta' cannot be used: a meta tensor holds no numbers")
     return device
 
 
-def _config(path: str, name: str) -> PretrainedConfig:
-    """The config, checked before any weights are downloaded."""
-    with _explained(f"model '{name}' cannot be loaded"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    check_supported_config(config)
-    return config
-
-
 def _dtype(name: str, config: PretrainedConfig, *, demo: bool) -> torch.dtype:
-    if name != AUTO and name not in DTYPES:
-        raise InputError(f"dtype '{name}' is unknown; choose one of auto, {', '.join(DTYPES)}")
-    if name != AUTO:
+    if name in DTYPES:
         return DTYPES[name]
+    if name != AUTO:
+        raise InputError(f"dtype '{name}' is unknown; choose one of auto, {', '.join(DTYPES)}")
     own = getattr(config, "dtype", None)
     return own if isinstance(own, torch.dtype) and not demo else torch.float32
 
@@ -169,21 +164,13 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         one = torch.ones(8, 8, dtype=dtype, device=device)
         torch.nn.functional.linear(one, one)
     except (RuntimeError, NotImplementedError) as error:
-        kind = str(dtype).removeprefix("torch.")
-        raise InputError(
-            f"{device.type} cannot compute in {kind} ({first_sentence(error)}); use --dtype float32 or bfloat16"
-        ) from None
+        reason = f"{device.type} cannot compute in {dtype_name(dtype)} ({first_sentence(error)})"
+        raise InputError(f"{reason}; use --dtype float32 or bfloat16") from None
 
 
-def _tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
-    with _explained(f"the tokenizer of '{name}' cannot be loaded", "put tokenizer.json beside the model"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raise `InputError` if the tokenizer knows tokens that the model does not. (Fewer are usual: padding.)"""
-    highest, vocabulary = max(tokenizer.get_vocab().values(), default=-1), config.get_text_config().vocab_size
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise `InputError` if the tokenizer has tokens that the model lacks. Spare tokens of the model are padding."""
+    highest, vocabulary = max(tokenizer.get_vocab().values(), default=-1), vocabulary_size(config)
     if highest >= vocabulary:
         raise InputError(
             f"the tokenizer has tokens up to {highest}, but the model's vocabulary is 0..{vocabulary - 1}; "
@@ -208,23 +195,23 @@ def _model(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype) -
 
 @contextmanager
 def _explained(what: str, advice: str = "") -> Iterator[None]:
-    """Turn what transformers raises into one line."""
+    """Turn an error of transformers into an `InputError` of one line."""
     try:
         yield
     except HFValidationError:
-        raise InputError(f"{what}: it is neither a directory nor a hub id") from None
+        raise InputError(f"{what}: the name is neither a directory nor a hub id") from None
     except _LOAD_ERRORS as error:
         raise InputError(f"{what}: {first_sentence(error)}" + (f"; {advice}" if advice else "")) from None
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first line of an error's message, up to its first full stop, or its kind where it has none."""
+    """The first line of an error's message, up to the first full stop; without a message, the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0].split(". ")[0].rstrip(".: ") if lines else type(error).__name__
 
 
 def quiet_hugging_face() -> None:
-    """Keep progress bars, advice and warnings of the libraries beneath off the terminal."""
+    """Keep the progress bars, advice and warnings of Hugging Face's libraries off the terminal."""
     import huggingface_hub
     import transformers
 
@@ -236,9 +223,8 @@ def quiet_hugging_face() -> None:
 
 def describe_device(device: torch.device) -> str:
     """The device in words, for reports."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    detail = f" ({device})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return device_name(device) + detail
 
 
 def processor_name() -> str:
@@ -249,7 +235,7 @@ def processor_name() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """The libraries that figures depend on."""
+    """The versions of the libraries that figures depend on."""
     import transformers
 
     return {

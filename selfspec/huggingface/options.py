@@ -1,7 +1,7 @@
-"""Which options of `model.generate` are served, and one clear line for each that is not.
+"""The supported options of `model.generate`, and an error of one line for each unsupported option.
 
-Hugging Face validates and prepares most of them itself; here is what it would act on, or drop, before a custom decoding
-method could see it.
+Hugging Face validates most options. This module checks the options that Hugging Face would use or drop before a custom
+decoding method could read the options.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from selfspec.errors import InputError, UnsupportedOptionError
+from selfspec.utils.devices import dtype_name
 
 _REFUSED_ARGUMENTS = {
     "assistant_model": "a second model",
     "assistant_tokenizer": "a second model",
     "inputs_embeds": "embeddings in place of tokens",
-    "past_key_values": "a cache from elsewhere; the runtime owns its cache",
-    "cache": "a cache from elsewhere; the runtime owns its cache",
+    "past_key_values": "another cache; the runtime owns its cache",
+    "cache": "another cache; the runtime owns its cache",
     "cache_implementation": "another cache; the runtime owns its cache",
     "cache_config": "another cache; the runtime owns its cache",
-    "position_ids": "positions of your own; they follow from attention_mask",
+    "position_ids": "other positions; attention_mask defines the positions",
     "custom_generate": "another decoding method",
     "synced_gpus": "a model spread over several devices",
     "output_attentions": "attention weights",
     "output_hidden_states": "hidden states",
-    "streamer": "a stream is itself what a streamer is for",
+    "streamer": "a stream already yields each token",
 }
 _CONFIG_DEFAULTS = {
     "num_beams": (None, 1),
@@ -53,9 +54,9 @@ _CACHE_DEFAULTS = {
     "cache_implementation": (None, "dynamic"),
     "cache_config": (None,),
 }
-"""What a user may not ask for; a model's own generation config may hold it, since it does not change what comes out."""
+"""The values that a user may give. A model's own generation config may have others, which do not change the output."""
 _CACHE_NAMES = ("past_key_values", "cache")
-"""What transformers calls the cache that it prepares: before 5.24, and since."""
+"""The cache's name in transformers before 5.24, and since."""
 _EXPECTED_MODEL_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHE_NAMES}
 )
@@ -69,10 +70,9 @@ def check_arguments(
         if (value := kwargs.get(name)) is not None and value is not False:
             raise UnsupportedOptionError(f"{name} is not supported ({what}); leave it out, or use model.generate")
     own = model.generation_config
-    _check_settings(kwargs, own)  # type: ignore[arg-type]
-    _check_settings(vars(config) if config is not None else {}, own)  # type: ignore[arg-type]
-    _check_limits(kwargs)
-    _check_limits(vars(config) if config is not None else {})
+    for settings in (kwargs, {} if config is None else vars(config)):
+        _check_settings(settings, own)  # type: ignore[arg-type]
+        _check_limits(settings)
     if inputs is not None and kwargs.get("input_ids") is not None:
         raise InputError("the prompt was given twice, by position and as input_ids; give it once")
     _check_tokens(model, inputs if inputs is not None else kwargs.get("input_ids"))
@@ -81,9 +81,13 @@ def check_arguments(
 def check_prepared(
     model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """Refuse what Hugging Face let pass; return how many tokens of padding stand before each prompt, `b`."""
+    """Refuse unsupported options that Hugging Face accepted; return the tokens of padding before each prompt, `b`."""
     _check_settings(vars(config), model.generation_config)  # type: ignore[arg-type]
-    _check_mode(config)
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedOptionError(
+            f"{mode.value} is not supported, only greedy decoding and sampling; use model.generate"
+        )
     given = {name for name, value in model_kwargs.items() if value is not None}
     if unexpected := given - _EXPECTED_MODEL_ARGUMENTS:
         raise UnsupportedOptionError(
@@ -98,7 +102,7 @@ def check_prepared(
 
 
 def max_length(criteria: StoppingCriteriaList, width: int) -> int:
-    """Where every row ends at the latest. Hugging Face looks at its criteria only after a first new token."""
+    """The greatest length of a row. Hugging Face checks the criteria only after a first new token."""
     limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
     assert limits, "Hugging Face always sets a maximum length"
     return max(min(limits), width + 1)
@@ -111,9 +115,11 @@ def with_stop_strings(
     tokenizer: PreTrainedTokenizerBase | None,
     kwargs: dict[str, Any],
 ) -> StoppingCriteriaList:
-    """Stop strings as a criterion: Hugging Face drops `tokenizer` before a custom method could use it."""
+    """Turn stop strings into a criterion, since Hugging Face drops `tokenizer` before a custom method could use it."""
     criteria = StoppingCriteriaList(stopping_criteria or [])
-    strings = _stop_strings(model, generation_config, kwargs)
+    strings = getattr(generation_config, "stop_strings", None)
+    strings = getattr(model.generation_config, "stop_strings", None) if strings is None else strings
+    strings = kwargs.get("stop_strings", strings)  # as in Hugging Face, the keyword counts even if it is None
     if not strings:
         return criteria
     if tokenizer is None:
@@ -124,18 +130,8 @@ def with_stop_strings(
     return criteria
 
 
-def _stop_strings(
-    model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
-) -> str | list[str] | None:
-    """Hugging Face's precedence: the keyword, also if it is None; the config given; the model's own."""
-    if "stop_strings" in kwargs:
-        return kwargs["stop_strings"]  # type: ignore[no-any-return]
-    given = getattr(generation_config, "stop_strings", None)
-    return given if given is not None else getattr(model.generation_config, "stop_strings", None)
-
-
 def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
-    """Refuse what would otherwise be ignored."""
+    """Refuse options that Hugging Face would ignore in a custom decoding method."""
     for name, defaults in (_CONFIG_DEFAULTS | _CACHE_DEFAULTS).items():
         value = settings.get(name)
         is_own = name in _CACHE_DEFAULTS and value == getattr(own, name, None)
@@ -146,28 +142,22 @@ def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
 def _check_limits(settings: Mapping[str, Any]) -> None:
     for name in ("max_new_tokens", "max_length"):
         limit = settings.get(name)
+        if limit is None:
+            continue
         try:
-            given = None if limit is None else index(limit)
+            given = index(limit)
         except TypeError:
             raise InputError(f"{name} is {limit!r:.50}, but it must be a whole number of tokens") from None
-        if name == "max_new_tokens" and given is not None and given < 1:
-            raise InputError(f"{name} is {given}, but at least one token must be asked for")
-
-
-def _check_mode(config: GenerationConfig) -> None:
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UnsupportedOptionError(
-            f"{mode.value} is not supported, only greedy decoding and sampling; use model.generate"
-        )
+        if name == "max_new_tokens" and given < 1:
+            raise InputError(f"{name} is {given}, but it must be at least 1")
 
 
 def _check_tokens(model: PreTrainedModel, tokens: Tensor | None) -> None:
     if not isinstance(tokens, Tensor):
         raise InputError(f"no prompt was given: input_ids must be a tensor (rows, tokens), not {tokens!r:.50}")
     if tokens.ndim != 2 or tokens.is_floating_point():
-        kind = str(tokens.dtype).removeprefix("torch.")
-        raise InputError(f"input_ids must be whole numbers (rows, tokens), not {kind} of shape {tuple(tokens.shape)}")
+        given = f"{dtype_name(tokens.dtype)} of shape {tuple(tokens.shape)}"
+        raise InputError(f"input_ids must be whole numbers (rows, tokens), not {given}")
     if tokens.numel() == 0:
         raise InputError(f"the prompt is empty: input_ids has shape {tuple(tokens.shape)}; give at least one token")
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
@@ -180,7 +170,7 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor | None) -> None:
 
 
 def _check_positions(position_ids: Tensor | None, input_ids: Tensor, pads: Tensor) -> None:
-    """Refuse positions that do not count each prompt's own tokens from 0."""
+    """Refuse positions that do not count each prompt's tokens from 0."""
     if position_ids is None:
         return
     expected = torch.arange(input_ids.shape[1], device=pads.device) - pads[:, None]  # b t
@@ -190,7 +180,7 @@ def _check_positions(position_ids: Tensor | None, input_ids: Tensor, pads: Tenso
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many tokens of padding stand before each prompt, `b`."""
+    """The tokens of padding before each prompt, `b`."""
     if attention_mask is None:
         return torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
     if attention_mask.shape != input_ids.shape:
@@ -202,6 +192,6 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if not torch.equal(visible, torch.arange(visible.shape[1], device=visible.device) >= pads[:, None]):
         raise InputError(
             "attention_mask must be padding on the left, then ones; set tokenizer.padding_side = 'left' "
-            "(where no mask is given, Hugging Face masks every pad_token_id)"
+            "(without a mask, Hugging Face masks every pad_token_id)"
         )
     return pads

@@ -1,4 +1,4 @@
-"""SpeculativeOutput: what `generate` returns where the call asks for an output object."""
+"""SpeculativeOutput: the result of `generate` if the call asks for an output object."""
 
 from __future__ import annotations
 

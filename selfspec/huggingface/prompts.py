@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
-"""Suffixes of files with one JSON object a line; any other file is text with one prompt a line."""
+"""Suffixes of files with one JSON object per line; any other file is text with one prompt per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A text or a chat, and where it came from, for messages to the user."""
+    """A text or a chat. `source` names the prompt in error messages."""
 
     text: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     source: str = "the prompt"
 
     def as_chat(self) -> Prompt:
-        """The text as a user's message; a chat stays what it is."""
+        """The prompt with its text as a user's message; a chat is returned unchanged."""
         if self.messages:
             return self
         return Prompt(messages=({"role": "user", "content": self.text},), source=self.source)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Token ids `t`, with the special tokens that the tokenizer (or its chat template) puts there."""
+        """Token ids `t`, with the special tokens that the tokenizer or its chat template adds."""
         import torch
 
         text = self._templated(tokenizer) if self.messages else self.text
@@ -51,10 +51,9 @@ class Prompt:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{self.source} is a chat, but the tokenizer has no chat template; give plain text")
         try:
-            text = tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True)
+            return str(tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True))
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise InputError(f"{self.source} does not fit the tokenizer's chat template: {error}") from None
-        return str(text)
 
 
 def load_prompts(
@@ -66,7 +65,7 @@ def load_prompts(
     context: int | None = None,
     new_tokens: int = 0,
 ) -> list[Tensor]:
-    """The token ids of every prompt in a file, each `t`; see `read_prompts` and `encode_prompts`."""
+    """The token ids `t` of each prompt in a file; see `read_prompts` and `encode_prompts`."""
     prompts = read_prompts(path)
     if chat:
         prompts = [prompt.as_chat() for prompt in prompts]
@@ -81,12 +80,12 @@ def encode_prompts(
     context: int | None = None,
     new_tokens: int = 0,
 ) -> list[Tensor]:
-    """The token ids of each prompt, `t`.
+    """The token ids `t` of each prompt.
 
     Args:
-        at_least: the fewest tokens a prompt may have.
-        context: the model's context in tokens, None where it has no limit.
-        new_tokens: what is to be written behind each prompt, and must fit into the context too.
+        at_least: the fewest tokens that a prompt may have.
+        context: the model's context in tokens; None for no limit.
+        new_tokens: the number of new tokens that must fit into the context after each prompt.
     """
     encoded = []
     for prompt in prompts:
@@ -99,49 +98,43 @@ def encode_prompts(
 def check_length(
     tokens: int, source: str, *, at_least: int = 1, context: int | None = None, new_tokens: int = 0
 ) -> None:
-    """Raise `InputError` for a prompt with too few tokens, or with too many for the context."""
+    """Raise `InputError` if a prompt has too few tokens, or too many for the context."""
     if tokens < at_least:
         short = "is empty" if tokens == 0 else f"has {tokens} token" + "s" * (tokens != 1)
-        raise InputError(f"{source} {short}, but at least {at_least} are needed; make it longer")
+        raise InputError(f"{source} {short}, but at least {at_least} are needed; write a longer prompt")
     if context is not None and tokens > context:
-        raise InputError(f"{source} has {tokens} tokens, but the model's context is {context}; shorten it")
+        raise InputError(f"{source} has {tokens} tokens, but the model's context is {context}; shorten the prompt")
     if context is not None and tokens + new_tokens > context:
         raise InputError(
             f"{source} has {tokens} tokens, which with {new_tokens} new ones exceeds the model's context of {context}; "
-            "shorten it, or ask for fewer new tokens"
+            "shorten the prompt, or ask for fewer new tokens"
         )
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-    """The prompts of a file: one a line, or JSON lines with `prompt` or `messages`. Blank lines are passed over.
+    """The prompts of a file: one text per line, or JSON lines with `prompt` or `messages`. Blank lines are skipped.
 
     Raises:
-        InputError: the file is missing, unreadable or without a prompt, or one of its lines is malformed.
+        InputError: the file is missing, unreadable or without a prompt, or a line is malformed.
     """
     path = Path(path)
-    lines = _read(path).split("\n")  # not splitlines(): a form feed, say, belongs to its prompt
-    parse = _from_json if path.suffix.lower() in JSON_LINES else _from_text
-    prompts = [
-        parse(line.removesuffix("\r"), f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not prompts:
-        raise InputError(f"prompt file {path} is empty; write one prompt a line")
-    return prompts
-
-
-def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"no prompt file at {path}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"prompt file {path} is not UTF-8 text (at byte {error.start})") from None
     except OSError as error:
         raise InputError(f"prompt file {path} cannot be read: {error.strerror or error}") from None
-
-
-def _from_text(line: str, source: str) -> Prompt:
-    return Prompt(text=line, source=source)
+    is_json = path.suffix.lower() in JSON_LINES
+    prompts = []
+    for number, line in enumerate(content.split("\n"), 1):  # not splitlines(): a form feed belongs to the prompt
+        text, source = line.removesuffix("\r"), f"{path} line {number}"
+        if text.strip():
+            prompts.append(_from_json(text, source) if is_json else Prompt(text=text, source=source))
+    if not prompts:
+        raise InputError(f"prompt file {path} is empty; write one prompt per line")
+    return prompts
 
 
 def _from_json(line: str, source: str) -> Prompt:
@@ -155,12 +148,9 @@ def _from_json(line: str, source: str) -> Prompt:
         raise InputError(f"{source} must be an object with either 'prompt' or 'messages'")
     if unknown := sorted(data.keys() - {"prompt", "messages"}):
         raise InputError(f"{source} has an unknown key '{unknown[0]}'; only 'prompt' or 'messages' is read")
-    if "prompt" in data:
-        return _from_prompt(data["prompt"], source)
-    return _from_messages(data["messages"], source)
-
-
-def _from_prompt(value: Any, source: str) -> Prompt:
+    (value,) = data.values()
+    if "messages" in data:
+        return _from_messages(value, source)
     if not isinstance(value, str):
         raise InputError(f"{source}: 'prompt' must be a string, but {type(value).__name__} was given")
     if not value:
@@ -175,6 +165,6 @@ def _from_messages(value: Any, source: str) -> Prompt:
         if not isinstance(message.get("content"), str):
             given = type(message.get("content")).__name__
             raise InputError(f"{source}: 'content' must be a string, but {given} was given")
-    if not value or not any(message["content"] for message in value):
+    if not any(message["content"] for message in value):
         raise InputError(f"{source}: the chat is empty")
     return Prompt(messages=tuple(value), source=source)

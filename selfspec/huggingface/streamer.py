@@ -1,4 +1,4 @@
-"""Feeding a Hugging Face streamer from rounds of unequal length."""
+"""Send the tokens of rounds of unequal length to a Hugging Face streamer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selfspec.decoding.request import Request
 
 
 class Streamed:
-    """Feeds a Hugging Face streamer: the prompt, then one `b` of tokens a step, as soon as every row has that step."""
+    """Sends the prompt, then the tokens `b` of each step as soon as every row has that step."""
 
     def __init__(self, streamer: BaseStreamer, request: Request) -> None:
         self.streamer, self.request = streamer, request
@@ -22,13 +22,7 @@ class Streamed:
         for row in committed:
             self.rows[row.row].extend(row.tokens)
         ready = [len(row) for index, row in enumerate(self.rows) if not self.request.has_ended(index)]
-        self._send(min(ready) if ready else max(map(len, self.rows)))
-
-    def end(self) -> None:
-        self.streamer.end()
-
-    def _send(self, until: int) -> None:
-        pad = self.request.pad_token
+        until, pad = min(ready) if ready else max(map(len, self.rows)), self.request.pad_token
         for step in range(self.sent, until):
             self.streamer.put(torch.tensor([row[step] if step < len(row) else pad for row in self.rows]))
         self.sent = max(self.sent, until)

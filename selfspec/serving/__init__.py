@@ -1,1 +1,1 @@
-"""Serving: the figures of many requests, for monitoring. May be imported by the command line."""
+"""Serving: the figures of many requests, for monitoring. The command line may import this package."""

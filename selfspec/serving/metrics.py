@@ -1,10 +1,11 @@
-"""Metrics: what `Stats` count, for Prometheus, under the names that dashboards of speculative decoding know."""
+"""Metrics: the counts of `Stats` for Prometheus, with the names that dashboards of speculative decoding use."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from selfspec.errors import InputError, SelfspecError
@@ -20,10 +21,10 @@ PREFIX = "selfspec_"
 
 @dataclass(frozen=True)
 class _Figure:
-    """A metric, and how it is read off some `Stats`: one number, or several by what `label` says."""
+    """A metric. `of` reads one number from `Stats`, or one number for each value of `label`."""
 
     kind: Literal["counter", "gauge"]
-    name: str
+    name: str  # without PREFIX
     help: str
     of: Callable[[Stats], float | Mapping[str, float]]
     label: str = ""
@@ -33,19 +34,12 @@ class _Figure:
         return [self.label] if self.label else []
 
     def samples(self, stats: Stats) -> list[tuple[list[str], float]]:
-        """Values of the labels, and the number."""
+        """Pairs of label values and a number."""
         value = self.of(stats)
-        if isinstance(value, Mapping):
-            return [([key], number) for key, number in value.items()]
-        return [([], value)]
+        return [([key], number) for key, number in value.items()] if isinstance(value, Mapping) else [([], value)]
 
 
-def _counter(name: str, help: str, of: Callable[[Stats], float | Mapping[str, float]], label: str = "") -> _Figure:
-    return _Figure("counter", PREFIX + name, help, of, label)
-
-
-def _gauge(name: str, help: str, of: Callable[[Stats], float]) -> _Figure:
-    return _Figure("gauge", PREFIX + name, help, of)
+_counter, _gauge = partial(_Figure, "counter"), partial(_Figure, "gauge")
 
 
 def _by_position(counts: Sequence[int]) -> dict[str, float]:
@@ -53,21 +47,16 @@ def _by_position(counts: Sequence[int]) -> dict[str, float]:
 
 
 def _by_phase(stats: Stats) -> dict[str, float]:
-    """They add up to the total, unless the device's clock says more than the host's."""
+    """The phases add up to the total, unless the device's clock runs ahead of the host's clock."""
     parts = {name: seconds for name, seconds in stats.seconds.items() if name != "total"}
     return parts | {"other": max(0.0, stats.other_seconds)}
-
-
-def _acceptance_rate(stats: Stats) -> float:
-    """Not a number where nothing was drafted: 0 would look like a draft that is always wrong."""
-    return stats.acceptance_rate if stats.drafted else math.nan
 
 
 def _of_origins(stats: Stats, which: int) -> dict[str, float]:
     return {origin: counts[which] for origin, counts in stats.by_origin.items()}
 
 
-# What vLLM counts, too, is called as there, with our prefix for its `vllm:`; like there, positions count from 0.
+# Metrics that vLLM also has keep vLLM's names, with our prefix in place of `vllm:`. Positions count from 0, as in vLLM.
 FIGURES = (
     _counter("rows", "Rows of requests that were decoded.", lambda stats: stats.rows),
     _counter("generation_tokens", "Tokens written.", lambda stats: stats.tokens),
@@ -101,23 +90,22 @@ FIGURES = (
     ),
     _counter("verify_passes", "Passes of the full model, prefill not counted.", lambda stats: stats.passes),
     _counter("draft_passes", "Passes of the draft.", lambda stats: stats.steps),
-    _counter(
-        "choice_passes",
-        "Passes of the full model, by who was to draft and how far.",
-        lambda stats: stats.choices,
-        "choice",
-    ),
+    _counter("choice_passes", "Passes of the full model, by policy choice.", lambda stats: stats.choices, "choice"),
     _counter("phase_seconds", "Time spent decoding, by phase.", _by_phase, "phase"),
     _gauge("tokens_per_second", "Of the latest request, prefill included.", lambda stats: stats.tokens_per_second),
     _gauge("tokens_per_round", "Of the latest request.", lambda stats: stats.tokens_per_round),
-    _gauge("spec_decode_draft_acceptance_rate", "Accepted / drafted of the latest request.", _acceptance_rate),
-    _gauge("draft_bytes", "Memory of the draft's own layers beside the model.", lambda stats: stats.draft_bytes),
+    _gauge(
+        "spec_decode_draft_acceptance_rate",
+        "Accepted / drafted of the latest request.",
+        lambda stats: stats.acceptance_rate if stats.drafted else math.nan,  # 0 would look like a draft that is wrong
+    ),
+    _gauge("draft_bytes", "Memory of the draft weights in addition to the model.", lambda stats: stats.draft_bytes),
     _gauge("graph_bytes", "Memory of captured CUDA graphs.", lambda stats: stats.graph_bytes),
 )
 
 
 class Metrics:
-    """Sums over requests, to be scraped: counters only grow, gauges tell of the latest request.
+    """Metrics for a Prometheus server. Counters sum over requests; gauges show the latest request.
 
         metrics = selfspec.Metrics(labels=["model"])
         prometheus_client.start_http_server(9100)
@@ -125,11 +113,11 @@ class Metrics:
         metrics.observe(spec.stats, model="llama")  # once after each request
 
     Args:
-        registry: where to register them; by default prometheus_client's own, which is the one that it serves.
-        labels: names of further labels, whose values `observe` is given.
+        registry: where to register the metrics; by default the registry that prometheus_client serves.
+        labels: names of further labels. `observe` takes the labels' values.
 
     Raises:
-        InputError: the registry has such metrics already, or a label cannot be called so.
+        InputError: the registry already has such metrics, or a label's name is not allowed.
         SelfspecError: the package `prometheus-client` is missing.
     """
 
@@ -140,17 +128,17 @@ class Metrics:
         registry = REGISTRY if registry is None else registry
         self._labels = _names(labels)
         if taken := sorted({figure.label for figure in FIGURES} & {*self._labels}):
-            raise InputError(f"label '{taken[0]}' is one of the metrics' own; call it something else")
+            raise InputError(f"label '{taken[0]}' is one of the metrics' own; choose another label")
         try:
             self._metrics = [_registered(figure, self._labels, registry) for figure in FIGURES]
-        except ValueError as error:  # what is registered twice, and names that Prometheus does not allow
-            raise InputError(f"{error}; make one Metrics for a registry, with plain words as labels") from None
+        except ValueError as error:  # metrics that are registered already, and names that Prometheus does not allow
+            raise InputError(f"{error}; make one Metrics per registry, with plain words as labels") from None
 
     def observe(self, stats: Stats, **labels: str) -> None:
-        """Add what one request counted; observed twice, it counts twice. Any thread may call this."""
+        """Add the stats of one request. A second call with the same stats counts twice. Any thread may call this."""
         if labels.keys() != {*self._labels}:
             given, expected = (", ".join(sorted(names)) or "none" for names in (labels, self._labels))
-            raise InputError(f"labels given: {given}, labels of these metrics: {expected}; give each of them a value")
+            raise InputError(f"labels given: {given}, labels of these metrics: {expected}; give each label a value")
         own = [labels[name] for name in self._labels]
         for figure, metric in zip(FIGURES, self._metrics, strict=True):
             for values, number in figure.samples(stats):
@@ -159,10 +147,10 @@ class Metrics:
 
 
 def _names(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels, if they are what Prometheus would take for as many different ones."""
+    """The labels as a tuple; raises `InputError` unless the labels are different strings."""
     advice = "give a list of different names, such as labels=['model']"
     if isinstance(labels, str):
-        raise InputError(f"labels is '{labels}', of which every letter would be one; {advice}")
+        raise InputError(f"labels is '{labels}', so every letter would be a label; {advice}")
     names = tuple(labels)
     for name in names:
         if not isinstance(name, str):
@@ -177,14 +165,15 @@ def _registered(figure: _Figure, labels: Sequence[str], registry: CollectorRegis
 
     names = [*labels, *figure.labels]
     if figure.kind == "counter":
-        return Counter(figure.name, figure.help, names, registry=registry)
-    return Gauge(figure.name, figure.help, names, registry=registry, multiprocess_mode="mostrecent")
+        return Counter(PREFIX + figure.name, figure.help, names, registry=registry)
+    return Gauge(PREFIX + figure.name, figure.help, names, registry=registry, multiprocess_mode="mostrecent")
 
 
 def to_text(stats: Stats) -> str:
-    """One call's figures in Prometheus' text format; nothing is registered anywhere.
+    """One call's figures in Prometheus' text format, without any registry.
 
-    Raises `SelfspecError` where the package `prometheus-client` is missing.
+    Raises:
+        SelfspecError: the package `prometheus-client` is missing.
     """
     require_client()
     from prometheus_client import generate_latest
@@ -194,7 +183,7 @@ def to_text(stats: Stats) -> str:
 
 @dataclass
 class _Once:
-    """One call's figures as a collector."""
+    """One call's figures as a Prometheus collector."""
 
     stats: Stats
 
@@ -203,14 +192,14 @@ class _Once:
 
         for figure in FIGURES:
             family = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-            metric = family(figure.name, figure.help, labels=figure.labels)
+            metric = family(PREFIX + figure.name, figure.help, labels=figure.labels)
             for values, number in figure.samples(self.stats):
                 metric.add_metric(values, number)
             yield metric
 
 
 def require_client() -> None:
-    """Raise the line that says what to install, where that is missing."""
+    """Raise `SelfspecError` if the package `prometheus-client` is missing."""
     try:
         import prometheus_client  # noqa: F401
     except ImportError:

@@ -36,7 +36,7 @@ def llama() -> PreTrainedModel:
 
 @dataclass
 class Scripted:
-    """Writes prepared tokens, and notes when it was called."""
+    """Returns prepared tokens, and records each call."""
 
     name: str
     log: list[tuple[str, int]]
@@ -78,28 +78,25 @@ def test_every_repeat_decodes_every_prompt_with_every_contender_in_rotating_orde
     assert seen == [(done, 18) for done in range(1, 19)]
 
 
-def test_a_contender_that_changes_its_mind_is_reported() -> None:
-    log: list[tuple[str, int]] = []
-    fickle = Scripted("fickle", log, [torch.tensor([1]), torch.tensor([2])])
+def test_a_contender_with_different_tokens_in_each_repeat_is_reported() -> None:
+    fickle = Scripted("fickle", [], [torch.tensor([1]), torch.tensor([2])])
     assert measure([fickle], PROMPTS[:1], new_tokens=1, repeats=2).unsteady == ["fickle"]
 
 
-def test_nothing_to_measure_is_an_error() -> None:
-    for options in ({"new_tokens": 0, "repeats": 1}, {"new_tokens": 1, "repeats": 0}):
-        with pytest.raises(InputError, match="at least one prompt"):
-            measure([], PROMPTS, **options)
+@pytest.mark.parametrize(("prompts", "new_tokens", "repeats"), [(PROMPTS, 0, 1), (PROMPTS, 1, 0), ([], 1, 1)])
+def test_a_benchmark_without_work_is_an_error(prompts: list[Tensor], new_tokens: int, repeats: int) -> None:
     with pytest.raises(InputError, match="at least one prompt"):
-        measure([], [], new_tokens=1, repeats=1)
+        measure([], prompts, new_tokens=new_tokens, repeats=repeats)
 
 
-def test_speed_is_that_of_the_median_repeat_of_each_prompt() -> None:
+def test_speed_uses_the_median_repeat_of_each_prompt() -> None:
     #                     repeats of prompts 1 and 2: medians 2 and 3
     measured = measurement([[[1.0, 3.0], [2.0, 9.0], [9.0, 1.0]]], [[30, 20]])
     assert measured.tokens_per_second("a") == pytest.approx(50 / 5)
 
 
-def test_a_ratio_is_of_speeds_and_its_interval_is_paired() -> None:
-    # Prompts and repeats differ wildly, yet b takes half of a's time in each: pairing leaves no doubt about that.
+def test_a_ratio_compares_speeds_and_its_interval_is_paired() -> None:
+    # Prompts and repeats differ widely, but b always takes half of a's time, so a paired interval has no width.
     a = np.random.default_rng(0).uniform(1, 9, size=(5, 3))
     measured = measurement([a.tolist(), (a / 2).tolist()])
     ratio = measured.ratio("b", "a")
@@ -107,12 +104,10 @@ def test_a_ratio_is_of_speeds_and_its_interval_is_paired() -> None:
     assert str(ratio) == "2.00x (2.00-2.00)"
 
 
-def test_an_interval_covers_prompts_on_which_a_contender_gains_nothing() -> None:
+def test_an_interval_includes_prompts_without_a_speedup() -> None:
     measured = measurement([[[4.0, 4.0, 4.0]] * 3, [[4.0, 4.0, 1.0]] * 3])
     ratio = measured.ratio("b", "a")
-    assert ratio.value == pytest.approx(12 / 9)
-    assert ratio.low == pytest.approx(1)
-    assert ratio.high == pytest.approx(4)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((12 / 9, 1, 4))
     assert measured.ratio("b", "a", seed=0) == ratio
 
 
@@ -124,15 +119,14 @@ def test_all_contenders_write_the_same_tokens_in_float32(llama: PreTrainedModel)
     assert lined_up.absent == []
     assert all(score.differing.differing_tokens == 0 for score in scores.values())
     ours, plain = scores[OURS].stats, scores[PLAIN].stats
-    assert ours is not None
-    assert plain is not None
-    assert ours.tokens == plain.tokens == 3 * 17  # the warm-up does not count
+    assert None not in (ours, plain)
+    assert ours.tokens == plain.tokens == 3 * 17  # without the warm-up
     assert 1 < ours.tokens_per_round < 4
     assert (plain.tokens_per_round, plain.drafted) == (1, 0)
     assert set(scores[OURS].to_dict()["ratios"]) == {PLAIN, GENERATE}
 
 
-def test_early_exit_leaves_the_model_as_it_was_even_after_an_exception(
+def test_early_exit_restores_the_model_even_after_an_exception(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = llama.generation_config.to_dict()
@@ -153,5 +147,5 @@ def test_early_exit_leaves_the_model_as_it_was_even_after_an_exception(
         fastest(early_exits(llama), PROMPTS, 3)
 
 
-def test_early_exits_are_spread_over_the_depth_and_never_the_whole_model(llama: PreTrainedModel) -> None:
+def test_early_exits_cover_the_depth_without_the_whole_model(llama: PreTrainedModel) -> None:
     assert sorted({entrant.exit_layer for entrant in early_exits(llama)}) == [1, 2, 3, 5]

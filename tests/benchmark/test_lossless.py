@@ -24,14 +24,13 @@ def greedy(model: PreTrainedModel, new_tokens: int = 13) -> Tensor:
     return tokens[0, len(PROMPT) :]
 
 
-def test_the_first_difference_may_be_the_end_of_the_shorter_row() -> None:
-    assert first_difference(tensor([1, 2, 3]), tensor([1, 2, 3])) is None
-    assert first_difference(tensor([1, 2, 3]), tensor([1, 5, 4])) == 1
-    assert first_difference(tensor([1, 2, 3]), tensor([1, 2])) == 2
-    assert count_differing(tensor([1, 2, 3]), tensor([1, 5])) == 2
+def test_the_first_difference_can_be_the_end_of_the_shorter_row() -> None:
+    for got, first, count in (([1, 2, 3], None, 0), ([1, 5, 4], 1, 2), ([1, 2], 2, 1), ([1, 5], 1, 2)):
+        expected, row = tensor([1, 2, 3]), tensor(got)
+        assert (first_difference(expected, row), count_differing(expected, row)) == (first, count)
 
 
-def test_equal_rows_have_nothing_to_explain(llama: PreTrainedModel) -> None:
+def test_equal_rows_have_no_difference(llama: PreTrainedModel) -> None:
     expected = greedy(llama)
     verdict = compare(Runtime(llama), [(PROMPT, expected, expected.clone())], gamma=GAMMA)
     assert verdict == Verdict(rows=1, tokens=13, differing_tokens=0, differences=())
@@ -56,19 +55,18 @@ def test_a_row_that_ends_early_differs_where_it_ends(llama: PreTrainedModel) -> 
 
 
 @pytest.mark.rounding
-def test_in_bfloat16_a_clear_choice_is_an_error_and_the_gap_is_the_targets_own() -> None:
+def test_in_bfloat16_a_clear_choice_is_an_error_with_the_targets_gap() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     expected = greedy(model)
     with torch.inference_mode():
         logits = model(torch.cat([PROMPT, expected[:-1]])[None]).logits[0, len(PROMPT) - 1 :].float()
     top = logits.topk(2).values  # t 2
-    position = int((top[:, 0] - top[:, 1]).argmax())  # the clearest: what the model writes is up to the processor
+    position = int((top[:, 0] - top[:, 1]).argmax())  # the clearest choice, since the text depends on the processor
     got = expected.clone()
     got[position] = (got[position] + 1) % model.config.vocab_size
     (difference,) = compare(Runtime(model), [(PROMPT, expected, got)], gamma=GAMMA).differences
     assert difference.gap == pytest.approx((top[position, 0] - top[position, 1]).item(), abs=0.1)
     assert difference.rounding is not None
-    assert difference.gap is not None
     assert difference.gap > 2 * difference.rounding
     assert not difference.is_near_tie
 
@@ -78,7 +76,7 @@ def test_in_bfloat16_a_tie_between_two_tokens_is_a_near_tie() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     expected = greedy(model)
     written = expected.tolist()
-    # A token that is new at its position, and a twin that is nowhere: nothing changes before, whatever the text is.
+    # The token is new at its position and the text lacks the twin, so the text before the position stays the same.
     position = max(place for place, token in enumerate(written) if token not in written[:place])
     twin = max(set(range(model.config.vocab_size)) - set(written))
     with torch.no_grad():  # make the twin's logit equal to the token's own
@@ -92,15 +90,13 @@ def test_in_bfloat16_a_tie_between_two_tokens_is_a_near_tie() -> None:
     assert difference.is_near_tie
 
 
-def test_near_ties_are_within_twice_the_rounding_and_not_beyond() -> None:
-    def at(gap: float) -> Difference:
-        return Difference(position=0, expected=1, got=2, gap=gap, rounding=0.25)
-
-    assert at(0.5).is_near_tie
-    assert not at(0.51).is_near_tie
+def test_near_ties_are_within_twice_the_rounding() -> None:
+    for gap, is_near_tie in ((0.5, True), (0.51, False)):
+        difference = Difference(position=0, expected=1, got=2, gap=gap, rounding=0.25)
+        assert difference.is_near_tie is is_near_tie
 
 
-def test_the_rule_serves_prompts_of_one_token() -> None:
+def test_a_prompt_of_one_token_can_be_judged() -> None:
     model = damped_model("llama", FIRST_DROPPED, dtype=torch.bfloat16)
     (difference,) = compare(Runtime(model), [(tensor([5]), tensor([7, 8]), tensor([7, 9]))], gamma=2).differences
     assert difference.gap is not None

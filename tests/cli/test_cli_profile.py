@@ -45,7 +45,7 @@ def test_a_profile_is_printed_written_and_drawn(model_dir: Path, tmp_path: Path)
         expected = [*costs.rounds, costs.measured["nothing"], costs.attention, costs.mlp, costs.layer, costs.fixed]
         assert [float(cell) for cell in cells[1:-1]] == pytest.approx([s * 1e3 for s in expected], rel=0.01, abs=6e-4)
     ratio = measured.costs[0].rounds[3] / measured.costs[0].rounds[0]
-    assert f"a pass of 4 tokens costs so many plain passes: {ratio:.2f} at 11" in result.stdout
+    assert f"a pass of 4 tokens costs, in plain passes: {ratio:.2f} at 11" in result.stdout
     assert "cpu, threads 1, float32, rows 2, eager, sdpa" in result.stdout
     assert plot.read_bytes().startswith(PNG)
 

@@ -26,20 +26,20 @@ def complaint(name: str | Path, **options: str) -> str:
     return str(raised.value)
 
 
-def test_a_model_comes_with_its_tokenizer_and_context_and_in_the_dtype_that_was_asked_for(model_dir: Path) -> None:
+def test_load_returns_the_model_the_tokenizer_the_context_and_the_requested_dtype(model_dir: Path) -> None:
     loaded = load(str(model_dir))
     assert (loaded.model.dtype, loaded.context, loaded.model.training) == (torch.float32, CONTEXT, False)
     assert loaded.tokenizer("é")["input_ids"] == byte_tokenizer()("é")["input_ids"]
     assert load(str(model_dir), dtype="bfloat16", device="cpu").dtype_name == "bfloat16"
 
 
-def test_auto_is_the_checkpoints_own_dtype(tmp_path: Path) -> None:
+def test_auto_selects_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.bfloat16, vocab_size=257).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert load(str(tmp_path)).dtype_name == "bfloat16"
 
 
-def test_directories_that_are_missing_or_incomplete_are_told_apart(tmp_path: Path, model_dir: Path) -> None:
+def test_each_missing_or_incomplete_directory_has_its_own_error(tmp_path: Path, model_dir: Path) -> None:
     assert complaint(tmp_path / "none").startswith("there is no model directory at")
     assert "has no config.json" in complaint(tmp_path)
     assert "is a file" in complaint(model_dir / "config.json")
@@ -47,7 +47,7 @@ def test_directories_that_are_missing_or_incomplete_are_told_apart(tmp_path: Pat
     assert "has no weights" in complaint(model_dir)
 
 
-def test_damaged_files_are_told_apart(model_dir: Path) -> None:
+def test_each_damaged_file_has_its_own_error(model_dir: Path) -> None:
     weights = (model_dir / "model.safetensors").read_bytes()
     (model_dir / "model.safetensors").write_bytes(weights[:-100])
     assert "the weights of" in complaint(model_dir)
@@ -58,45 +58,46 @@ def test_damaged_files_are_told_apart(model_dir: Path) -> None:
     assert "is not a valid JSON file" in complaint(model_dir)
 
 
-def test_a_config_that_contradicts_itself_takes_one_line(model_dir: Path) -> None:
+def test_an_invalid_config_is_refused_in_one_line(model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "many"}))
     assert "num_hidden_layers" in complaint(model_dir) or "config" in complaint(model_dir)
 
 
-def test_names_that_no_file_system_takes_are_no_directories() -> None:
-    assert "there is no model directory" in complaint("/" + "x" * 300)
-    assert "there is no model directory" in complaint("~nobody-of-this-name/model")
+@pytest.mark.parametrize("name", ["/" + "x" * 300, "~nobody-of-this-name/model"], ids=["long", "user"])
+def test_an_impossible_path_is_a_missing_directory(name: str) -> None:
+    assert "there is no model directory" in complaint(name)
 
 
-def test_missing_weights_are_never_filled_at_random(model_dir: Path) -> None:
+def test_missing_weights_are_refused(model_dir: Path) -> None:
     tensors = load_file(model_dir / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
     assert "not whole: 1 missing (model.layers.3.mlp.up_proj.weight)" in complaint(model_dir)
 
 
-def test_families_are_refused_by_their_config_before_any_weight_is_read(
+def test_an_unsupported_config_is_refused_before_any_weights_are_read(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfspec.huggingface.loading.AutoModelForCausalLM", None)
-    T5Config().save_pretrained(model_dir)
-    with pytest.raises(UnsupportedModelError, match="'t5' is an encoder-decoder model"):
-        load(str(model_dir))
-    AutoConfig.for_model("gpt_neox").save_pretrained(model_dir)
-    with pytest.raises(UnsupportedModelError, match="model type 'gpt_neox' is not supported; supported are apertus"):
-        load(str(model_dir))
+    for config, message in (
+        (T5Config(), "'t5' is an encoder-decoder model"),
+        (AutoConfig.for_model("gpt_neox"), "model type 'gpt_neox' is not supported; supported are apertus"),
+    ):
+        config.save_pretrained(model_dir)
+        with pytest.raises(UnsupportedModelError, match=message):
+            load(str(model_dir))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_and_one_with_fewer_is_not(tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     few, many = (save_model(tmp_path / str(size), vocab_size=size) for size in (211, 307))
     assert "the tokenizer has tokens up to 256, but the model's vocabulary is 0..210" in complaint(few)
     load(str(many))
 
 
-def test_devices_and_dtypes_that_cannot_be_used_are_named(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert complaint(model_dir, device="frob").startswith("device 'frob' cannot be used")
-    assert complaint(model_dir, device="meta").startswith("device 'meta' cannot be used")
+def test_errors_name_unusable_devices_and_dtypes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("frob", "meta"):
+        assert complaint(model_dir, device=device).startswith(f"device '{device}' cannot be used")
     assert complaint(model_dir, dtype="int8").startswith("dtype 'int8' is unknown; choose one of auto, float32")
 
     def no_half(*_: torch.Tensor) -> torch.Tensor:
@@ -107,10 +108,10 @@ def test_devices_and_dtypes_that_cannot_be_used_are_named(model_dir: Path, monke
     assert "cpu cannot compute in float16" in complaint(model_dir, dtype="float16")
 
 
-def test_a_hub_model_that_is_out_of_reach_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_model_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert complaint("nobody/no-such-model").startswith("model 'nobody/no-such-model' cannot be loaded: ")
-    assert complaint("no such:model").startswith("model 'no such:model' cannot be loaded: ")
+    for name in ("nobody/no-such-model", "no such:model"):
+        assert complaint(name).startswith(f"model '{name}' cannot be loaded: ")
     assert "the model's name is empty" in complaint("")
 
 

@@ -1,5 +1,4 @@
-"""Options of `generate`: those served give `model.generate`'s own greedy tokens, padding included; the others are
-refused, never ignored."""
+"""Supported options of `generate` give the greedy tokens of `model.generate`; all other options are refused."""
 
 from __future__ import annotations
 
@@ -37,14 +36,14 @@ def batch(**options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain() -> Tensor:
-    """What the model writes with no option set: options below are chosen so that they change it."""
+    """The new tokens without options. The options below are chosen to change these tokens."""
     return llama().generate(**batch())[:, WIDTH:]
 
 
 def nth_new_token(plain: Tensor, row: int, index: int) -> int:
-    """A token that this row writes first at this place."""
+    """The row's token at this index, which the row does not have before."""
     token = int(plain[row, index])
-    assert token not in plain[row, :index], "choose another place"
+    assert token not in plain[row, :index], "choose another index"
     return token
 
 
@@ -53,8 +52,7 @@ def nth_new_token(plain: Tensor, row: int, index: int) -> int:
 
 @pytest.mark.parametrize("gamma", range(8))
 def test_every_gamma_gives_the_models_own_tokens(gamma: int) -> None:
-    spec = speculator(gamma)
-    stats = assert_same(**batch(), spec=spec)
+    stats = assert_same(**batch(), spec=speculator(gamma))
     if gamma:
         assert stats.drafted > 0
     else:
@@ -81,13 +79,13 @@ def test_the_prompt_by_position_by_keyword_or_as_a_tokenizers_dict() -> None:
     assert_same(**tokenizer()(["abcXYZ", "qr"], padding=True, padding_side="left", return_tensors="pt"), max_length=20)
 
 
-def test_padding_without_a_mask_is_told_by_the_pad_token() -> None:
+def test_without_a_mask_the_pad_token_marks_padding() -> None:
     stats = assert_same(TOKENS, max_new_tokens=NEW)
     assert torch.equal(speculator().generate(TOKENS, max_new_tokens=NEW), speculator().generate(**batch()))
     assert stats.rows == 3
 
 
-def test_32_bit_tokens_are_as_good_as_64_bit_ones() -> None:
+def test_32_bit_tokens_give_the_same_result_as_64_bit_tokens() -> None:
     ours = speculator().generate(TOKENS.int(), attention_mask=MASK.bool(), max_new_tokens=NEW)
     assert torch.equal(ours, llama().generate(**batch()))
 
@@ -107,15 +105,15 @@ def test_a_handful_of_new_tokens(new_tokens: int) -> None:
     assert stats.tokens == 3 * new_tokens
 
 
+def test_max_new_tokens_overrides_max_length() -> None:
+    assert_same(**batch(max_length=WIDTH + 3))
+
+
 def test_max_length_counts_the_prompt() -> None:
     assert_same(TOKENS, attention_mask=MASK, max_length=WIDTH + 6)
 
 
-def test_max_new_tokens_goes_before_max_length() -> None:
-    assert_same(**batch(max_length=WIDTH + 3))
-
-
-def test_the_default_length_is_hugging_faces() -> None:
+def test_the_default_length_is_that_of_hugging_face() -> None:
     with pytest.warns(UserWarning, match="max_length"):
         ours = speculator().generate(TOKENS, attention_mask=MASK)
     assert ours.shape == (3, WIDTH + 20)
@@ -131,7 +129,7 @@ def test_min_new_tokens_keeps_a_row_from_stopping(plain: Tensor) -> None:
 
 
 @pytest.mark.parametrize("limit", [WIDTH + 4, WIDTH, 1])
-def test_a_length_criterion_of_the_users_own_takes_the_place_of_the_limit(limit: int) -> None:
+def test_a_users_length_criterion_replaces_the_limit(limit: int) -> None:
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=limit)])
     assert_same(**batch(stopping_criteria=criteria))
     assert speculator().generate(**batch(stopping_criteria=criteria)).shape[1] == max(limit, WIDTH + 1)
@@ -162,7 +160,7 @@ def test_a_row_may_finish_in_its_first_round(plain: Tensor) -> None:
     assert all(row != 2 for rounds in stats.history[1:] for row, _, _ in rounds)
 
 
-def test_padding_behind_finished_rows_is_the_pad_token_or_else_the_stop_token(plain: Tensor) -> None:
+def test_finished_rows_are_padded_with_the_pad_token_or_else_the_stop_token(plain: Tensor) -> None:
     stop = nth_new_token(plain, 0, 3)
     assert_same(**batch(eos_token_id=stop, pad_token_id=7))
     model = copy.deepcopy(llama())
@@ -177,13 +175,13 @@ def test_a_stop_token_criterion_of_the_users_own(plain: Tensor) -> None:
 
 
 class StopsAnywhereBut(EosTokenCriteria):
-    """Says the opposite of its base class: a subclass is not what it is derived from."""
+    """Answers the opposite of its base class, so a subclass must not count as its base class."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return ~super().__call__(input_ids, scores, **kwargs)
 
 
-def test_a_subclass_of_a_known_criterion_is_asked_not_guessed(plain: Tensor) -> None:
+def test_a_subclass_of_a_known_criterion_is_called(plain: Tensor) -> None:
     criteria = StoppingCriteriaList([StopsAnywhereBut([int(plain[0, 0])])])
     stats = assert_same(**batch(stopping_criteria=criteria))
     assert "StopsAnywhereBut" in stats.slower_paths[0]
@@ -193,22 +191,16 @@ def test_a_subclass_of_a_known_criterion_is_asked_not_guessed(plain: Tensor) -> 
 
 
 def stop_string(plain: Tensor, row: int, index: int) -> str:
-    """Characters across two tokens of this row: the last of one and the first of the next."""
+    """The last character of one token of the row and the first character of the next token."""
     return text(plain[row, index : index + 1])[-1] + text(plain[row, index + 1 : index + 2])[0]
 
 
 @pytest.mark.parametrize("index", range(1, 7))
-def test_a_stop_string_ends_the_one_row_in_the_midst_of_a_round(plain: Tensor, index: int) -> None:
-    strings = stop_string(plain, 1, index)
-    stats = assert_same(
-        TOKENS[1:2], max_new_tokens=NEW, stop_strings=strings, tokenizer=tokenizer(), spec=speculator(5)
-    )
+def test_a_stop_string_ends_one_row_within_a_round(plain: Tensor, index: int) -> None:
+    options = {"max_new_tokens": NEW, "stop_strings": stop_string(plain, 1, index), "tokenizer": tokenizer()}
+    stats = assert_same(TOKENS[1:2], **options, spec=speculator(5))
     assert not stats.slower_paths
-    assert (
-        stats.tokens
-        == speculator(5).generate(TOKENS[1:2], max_new_tokens=NEW, stop_strings=strings, tokenizer=tokenizer()).shape[1]
-        - WIDTH
-    )
+    assert stats.tokens == speculator(5).generate(TOKENS[1:2], **options).shape[1] - WIDTH
 
 
 def test_stop_strings_in_a_batch_with_a_stop_token_pad_the_rows_that_ended(plain: Tensor) -> None:
@@ -220,8 +212,9 @@ def test_stop_strings_in_a_batch_with_a_stop_token_pad_the_rows_that_ended(plain
 
 def test_stop_strings_in_a_batch_without_a_stop_token_let_early_rows_run_on(plain: Tensor) -> None:
     strings = [stop_string(plain, 0, 2), stop_string(plain, 1, 9), stop_string(plain, 2, 5)]
-    stats = assert_same(**batch(stop_strings=strings, tokenizer=tokenizer()))
-    assert PAD not in speculator().generate(**batch(stop_strings=strings, tokenizer=tokenizer()))[:, WIDTH:]
+    options = batch(stop_strings=strings, tokenizer=tokenizer())
+    stats = assert_same(**options)
+    assert PAD not in speculator().generate(**options)[:, WIDTH:]
     assert "run on until all have" in stats.slower_paths[0]
 
 
@@ -241,13 +234,13 @@ def test_stop_strings_from_the_config_given_or_the_models_own(plain: Tensor) -> 
     assert model.generation_config.stop_strings == strings
 
 
-def test_a_stop_string_criterion_of_the_users_own_goes_before_stop_strings(plain: Tensor) -> None:
+def test_a_users_stop_string_criterion_overrides_stop_strings(plain: Tensor) -> None:
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer(), stop_string(plain, 1, 9))])
     options = {"stopping_criteria": criteria, "stop_strings": stop_string(plain, 1, 2), "tokenizer": tokenizer()}
     assert_same(TOKENS[1:2], max_new_tokens=NEW, **options)
 
 
-def test_stop_strings_without_a_tokenizer_say_what_is_missing() -> None:
+def test_stop_strings_without_a_tokenizer_are_refused() -> None:
     with pytest.raises(InputError, match="tokenizer="):
         speculator().generate(**batch(stop_strings="ab"))
 
@@ -274,7 +267,7 @@ def test_hugging_faces_own_processors_keep_the_fast_path(plain: Tensor, option: 
     stats = assert_same(**batch(), **option, spec=speculator(4))
     assert stats.drafted
     assert not stats.slower_paths
-    if "forced_bos_token_id" not in option:  # it acts on prompts of one token alone
+    if "forced_bos_token_id" not in option:  # forced_bos_token_id acts only on prompts of one token
         assert not torch.equal(speculator(4).generate(**batch(), **option)[:, WIDTH:], plain), "changes nothing"
 
 
@@ -323,7 +316,7 @@ def test_a_generation_config_and_its_overrides_by_keyword() -> None:
     assert config.to_dict() == before
 
 
-def test_the_models_own_generation_config_counts_and_is_left_alone(plain: Tensor) -> None:
+def test_the_models_own_generation_config_applies_and_stays_unchanged(plain: Tensor) -> None:
     model = copy.deepcopy(llama())
     model.generation_config.update(repetition_penalty=2.5, max_new_tokens=9, eos_token_id=[nth_new_token(plain, 0, 4)])
     before = model.generation_config.to_dict()
@@ -336,7 +329,7 @@ def test_the_models_own_generation_config_counts_and_is_left_alone(plain: Tensor
     [{"cache_implementation": "hybrid"}, {"cache_implementation": "static"}, {"use_cache": False}],
     ids=str,
 )
-def test_a_cache_that_the_models_own_config_asks_for_is_replaced_by_ours(own: dict[str, Any]) -> None:
+def test_our_cache_replaces_the_cache_of_the_models_own_config(own: dict[str, Any]) -> None:
     model = copy.deepcopy(llama())
     for name, value in own.items():
         setattr(model.generation_config, name, value)
@@ -350,7 +343,7 @@ def test_a_cache_that_the_models_own_config_asks_for_is_replaced_by_ours(own: di
         spec.generate(**batch(generation_config=GenerationConfig(cache_implementation="offloaded")))
 
 
-def test_no_cache_is_allocated_that_nobody_would_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_unused_cache_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(llama())
     model.generation_config.cache_implementation = "static"
     spec = wrap(model, speculator().plan)
@@ -385,47 +378,35 @@ REFUSED: dict[str, Any] = {
     "num_return_sequences": 2,  # greedy rows would be equal
     "max_new_tokens": 0,
 }
-CONFIGS = [
-    {"num_beams": 2},
-    {"penalty_alpha": 0.6, "top_k": 4},
-    {"dola_layers": "high"},
-    {"prompt_lookup_num_tokens": 3},
-    {"assistant_early_exit": 2},
-    {"output_attentions": True},
-    {"output_hidden_states": True},
-    {"cache_implementation": "static"},
-    {"use_cache": False},
-    {"use_mtp": True},
-    {"token_healing": True},
-]
+IN_CONFIGS = (
+    *("num_beams", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_cache"),
+    *("output_attentions", "output_hidden_states", "cache_implementation", "use_mtp", "token_healing"),
+)
+NAMES = {"penalty_alpha": "contrastive", "dola_layers": "dola"}
+"""The names in error messages that differ from the option's name."""
 
 
-def assert_refused(name: str, spec: Any = None, **options: Any) -> None:
+def assert_refused(name: str, **options: Any) -> None:
     with pytest.raises((UnsupportedOptionError, InputError)) as refusal:
-        (spec or speculator()).generate(**options)
+        speculator().generate(**options)
     assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_served_is_refused_by_name(name: str) -> None:
+def test_an_unsupported_option_is_refused_by_name(name: str) -> None:
     value = REFUSED[name]() if name == "assistant_model" else REFUSED[name]
-    assert_refused("contrastive" if name == "penalty_alpha" else name.removesuffix("_layers"), **batch(**{name: value}))
+    assert_refused(NAMES.get(name, name), **batch(**{name: value}))
 
 
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
-def test_what_a_generation_config_asks_for_is_refused_all_the_same(options: dict[str, Any]) -> None:
-    name = next(iter(options))
-    config = GenerationConfig(max_new_tokens=3, **options)
-    assert_refused(
-        "contrastive" if name == "penalty_alpha" else name.removesuffix("_layers"),
-        input_ids=TOKENS,
-        attention_mask=MASK,
-        generation_config=config,
-    )
+@pytest.mark.parametrize("name", IN_CONFIGS)
+def test_unsupported_options_of_a_generation_config_are_refused(name: str) -> None:
+    further = {"top_k": 4} if name == "penalty_alpha" else {}
+    config = GenerationConfig(max_new_tokens=3, **{name: REFUSED[name]}, **further)
+    assert_refused(NAMES.get(name, name), input_ids=TOKENS, attention_mask=MASK, generation_config=config)
 
 
-def test_what_is_refused_is_refused_through_custom_generate_too() -> None:
+def test_custom_generate_refuses_unsupported_options() -> None:
     spec = speculator()
     for options in (
         {"num_beams": 2},
@@ -438,14 +419,14 @@ def test_what_is_refused_is_refused_through_custom_generate_too() -> None:
     ):
         with pytest.raises(UnsupportedOptionError, match="not supported"):
             llama().generate(**batch(**options), custom_generate=spec)
-    positions = (MASK.cumsum(dim=-1) - 1).clamp(min=0)  # what Hugging Face itself computes
+    positions = (MASK.cumsum(dim=-1) - 1).clamp(min=0)  # as Hugging Face computes positions
     ours = llama().generate(**batch(position_ids=positions), custom_generate=spec)
     assert torch.equal(ours, llama().generate(**batch()))
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
 @pytest.mark.parametrize("given", ["5", 17.5, [17]], ids=repr)
-def test_a_length_that_is_no_whole_number_is_refused_in_one_line(name: str, given: Any) -> None:
+def test_a_length_must_be_a_whole_number(name: str, given: Any) -> None:
     config = GenerationConfig(do_sample=False)
     setattr(config, name, given)
     for options in ({name: given}, {"generation_config": config}):
@@ -454,9 +435,9 @@ def test_a_length_that_is_no_whole_number_is_refused_in_one_line(name: str, give
         assert str(refusal.value) == f"{name} is {given!r}, but it must be a whole number of tokens"
 
 
-def test_whole_numbers_of_other_kinds_are_lengths_too() -> None:
-    for seven in (np.int64(7), torch.tensor(7)):
-        assert speculator().generate(**batch(max_new_tokens=seven)).shape == (3, WIDTH + 7)
+@pytest.mark.parametrize("seven", [np.int64(7), torch.tensor(7)], ids=["numpy", "torch"])
+def test_a_length_may_be_any_whole_number(seven: Any) -> None:
+    assert speculator().generate(**batch(max_new_tokens=seven)).shape == (3, WIDTH + 7)
 
 
 def test_custom_generate_of_another_model_is_refused() -> None:
@@ -485,7 +466,7 @@ def test_custom_generate_of_another_model_is_refused() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_prompt_that_cannot_be_used_is_refused_in_one_line(prompt: dict[str, Any], says: str) -> None:
+def test_an_unusable_prompt_is_refused_in_one_line(prompt: dict[str, Any], says: str) -> None:
     limit = {} if "max_length" in prompt else {"max_new_tokens": 3}
     assert_refused(says, **prompt, **limit)
 
@@ -498,11 +479,11 @@ def test_every_refusal_is_a_selfspec_error_and_leaves_the_object_usable() -> Non
     assert_same(**batch())
 
 
-# --- Criteria that depend on time, or are the user's own ---
+# --- The user's own criteria, and criteria that depend on time ---
 
 
 class StopsAtLengths(StoppingCriteria):
-    """Stops row r at its own length, and records what it was shown."""
+    """Stops each row at its own length, and records the arguments of each call."""
 
     def __init__(self, *lengths: int) -> None:
         self.lengths, self.seen = torch.tensor(lengths), []
@@ -513,7 +494,7 @@ class StopsAtLengths(StoppingCriteria):
 
 
 @pytest.mark.parametrize("eos", [None, 3], ids=["without a stop token", "with a stop token"])
-def test_a_criterion_of_the_users_own_sees_what_hugging_face_shows_it(eos: int | None) -> None:
+def test_a_users_criterion_gets_the_arguments_that_hugging_face_passes(eos: int | None) -> None:
     theirs, ours = (StopsAtLengths(WIDTH + 3, WIDTH + 9, WIDTH + 6) for _ in range(2))
     options = batch(eos_token_id=eos, return_dict_in_generate=True, output_scores=True)
     expected = llama().generate(**options, stopping_criteria=StoppingCriteriaList([theirs]))
@@ -527,13 +508,13 @@ def test_a_criterion_of_the_users_own_sees_what_hugging_face_shows_it(eos: int |
 
 
 class SaysYes(StoppingCriteria):
-    """As of old: one answer for the whole batch."""
+    """Gives one answer for the whole batch, as older criteria do."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
         return input_ids.shape[1] > WIDTH + 3
 
 
-def test_a_criterion_may_answer_for_the_whole_batch() -> None:
+def test_a_criterion_may_give_one_answer_for_the_whole_batch() -> None:
     assert_same(**batch(stopping_criteria=StoppingCriteriaList([SaysYes()])))
 
 

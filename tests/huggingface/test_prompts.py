@@ -22,7 +22,7 @@ def text_of(tokens: torch.Tensor) -> str:
     return TOKENIZER.decode(tokens)
 
 
-def test_a_text_file_holds_one_prompt_a_line_and_blank_lines_are_passed_over(tmp_path: Path) -> None:
+def test_a_text_file_holds_one_prompt_per_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = file_of(tmp_path, "\ufeffone\r\n\n  two\x0c and more \n   \nthree")
     assert [text_of(tokens) for tokens in load_prompts(path, TOKENIZER)] == ["one", "  two\x0c and more ", "three"]
 
@@ -39,7 +39,7 @@ def test_json_lines_hold_prompts_of_several_lines_and_chats(tmp_path: Path) -> N
     assert [text_of(tokens) for tokens in prompts] == ["a\nb", "user: hi\nassistant: "]
 
 
-def test_a_text_becomes_a_chat_when_asked_for(tmp_path: Path) -> None:
+def test_chat_turns_a_text_into_a_chat(tmp_path: Path) -> None:
     (tokens,) = load_prompts(file_of(tmp_path, "hi"), TOKENIZER, chat=True)
     assert text_of(tokens) == "user: hi\nassistant: "
 
@@ -66,22 +66,22 @@ def test_a_text_becomes_a_chat_when_asked_for(tmp_path: Path) -> None:
         ('{"prompt": "\\ud800"}', "line 2 holds a lone surrogate"),
     ],
 )
-def test_a_bad_json_line_is_named_by_its_number(tmp_path: Path, line: str, complaint: str) -> None:
+def test_the_error_gives_the_number_of_a_bad_json_line(tmp_path: Path, line: str, complaint: str) -> None:
     path = file_of(tmp_path, f'{{"prompt": "fine"}}\n{line}\n', "p.jsonl")
     with pytest.raises(InputError, match=complaint) as raised:
         load_prompts(path, TOKENIZER)
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_an_empty_and_an_unreadable_file_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no prompt file at"):
-        read_prompts(tmp_path / "none.txt")
-    with pytest.raises(InputError, match="is empty"):
-        read_prompts(file_of(tmp_path, " \n\n"))
-    with pytest.raises(InputError, match=r"not UTF-8 text \(at byte 2\)"):
-        read_prompts(file_of(tmp_path, b"ab\xff"))
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        read_prompts(tmp_path)
+def test_missing_empty_and_unreadable_files_have_different_errors(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "none.txt", "no prompt file at"),
+        (file_of(tmp_path, " \n\n", "empty.txt"), "is empty"),
+        (file_of(tmp_path, b"ab\xff"), r"not UTF-8 text \(at byte 2\)"),
+        (tmp_path, "cannot be read: Is a directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_prompts(path)
 
 
 def test_a_chat_without_a_template_is_refused() -> None:
@@ -93,9 +93,10 @@ def test_prompts_that_are_too_short_or_too_long_are_refused() -> None:
     encode_prompts([Prompt(text="12345")], TOKENIZER, at_least=5, context=7, new_tokens=2)
     with pytest.raises(InputError, match="the prompt is empty"):
         encode_prompts([Prompt(text="")], TOKENIZER)
-    with pytest.raises(InputError, match="has 1 token, but at least 2 are needed"):
-        check_length(1, "the prompt", at_least=2)
-    with pytest.raises(InputError, match="has 8 tokens, but the model's context is 7"):
-        check_length(8, "the prompt", context=7)
-    with pytest.raises(InputError, match="with 3 new ones exceeds the model's context of 7"):
-        check_length(5, "the prompt", context=7, new_tokens=3)
+    for tokens, limits, message in (
+        (1, {"at_least": 2}, "has 1 token, but at least 2 are needed"),
+        (8, {"context": 7}, "has 8 tokens, but the model's context is 7"),
+        (5, {"context": 7, "new_tokens": 3}, "with 3 new ones exceeds the model's context of 7"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_length(tokens, "the prompt", **limits)

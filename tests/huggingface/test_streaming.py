@@ -1,4 +1,4 @@
-"""Streamers get what Hugging Face would send them; a `stream` can be closed, dropped and handed on."""
+"""Streamers get the same calls as from Hugging Face; a `stream` can be closed, dropped or read by another thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batch(**options: Any) -> dict[str, Any]:
 
 
 class Recorder(BaseStreamer):
-    """Every call, with what it was given."""
+    """Records each call with its argument."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -70,7 +70,7 @@ def test_a_streamer_gets_the_calls_that_hugging_face_makes(plain: Tensor, case: 
     assert ours.calls == theirs.calls
 
 
-def test_steps_reach_the_streamer_as_soon_as_every_row_has_them() -> None:
+def test_the_streamer_gets_a_step_as_soon_as_every_row_has_the_step() -> None:
     spec = speculator(4)
     pace: list[int] = []
 
@@ -81,7 +81,7 @@ def test_steps_reach_the_streamer_as_soon_as_every_row_has_them() -> None:
     spec.generate(ONE, max_new_tokens=NEW, streamer=Watches())
     committed = [accepted + 1 for ((_, _, accepted),) in spec.stats.history]
     known = [sum(committed[: i + 1]) for i, count in enumerate(committed) for _ in range(count)]
-    assert pace[1:] == known, "each token was sent while no more was known than its own round"
+    assert pace[1:] == known, "each token is sent right after its own round"
 
 
 def test_text_streamers_print_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_a_stream_yields_the_tokens_that_generate_returns(limit: int) -> None:
     assert all(type(token) is int for token in got)
 
 
-def test_a_stream_ends_at_the_stop_token_or_where_a_stop_string_is_complete(plain: Tensor) -> None:
+def test_a_stream_ends_at_a_stop_token_or_a_stop_string(plain: Tensor) -> None:
     for index in range(1, 7):
         stop = int(plain[1, index])
         got = list(speculator(5).stream(ONE, max_new_tokens=NEW, eos_token_id=stop))
@@ -116,10 +116,10 @@ def test_a_stream_ends_at_the_stop_token_or_where_a_stop_string_is_complete(plai
         options = {"max_new_tokens": NEW, "stop_strings": text(plain[1, index : index + 1]), "tokenizer": tokenizer()}
         rounds = list(speculator(5).stream_rounds(ONE, **options))
         assert [token for r in rounds for token in r.tokens] == new_tokens(llama().generate(ONE, **options))
-        assert all(r.accepted <= len(r.tokens) for r in rounds), "what follows a stop string was not accepted"
+        assert all(r.accepted <= len(r.tokens) for r in rounds), "tokens after a stop string are not accepted"
 
 
-def test_the_rounds_of_a_stream_tell_drafted_tokens_from_the_targets_own(plain: Tensor) -> None:
+def test_the_rounds_of_a_stream_count_drafted_and_accepted_tokens(plain: Tensor) -> None:
     rounds = list(speculator(4).stream_rounds(ONE, max_new_tokens=NEW))
     assert [token for r in rounds for token in r.tokens] == plain[1].tolist()
     assert [(r.row, r.drafted, r.accepted) for r in rounds] == [entry for (entry,) in speculator(4).stats.history]
@@ -139,15 +139,13 @@ def test_closing_a_stream_ends_the_request_and_frees_the_object() -> None:
     assert_same(**batch())
 
 
-def test_a_stream_that_is_dropped_frees_the_object() -> None:
-    stream = speculator().stream(ONE, max_new_tokens=NEW)
-    next(stream)
-    del stream
+def test_a_dropped_stream_frees_the_object() -> None:
+    next(speculator().stream(ONE, max_new_tokens=NEW))
     gc.collect()
     assert_same(**batch())
 
 
-def test_a_stream_that_nobody_started_holds_nothing() -> None:
+def test_a_stream_that_was_not_started_holds_no_lock() -> None:
     stream = speculator().stream(ONE, max_new_tokens=NEW)
     assert_same(**batch())
     assert len(list(stream)) == NEW
@@ -180,15 +178,14 @@ def test_an_error_in_the_model_leaves_the_object_usable() -> None:
     assert_same(**batch())
 
 
-def test_a_second_call_from_the_thread_of_an_open_stream_is_refused_rather_than_waiting_forever() -> None:
+def test_a_second_call_from_the_thread_of_an_open_stream_is_refused() -> None:
     spec = speculator()
     stream = spec.stream(ONE, max_new_tokens=NEW)
     first = next(stream)
-    with pytest.raises(SelfspecError, match="still open in this thread"):
-        spec.generate(ONE, max_new_tokens=2)
-    with pytest.raises(SelfspecError, match="still open in this thread"):
-        next(spec.stream(ONE, max_new_tokens=2))
-    assert [first, *stream] == new_tokens(llama().generate(ONE, max_new_tokens=NEW)), "the stream goes on undisturbed"
+    for call in (spec.generate, lambda *args, **options: next(spec.stream(*args, **options))):
+        with pytest.raises(SelfspecError, match="still open in this thread"):
+            call(ONE, max_new_tokens=2)
+    assert [first, *stream] == new_tokens(llama().generate(ONE, max_new_tokens=NEW)), "the stream continues"
 
 
 def test_a_call_from_another_thread_waits_for_an_open_stream() -> None:
@@ -207,7 +204,7 @@ def test_a_call_from_another_thread_waits_for_an_open_stream() -> None:
     assert torch.equal(results[0], llama().generate(**batch()))
 
 
-def test_a_stream_that_changed_hands_belongs_to_the_thread_that_reads_it() -> None:
+def test_a_stream_belongs_to_the_thread_that_reads_it() -> None:
     spec = speculator()
     stream = spec.stream(ONE, max_new_tokens=NEW)
     next(stream)
@@ -236,21 +233,20 @@ def test_the_consumer_of_a_stream_may_compute_with_gradients() -> None:
     assert weight.grad is not None
 
 
-def test_what_a_stream_cannot_give_is_refused() -> None:
-    spec = speculator()
+def test_a_stream_refuses_options_that_it_cannot_support() -> None:
     for options, says in (
-        (batch(), "one row"),
-        (batch(input_ids=ONE, attention_mask=None, streamer=Recorder()), "streamer"),
-        (batch(input_ids=ONE, attention_mask=None, return_dict_in_generate=True, output_scores=True), "tokens alone"),
-        (batch(input_ids=ONE, attention_mask=None, num_beams=2), "num_beams"),
-        (batch(input_ids=ONE, attention_mask=None, do_sample=True, num_return_sequences=2), "one row"),
+        ({"input_ids": TOKENS}, "one row"),
+        ({"streamer": Recorder()}, "streamer"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "tokens alone"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"do_sample": True, "num_return_sequences": 2}, "one row"),
     ):
         with pytest.raises((InputError, UnsupportedOptionError), match=says):
-            next(spec.stream(**options))
+            next(speculator().stream(**{"input_ids": ONE, "max_new_tokens": NEW, **options}))
     assert_same(**batch())
 
 
-def test_a_stream_of_an_object_of_its_own_does_not_block_others() -> None:
+def test_a_stream_does_not_block_other_objects() -> None:
     other = wrap(copy.deepcopy(llama()), speculator().plan)
     stream = speculator().stream(ONE, max_new_tokens=NEW)
     next(stream)

@@ -343,7 +343,7 @@ def test_a_plan_from_other_conditions_warns_that_another_plan_may_be_faster() ->
         return Plan(skip_set=SkipSet(mlp={1}), gamma=2, provenance=provenance)
 
     wrap(llama(), plan())  # pytest turns a warning into an error
-    with pytest.warns(PlanWarning, match="searched with dtype bfloat16, here float32: the output stays right"):
+    with pytest.warns(PlanWarning, match="searched with dtype bfloat16, here float32: the output stays correct"):
         wrap(llama(), plan(dtype="bfloat16"))
     with pytest.warns(PlanWarning, match="compiled True, here False"):
         wrap(llama(), plan(compiled=True))

@@ -1,4 +1,4 @@
-"""Figures for dashboards, against figures counted by hand."""
+"""Metrics for dashboards equal figures that were counted by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BY_ORIGIN = "selfspec_spec_decode_num_{}_tokens_by_origin_total"
 
 
 def first() -> Stats:
-    """Two rows. Three rounds: 2 of 3 accepted; all of 2; nothing drafted."""
+    """Two rows and three rounds: 2 of 3 tokens accepted, 2 of 2 accepted, nothing drafted."""
     stats = Stats(rows=2)
     stats.count_pass([Committed(0, 7, [1, 2, 9], 3, 2, "layers"), Committed(1, 7, [4, 5, 6], 2, 2, "lookup")])
     stats.count_pass([Committed(0, 10, [5], 0, 0, "layers")])
@@ -34,7 +34,7 @@ def first() -> Stats:
 
 
 def second() -> Stats:
-    """One row. One round: 4 of 5 accepted, further than any draft of the first call went."""
+    """One row and one round: 4 of 5 tokens accepted, a longer draft than any draft of `first`."""
     stats = Stats(rows=1)
     stats.count_pass([Committed(0, 3, [1, 2, 3, 4, 9], 5, 4, "layers")])
     stats.count_choice("layers 5", 5, 6)
@@ -43,22 +43,18 @@ def second() -> Stats:
 
 
 def read(text: str, **labels: str) -> dict[tuple[str, str], float]:
-    """By name and by the value of the metric's own label: the samples that have all of `labels`."""
-    samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if labels.items() <= sample.labels.items():
-                own = [value for name, value in sample.labels.items() if name not in labels]
-                samples[sample.name, "".join(own)] = sample.value
-    return samples
+    """Samples that have all of `labels`, by name and by the value of the metric's own label."""
+    return {
+        (sample.name, "".join(value for name, value in sample.labels.items() if name not in labels)): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if labels.items() <= sample.labels.items()
+    }
 
 
 def scraped(registry: CollectorRegistry, **labels: str) -> dict[tuple[str, str], float]:
-    return {
-        key: value
-        for key, value in read(generate_latest(registry).decode(), **labels).items()
-        if not key[0].endswith("_created")  # when the client made the counter
-    }
+    samples = read(generate_latest(registry).decode(), **labels)
+    return {key: value for key, value in samples.items() if not key[0].endswith("_created")}  # the counters' ages
 
 
 FIRST = {
@@ -68,12 +64,8 @@ FIRST = {
     ("selfspec_spec_decode_num_drafts_total", ""): 2,
     ("selfspec_spec_decode_num_draft_tokens_total", ""): 5,
     ("selfspec_spec_decode_num_accepted_tokens_total", ""): 4,
-    (PER_POS.format("accepted"), "0"): 2,
-    (PER_POS.format("accepted"), "1"): 2,
-    (PER_POS.format("accepted"), "2"): 0,
-    (PER_POS.format("reached"), "0"): 2,
-    (PER_POS.format("reached"), "1"): 2,
-    (PER_POS.format("reached"), "2"): 1,
+    **{(PER_POS.format("accepted"), str(position)): count for position, count in enumerate([2, 2, 0])},
+    **{(PER_POS.format("reached"), str(position)): count for position, count in enumerate([2, 2, 1])},
     (BY_ORIGIN.format("draft"), "layers"): 3,
     (BY_ORIGIN.format("draft"), "lookup"): 2,
     (BY_ORIGIN.format("accepted"), "layers"): 2,
@@ -94,17 +86,13 @@ FIRST = {
 }
 
 
-def test_the_text_of_one_call_holds_what_was_counted_by_hand() -> None:
-    assert read(to_text(first())) == FIRST
-
-
-def test_a_metrics_object_tells_of_one_request_what_the_text_tells() -> None:
+def test_the_text_and_the_metrics_of_one_call_equal_the_hand_count() -> None:
     registry = CollectorRegistry()
     Metrics(registry).observe(first())
-    assert scraped(registry) == FIRST
+    assert read(to_text(first())) == scraped(registry) == FIRST
 
 
-def test_counters_are_sums_over_requests_and_never_fall_while_gauges_tell_of_the_latest() -> None:
+def test_counters_sum_over_requests_and_gauges_show_the_latest_request() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     metrics.observe(first())
@@ -124,17 +112,17 @@ def test_counters_are_sums_over_requests_and_never_fall_while_gauges_tell_of_the
     assert after["selfspec_spec_decode_draft_acceptance_rate", ""] == 4 / 5
 
 
-def test_models_in_one_process_are_told_apart_by_labels() -> None:
+def test_labels_separate_the_models_of_one_process() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, labels=["model", "site"])
     metrics.observe(first(), model="large", site="here")
-    metrics.observe(second(), site="here", model="small")
-    metrics.observe(second(), site="here", model="small")
+    for _ in range(2):
+        metrics.observe(second(), site="here", model="small")
     assert scraped(registry, model="large", site="here") == FIRST
     assert scraped(registry, model="small", site="here")["selfspec_generation_tokens_total", ""] == 10
 
 
-def test_a_device_clock_ahead_of_the_hosts_makes_no_counter_fall() -> None:
+def test_a_device_clock_ahead_of_the_host_clock_decreases_no_counter() -> None:
     stats = first()
     stats.seconds["total"] = 3.0
     assert stats.other_seconds == -0.5
@@ -143,7 +131,7 @@ def test_a_device_clock_ahead_of_the_hosts_makes_no_counter_fall() -> None:
     assert scraped(registry)["selfspec_phase_seconds_total", "other"] == 0
 
 
-def test_where_nothing_was_drafted_the_acceptance_rate_is_no_number_and_json_holds_numbers_alone() -> None:
+def test_without_a_draft_the_acceptance_rate_is_nan_in_metrics_and_0_in_json() -> None:
     stats = Stats(rows=1)
     stats.count_pass([Committed(0, 3, [8], 0, 0, "layers")])
     samples = read(to_text(stats))
@@ -152,7 +140,7 @@ def test_where_nothing_was_drafted_the_acceptance_rate_is_no_number_and_json_hol
     assert json.loads(stats.to_json(), parse_constant=pytest.fail)["acceptance_rate"] == 0
 
 
-def test_stats_go_to_one_json_object() -> None:
+def test_stats_become_one_json_object() -> None:
     data = json.loads(first().to_json(), parse_constant=pytest.fail)
     assert (data["drafted"], data["accepted"], data["accepted_at"]) == (5, 4, [2, 2, 0])
     assert data == json.loads(json.dumps(first().to_dict()))
@@ -173,56 +161,47 @@ def test_stats_of_two_calls_add_up() -> None:
     assert total.tokens_per_second == 12 / 5
     assert total.history == one.history + other.history
     assert (total.slower_paths, total.backend, total.draft_bytes) == (["slow", "slower"], "sdpa", 17)
-    assert one.reached_at == [2, 2, 1]  # the parts stay as they were
+    assert one.reached_at == [2, 2, 1]  # add() leaves its argument unchanged
 
 
-# --- What cannot be ---
-
-
-@pytest.mark.parametrize(("label", "message"), [("position", "'position' is one of the metrics' own"), ("__x", "__x")])
-def test_a_label_that_cannot_be_called_so_takes_one_line(label: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Metrics(CollectorRegistry(), labels=[label])
+# --- Refusals ---
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("model", "labels is 'model', of which every letter would be one; give a list of different names, such as"),
+        ("model", "labels is 'model', so every letter would be a label; give a list of different names, such as"),
         (["model", 7], "labels holds 7, but names are strings; give a list"),
         ([["model"]], r"labels holds \['model'\], but names are strings"),
+        (["position"], "'position' is one of the metrics' own"),
+        (["__x"], "__x"),
         (["model", "site", "model"], "labels holds 'model' twice; give a list of different names"),
     ],
 )
-def test_labels_that_are_no_list_of_different_names_take_one_line(labels: Any, message: str) -> None:
+def test_bad_labels_are_refused_in_one_line_and_nothing_is_registered(labels: Any, message: str) -> None:
     registry = CollectorRegistry()
     with pytest.raises(InputError, match=message) as caught:
         Metrics(registry, labels=labels)
     assert "\n" not in str(caught.value)
-    Metrics(registry, labels=iter(["model"])).observe(first(), model="m")  # nothing was registered before
+    Metrics(registry, labels=iter(["model"])).observe(first(), model="m")
 
 
-def test_a_registry_takes_one_set_of_metrics() -> None:
+def test_a_registry_accepts_one_set_of_metrics() -> None:
     registry = CollectorRegistry()
     Metrics(registry)
-    with pytest.raises(InputError, match="make one Metrics for a registry"):
+    with pytest.raises(InputError, match="make one Metrics per registry"):
         Metrics(registry)
 
 
 @pytest.mark.parametrize("given", [{}, {"site": "x"}, {"model": "m", "site": "x"}])
-def test_every_label_needs_a_value_and_no_others_are_taken(given: dict[str, str]) -> None:
+def test_observe_needs_a_value_for_each_label_and_refuses_other_labels(given: dict[str, str]) -> None:
     metrics = Metrics(CollectorRegistry(), labels=["model"])
     with pytest.raises(InputError, match="labels of these metrics: model"):
         metrics.observe(first(), **given)
 
 
-@pytest.fixture
-def _no_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as if it were not installed
-
-
-@pytest.mark.usefixtures("_no_client")
-def test_without_the_package_the_error_says_what_to_install() -> None:
+def test_without_prometheus_client_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as if the package were not installed
     for use in (lambda: to_text(first()), Metrics):
         with pytest.raises(SelfspecError, match=r"pip install 'selfspec\[metrics\]'"):
             use()
@@ -232,22 +211,11 @@ def test_without_the_package_the_error_says_what_to_install() -> None:
 # --- generate --stats ---
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "model")
-
-
-@pytest.fixture
-def command(model_dir: Path, tmp_path: Path) -> tuple[Any, ...]:
-    """Two prompts of 13 new tokens."""
-    prompts = tmp_path / "prompts.txt"
+def test_generate_writes_the_figures_of_all_prompts_to_a_file(tmp_path: Path) -> None:
+    model, out, prompts = save_model(tmp_path / "model"), tmp_path / "figures.json", tmp_path / "prompts.txt"
     prompts.write_text("one\nand another\n")
     plan = PLAN.save(tmp_path / "plan.json")
-    return "generate", model_dir, "--plan", plan, "--prompt-file", prompts, "--max-new-tokens", 13
-
-
-def test_generate_writes_the_figures_of_all_prompts_to_a_file(command: tuple[Any, ...], tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
+    command = ("generate", model, "--plan", plan, "--prompt-file", prompts, "--max-new-tokens", 13)
     result = run(*command, "--stats", out)
     assert result.exit_code == 0, result.output
     data = json.loads(out.read_text())
@@ -258,7 +226,7 @@ def test_generate_writes_the_figures_of_all_prompts_to_a_file(command: tuple[Any
     assert result.stdout == run(*command).stdout
 
 
-def test_figures_that_cannot_be_written_are_found_out_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_an_unwritable_stats_file_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     command = ("generate", "no-model", "--plan", "no-plan", "--prompt", "x", "--stats")
     assert "there is no directory" in complaint(*command, tmp_path / "none" / "x.json")
     assert "is no ordinary file" in complaint(*command, tmp_path)

@@ -1,4 +1,4 @@
-"""report: a study and the plan that it led to, on one HTML page that needs nothing else."""
+"""Report: a study and its plan on one self-contained HTML page. Imported by the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Page", "ReportData", "StudyData", "Trial", "make_page", "read_source
 
 
 def write_report(data: ReportData, out: Path, png: Path | None = None) -> list[Path]:
-    """Write the page to `out`, and each figure into the directory `png`, made if need be; returns what was written.
+    """Write the page to `out`, and each figure into the directory `png`; return the written paths.
 
     Raises:
         InputError: the directory for PNGs cannot be made or written.

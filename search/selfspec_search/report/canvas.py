@@ -1,4 +1,4 @@
-"""Canvas: how every figure of a report looks, and how it becomes an SVG inside the page or a PNG beside it."""
+"""Canvas: the style of a report's figures, and their SVG and PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 6.8
-"""Inches of every figure, so that letters have one size throughout."""
+"""Inches: the width of every figure, so that letters have one size."""
 PNG_DPI = 200
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e3e7eb", "#ffffff"
@@ -53,24 +53,24 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures that are made and saved in here look like the report's; nothing outside of it changes."""
+    """In this context figures get the report's style."""
     with matplotlib.rc_context(_STYLE):
         yield
 
 
 def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of the report's width, `height` inches high, with so many axes side by side."""
+    """A figure of the report's width and `height` inches, with `columns` axes side by side."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def legend_above(figure: Figure, *entries: Any, **options: Any) -> None:
-    """A legend above all axes, on the left: what is on the right of a wide figure is out of sight on a phone."""
+    """A legend above all axes, on the left: a phone does not show the right of a wide figure."""
     figure.legend(*entries, loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.7, **options)
 
 
 def to_svg(figure: Figure) -> str:
-    """An `<svg>` element to stand in a page among others: it scales with the page, and no two share names of groups."""
+    """An `<svg>` element that scales with the page. Group names are removed, since pages hold several figures."""
     out = StringIO()
     figure.savefig(out, format="svg", metadata=_NO_METADATA, facecolor="none")  # the page shows through
     element = out.getvalue()

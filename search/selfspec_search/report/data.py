@@ -1,4 +1,4 @@
-"""ReportData: everything that a report shows, read defensively, since it comes from files and databases."""
+"""ReportData: everything that a report shows. Values from files and databases are checked."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from selfspec_search.report.words import in_words, lookup_in_words
 Sublayer = tuple[str, int]
 DEFAULT_GAMMA_MAX = 8
 Point = tuple[float, float]
-"""(cost, agreement): the less of the first and the more of the second, the better. Both finite."""
+"""(draft cost, agreement), both finite. Low cost and high agreement are better."""
 
 
 class Stored(Protocol):
-    """What a storage gives for one finished trial; `value` is the predicted speedup, None where it was pruned."""
+    """A finished trial in a storage. `value` is the predicted speedup; None if pruned."""
 
     @property
     def number(self) -> int: ...
@@ -34,7 +34,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One finished trial. All figures are predicted; None where they were not recorded, or the trial ended early."""
+    """A finished trial. All figures are predicted; None if not recorded, or if the trial was pruned."""
 
     number: int
     draft_spec: DraftSpec
@@ -79,12 +79,12 @@ class Trial:
 
     @property
     def speedup_or_estimate(self) -> float | None:
-        """The predicted speedup, from all depths where they were replayed, else from the first."""
+        """The predicted speedup: from all depths if they were replayed, else from the first depth."""
         return self.estimate if self.speedup is None else self.speedup
 
     @property
     def point(self) -> tuple[float, float] | None:
-        """(draft cost, agreement), where both are known."""
+        """(draft cost, agreement); None unless both are known."""
         return None if self.draft_cost is None or self.agreement is None else (self.draft_cost, self.agreement)
 
 
@@ -93,7 +93,7 @@ _PREDICTED = ("tokens_per_round", "acceptance_rate", "tokens_per_second")
 
 @dataclass(frozen=True, kw_only=True)
 class StudyData:
-    """One study: its trials, what it was about, and how much each sub-layer matters, where that was recorded.
+    """A study: its trials, its subject, and the sensitivity of each sub-layer if recorded.
 
     `sensitivity` is the first depth's agreement when that one sub-layer alone is skipped.
     """
@@ -118,7 +118,7 @@ class StudyData:
         return int(given) if given is not None and given >= 1 else DEFAULT_GAMMA_MAX
 
     def best(self, count: int) -> list[Trial]:
-        """The complete trials of the highest predicted speedup; of equals the smaller draft, as the search ranks."""
+        """The complete trials of highest predicted speedup; the smaller draft first among equals."""
         ranked = sorted(self.complete, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
         unique: dict[DraftSpec, Trial] = {}
         for trial in ranked:
@@ -132,14 +132,14 @@ class StudyData:
         return [known[index][0] for index in pareto_front([point for _, point in known])]
 
     def trial_of(self, draft_spec: DraftSpec) -> Trial | None:
-        """The trial that tried this draft spec, if one did; a complete one before a pruned one."""
+        """The trial of this draft spec, complete rather than pruned; None without a trial."""
         same = [trial for trial in self.trials if trial.draft_spec == draft_spec]
         return min(same, key=lambda trial: (trial.is_pruned, trial.number), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """A plan, a study, or both; of the same model. `source` is what the user named."""
+    """A plan, a study, or both, of one model. `source` is the user's argument."""
 
     source: str
     plan: Plan | None = None
@@ -158,7 +158,7 @@ class ReportData:
 
     @property
     def num_layers(self) -> int:
-        """The model's; as far as the draft spec reaches, where neither plan nor study says."""
+        """The model's number of layers; if unknown, as many as the draft spec names."""
         if self.study is not None:
             return self.study.num_layers
         if self.plan is not None and self.plan.model is not None:
@@ -173,26 +173,26 @@ class ReportData:
 
     @property
     def chosen_trial(self) -> Trial | None:
-        """The trial of the plan's draft spec; without a plan the best one; None where layers do not draft."""
+        """The trial of the plan's draft spec; without a plan the best trial; None if layers do not draft."""
         if self.plan is None:
             return self.best_trial
         return self.study.trial_of(self.plan.draft_spec) if self.study and self.plan.gamma else None
 
     @property
     def draft_spec(self) -> DraftSpec | None:
-        """The plan's, without a plan the best trial's."""
+        """The draft length of the plan; without a plan, of the best trial."""
         if self.plan is not None:
             return self.plan.draft_spec
         return self.best_trial.draft_spec if self.best_trial else None
 
     @property
     def drafted_with(self) -> DraftSpec | None:
-        """The draft spec, where layers draft at all."""
+        """The draft spec; None if layers do not draft."""
         return None if self.plan is not None and not self.plan.gamma else self.draft_spec
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Indices of the points that no other point dominates, by rising cost.
+    """Indices of the Pareto front, by rising cost.
 
     One point dominates another if it costs no more, agrees no less, and is not equal to it; so of equal points on the
     front, all are on it, in the order given.
@@ -216,7 +216,7 @@ def _lookup_in_words(lookup: Any) -> str:
 
 
 def number(record: Mapping[str, Any], key: str) -> float | None:
-    """A finite number out of a record; None for anything else."""
+    """A finite number from a record; None for any other value."""
     return _finite(record.get(key))
 
 

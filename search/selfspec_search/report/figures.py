@@ -1,4 +1,4 @@
-"""Figures: what a study found, drawn. Each takes what it shows and gives a matplotlib figure."""
+"""Figures of a study. Each function returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from selfspec_search.report.data import StudyData, Trial
 
 ISO_SPEEDUPS = (1.0, 1.2, 1.5, 2.0, 3.0)
 TABLE_COSTS, TABLE_AGREEMENTS = (0.55, 0.45, 0.28, 0.20), (0.80, 0.90, 0.95, 0.98)
-"""Of the table of ceilings, from the cost of published skip sets to that of quantised drafts that skip, too."""
+"""Draft costs of the ceiling table: from published skip sets to quantised drafts that also skip."""
 _SPEED = LinearSegmentedColormap.from_list("speed", ["#b9c8d8", "#7fa3cc", "#1f5f8b", "#0d2b45"])
 
 
 def pareto(study: StudyData, chosen: Trial | None, name: str) -> Figure:
-    """Draft cost against agreement: all trials, their front, the chosen one, and where speedups would be equal."""
+    """Draft cost against agreement: all trials, their Pareto front, the chosen trial, and lines of equal speedup."""
     figure, (axes,) = new_figure(4.2)
     known = [(trial, trial.point) for trial in study.trials if trial.point is not None]
     pruned = [point for trial, point in known if trial.is_pruned]
@@ -69,7 +69,7 @@ def pareto(study: StudyData, chosen: Trial | None, name: str) -> Figure:
 
 
 def ideal_cost(agreement: float, speedup: float, gamma_max: int) -> float:
-    """The cost c of a draft step, in plain steps, at which the best gamma gives this speedup; below 0 where none does.
+    """The cost c of a draft step, in plain steps, at which the best gamma gives this speedup; below 0 if no cost does.
 
     From speedup = ((1 - a^(gamma + 1)) / (1 - a)) / (gamma c + 1): each drafted token agrees with the same
     probability a, and a verify pass costs a plain step.
@@ -86,8 +86,8 @@ def ideal_speedup(agreement: float, cost: float, gamma_max: int) -> float:
 
 
 def ceilings(points: Mapping[str, Sequence[tuple[float, float]]], gamma_max: int) -> Figure:
-    """The table of ideal speedups by draft cost and agreement, and on it where drafts stand, by name: (cost, agreement)
-    each. Drafts of low agreement are left out."""
+    """The table of ideal speedups by draft cost and agreement, with drafts as points: (cost, agreement) by name.
+    Drafts of low agreement are left out."""
     figure, (axes,) = new_figure(4.2)
     for cost in TABLE_COSTS:
         for agreement in TABLE_AGREEMENTS:
@@ -129,7 +129,7 @@ def history(study: StudyData) -> Figure:
 
 
 def comparison(bars: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Sequence[float]]) -> Figure:
-    """Small bar charts side by side: for each figure's name, its value by where it is from ('measured' stands out).
+    """Small bar charts side by side: each figure by source ('measured' stands out).
 
     `intervals` are lowest and highest of what was measured, by the figure's name, where that is known.
     """
@@ -165,7 +165,7 @@ _INTERVAL: dict[str, Any] = {"color": INK, "linewidth": 1.1, "marker": "|", "mar
 
 
 def positions(lines: Mapping[str, Sequence[float]], layers_end: int | None = None) -> Figure:
-    """Agreement by draft position, and how likely the round comes so far; one line for where each is from.
+    """Agreement by draft position, and the probability that a round gets this far; a line for each source.
 
     Behind position `layers_end` only prompt lookup drafts: shaded, and without products, for other rounds get there.
     """
@@ -202,14 +202,14 @@ _PREDICTED: dict[str, Any] = {
     "zorder": 3,
 }
 _LINES: dict[str, dict[str, Any]] = {
-    # Broad and underneath: replay is exact, and would hide the other line, or be hidden by it.
+    # Broad and below the other line: replay is exact, so that the two lines often coincide.
     "measured": {"color": PALE, "marker": "o", "markersize": 9, "linewidth": 5, "zorder": 2},
     "predicted, calibration": {**_PREDICTED, "color": MUTED, "marker": "^", "linestyle": (0, (1, 1.5))},
 }
 
 
 def _frame(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """All points with room around them, agreement at most 1 and costs from 0."""
+    """Limits around all points; agreement at most 1, costs from 0."""
     costs, agreements = _columns(points)
     axes.set_xlim(0, max([*costs, 1.0]) * 1.04)
     low = min([*agreements, 0.9])

@@ -1,4 +1,4 @@
-"""Grids: a model's sub-layers, two rows of cells with a column for each layer: what is skipped, what is needed."""
+"""Grids: a model's sub-layers as two rows of cells, one column a layer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from selfspec_search.report.data import Sublayer
 
 KINDS = ("attn", "mlp")
 MOST_NUMBERS = 20
-"""So many have room below a figure: with more layers, every second cell is numbered, or every fifth, and so on."""
+"""Labels: the most layer numbers below a figure. With more layers, every second or fifth cell has a number."""
 STEPS = (1, 2, 5, 10, 20, 50)
 SCALE_STEPS = 4
 OUTLIERS = 0.1
-"""So large a share of the sub-layers may be darker than the scale shows: the first MLP of many models is needed so much
-that all others would look alike."""
+"""Share of the sub-layers that may exceed the scale: the first MLP of many models matters so much that all other
+sub-layers would look alike."""
 _HATCH = "#b9c3cd"
 _FACES = {"keep": KEPT, "quantise": QUANTISED, "skip": SKIPPED}
 _MATTERS = LinearSegmentedColormap.from_list("matters", ["#8a2f14", "#dd8452", "#f4d9c4", "#faf7f4"])
@@ -101,7 +101,7 @@ def _cell(layer: int, y: int, face: str, hatch: str | None) -> Patch:
 
 
 def _strip_height(num_layers: int) -> float:
-    """So that cells are as high as they are wide, within reason."""
+    """Inches: a height that makes cells about square."""
     return 0.35 + 2 * min(0.34, max(0.2, (WIDTH - 0.6) / max(num_layers, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Headline: what was found, in a title, a sentence and a few figures."""
+"""Headline: the result in a title, a sentence and a few figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfspec_search.report.words import counted, drafting, interval, lookup_in_
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One figure. `source` is 'measured' or 'predicted'; `sure` says how sure it is, `on` on what it was measured."""
+    """A figure. `source` is 'measured' or 'predicted', `sure` its interval, `on` the texts."""
 
     value: str
     label: str
@@ -23,12 +23,12 @@ class Tile:
 
 
 def title(data: ReportData) -> str:
-    """Which plan or study, and of what model."""
+    """The name of the plan or study, and the model."""
     return ": ".join(filter(None, (_name(data), _model(data))))
 
 
 def _name(data: ReportData) -> str:
-    """Of the file; the study's where a database holds it, whose URL names no study."""
+    """The name of the file; for a database the name of the study."""
     return data.study.name if data.study and "://" in data.source else PurePath(data.source).name
 
 
@@ -40,7 +40,7 @@ def _model(data: ReportData) -> str:
 
 
 def verdict(data: ReportData) -> str:
-    """What was found, in a sentence."""
+    """The result in a sentence."""
     if data.plan is not None:
         if data.plan.speculates:
             return f"Speculate: {_drafting_of_plan(data)}."
@@ -62,15 +62,15 @@ def _drafting_of_plan(data: ReportData) -> str:
 
 
 def tiles(data: ReportData) -> list[Tile]:
-    """The figures: those of the plan, measured first; of a study alone, the best trial's."""
+    """The figures of the plan, measured before predicted; for a study alone, of the best trial."""
     given = provenance_figures(data)
     measured = given.get("measured")
     if data.plan is not None and not data.plan.speculates:
         return _tiles_of_none(data, measured)
     predicted = given.get("predicted, held-out") or given.get("predicted, calibration")
     if measured is not None:
-        beside = [_speedup(predicted)] if predicted else []
-        return [_measured_speedup(measured), *beside, *_others(measured, "measured")]
+        expected = [_speedup(predicted)] if predicted else []
+        return [_measured_speedup(measured), *expected, *_others(measured, "measured")]
     promised = predicted or (None if data.plan else data.best_trial)
     return [_speedup(promised), *_others(promised, "predicted")] if promised else []
 
@@ -103,7 +103,7 @@ def _others(figures: Figures | Trial, source: str) -> list[Tile]:
 
 
 def _tiles_of_none(data: ReportData, plain: Figures | None) -> list[Tile]:
-    """Of a plan that does not speculate: what plain decoding does, and the most that a trial promised."""
+    """For a plan that does not speculate: plain decoding, and the highest predicted speedup of a trial."""
     best, made = data.best_trial, []
     if plain is not None:
         speed = plain_number(plain.tokens_per_second)

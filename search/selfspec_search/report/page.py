@@ -1,4 +1,4 @@
-"""Page: one HTML file that needs nothing else, made of a report's headline, panels and tables."""
+"""Page: one self-contained HTML file of a report's headline, panels and tables."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BEST_TRIALS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The whole report: HTML text, and each figure as a PNG by its file name, if they were asked for."""
+    """The whole report: HTML text, and PNGs of the figures by file name if asked for."""
 
     html: str
     pngs: Mapping[str, bytes]
 
 
 def make_page(data: ReportData, *, pngs: bool = False) -> Page:
-    """Draw and write everything that there is data for, with `pngs` each figure apart from the page too."""
+    """Draw everything with data; with `pngs` also each figure as a PNG."""
     with canvas.style():
         made = list(panels(data))
         drawn = [(panel, canvas.to_svg(panel.figure)) for panel in made]
@@ -52,7 +52,7 @@ def make_page(data: ReportData, *, pngs: bool = False) -> Page:
 
 
 def _came_of(data: ReportData) -> bool:
-    """Whether the plan is a draft that this very study led to."""
+    """Whether the plan came from this study."""
     if data.plan is None or data.study is None or data.plan.provenance is None:
         return False
     return data.plan.speculates and data.plan.provenance.study == data.study.name

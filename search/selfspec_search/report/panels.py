@@ -1,4 +1,4 @@
-"""Panels: for each figure of a report its title, its drawing and a caption that says how it was computed."""
+"""Panels: title, figure and caption, which says how the figure was computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selfspec_search.report.words import counted, draft_weights_of, interval
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One figure of the page; `key` names it in links and in its PNG."""
+    """A figure of the page. `key` names its link and its PNG."""
 
     key: str
     title: str
@@ -27,7 +27,7 @@ class Panel:
 
 
 def panels(data: ReportData) -> Iterator[Panel]:
-    """All panels that there is data for, in the order of the page."""
+    """All panels with data, in the order of the page."""
     for make in (_strip, _pareto, _history, _comparison, _positions, _sensitivity):
         panel = make(data)
         if panel is not None:
@@ -35,7 +35,7 @@ def panels(data: ReportData) -> Iterator[Panel]:
 
 
 def provenance_figures(data: ReportData) -> dict[str, Figures]:
-    """The plan's figures by where they are from; 'measured' is the only one that was not computed."""
+    """The plan's figures by source; only 'measured' comes from decoding."""
     provenance = data.plan.provenance if data.plan else None
     if provenance is None:
         return {}
@@ -154,14 +154,14 @@ def _positions(data: ReportData) -> Panel | None:
         key="positions",
         title="Acceptance by draft position",
         figure=figures.positions(lines, data.plan.gamma or None),
-        caption="Left: of the tokens drafted at this position behind an accepted prefix, the share that was accepted. "
-        "Right: their product, the share of rounds that would accept so many tokens or more if all drafted them. "
+        caption="Left: of the tokens drafted at this position after an accepted prefix, the share that was accepted. "
+        "Right: their product, the share of rounds that would accept at least this many tokens if all drafted them. "
         f"{_looks(lines)}{_who_drafts(data.plan)}",
     )
 
 
 def _reached(agreement: Sequence[float]) -> Sequence[float]:
-    """Up to where nothing was accepted any more: a position that no round reached is recorded as 0, too."""
+    """Positions up to the last accepted token: a position that no round reached is also recorded as 0."""
     return agreement[: agreement.index(0.0) + 1] if 0.0 in agreement else agreement
 
 
@@ -214,7 +214,8 @@ def _sensitivity(data: ReportData) -> Panel | None:
 
 
 def gains(trials: Sequence[Trial], num_layers: int) -> Mapping[Sublayer, float]:
-    """Mean predicted speedup with a sub-layer skipped less the mean with it run, where there are trials of both."""
+    """Mean predicted speedup with the sub-layer skipped, less the mean with the sub-layer kept; only with trials of
+    both."""
     known = [(trial.skip_set, trial.speedup_or_estimate) for trial in trials]
     found: dict[Sublayer, float] = {}
     for layer in range(num_layers):

@@ -1,4 +1,4 @@
-"""The profile as a figure: what passes cost by their length, and what a step of the full draft is made of."""
+"""The profile as a figure: the cost of passes by length, and the parts of a step of the full draft."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINES = ("#8fb4d9", "#4a7fb0", "#1d4f7c", "#0b2a47")
-"""Light to dark with the context, so that lines are told apart without colour."""
+"""Light to dark with the context, so that lines differ without colour."""
 MARKERS = ("o", "s", "^", "D")
 PARTS = (
     ("MLP", "#1d4f7c", ""),
@@ -25,7 +25,7 @@ PARTS = (
     ("layers' own", "#cfdae5", ""),
     ("fixed", "#8a949e", ""),
 )
-"""What a step is made of, from the bottom up, with its colour and hatching."""
+"""Parts of a step from the bottom up, with colour and hatching."""
 
 
 def plot(profile: Profile, model: str) -> Figure:
@@ -78,7 +78,7 @@ def _plot_steps(axes: Axes, profile: Profile) -> None:
 
 
 def _parts(costs: Costs) -> dict[str, float]:
-    """Seconds of a full step by what they are spent on."""
+    """Seconds of a full step by part."""
     n = costs.num_layers
     return {
         "MLP": n * costs.mlp,

@@ -1,4 +1,4 @@
-"""Sources: from what the user named, a plan or a study's storage, to what a report shows."""
+"""Sources: the data of a report, read from a plan or from a study's storage."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from selfspec_search.space import sublayers
 SQLITE_MAGIC = b"SQLite format 3\x00"
 JOURNAL_SUFFIX = ".journal"
 SENSITIVITY = "sensitivity"
-"""Under this key a study keeps each sub-layer's agreement when it alone is skipped, as JSON."""
+"""The study's key of sensitivity: agreement when one sub-layer alone is skipped, as JSON."""
 
 
 def read_source(source: str, *, study: str | None = None, plan: str | os.PathLike[str] | None = None) -> ReportData:
     """Read a plan or a study.
 
     Args:
-        source: a plan file or a directory that holds one, whose study is read too if its storage is beside it
-            ('plan.db' beside 'plan.json'); or a study's storage: an SQLite file, a journal file or a URL.
+        source: a plan file or a directory that holds one, whose study is read too if its storage is in the same
+            directory
+            ('plan.db' next to 'plan.json'); or a study's storage: an SQLite file, a journal file or a URL.
         study: the study's name, where the storage holds several.
         plan: the chosen plan, to show in a study's report.
 
     Raises:
-        InputError: neither a plan nor a storage, or one that holds no such study.
+        InputError: neither a plan nor a storage, or a storage without the study.
         PlanError: a plan that cannot be read.
     """
     if is_storage(source):
@@ -70,7 +71,9 @@ def _read_plan(path: Path, study: str | None) -> ReportData:
     storage = file.with_suffix(".db")
     if not storage.is_file():
         if study is not None:
-            raise InputError(f"there is no storage {storage} beside the plan to look for study '{study}' in; name it")
+            raise InputError(
+                f"there is no storage {storage} next to the plan, so study '{study}' cannot be read; name its storage"
+            )
         return ReportData(source=str(file), plan=plan)
     recorded = getattr(plan.provenance, "study", None)
     return ReportData(source=str(file), plan=plan, study=_read_study(str(storage), study or recorded))
@@ -93,7 +96,7 @@ def _read_study(storage: str, name: str | None) -> StudyData:
 
 
 def _sensitivity(data: bytes | None, num_layers: int) -> Mapping[Sublayer, float]:
-    """What there is of it; nothing, where it is not what it should be: the page then shows the trials instead."""
+    """The sensitivity, or nothing if the record is malformed: the page then shows the trials."""
     try:
         given: Any = json.loads(data) if data else {}
     except ValueError:

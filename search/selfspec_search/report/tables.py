@@ -1,4 +1,4 @@
-"""Tables: the plan's figures side by side, and everything that says where they come from."""
+"""Tables: the plan's figures side by side, and their provenance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WITHOUT_ERRORS = (INTERVAL, SPREAD, PROMPTS)
 
 
 def comparison_rows(data: ReportData) -> dict[str, list[str]]:
-    """A table of the plan's figures: columns by where they are from, then measured over predicted, less 1."""
+    """A table of the plan's figures: a column for each source, then measured over predicted, less 1."""
     given = provenance_figures(data)
     if not given:
         return {}
@@ -45,7 +45,7 @@ def comparison_rows(data: ReportData) -> dict[str, list[str]]:
 
 
 def _errors_on_same_prompts(plan: Plan | None) -> dict[str, str]:
-    """Errors of what was predicted for the prompts that were decoded, and no others."""
+    """Prediction errors on the decoded prompts."""
     if plan is None or plan.provenance is None or not plan.speculates:
         return {}
     return {name.replace("_", " "): f"{error:+.1%}" for name, error in plan.provenance.errors.items()}
@@ -59,7 +59,7 @@ def _error(name: str, predicted: Figures, measured: Figures) -> str:
 
 
 def settings(data: ReportData) -> dict[str, dict[str, str]]:
-    """Everything that says where the figures come from, by group."""
+    """The provenance of the figures, by group."""
     groups = {
         "model": {name: in_words(v) for name, v in data.plan.model.model_dump().items()}
         if data.plan and data.plan.model

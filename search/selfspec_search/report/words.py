@@ -1,4 +1,4 @@
-"""Words: how figures, settings and ways of drafting are told."""
+"""Words: figures, settings and ways of drafting as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plain_number(value: float | None) -> str:
 
 
 def interval(ends: Sequence[float]) -> str:
-    """Of a speedup, from its lowest to its highest."""
+    """The interval of a speedup, as text."""
     return f"{times(min(ends))}\u00a0to\u00a0{times(max(ends))}" if ends else MISSING
 
 
@@ -49,7 +49,7 @@ def lookup_in_words(lookup: PromptLookup) -> str:
 def drafting(
     draft_spec: DraftSpec, num_layers: int, *, gamma: int | None, threshold: float | None = None, lookup: str | None
 ) -> str:
-    """How a plan or a trial drafts: of what is skipped only how much, for the whole list may take a page."""
+    """How a plan or a trial drafts. Skipped sub-layers are counted, not listed."""
     parts = [f"lookup of {lookup}"] if lookup else []
     if gamma != 0:
         exits = "" if threshold is None else f", exit below {threshold:.3f}"
@@ -65,7 +65,7 @@ def skipped_of(skip_set: SkipSet, num_layers: int) -> str:
 
 
 def draft_weights_of(draft_spec: DraftSpec) -> str:
-    """What of the draft is its own, to go on a sentence with; nothing where it only skips."""
+    """The draft weights, as the end of a sentence; empty for a draft that only skips."""
     parts = []
     if draft_spec.quantised is not None:
         named = [f"{len(draft_spec.quantised.sublayers)} sub-layers"] * bool(draft_spec.quantised.sublayers)
@@ -78,5 +78,5 @@ def draft_weights_of(draft_spec: DraftSpec) -> str:
 
 
 def listed(draft_spec: DraftSpec) -> str:
-    """The whole list, with places where a line may end."""
+    """The whole list, with places for line breaks."""
     return str(draft_spec).removeprefix("skip ").replace(",", ", ")

@@ -204,7 +204,8 @@ class Story:
 
     storage: str
     studies: list[StoredStudy]
-    outs: list[str]
+    interrupted: str
+    finished: str
     plans: list[Plan]
     new_texts: list[Path]
 

@@ -13,7 +13,6 @@ named. Prints tables; the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seconds=options.budget,
         console=Console(width=190),
     )
-    return record.end(device, **run.measure(), driver=driver() if device.type == "cuda" else None)
+    return record.end(device, **run.measure())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,16 +42,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--budget", type=float, default=570.0, help="seconds for all stages together")
     add_out(options)
     return options.parse_args(argv)
-
-
-def driver() -> str:
-    """The NVIDIA driver's version."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        asked = subprocess.run(query, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else "unknown"
 
 
 if __name__ == "__main__":

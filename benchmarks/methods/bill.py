@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from selfspec_search.study.proposals import FULL_TRIALS_FIRST
-
 from selfspec import InputError
 
-LEAST_TRIALS = FULL_TRIALS_FIRST
-"""Trials: the fewest that make a search."""
+TRIALS_SHARE = 0.25
+"""The least share of a budget that must be left for trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +19,14 @@ class Bill:
     profile: float
     recording: float  # of the texts, for replay
     confirmation: float
-    sensitivity: float  # replay of each sub-layer, before the trials
-    trial: float  # one complete trial
 
     def left_of(self, budget: float) -> float:
-        """Seconds that a budget leaves for trials; `InputError` if that is too little."""
+        """Seconds that a budget leaves for trials; `InputError` if that is less than `TRIALS_SHARE`."""
         fixed = self.texts + self.profile + self.recording + self.confirmation
-        trials = self.sensitivity + LEAST_TRIALS * self.trial
-        if budget < fixed + trials:
+        least = math.ceil(fixed / (1 - TRIALS_SHARE))
+        if budget < least:
             raise InputError(
                 f"a budget of {budget:g} s cannot hold our search: texts, profile and confirmation take about "
-                f"{fixed:.0f} s here, and {LEAST_TRIALS} trials {trials:.0f} s; "
-                f"give --budget {math.ceil(fixed + trials)} or more"
+                f"{fixed:.0f} s here; give --budget {least} or more"
             )
         return budget - fixed

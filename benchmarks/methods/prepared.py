@@ -14,16 +14,13 @@ from selfspec_search.confirm.plan_writer import Phases, measure_for
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.texts import decode_batch
 from selfspec_search.study.objective import Prices
-from selfspec_search.study.proposals import SENSITIVITY_TEXTS
 from torch import Tensor
 
 from methods.bill import Bill
 from methods.context import Context
-from methods.judging import price
 from selfspec import InputError
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.huggingface.loading import Loaded, load
-from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 
 Result = TypeVar("Result")
@@ -74,8 +71,6 @@ def prepare(path: str, options: argparse.Namespace) -> Prepared:
             profile=profile_took,
             recording=recording_took,
             confirmation=seconds_to_confirm(runtime, confirming, options.new_tokens),
-            sensitivity=seconds_of_sensitivity(replay, context),
-            trial=seconds_of_trial(replay, context),
         ),
     )
 
@@ -105,16 +100,3 @@ def seconds_to_confirm(runtime: Runtime, prompts: Sequence[Tensor], new_tokens: 
     """Seconds of plain decoding and as many for each plan; each warms up with the first prompt."""
     _, once = timed(lambda: [decode_batch(runtime, NoDrafter(), [prompt], new_tokens) for prompt in prompts])
     return (CONFIRMED + 1) * (CONFIRM_REPEATS + 1 / len(prompts)) * once
-
-
-def seconds_of_sensitivity(replay: Replay, context: Context) -> float:
-    """Seconds to replay each sub-layer alone, on a few texts, to the first depth."""
-    share = min(1.0, SENSITIVITY_TEXTS / len(context.texts))
-    _, seconds = timed(lambda: replay.first_depth(SkipSet(attn=[0])))
-    return 2 * context.num_layers * share * seconds
-
-
-def seconds_of_trial(replay: Replay, context: Context) -> float:
-    """Seconds of a complete trial."""
-    every_other = range(1, context.num_layers, 2)
-    return timed(lambda: price(replay, context, SkipSet(attn=every_other, mlp=every_other)))[1]

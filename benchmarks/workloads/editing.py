@@ -2,7 +2,7 @@
 
 The embedded model hardly copies a function that it has read once: a copy stays true for about 15 tokens. It does
 continue an editing history: a short function, then a marker and the function with another docstring, several times. The
-prompt is such a history and ends with a marker.
+prompt is an editing history that ends with a marker.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import selection
 import torch
 from methods import draft_verify as draft_verify_module
 from methods import swift as swift_module
-from methods.bill import LEAST_TRIALS, Bill
+from methods.bill import Bill
 from methods.clasp import BOTH, growing
 from methods.clasp import run_programme as clasp_programme
 from methods.context import RATIOS, Candidate, Context, Selection, Stopwatch
@@ -344,21 +344,18 @@ def test_a_stopwatch_allows_steps_that_fit_into_the_budget(monkeypatch: pytest.M
     assert not watch.allows_another()
 
 
-BILL = Bill(texts=7.0, profile=11.0, recording=1.0, confirmation=23.0, sensitivity=3.0, trial=0.4)
+BILL = Bill(texts=7.0, profile=11.0, recording=1.0, confirmation=23.0)
 
 
 def test_a_budget_that_cannot_hold_a_search_is_refused_with_the_least_budget() -> None:
-    assert BILL.left_of(60.0) == 60 - 7 - 11 - 1 - 23
-    least = 7 + 11 + 1 + 23 + 3 + LEAST_TRIALS * 0.4
-    assert BILL.left_of(least) == 3 + LEAST_TRIALS * 0.4
-    message = f"cannot hold our search.*42 s.*{least - 42:.0f} s; give --budget {least:.0f} "
-    with pytest.raises(InputError, match=message):
-        BILL.left_of(least - 0.5)
+    assert BILL.left_of(56.0) == 56 - 7 - 11 - 1 - 23
+    with pytest.raises(InputError, match=r"cannot hold our search.*about 42 s here; give --budget 56 or more"):
+        BILL.left_of(55.5)
 
 
 def test_a_budget_that_is_too_small_is_refused_before_any_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "prepare", lambda path, options: SimpleNamespace(bill=BILL))  # no other attribute
-    with pytest.raises(InputError, match="give --budget 47 or more"):
+    with pytest.raises(InputError, match="give --budget 56 or more"):
         selection.main(["--model", "plain", "--budget", "1"])
 
 

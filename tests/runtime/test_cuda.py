@@ -83,10 +83,12 @@ def model_on(device: torch.device, family: str = "llama", **options: Any) -> Pre
     return damped_model(family, FIRST_DROPPED, **options).to(device)
 
 
-def captured(model: PreTrainedModel, plan: Plan = PLAN, **options: Any) -> SelfSpeculator:
+def captured(
+    model: PreTrainedModel, plan: Plan = PLAN, draft_model: PreTrainedModel | None = None, **options: Any
+) -> SelfSpeculator:
     """A speculator whose rounds are captured, on a CPU by a tape."""
     recorder = TapeRecorder() if model.device.type == "cpu" else None
-    return SelfSpeculator(model, plan, DecodeOptions(**{"compile": False} | options), recorder=recorder)
+    return SelfSpeculator(model, plan, DecodeOptions(**{"compile": False} | options), draft_model, recorder=recorder)
 
 
 # --- The same tokens ---

@@ -515,7 +515,7 @@ def test_help_names_every_command_and_the_version_is_the_packages() -> None:
 
 
 def test_the_help_waits_for_nothing_heavy() -> None:
-    heavy = ["torch", "transformers", "numpy", "optuna", "scipy", "sqlalchemy", "matplotlib", "pydantic"]
+    heavy = ["torch", "transformers", "numpy", "optuna", "scipy", "sqlalchemy", "matplotlib", "selfspec.plan.plan"]
     loaded = f"sys.exit(', '.join(sorted(set({heavy}) & set(sys.modules))) or None)"
     for arguments in (["--help"], ["search", "--help"]):
         check = f"import sys, selfspec.cli; selfspec.cli.app({arguments}, standalone_mode=False); {loaded}"

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 6.8
-"""Inches: the width of every figure, so that letters have one size."""
+"""Inches: the width of every figure, so that all figures have letters of the same size."""
 PNG_DPI = 200
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e3e7eb", "#ffffff"
@@ -22,7 +22,7 @@ KEPT, QUANTISED, SKIPPED = "#34516e", "#8fb0cf", "#e1e7ed"
 PREDICTED, MEASURED, PALE, CHOSEN = "#7fa3cc", "#1f5f8b", "#a9cbe3", "#c8462b"
 
 _STYLE: Any = {
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page asks for the reader's own in its place
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib; in the page, CSS replaces it by the reader's own font
     "font.size": 8.5,
     "axes.titlesize": 9.0,
     "axes.titlecolor": INK,
@@ -53,7 +53,7 @@ _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 @contextmanager
 def style() -> Iterator[None]:
-    """In this context figures get the report's style."""
+    """A context in which figures have the report's style."""
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -65,17 +65,17 @@ def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def legend_above(figure: Figure, *entries: Any, **options: Any) -> None:
-    """A legend above all axes, on the left: a phone does not show the right of a wide figure."""
+    """Put a legend above all axes, on the left: a phone does not show the right part of a wide figure."""
     figure.legend(*entries, loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.7, **options)
 
 
 def to_svg(figure: Figure) -> str:
     """An `<svg>` element that scales with the page. Group names are removed, since pages hold several figures."""
     out = StringIO()
-    figure.savefig(out, format="svg", metadata=_NO_METADATA, facecolor="none")  # the page shows through
+    figure.savefig(out, format="svg", metadata=_NO_METADATA, facecolor="none")
     element = out.getvalue()
     element = element[element.index("<svg") :]
-    element = re.sub(r'<g id="[^"]*"', "<g", element)  # the names of what is referred to are hashes of the content
+    element = re.sub(r'<g id="[^"]*"', "<g", element)  # only clip paths and markers are referred to, by hashes
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1))
 
 

@@ -5,32 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from selfspec.errors import InputError, PlanError
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.lookup import PromptLookup
 from selfspec.plan.plan import Plan
+from selfspec.plan.provenance import Figures
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.words import in_words, lookup_in_words
 
+if TYPE_CHECKING:
+    from selfspec_search.storage.study_store import StoredTrial
+
 Sublayer = tuple[str, int]
 DEFAULT_GAMMA_MAX = 8
+"""Tokens: the largest draft length of a study that recorded none."""
 Point = tuple[float, float]
 """(draft cost, agreement), both finite. Low cost and high agreement are better."""
-
-
-class Stored(Protocol):
-    """A finished trial in a storage. `value` is the predicted speedup; None if pruned."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def draft_spec(self) -> DraftSpec: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def record(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +44,20 @@ class Trial:
     worker: str | None = None
 
     @classmethod
-    def of(cls, stored: Stored) -> Trial:
-        record = stored.record if isinstance(stored.record, Mapping) else {}
-        prediction = record.get("prediction")
-        prediction = prediction if isinstance(prediction, Mapping) else {}
-        estimate = number(record, "estimate")
+    def of(cls, stored: StoredTrial) -> Trial:
+        record = _mapping(stored.record)
+        prediction = _mapping(record.get("prediction"))
         gamma, lookup, worker = number(prediction, "gamma"), prediction.get("lookup"), record.get("worker")
         return cls(
             number=stored.number,
             draft_spec=stored.draft_spec,
             speedup=_finite(stored.value),
-            estimate=estimate if estimate else None,  # 0 stands for a set that was refused unreplayed
+            estimate=number(record, "estimate") or None,  # 0: the draft spec was refused before any replay
             gamma=None if gamma is None else int(gamma),
             lookup=None if lookup is None else _lookup_in_words(lookup),
             worker=None if worker is None else str(worker),
             **{name: number(record, name) for name in ("draft_cost", "agreement", "seconds")},
-            **{name: number(prediction, name) for name in _PREDICTED},
+            **{name: number(prediction, name) for name in ("tokens_per_round", "acceptance_rate", "tokens_per_second")},
         )
 
     @property
@@ -80,23 +70,22 @@ class Trial:
 
     @property
     def speedup_or_estimate(self) -> float | None:
-        """The predicted speedup: from all depths if they were replayed, else from the first depth."""
+        """The predicted speedup: from all depths if they were replayed; otherwise from the first depth."""
         return self.estimate if self.speedup is None else self.speedup
 
     @property
-    def point(self) -> tuple[float, float] | None:
-        """(draft cost, agreement); None unless both are known."""
+    def point(self) -> Point | None:
+        """None unless draft cost and agreement are both known."""
         return None if self.draft_cost is None or self.agreement is None else (self.draft_cost, self.agreement)
-
-
-_PREDICTED = ("tokens_per_round", "acceptance_rate", "tokens_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyData:
-    """A study: its trials, its subject, and the sensitivity of each sub-layer if recorded.
+    """A study, read from a storage.
 
-    `sensitivity` is the first depth's agreement when that one sub-layer alone is skipped.
+    Attributes:
+        identity: what the study is about, by readable names.
+        sensitivity: agreement at the first depth if only that sub-layer is skipped; empty if not recorded.
     """
 
     name: str
@@ -119,7 +108,7 @@ class StudyData:
         return int(given) if given is not None and given >= 1 else DEFAULT_GAMMA_MAX
 
     def best(self, count: int) -> list[Trial]:
-        """The complete trials of highest predicted speedup; the smaller draft first among equals."""
+        """The complete trials of highest predicted speedup; of equal trials, the smaller draft first."""
         ranked = sorted(self.complete, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
         unique: dict[DraftSpec, Trial] = {}
         for trial in ranked:
@@ -128,19 +117,28 @@ class StudyData:
 
     def front(self) -> list[Trial]:
         """Trials on the Pareto front of draft cost and agreement, by rising cost."""
-        placed = [(trial, trial.point) for trial in self.trials]
-        known = [(trial, point) for trial, point in placed if point is not None]
+        known = self.placed
         return [known[index][0] for index in pareto_front([point for _, point in known])]
 
+    @property
+    def placed(self) -> list[tuple[Trial, Point]]:
+        """Trials whose draft cost and agreement are known."""
+        return [(trial, trial.point) for trial in self.trials if trial.point is not None]
+
     def trial_of(self, draft_spec: DraftSpec) -> Trial | None:
-        """The trial of this draft spec, complete rather than pruned; None without a trial."""
+        """The trial of this draft spec, rather a complete trial than a pruned one; None without a trial."""
         same = [trial for trial in self.trials if trial.draft_spec == draft_spec]
         return min(same, key=lambda trial: (trial.is_pruned, trial.number), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """A plan, a study, or both, of one model. `source` is the user's argument."""
+    """A plan, a study, or both, of one model. `source` is the user's argument.
+
+    Raises:
+        InputError: plan and study are of models with different numbers of layers.
+        PlanError: the plan names a layer that the study's model does not have.
+    """
 
     source: str
     plan: Plan | None = None
@@ -159,7 +157,7 @@ class ReportData:
 
     @property
     def num_layers(self) -> int:
-        """The model's number of layers; if unknown, as many as the draft spec names."""
+        """The model's number of layers; if unknown, the smallest number that the draft spec allows."""
         if self.study is not None:
             return self.study.num_layers
         if self.plan is not None and self.plan.model is not None:
@@ -169,34 +167,47 @@ class ReportData:
         return max((layer for _, layer in named), default=-1) + 1
 
     @property
+    def figures(self) -> dict[str, Figures]:
+        """The plan's figures by source; only 'measured' comes from decoding."""
+        provenance = self.plan.provenance if self.plan else None
+        if provenance is None:
+            return {}
+        named = {
+            "predicted, calibration": provenance.predicted,
+            "predicted, held-out": provenance.predicted_on_held_out,
+            "measured": provenance.measured,
+        }
+        return {source: figures for source, figures in named.items() if figures is not None}
+
+    @property
     def best_trial(self) -> Trial | None:
         return next(iter(self.study.best(1)), None) if self.study else None
 
     @property
     def chosen_trial(self) -> Trial | None:
-        """The trial of the plan's draft spec; without a plan the best trial; None if layers do not draft."""
+        """The trial of the plan's draft spec; without a plan, the best trial. None if the plan's gamma is 0."""
         if self.plan is None:
             return self.best_trial
         return self.study.trial_of(self.plan.draft_spec) if self.study and self.plan.gamma else None
 
     @property
     def draft_spec(self) -> DraftSpec | None:
-        """The draft length of the plan; without a plan, of the best trial."""
+        """The plan's draft spec; without a plan, the best trial's."""
         if self.plan is not None:
             return self.plan.draft_spec
         return self.best_trial.draft_spec if self.best_trial else None
 
     @property
     def drafted_with(self) -> DraftSpec | None:
-        """The draft spec; None if layers do not draft."""
+        """The draft spec; None if the plan runs no draft of the model's layers."""
         return None if self.plan is not None and not self.plan.gamma else self.draft_spec
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
     """Indices of the Pareto front, by rising cost.
 
-    One point dominates another if it costs no more, agrees no less, and is not equal to it; so of equal points on the
-    front, all are on it, in the order given.
+    Point A dominates point B if A costs no more, agrees no less, and differs from B. Equal points are all on the front
+    or all not, in the order given.
 
     >>> pareto_front([(0.5, 0.9), (0.4, 0.7), (0.6, 0.8)])
     [1, 0]
@@ -210,10 +221,13 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
 
 def _lookup_in_words(lookup: Any) -> str:
     try:
-        given = PromptLookup(**lookup)
+        return lookup_in_words(PromptLookup(**lookup))
     except (PlanError, TypeError):
         return in_words(lookup)
-    return lookup_in_words(given)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def number(record: Mapping[str, Any], key: str) -> float | None:

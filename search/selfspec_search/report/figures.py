@@ -1,8 +1,8 @@
-"""Figures of a study. Each function returns a matplotlib figure."""
+"""Figures of a study and its plan. Each public function of drawing returns a matplotlib figure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,43 +27,51 @@ from selfspec_search.report.canvas import (
     legend_above,
     new_figure,
 )
-from selfspec_search.report.data import StudyData, Trial
+from selfspec_search.report.data import Point, StudyData, Trial
 
 ISO_SPEEDUPS = (1.0, 1.2, 1.5, 2.0, 3.0)
 TABLE_COSTS, TABLE_AGREEMENTS = (0.55, 0.45, 0.28, 0.20), (0.80, 0.90, 0.95, 0.98)
 """Draft costs of the ceiling table: from published skip sets to quantised drafts that also skip."""
 _SPEED = LinearSegmentedColormap.from_list("speed", ["#b9c8d8", "#7fa3cc", "#1f5f8b", "#0d2b45"])
+_BAR: dict[str, Any] = {"color": SKIPPED, "edgecolor": MEASURED, "hatch": "///"}
+_INTERVAL: dict[str, Any] = {"color": INK, "linewidth": 1.1, "marker": "|", "markersize": 6, "solid_capstyle": "butt"}
+_PREDICTED: dict[str, Any] = {
+    "color": INK,
+    "marker": "s",
+    "markersize": 3,
+    "linewidth": 1.1,
+    "linestyle": (0, (4, 2)),
+    "zorder": 3,
+}
+_LINES: dict[str, dict[str, Any]] = {
+    # Broad and below the other line: replay is exact, so the two lines often coincide.
+    "measured": {"color": PALE, "marker": "o", "markersize": 9, "linewidth": 5, "zorder": 2},
+    "predicted, calibration": {**_PREDICTED, "color": MUTED, "marker": "^", "linestyle": (0, (1, 1.5))},
+}
 
 
 def pareto(study: StudyData, chosen: Trial | None, name: str) -> Figure:
     """Draft cost against agreement: all trials, their Pareto front, the chosen trial, and lines of equal speedup."""
     figure, (axes,) = new_figure(4.2)
-    known = [(trial, trial.point) for trial in study.trials if trial.point is not None]
-    pruned = [point for trial, point in known if trial.is_pruned]
-    whole = [(trial, point) for trial, point in known if not trial.is_pruned]
-    axes.scatter(*_columns(pruned), s=12, facecolors="none", edgecolors="#a3adb8", linewidths=0.7, label="ended early")
+    points = [point for _, point in study.placed]
+    _ended_early(axes, [point for trial, point in study.placed if trial.is_pruned])
+    complete = [(point, trial.speedup) for trial, point in study.placed if trial.speedup is not None]
+    colours: dict[str, Any] = {"c": [speedup for _, speedup in complete], "cmap": _SPEED}
     dots = axes.scatter(
-        *_columns([point for _, point in whole]),
-        s=22,
-        c=[trial.speedup or 0.0 for trial, _ in whole],
-        cmap=_SPEED,
-        edgecolors=PAPER,
-        linewidths=0.4,
-        zorder=3,
+        *_columns([point for point, _ in complete]), s=22, edgecolors=PAPER, linewidths=0.4, zorder=3, **colours
     )
-    axes.scatter([], [], s=22, color=_SPEED(0.5), label="whole trial")  # for the legend: each dot has its own colour
-    if len({trial.speedup for trial, _ in whole}) > 1:
+    axes.scatter([], [], s=22, color=_SPEED(0.5), label="complete")  # for the legend: dots differ in colour
+    if len({speedup for _, speedup in complete}) > 1:
         figure.colorbar(dots, ax=axes, label="predicted speedup", shrink=0.6, aspect=25).outline.set_visible(False)  # type: ignore[operator]
     front = _columns([trial.point for trial in study.front() if trial.point is not None])
     axes.plot(*front, color=INK, linewidth=1.0, drawstyle="steps-post", label="Pareto front", zorder=2)
     if chosen is not None and chosen.point is not None:
-        x, y = chosen.point
-        axes.scatter([x], [y], s=110, facecolors="none", edgecolors=CHOSEN, linewidths=1.8, label=name, zorder=5)
-    _frame(axes, [point for _, point in known])
+        axes.scatter(*chosen.point, s=110, facecolors="none", edgecolors=CHOSEN, linewidths=1.8, label=name, zorder=5)
+    axes.set_xlim(0, max([x for x, _ in points] + [1.0]) * 1.04)
+    axes.set_ylim(max(0.0, min([y for _, y in points] + [0.9]) - 0.06), 1.015)
     _iso_speedups(axes, study.gamma_max)
     axes.set_xlabel("cost of a draft step, in plain steps")
-    axes.set_ylabel("agreement at the first draft position")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _agreement_axis(axes, "agreement at the first draft position")
     legend_above(figure)
     return figure
 
@@ -74,20 +82,25 @@ def ideal_cost(agreement: float, speedup: float, gamma_max: int) -> float:
     From speedup = ((1 - a^(gamma + 1)) / (1 - a)) / (gamma c + 1): each drafted token agrees with the same
     probability a, and a verify pass costs a plain step.
     """
-    tokens = accumulate((agreement**depth for depth in range(1, gamma_max + 1)), initial=1.0)
+    tokens = _ideal_tokens(agreement, gamma_max)
     return max((each / speedup - 1) / gamma for gamma, each in enumerate(tokens) if gamma)
 
 
 def ideal_speedup(agreement: float, cost: float, gamma_max: int) -> float:
-    """The best speedup over gamma for an agreement and a cost of a draft step, in plain steps; the inverse of
-    `ideal_cost`, and 1 where plain decoding is faster."""
-    tokens = accumulate((agreement**depth for depth in range(1, gamma_max + 1)), initial=1.0)
-    return max(each / (gamma * cost + 1) for gamma, each in enumerate(tokens))
+    """The inverse of `ideal_cost`: the best speedup over gamma for a cost; 1 where plain decoding is faster."""
+    return max(each / (gamma * cost + 1) for gamma, each in enumerate(_ideal_tokens(agreement, gamma_max)))
 
 
-def ceilings(points: Mapping[str, Sequence[tuple[float, float]]], gamma_max: int) -> Figure:
-    """The table of ideal speedups by draft cost and agreement, with drafts as points: (cost, agreement) by name.
-    Drafts of low agreement are left out."""
+def _ideal_tokens(agreement: float, gamma_max: int) -> Iterable[float]:
+    """Expected tokens per round, for gamma from 0."""
+    return accumulate((agreement**depth for depth in range(1, gamma_max + 1)), initial=1.0)
+
+
+def ceilings(points: Mapping[str, Sequence[Point]], gamma_max: int) -> Figure:
+    """The table of ideal speedups by draft cost and agreement, with the drafts of each name as points.
+
+    Drafts of low agreement are left out.
+    """
     figure, (axes,) = new_figure(4.2)
     for cost in TABLE_COSTS:
         for agreement in TABLE_AGREEMENTS:
@@ -101,8 +114,7 @@ def ceilings(points: Mapping[str, Sequence[tuple[float, float]]], gamma_max: int
     axes.set_xlim(0, min(1.2, max(costs) * 1.08))
     axes.set_ylim(TABLE_AGREEMENTS[0] - 0.1, 1.01)
     axes.set_xlabel("cost of a draft step, in plain steps")
-    axes.set_ylabel("agreement")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _agreement_axis(axes, "agreement")
     legend_above(figure)
     return figure
 
@@ -110,12 +122,11 @@ def ceilings(points: Mapping[str, Sequence[tuple[float, float]]], gamma_max: int
 def history(study: StudyData) -> Figure:
     """Predicted speedup by trial number, and the best so far."""
     figure, (axes,) = new_figure(2.9)
-    whole = [(t.number, t.speedup) for t in study.trials if t.speedup is not None]
-    pruned = [(t.number, t.estimate) for t in study.trials if t.is_pruned and t.estimate is not None]
+    complete = [(t.number, t.speedup) for t in study.trials if t.speedup is not None]
     axes.axhline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.scatter(*_columns(pruned), s=12, facecolors="none", edgecolors="#a3adb8", linewidths=0.7, label="ended early")
-    axes.scatter(*_columns(whole), s=14, color=PREDICTED, edgecolors="none", label="whole trial")
-    best = list(accumulate(sorted(whole), lambda a, b: (b[0], max(a[1], b[1]))))
+    _ended_early(axes, [(t.number, t.estimate) for t in study.trials if t.is_pruned and t.estimate is not None])
+    axes.scatter(*_columns(complete), s=14, color=PREDICTED, edgecolors="none", label="complete")
+    best = list(accumulate(sorted(complete), lambda a, b: (b[0], max(a[1], b[1]))))
     if best:
         best.append((max(trial.number for trial in study.trials), best[-1][1]))
     axes.plot(*_columns(best), color=MEASURED, linewidth=1.6, drawstyle="steps-post", label="best so far")
@@ -129,45 +140,36 @@ def history(study: StudyData) -> Figure:
 
 
 def comparison(bars: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Sequence[float]]) -> Figure:
-    """Small bar charts side by side: each figure by source ('measured' stands out).
+    """Bar charts side by side, each with one bar per source.
 
-    `intervals` are lowest and highest of what was measured, by the figure's name, where that is known.
+    Args:
+        bars: values by source, by the chart's title.
+        intervals: ends of the measured value's interval, by the chart's title; empty if unknown.
     """
     figure, columns = new_figure(0.55 + 0.32 * max(map(len, bars.values())), len(bars))
     for axes, (title, values) in zip(columns, bars.items(), strict=True):
-        labels = list(values)
-        ends = {label: intervals[title] for label in values if label == "measured" and intervals.get(title)}
+        ends: Sequence[float] = ()
         for y, (label, value) in enumerate(values.items()):
-            axes.barh(y, value, 0.68, **_BARS[label == "measured"])
-            if label in ends:
-                axes.plot(ends[label], [y, y], **_INTERVAL)
-            axes.annotate(
-                f"{value:.2f}" if value < 100 else f"{value:.0f}",
-                (max([value, *ends.get(label, ())]), y),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-            )
+            ends = intervals.get(title, ()) if label == "measured" else ()
+            axes.barh(y, value, 0.68, **({"color": MEASURED} if label == "measured" else _BAR))
+            if ends:
+                axes.plot(ends, [y, y], **_INTERVAL)
+            text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
+            axes.annotate(text, (max([value, *ends]), y), xytext=(5, 0), textcoords="offset points", va="center")
         axes.set_title(title, loc="left")
-        axes.set_yticks(range(len(labels)), labels if axes is columns[0] else [""] * len(labels))
+        axes.set_yticks(range(len(values)), list(values) if axes is columns[0] else [""] * len(values))
         axes.invert_yaxis()
-        axes.set_xlim(0, max([*values.values(), *(end for pair in ends.values() for end in pair), 1e-9]) * 1.28)
+        axes.set_xlim(0, max([*values.values(), *ends, 1e-9]) * 1.28)
         axes.tick_params(left=False, bottom=False, labelbottom=False)
         axes.spines[["bottom"]].set_visible(False)
     return figure
 
 
-_BARS: dict[bool, dict[str, Any]] = {
-    True: {"color": MEASURED},
-    False: {"color": SKIPPED, "edgecolor": MEASURED, "hatch": "///"},
-}
-_INTERVAL: dict[str, Any] = {"color": INK, "linewidth": 1.1, "marker": "|", "markersize": 6, "solid_capstyle": "butt"}
-
-
 def positions(lines: Mapping[str, Sequence[float]], layers_end: int | None = None) -> Figure:
-    """Agreement by draft position, and the probability that a round gets this far; a line for each source.
+    """Agreement by draft position, and the probability that a round accepts all tokens up to there, by source.
 
-    Behind position `layers_end` only prompt lookup drafts: shaded, and without products, for other rounds get there.
+    Beyond position `layers_end` only prompt lookup drafts. These positions are shaded and have no products, because
+    only some rounds reach them.
     """
     figure, (each, product) = new_figure(3.1, 2)
     for label, values in lines.items():
@@ -189,31 +191,17 @@ def _by_position(axes: Axes, title: str, longest: int) -> None:
     axes.set_xlim(0.5, longest + 0.5)
     axes.set_ylim(0, 1.04)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _agreement_axis(axes, "")
     axes.grid(axis="y")
 
 
-_PREDICTED: dict[str, Any] = {
-    "color": INK,
-    "marker": "s",
-    "markersize": 3,
-    "linewidth": 1.1,
-    "linestyle": (0, (4, 2)),
-    "zorder": 3,
-}
-_LINES: dict[str, dict[str, Any]] = {
-    # Broad and below the other line: replay is exact, so that the two lines often coincide.
-    "measured": {"color": PALE, "marker": "o", "markersize": 9, "linewidth": 5, "zorder": 2},
-    "predicted, calibration": {**_PREDICTED, "color": MUTED, "marker": "^", "linestyle": (0, (1, 1.5))},
-}
+def _agreement_axis(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _frame(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Limits around all points; agreement at most 1, costs from 0."""
-    costs, agreements = _columns(points)
-    axes.set_xlim(0, max([*costs, 1.0]) * 1.04)
-    low = min([*agreements, 0.9])
-    axes.set_ylim(max(0.0, low - 0.06), 1.015)
+def _ended_early(axes: Axes, points: Sequence[Point]) -> None:
+    axes.scatter(*_columns(points), s=12, facecolors="none", edgecolors="#a3adb8", linewidths=0.7, label="ended early")
 
 
 def _iso_speedups(axes: Axes, gamma_max: int) -> None:
@@ -229,5 +217,5 @@ def _iso_speedups(axes: Axes, gamma_max: int) -> None:
             axes.annotate(f"{speedup:g}x", (x, y), color=MUTED, fontsize=7.5, ha="center", va="bottom", zorder=1)
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]

@@ -1,8 +1,9 @@
-"""Grids: a model's sub-layers as two rows of cells, one column a layer."""
+"""Grids: a model's sub-layers as two rows of cells, one column per layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,36 +16,35 @@ from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.canvas import INK, KEPT, PAPER, QUANTISED, SKIPPED, WIDTH, legend_above, new_figure
 from selfspec_search.report.data import Sublayer
+from selfspec_search.space import sublayers
 
 KINDS = ("attn", "mlp")
 MOST_NUMBERS = 20
-"""Labels: the most layer numbers below a figure. With more layers, every second or fifth cell has a number."""
+"""Labels: the most layer numbers below a figure. In deeper models only every `STEPS`-th layer has a number."""
 STEPS = (1, 2, 5, 10, 20, 50)
 SCALE_STEPS = 4
 OUTLIERS = 0.1
-"""Share of the sub-layers that may exceed the scale: the first MLP of many models matters so much that all other
-sub-layers would look alike."""
-_HATCH = "#b9c3cd"
-_FACES = {"keep": KEPT, "quantise": QUANTISED, "skip": SKIPPED}
+"""Share of the sub-layers whose values may be below the colour scale.
+
+In many models the first MLP matters so much that all other sub-layers would have the same colour."""
+_LOOKS: dict[str, Any] = {
+    choice: {"facecolor": face, "edgecolor": "#b9c3cd", "linewidth": 0.0, "hatch": "////" if choice == "skip" else None}
+    for choice, face in (("keep", KEPT), ("quantise", QUANTISED), ("skip", SKIPPED))
+}
 _MATTERS = LinearSegmentedColormap.from_list("matters", ["#8a2f14", "#dd8452", "#f4d9c4", "#faf7f4"])
 _HELPS = LinearSegmentedColormap.from_list("helps", ["#a63a1b", "#f7f5f2", "#1f5f8b"])
 
 
 def strip(draft_spec: DraftSpec, num_layers: int) -> Figure:
-    """Two rows of cells, one column a layer: dark runs in the draft, lighter in a quantised copy, light is skipped."""
+    """Two rows of cells: dark sub-layers run in the draft, lighter ones run quantised, light ones are skipped."""
     figure, (axes,) = new_figure(_strip_height(num_layers) + 0.3)
     _cells(axes, num_layers)
-    for y, kind in enumerate(KINDS):
-        for layer in range(num_layers):
-            choice = draft_spec.choice(kind, layer)
-            axes.add_patch(_cell(layer, y, _FACES[choice], hatch="////" if choice == "skip" else None))
-    named = {"keep": "runs", "skip": "skipped"}
-    if draft_spec.format is not None:
-        named = {"keep": "runs", "quantise": f"runs in {draft_spec.format.name}", "skip": "skipped"}
-    marks = [
-        Patch(facecolor=_FACES[choice], edgecolor=_HATCH, hatch="////" if choice == "skip" else None, linewidth=0.0)
-        for choice in named
-    ]
+    for kind, layer in sublayers(num_layers):
+        corner = (layer - 0.45, KINDS.index(kind) - 0.42)
+        axes.add_patch(Rectangle(corner, 0.9, 0.84, **_LOOKS[draft_spec.choice(kind, layer)]))
+    quantised = {"quantise": f"runs in {draft_spec.format.name}"} if draft_spec.format else {}
+    named = {"keep": "runs", **quantised, "skip": "skipped"}
+    marks = [Patch(**_LOOKS[choice]) for choice in named]
     legend_above(figure, marks, list(named.values()), handlelength=1.1, handleheight=1.0)
     return figure
 
@@ -57,10 +57,12 @@ def sensitivity(
     differences: bool,
     happens: str = "is skipped",
 ) -> Figure:
-    """A 2 x L heat map, the skipped sub-layers dotted.
+    """A heat map of all sub-layers, `2 L`, with dots on the skipped sub-layers.
 
-    `values` are agreements where something `happens` with that one sub-layer, or, with `differences`, gains in
-    predicted speedup; NaN is left blank.
+    Args:
+        values: agreement by the only sub-layer that is changed, or with `differences` gains in predicted speedup. Cells
+            without a value, or with NaN, are blank.
+        happens: how that sub-layer is changed.
     """
     figure, (axes,) = new_figure(_strip_height(num_layers) + 0.75)
     grid = np.array([[values.get((kind, layer), np.nan) for layer in range(num_layers)] for kind in KINDS])
@@ -80,15 +82,8 @@ def sensitivity(
     for kind, layer in skipped:
         axes.scatter([layer], [KINDS.index(kind)], s=9, color=INK, edgecolors=PAPER, linewidths=0.5)
     label = "gain in predicted speedup" if differences else f"agreement when it alone {happens}"
-    bar = figure.colorbar(
-        image,
-        ax=axes,
-        location="bottom",
-        label=label,
-        extend="neither" if differences else "min",
-        aspect=50,
-        fraction=0.08,
-    )
+    extend = "neither" if differences else "min"
+    bar = figure.colorbar(image, ax=axes, location="bottom", label=label, extend=extend, aspect=50, fraction=0.08)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.xaxis.set_major_locator(MaxNLocator(SCALE_STEPS))
     if not differences:
@@ -96,12 +91,8 @@ def sensitivity(
     return figure
 
 
-def _cell(layer: int, y: int, face: str, hatch: str | None) -> Patch:
-    return Rectangle((layer - 0.45, y - 0.42), 0.9, 0.84, facecolor=face, edgecolor=_HATCH, linewidth=0.0, hatch=hatch)
-
-
 def _strip_height(num_layers: int) -> float:
-    """Inches: a height that makes cells about square."""
+    """Inches: the height that makes cells approximately square."""
     return 0.35 + 2 * min(0.34, max(0.2, (WIDTH - 0.6) / max(num_layers, 1)))
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from selfspec_search.report import canvas
 from selfspec_search.report.data import ReportData
 from selfspec_search.report.headline import tiles, title, verdict
-from selfspec_search.report.panels import panels, provenance_figures
+from selfspec_search.report.panels import panels
 from selfspec_search.report.tables import comparison_rows, settings
 from selfspec_search.report.words import listed, percent, plain_number, times
 
@@ -27,7 +27,7 @@ class Page:
 
 
 def make_page(data: ReportData, *, pngs: bool = False) -> Page:
-    """Draw everything with data; with `pngs` also each figure as a PNG."""
+    """Draw the panels that have data; with `pngs`, each figure is a PNG as well."""
     with canvas.style():
         made = list(panels(data))
         drawn = [(panel, canvas.to_svg(panel.figure)) for panel in made]
@@ -43,19 +43,18 @@ def make_page(data: ReportData, *, pngs: bool = False) -> Page:
         comparison=comparison_rows(data),
         best=data.study.best(BEST_TRIALS) if data.study else [],
         chosen=data.chosen_trial if data.plan else None,
-        confirmed=_came_of(data) and "measured" in provenance_figures(data),
+        confirmed="measured" in data.figures and _is_winner(data),
         layers=range(data.num_layers),
         settings=settings(data),
     )
-    html = html.encode("utf8", "replace").decode("utf8")  # names of files may hold what UTF-8 cannot
+    html = html.encode("utf8", "replace").decode("utf8")  # file names may hold characters that UTF-8 cannot encode
     return Page(html=html, pngs=apart)
 
 
-def _came_of(data: ReportData) -> bool:
-    """Whether the plan came from this study."""
-    if data.plan is None or data.study is None or data.plan.provenance is None:
-        return False
-    return data.plan.speculates and data.plan.provenance.study == data.study.name
+def _is_winner(data: ReportData) -> bool:
+    """Whether the plan speculates and came from this study."""
+    plan, study = data.plan, data.study
+    return bool(plan and study and plan.speculates and plan.provenance and plan.provenance.study == study.name)
 
 
 @cache

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,23 +14,20 @@ from selfspec_search.profile.costs import Costs
 from selfspec_search.profile.profile import Profile
 from selfspec_search.report.canvas import PAPER, style
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-LINES = ("#8fb4d9", "#4a7fb0", "#1d4f7c", "#0b2a47")
-"""Light to dark with the context, so that lines differ without colour."""
+LINE_COLOURS = ("#8fb4d9", "#4a7fb0", "#1d4f7c", "#0b2a47")
+"""From light to dark by context, so that the lines also differ without colour."""
 MARKERS = ("o", "s", "^", "D")
-PARTS = (
-    ("MLP", "#1d4f7c", ""),
-    ("attention", "#7fa3cc", "////"),
-    ("layers' own", "#cfdae5", ""),
-    ("fixed", "#8a949e", ""),
+PARTS: tuple[tuple[str, str, str, Callable[[Costs], float]], ...] = (
+    ("MLP", "#1d4f7c", "", lambda costs: costs.num_layers * costs.mlp),
+    ("attention", "#7fa3cc", "////", lambda costs: costs.num_layers * costs.attention),
+    ("layers' own", "#cfdae5", "", lambda costs: costs.num_layers * costs.layer),
+    ("fixed", "#8a949e", "", lambda costs: costs.fixed),
 )
-"""Parts of a step from the bottom up, with colour and hatching."""
+"""Parts of a step from the bottom up: name, colour, hatching, and seconds of a step that skips nothing."""
 
 
 def plot(profile: Profile, model: str) -> Figure:
-    """Two panels, side by side; `model` is its name in the title. Save it with `Figure.savefig`."""
+    """Two panels, side by side; `model` is the model's name in the title."""
     with style(), matplotlib.rc_context({"axes.titlelocation": "left", "axes.titlepad": 10.0}):
         figure = Figure(figsize=(9.6, 4.2), dpi=160, layout="constrained")
         passes, steps = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -42,11 +40,11 @@ def plot(profile: Profile, model: str) -> Figure:
 def _plot_passes(axes: Axes, profile: Profile) -> None:
     tokens = np.arange(1, profile.gamma_max + 2)
     for index, (context, costs) in enumerate(zip(profile.contexts, profile.costs, strict=True)):
-        shade = index * (len(LINES) - 1) // max(1, len(profile.contexts) - 1)
+        shade = index * (len(LINE_COLOURS) - 1) // max(1, len(profile.contexts) - 1)
         axes.plot(
             tokens,
             np.array(costs.rounds) * 1e3,
-            color=LINES[shade] if len(profile.contexts) > 1 else LINES[-2],
+            color=LINE_COLOURS[shade] if len(profile.contexts) > 1 else LINE_COLOURS[-2],
             marker=MARKERS[index % len(MARKERS)],
             markersize=4.5,
             linewidth=1.6,
@@ -62,8 +60,8 @@ def _plot_passes(axes: Axes, profile: Profile) -> None:
 def _plot_steps(axes: Axes, profile: Profile) -> None:
     places = np.arange(len(profile.contexts))
     bottom = np.zeros(len(places))
-    for name, colour, hatch in PARTS:
-        heights = np.array([_parts(costs)[name] for costs in profile.costs]) * 1e3
+    for name, colour, hatch, seconds in PARTS:
+        heights = np.array([seconds(costs) for costs in profile.costs]) * 1e3
         axes.bar(places, heights, 0.62, bottom, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0.8, label=name)
         bottom += heights
     for place, total in zip(places, bottom, strict=True):
@@ -75,14 +73,3 @@ def _plot_steps(axes: Axes, profile: Profile) -> None:
     axes.set_ylim(0, bottom.max() * 1.1)
     axes.grid(axis="y")
     axes.legend(reverse=True, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _parts(costs: Costs) -> dict[str, float]:
-    """Seconds of a full step by part."""
-    n = costs.num_layers
-    return {
-        "MLP": n * costs.mlp,
-        "attention": n * costs.attention,
-        "layers' own": n * costs.layer,
-        "fixed": costs.fixed,
-    }

@@ -24,15 +24,14 @@ def read_source(source: str, *, study: str | None = None, plan: str | os.PathLik
     """Read a plan or a study.
 
     Args:
-        source: a plan file or a directory that holds one, whose study is read too if its storage is in the same
-            directory
-            ('plan.db' next to 'plan.json'); or a study's storage: an SQLite file, a journal file or a URL.
-        study: the study's name, where the storage holds several.
+        source: a plan file, or a directory with a plan; its study is read from 'plan.db' next to 'plan.json', if that
+            exists. Or a study's storage: an SQLite file, a journal file or a URL.
+        study: the study's name; needed only if the storage holds several studies.
         plan: the chosen plan, to show in a study's report.
 
     Raises:
-        InputError: neither a plan nor a storage, or a storage without the study.
-        PlanError: a plan that cannot be read.
+        InputError: the source is neither a plan nor a storage, or the storage does not hold the study.
+        PlanError: the plan cannot be read.
     """
     if is_storage(source):
         from selfspec_search.storage.open import without_password
@@ -40,12 +39,12 @@ def read_source(source: str, *, study: str | None = None, plan: str | os.PathLik
         chosen = Plan.from_pretrained(plan) if plan is not None else None
         return ReportData(source=without_password(source), plan=chosen, study=_read_study(source, study))
     if plan is not None:
-        raise InputError(f"'{source}' is a plan already, so --plan {plan} is one too many; give one of them")
+        raise InputError(f"'{source}' is a plan, and --plan gives another plan, {plan}; leave out --plan")
     return _read_plan(Path(source), study)
 
 
 def is_storage(source: str) -> bool:
-    """Whether this names a storage rather than a plan; `InputError` for a file that is neither."""
+    """Whether `source` names a storage rather than a plan; `InputError` for a file that is neither."""
     if "://" in source:
         return True
     path = Path(source)
@@ -57,11 +56,13 @@ def is_storage(source: str) -> bool:
     except FileNotFoundError:
         raise InputError(f"there is no file '{source}'; give a plan, an SQLite file of a search, or its URL") from None
     except OSError as error:
-        raise InputError(f"'{source}' cannot be read: {error.strerror or error}") from None
+        raise InputError(f"'{source}' cannot be read: {error.strerror or error}; give another file") from None
     if start == SQLITE_MAGIC or path.suffix == JOURNAL_SUFFIX:
         return True
     if not start.lstrip().startswith(b"{"):
-        raise InputError(f"'{source}' is neither a plan (JSON) nor a study's storage (an SQLite or journal file)")
+        raise InputError(
+            f"'{source}' is neither a plan (JSON) nor a study's storage (an SQLite or journal file); give one of these"
+        )
     return False
 
 
@@ -72,7 +73,8 @@ def _read_plan(path: Path, study: str | None) -> ReportData:
     if not storage.is_file():
         if study is not None:
             raise InputError(
-                f"there is no storage {storage} next to the plan, so study '{study}' cannot be read; name its storage"
+                f"there is no storage {storage} next to the plan, so study '{study}' cannot be read; "
+                "give the study's storage instead of the plan"
             )
         return ReportData(source=str(file), plan=plan)
     recorded = getattr(plan.provenance, "study", None)

@@ -7,7 +7,6 @@ from typing import Any
 
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.lookup import PromptLookup
-from selfspec.plan.sublayers import SkipSet
 
 MISSING = "—"
 
@@ -52,31 +51,27 @@ def drafting(
     """How a plan or a trial drafts. Skipped sub-layers are counted, not listed."""
     parts = [f"lookup of {lookup}"] if lookup else []
     if gamma != 0:
-        exits = "" if threshold is None else f", exit below {threshold:.3f}"
-        length = "" if gamma is None else f"; gamma {gamma}{exits}"
-        parts.append(f"skip {skipped_of(draft_spec.skip_set, num_layers)}{draft_weights_of(draft_spec)}{length}")
+        skipped = skipped_of(draft_spec, num_layers) if draft_spec.skip_set else "nothing"
+        length = "" if gamma is None else f"; gamma {gamma}"
+        exits = "" if gamma is None or threshold is None else f", exit below {threshold:.3f}"
+        parts.append(f"skip {skipped}{draft_weights_of(draft_spec)}{length}{exits}")
     return "; on a miss ".join(parts)
 
 
-def skipped_of(skip_set: SkipSet, num_layers: int) -> str:
-    if not skip_set:
-        return "nothing"
-    return f"{len(skip_set.attn)} of {num_layers} attention and {len(skip_set.mlp)} of {num_layers} MLP sub-layers"
+def skipped_of(draft_spec: DraftSpec, num_layers: int) -> str:
+    attn, mlp = len(draft_spec.skip_set.attn), len(draft_spec.skip_set.mlp)
+    return f"{attn} of {num_layers} attention and {mlp} of {num_layers} MLP sub-layers"
 
 
 def draft_weights_of(draft_spec: DraftSpec) -> str:
     """The draft weights, as the end of a sentence; empty for a draft that only skips."""
-    parts = []
-    if draft_spec.quantised is not None:
-        named = [f"{len(draft_spec.quantised.sublayers)} sub-layers"] * bool(draft_spec.quantised.sublayers)
-        named += ["the head"] * draft_spec.quantised.head
-        runs = "run" if draft_spec.quantised.sublayers else "runs"
-        parts.append(f"{' and '.join(named)} {runs} in {draft_spec.quantised.format}")
-    if draft_spec.vocabulary is not None:
-        parts.append(f"it proposes {len(draft_spec.vocabulary)} tokens")
-    return "".join(f"; {part}" for part in parts)
+    text, quantised = "", draft_spec.quantised
+    if quantised is not None:
+        named = [f"{len(quantised.sublayers)} sub-layers"] * bool(quantised.sublayers) + ["the head"] * quantised.head
+        text += f"; {' and '.join(named)} {'run' if quantised.sublayers else 'runs'} in {quantised.format}"
+    return text + (f"; it proposes {len(draft_spec.vocabulary)} tokens" if draft_spec.vocabulary is not None else "")
 
 
 def listed(draft_spec: DraftSpec) -> str:
-    """The whole list, with places for line breaks."""
+    """All sub-layers of the draft spec, with spaces where a line may break."""
     return str(draft_spec).removeprefix("skip ").replace(",", ", ")

@@ -203,7 +203,9 @@ def test_a_prompt_of_one_token_takes_one_line(model_dir: Path, tmp_path: Path) -
 
 def test_a_storage_that_cannot_be_opened_takes_one_line(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
     search = ("search", model_dir, "--prompts", prompt_file, "--out", tmp_path / "x.json", "--new-tokens", 5)
-    assert "storage: 'frob' is no kind of database" in complaint(*search, "--gamma-max", 1, "--storage", "frob://x")
+    assert "storage: 'frob' is not a database that a search can use" in complaint(
+        *search, "--gamma-max", 1, "--storage", "frob://x"
+    )
     assert not (tmp_path / "x.json").exists()
 
 

@@ -21,7 +21,7 @@ from selfspec_search.storage.trial import Heartbeat
 SQLITE_LOCK_SECONDS = 1.0
 """Seconds: one try waits this long for a lock, and ctrl-C with it. Workers hold the file for milliseconds."""
 TABLE_TRIES = 10
-"""Workers that start together may create the same tables: all but one fail, and find the tables on a later try."""
+"""Tries: of workers that create the same tables at once, all but one fail, and find the tables on a later try."""
 POSTGRES_CONNECT = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -29,9 +29,11 @@ POSTGRES_CONNECT = {
     "keepalives_count": "3",
     "tcp_user_timeout": "60000",
 }
-"""A silent host is given up after seconds, not after the minutes or hours of the system's defaults."""
+"""Seconds, and for `tcp_user_timeout` milliseconds: a silent host counts as lost after about a minute.
+
+The system's defaults are minutes to hours."""
 POSTGRES_SESSION = {"lock_timeout": 5_000, "idle_in_transaction_session_timeout": 60_000, "TimeZone": "UTC"}
-"""Milliseconds: the server ends a wait for a lock, for the sake of ctrl-C, and the transaction of a stopped worker.
+"""Milliseconds: the server ends a long wait for a lock, so that ctrl-C works, and the transaction of a stopped worker.
 
 Optuna's heartbeats need one time zone for all workers."""
 PARAM_COLUMNS = ("trial_id", "param_name", "param_value", "distribution_json")
@@ -40,10 +42,10 @@ HEARTBEATS = sqlalchemy.table("trial_heartbeats", *map(sqlalchemy.column, ("tria
 
 
 def open_postgresql(url: URL, create: bool, heartbeat: Heartbeat) -> BaseStorage:
-    """Optuna's storage, through psycopg; its pool replaces connections that a restarted server closed."""
+    """Optuna's storage, through psycopg. `pool_pre_ping` replaces connections that a restarted server closed."""
     ours = " ".join(f"-c {name}={value}" for name, value in POSTGRES_SESSION.items())
     given = url.query.get("options", os.environ.get("PGOPTIONS", ""))
-    query = {**POSTGRES_CONNECT, **url.query, "options": f"{ours} {given}"}  # the last value of a name holds
+    query = {**POSTGRES_CONNECT, **url.query, "options": f"{ours} {given}"}  # for each name, the last value counts
     return _open(url.set(drivername="postgresql+psycopg", query=query), create, {"pool_pre_ping": True}, heartbeat)
 
 
@@ -81,7 +83,7 @@ class _Database(RDBStorage):
         try:
             super().__init__(url, **options)
         except BaseException:
-            if hasattr(self, "engine"):  # nothing else can close its connections
+            if hasattr(self, "engine"):  # nobody else can close the engine's connections
                 self.scoped_session.remove()
                 self.engine.dispose()
             raise
@@ -90,7 +92,7 @@ class _Database(RDBStorage):
         sqlalchemy.event.listen(self.engine, "handle_error", _raise_unavailable)
 
     def _get_prepared_new_trial(self, study_id: int, template: FrozenTrial | None, session: Session) -> Any:
-        """A trial without any heartbeat never gets stale, even if its worker was killed a moment later."""
+        """Write the first heartbeat: a trial without one never becomes stale, even if its worker is killed."""
         trial = super()._get_prepared_new_trial(study_id, template, session)
         now = sqlalchemy.func.current_timestamp()
         session.execute(HEARTBEATS.insert().values(trial_id=trial.trial_id, heartbeat=now))

@@ -54,7 +54,7 @@ class Journal(JournalStorage, BaseHeartbeat):
 
 
 class _JournalLock(JournalFileOpenLock):
-    """Optuna's lock, whose next holder deletes the half line that a killed worker left: Optuna cannot read past it."""
+    """Optuna's lock. Its next holder deletes the half line that a killed worker left: Optuna cannot read past it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), grace_period=JOURNAL_LOCK_SECONDS)

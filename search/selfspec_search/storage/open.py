@@ -1,4 +1,4 @@
-"""Open: from a path or URL to an open storage, and one clear line where that fails."""
+"""Open: from a path or URL to an open storage; a failure takes one clear line."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def open_storage(
         storage: None for memory; a path ending in '.journal', or 'journal://PATH', for a journal file; any other path
             for an SQLite file; else a URL such as 'postgresql://USER:PASSWORD@HOST/DATABASE'.
         on_notice: receives lines about locks and lost connections.
-        create: whether to create what does not exist yet. If not, nothing is written.
-        heartbeat: of running trials.
+        create: whether to create a missing file and missing tables. If not, nothing is written.
+        heartbeat: how running trials show that their workers are alive.
 
     Raises:
         InputError: the storage cannot be used; the message says why and what to do.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # notices say the same in one line
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # `on_notice` receives the same in one line
     if storage is None:
         return RetryingStorage(InMemoryStorage(), "memory", on_notice)
     label = without_password(storage)
@@ -58,11 +58,11 @@ def open_storage(
         problem = describe(label, error)
         if not create and "version_info" in problem:  # the table that Optuna reads first
             problem = f"storage '{label}' holds no study of any kind"
-        raise InputError(f"{problem}; mend that, or give another storage") from error
+        raise InputError(f"{problem}; correct this, or give another storage") from error
 
 
 def without_password(storage: str) -> str:
-    """The path or URL as it may be shown."""
+    """The path or URL for messages and pages, without its password."""
     if "://" not in storage or storage.startswith(JOURNAL_SCHEME):
         return storage
     try:
@@ -89,7 +89,7 @@ def _opener(storage: str, label: str, create: bool, heartbeat: Heartbeat) -> Cal
         return lambda: _open_sqlite(file, label, create, heartbeat)
     if url.drivername not in POSTGRES_SCHEMES:
         raise InputError(
-            f"storage: '{scheme}' is no kind of database that a search can use; give a file, journal://PATH or "
+            f"storage: '{scheme}' is not a database that a search can use; give a file, journal://PATH or "
             "postgresql://USER:PASSWORD@HOST/DATABASE"
         )
     return lambda: database.open_postgresql(url, create, heartbeat)
@@ -98,10 +98,7 @@ def _opener(storage: str, label: str, create: bool, heartbeat: Heartbeat) -> Cal
 def _path(path: str, label: str) -> Path:
     if path in ("", ":memory:"):
         raise InputError(f"storage '{label}' names no file; give a path, or no storage to keep trials in memory")
-    try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:  # there is no such user
-        raise InputError(f"storage '{label}' cannot be found: {error}; give the whole path") from error
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def _open_sqlite(path: Path, label: str, create: bool, heartbeat: Heartbeat) -> BaseStorage:
@@ -119,11 +116,11 @@ def _open_journal(path: Path, label: str, create: bool, heartbeat: Heartbeat) ->
     if _is_written(path, label, create):
         with path.open("rb") as file:
             if not JOURNAL_START.startswith(file.read(len(JOURNAL_START))):
-                raise InputError(f"storage '{label}' is no journal of Optuna's; give another file")
+                raise InputError(f"storage '{label}' is not a journal of Optuna; give another file")
     try:
         return Journal(path, heartbeat)
     except JOURNAL_DAMAGE as error:
-        raise InputError(f"storage '{label}' is damaged: a line of it cannot be read; give another file") from error
+        raise InputError(f"storage '{label}' is damaged: one of its lines cannot be read; give another file") from error
 
 
 def _is_written(path: Path, label: str, create: bool) -> bool:
@@ -135,7 +132,7 @@ def _is_written(path: Path, label: str, create: bool) -> bool:
         raise InputError(f"storage '{label}': there is no directory {path.parent}; make it, or give another file")
     if not exists and not create:
         raise InputError(f"storage '{label}' does not exist; give the file that a search wrote")
-    mode = os.W_OK if create else os.R_OK  # to write either kind of file, a second file is created next to it
+    mode = os.W_OK if create else os.R_OK  # SQLite and journals both create a second file next to the file
     if not all(os.access(place, mode) for place in (path.parent, path) if place.exists()):
         raise InputError(
             f"storage '{label}' may not be {'written' if create else 'read'}: the file or its directory is protected; "

@@ -30,7 +30,7 @@ LOCK_NOTICE_SECONDS = 5.0
 
 
 class RetryingStorage:
-    """An Optuna storage, with its name in messages, and what receives one line for each long wait."""
+    """An Optuna storage, its label for messages, and `on_notice`, which receives one line for each long wait."""
 
     def __init__(self, raw: BaseStorage, label: str, on_notice: Callable[[str], None]) -> None:
         self.raw = raw
@@ -52,9 +52,9 @@ class RetryingStorage:
         except KeyError as error:
             raise InputError(f"storage '{self.label}' no longer holds the study; choose another --study") from error
         except STORAGE_ERRORS as error:
-            self._has_failed = True  # the last writes before the exit are tried once
+            self._has_failed = True  # each of the last writes before the exit is tried only once
             raise InputError(
-                f"{describe(self.label, error)}; what was finished is kept: give the same command again to go on"
+                f"{describe(self.label, error)}; finished trials are kept: give the same command again to go on"
             ) from error
 
     def close(self) -> None:
@@ -67,10 +67,10 @@ def retry(call: Callable[[], T], label: str, on_notice: Callable[[str], None], s
     """Return the result of `call`, tried again after a lock or a lost connection; ctrl-C takes effect between tries.
 
     Args:
-        call: uses a storage.
-        label: of the storage.
-        on_notice: receives one line, once.
-        seconds: until any error is raised; None for `RETRY_SECONDS`.
+        call: reads or writes a storage.
+        label: the storage's name in messages.
+        on_notice: receives at most one line.
+        seconds: time after which an error is raised; None for `RETRY_SECONDS`.
     """
     seconds = RETRY_SECONDS if seconds is None else seconds
     began, pauses, reported = time.monotonic(), chain(PAUSES_SECONDS, repeat(PAUSES_SECONDS[-1])), False

@@ -1,4 +1,4 @@
-"""Shared data: what all workers of a study must have in common, made by the study's creator."""
+"""Shared data: texts, profile and space, which all workers of a study share and the study's creator makes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from selfspec_search.storage.ledger import Ledger, blobs_of
 from selfspec_search.storage.trial import Running
 
 STUDY = "selfspec"
-"""The attribute that marks a study as ours, and says what the study is about."""
+"""The attribute that marks a study of a search, and holds its identity and number of layers."""
 SHARED = "shared"
 """The attribute with the keys of the shared blobs, written after all of them."""
 SETUP = "selfspec:setup"
-"""The attribute of a trial that stands for the making of shared data, and says what the study is about.
+"""The attribute of setup trials, which run while a creator makes the shared data. It has the same value as `STUDY`.
 
-A study's first trial has it. All storages give a trial number to one worker only, so that one worker is the first."""
+A study's first trial is a setup trial. Storages give each trial number to one worker, so one worker is the first."""
 POLL_SECONDS = 0.5
-"""Seconds: pause between two looks for what the creator shares."""
+"""Seconds: pause between two looks for shared data."""
 
 
 class SharedData:
-    """A worker's access to shared data; `InputError` if its study is about something else."""
+    """A worker's access to shared data; `InputError` if the study has another identity or number of layers."""
 
     def __init__(self, ledger: Ledger, about: Mapping[str, Any]) -> None:
         self.created = False

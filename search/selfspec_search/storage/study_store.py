@@ -57,7 +57,8 @@ class Store:
     """A worker's access to a study, as a context manager. `Store.open` opens it.
 
     Attributes:
-        space: what the trials choose from; set again before the first trial where there is more to choose.
+        space: the draft specs that trials may have. `pipeline` replaces the default, which can only skip, before the
+            first trial.
     """
 
     def __init__(self, ledger: Ledger, shared_data: SharedData, num_layers: int, name: str) -> None:
@@ -81,12 +82,12 @@ class Store:
         """Create a study, or join it; `InputError` if the storage cannot be used, or holds another study of this name.
 
         Args:
-            storage: as `open_storage` takes it.
-            name: of the study; None for a name made from what the study is about.
-            identity: what all workers must agree on, by readable names.
-            num_layers: of the model.
-            on_notice: receives one line for each wait for a lost connection.
-            heartbeat: of running trials.
+            storage: a path or URL, see `open_storage`; None for memory.
+            name: the study's name; None for a name that follows from `identity` and `num_layers`.
+            identity: settings that all workers must agree on, by readable names.
+            num_layers: the model's number of layers.
+            on_notice: receives one line for each long wait.
+            heartbeat: how running trials show that their workers are alive.
         """
         about = json.loads(json.dumps({"identity": identity, "num_layers": num_layers}, sort_keys=True, default=str))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -119,18 +120,18 @@ class Store:
             self.ledger.storage.close()
 
     def share(self, make: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
-        """What all workers of a study must have in common, by key: made by its creator, for which the others wait.
+        """The shared data of all workers, by key: made by the study's creator, while the other workers wait.
 
-        If the creator dies before it has published everything, another worker becomes the creator.
+        If the creator dies before all of the data is published, another worker becomes the creator.
         """
         return self._shared_data.share(make)
 
     def publish(self, key: str, data: bytes) -> None:
-        """Store bytes with the study, for all its workers and for later readers."""
+        """Store bytes with the study, for all workers and for later readers."""
         self.ledger.set_blob(key, data)
 
     def get(self, key: str) -> bytes | None:
-        """What was published under `key`; None if nothing was."""
+        """The bytes published under `key`; None if there are none."""
         return blobs_of(self.ledger.attrs()).get(key)
 
     def begin(self, draft_spec: DraftSpec) -> Running:
@@ -152,7 +153,7 @@ class Store:
         return running
 
     def claimed(self) -> set[DraftSpec]:
-        """What all workers are trying now, this worker included."""
+        """The draft specs of all running trials, including those of this worker."""
         trials = [trial for trial in self.ledger.trials() if trial.state == TrialState.RUNNING]
         return {self.space.from_params(trial.params) for trial in trials if self._is_ours(trial)}
 
@@ -176,9 +177,9 @@ class StoredStudy:
     """A study, as a storage holds it.
 
     Attributes:
-        identity: what its workers agree on.
-        trials: the finished ones, by number.
-        blobs: what its workers share, or found out for all.
+        identity: settings that all workers agree on.
+        trials: the finished trials, by number.
+        blobs: shared and published data, by key.
     """
 
     name: str

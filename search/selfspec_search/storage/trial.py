@@ -40,7 +40,7 @@ class Heartbeat(NamedTuple):
 class Running:
     """A trial in state RUNNING, as a context manager: without `finish` or `prune` inside, the trial fails.
 
-    Heartbeats come from a separate thread, so also while the main thread is inside torch.
+    A separate thread writes heartbeats, also while the main thread is inside torch.
     """
 
     def __init__(self, storage: RetryingStorage, trial_id: int, draft_spec: DraftSpec) -> None:
@@ -52,7 +52,7 @@ class Running:
 
     @cached_property
     def number(self) -> int:
-        """Of the trial in its study."""
+        """The trial's number in its study."""
         return self._storage.do(lambda raw: raw.get_trial_number_from_id(self._trial_id))
 
     def __enter__(self) -> Self:
@@ -151,7 +151,7 @@ def machine() -> str:
 
 
 def is_gone(worker: Mapping[str, Any]) -> bool:
-    """Whether a trial's owner ran on this machine and its process has ended: known at once, without heartbeats."""
+    """Whether a trial's owner ran on this machine and its process has ended. This needs no wait for heartbeats."""
     if worker.get("machine") != machine():
         return False
     with suppress(PermissionError):  # another user's process

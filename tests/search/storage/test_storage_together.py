@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from postgres import Server
 from safetensors.torch import load_file, save_file
 from saved import save_model
 from selfspec_search.storage.open import open_storage
@@ -25,10 +25,6 @@ from selfspec_search.storage.trial import OWNER
 
 from selfspec import Plan
 
-if TYPE_CHECKING:
-    from postgres import Server
-
-pytest_plugins = ["postgres"]
 pytestmark = pytest.mark.slow
 
 TRIALS = 40

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from optuna.trial import TrialState
+from postgres import Server
 from selfspec_search.space import skip_set_of, sublayers
 from selfspec_search.storage import journal
 from selfspec_search.storage import trial as trial_module
@@ -21,10 +22,6 @@ from selfspec_search.storage.trial import Heartbeat
 
 from selfspec.plan.draft_spec import DraftSpec
 
-if TYPE_CHECKING:
-    from postgres import Server
-
-pytest_plugins = ["postgres"]
 pytestmark = pytest.mark.slow
 
 JOURNAL_LOCK_SECONDS = 3

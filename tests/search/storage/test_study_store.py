@@ -13,10 +13,11 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from optuna.trial import TrialState
+from postgres import Server
 from selfspec_search.space import seeds
 from selfspec_search.storage import shared_data
 from selfspec_search.storage.study_store import Store, StoredTrial, load_study
@@ -24,11 +25,6 @@ from selfspec_search.storage.trial import OWNER, Heartbeat
 
 from selfspec import InputError
 from selfspec.plan.draft_spec import DraftSpec
-
-if TYPE_CHECKING:
-    from postgres import Server
-
-pytest_plugins = ["postgres"]
 
 T = TypeVar("T")
 LAYERS = 5

@@ -109,10 +109,6 @@ def plan(
     )
 
 
-def plan_of_none() -> Plan:
-    return plan().model_copy(update={"skip_set": SkipSet(), "gamma": 0})
-
-
 def rich() -> ReportData:
     """A study with its plan, and all that either can hold."""
     return ReportData(source="plan.json", plan=plan(), study=study())
@@ -220,7 +216,12 @@ def test_a_file_name_that_is_not_unicode_does_not_stop_the_page(tmp_path: Path) 
     assert "caf?.json" in written.read_text("utf8")
 
 
-def test_every_figure_of_the_headline_says_whether_it_was_measured() -> None:
+def test_every_figure_of_the_headline_says_whether_it_was_measured_and_the_speedup_how_reliably() -> None:
+    measured, *others = tiles(rich())
+    assert (measured.sure, measured.on) == ("95 % interval 1.25x\u00a0to\u00a01.75x", "3 held-out prompts")
+    assert {(tile.sure, tile.on) for tile in others} == {("", "")}
+    assert measured.sure in rich_html()
+    assert "measured on 3 held\u2011out prompts" in rich_html()
     assert [(tile.value, tile.source) for tile in tiles(rich())] == [
         ("1.50x", "measured"),
         ("1.58x", "predicted"),
@@ -255,23 +256,16 @@ def test_errors_on_the_decoded_prompts_have_their_own_column() -> None:
     assert len({len(cells) for cells in rows.values()}) == 1
 
 
-def test_a_measured_speedup_has_its_interval_and_its_number_of_prompts() -> None:
-    measured, *others = tiles(rich())
-    assert (measured.sure, measured.on) == ("95 % interval 1.25x\u00a0to\u00a01.75x", "3 held-out prompts")
-    assert {(tile.sure, tile.on) for tile in others} == {("", "")}
-    assert measured.sure in rich_html()
-    assert "measured on 3 held\u2011out prompts" in rich_html()
-    assert tiles(ReportData(source="p", plan=plan_of_none()))[0].on == "3 held-out prompts"
-
-
 def test_a_plan_that_does_not_speculate_says_so_and_compares_nothing() -> None:
-    data = ReportData(source="plan.json", plan=plan_of_none(), study=study())
+    plain = plan().model_copy(update={"skip_set": SkipSet(), "gamma": 0})
+    data = ReportData(source="plan.json", plan=plain, study=study())
     html = make_page(data).html
     assert verdict(data).startswith("Do not speculate")
     assert verdict(data).split(":")[0] in html
     assert panels_of(html) == ["pareto", "history", "sensitivity"]
     assert "runs no layer-skipping draft" in html
-    assert [(tile.value, tile.source) for tile in tiles(data)] == [("200", "measured"), ("1.60x", "predicted")]
+    shown = [(tile.value, tile.source, tile.on) for tile in tiles(data)]
+    assert shown == [("200", "measured", "3 held-out prompts"), ("1.60x", "predicted", "")]
 
 
 def positions_of(
@@ -431,7 +425,7 @@ def test_legends_are_where_a_narrow_screen_shows_them() -> None:
     assert legends == 4
 
 
-def test_a_long_list_of_sublayers_is_folded_away_and_only_counted_in_the_verdict() -> None:
+def test_the_verdict_counts_the_sublayers_and_their_list_is_collapsed() -> None:
     data = deep(80)
     assert verdict(data) == "Speculate: skip 40 of 80 attention and 40 of 80 MLP sub-layers; gamma 3."
     html = make_page(data).html

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own, for tests: in a temporary directory, on a free port, gone afterwards."""
+"""A PostgreSQL server for tests, in a temporary directory and on a free port."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 UNPRIVILEGED = ("postgres", "nobody")
-"""PostgreSQL refuses to run as root: tests that run as root start it as one of these."""
+"""Users: PostgreSQL refuses to run as root, so tests that run as root start the server as one of these users."""
 
 
 class Server:
@@ -49,7 +49,7 @@ class Server:
         self._run("pg_ctl", "start", "-w", "-D", str(self._data), "-l", log, "-o", where)
 
     def stop(self) -> None:
-        """Break off every connection at once."""
+        """Stop the server and close all connections at once."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(self._data))
 
     def _run(self, program: str, *arguments: str) -> None:
@@ -66,14 +66,14 @@ class Server:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A server that runs; skips where PostgreSQL is not installed, but not in CI."""
+    """A running server. Without PostgreSQL, tests are skipped, but in CI they fail."""
     binaries = _binaries()
     if binaries is None:
         message = "PostgreSQL's initdb and pg_ctl are not installed"
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail(message)
         pytest.skip(message)
-    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as name:  # short: a socket's path has its limits
+    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as name:  # the length of a socket's path is limited
         directory = Path(name)
         if (user := _user()) is not None:
             os.chown(directory, pwd.getpwnam(user).pw_uid, -1)
@@ -86,15 +86,13 @@ def postgres() -> Iterator[Server]:
 
 
 def _user() -> str | None:
-    """Whom to run the server as; None for oneself."""
-    if os.geteuid() != 0:
-        return None
+    """The user that runs the server; None for the user that runs the tests."""
     names = {entry.pw_name for entry in pwd.getpwall()}
-    return next(name for name in UNPRIVILEGED if name in names)
+    return next(name for name in UNPRIVILEGED if name in names) if os.geteuid() == 0 else None
 
 
 def _binaries() -> Path | None:
-    """Debian keeps them off the PATH, by release."""
+    """The directory of `initdb` and `pg_ctl`. Debian has one for each release, and none of them is on the PATH."""
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     if found := shutil.which("pg_ctl"):
         places.insert(0, Path(found).resolve().parent)

@@ -53,7 +53,7 @@ def engine_of(store: Store) -> sqlalchemy.Engine:
 
 
 def after(pauses: int, action: Callable[[], None]) -> Callable[[float], None]:
-    """A sleep that does something in the pause of this number."""
+    """A replacement for `time.sleep` that calls `action` in pause number `pauses`."""
     sleep, number = time.sleep, count(1)
     return lambda seconds: action() if next(number) == pauses else sleep(seconds)
 
@@ -107,7 +107,7 @@ def interrupts(action: Callable[[], object], at: int | None = None) -> int:
 
 
 class TestCtrlC:
-    """It may be raised between any two instructions."""
+    """Ctrl-C may be raised between any two instructions."""
 
     @pytest.fixture(autouse=True)
     def _handle_interrupts(self) -> Iterator[None]:
@@ -124,7 +124,7 @@ class TestCtrlC:
         with join(str(path)) as store:
             store.publish("key", b"before")
             for call in range(1, interrupts(lambda: store.publish("key", b"before")), 11):
-                with pytest.raises(KeyboardInterrupt) as held:  # its traceback keeps all that it came through
+                with pytest.raises(KeyboardInterrupt) as held:  # its traceback keeps all frames alive
                     interrupts(lambda: store.publish("key", b"after"), at=call)
                 with contextlib.closing(sqlite3.connect(path, timeout=0)) as other:
                     other.execute("BEGIN IMMEDIATE")  # raises where the file is locked

@@ -51,15 +51,16 @@ def replay_or_wait(*given):
 Study._replay = replay_or_wait
 main()
 """
-"""A search that ends `after` trials and is held in the next one while a file exists, named by its process: what a test
-then sees stays true, however fast the machine is."""
+"""A search that runs `after` trials and stops in the next trial while a file named after its process exists.
+
+What a test sees during this trial does not depend on the machine's speed."""
 STUDY = "together"
 WAITS = "waiting for the worker that writes texts and measures the profile\n"
 
 
 @dataclass
 class Bench:
-    """A place to work in: a model, prompts, and processes that are gone when the tests are over."""
+    """A directory with a model and prompts, and search processes, which are killed when the tests end."""
 
     place: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Bench:
         return self.place / "holds" / str(process.pid)
 
     def search(self, *options: object, hold_after: int | None = None, **changed: object) -> subprocess.Popen[str]:
-        """Start a search, perhaps held in a trial; `changed` gives other values than a study's workers agree on."""
+        """Start a search; `changed` gives other values for settings that a study's workers must agree on."""
         held = [sys.executable, "-c", HELD, self.place / "holds", hold_after]
         agreed = {"prompts": self.place / "prompts.txt", "gamma_max": 2, "new_tokens": 17, "trials": TRIALS} | changed
         model = agreed.pop("model", self.place / "model")
@@ -115,7 +116,7 @@ def printed(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def complaint(process: subprocess.Popen[str]) -> str:
-    """The one line of a search that ended for a reason that the user can correct."""
+    """The only line that a refused search prints."""
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1, err
     assert out == ""
@@ -124,7 +125,7 @@ def complaint(process: subprocess.Popen[str]) -> str:
 
 
 def all_trials(storage: str) -> list[FrozenTrial]:
-    """Whatever state they are in."""
+    """All trials of the study, in any state."""
     opened = open_storage(storage, on_notice=lambda _: None, create=False)
     try:
         return opened.do(lambda raw: raw.get_all_trials(raw.get_study_id_from_name(STUDY)))
@@ -133,7 +134,7 @@ def all_trials(storage: str) -> list[FrozenTrial]:
 
 
 def await_hold(bench: Bench, worker: subprocess.Popen[str]) -> None:
-    """Return when a worker is inside the trial that it is held in."""
+    """Wait until a worker is in the trial that `hold_after` stops."""
     deadline = time.monotonic() + DEADLINE
     while not bench.hold(worker).exists():
         assert worker.poll() is None, worker.communicate()[1]
@@ -147,12 +148,12 @@ def kill(worker: subprocess.Popen[str]) -> None:
 
 
 def contents(study: StoredStudy) -> dict[int, str]:
-    """All that is stored of each finished trial, as text."""
+    """The stored data of each finished trial as text, by number."""
     return {t.number: json.dumps([str(t.draft_spec), t.value, t.record], sort_keys=True) for t in study.trials}
 
 
 def assert_lossless(out: str) -> None:
-    """Every way of decoding that was confirmed printed no differing text."""
+    """Assert that no confirmed plan printed a text that differs from the plain model's."""
     header, *rows = out[: out.index("\nsearch ")].splitlines()
     assert header.endswith("differing texts")
     differing = [row[header.index("differing texts") :].strip() for row in rows]
@@ -196,7 +197,7 @@ def test_of_three_workers_on_one_database_the_creator_is_killed_and_the_others_f
 
 @dataclass(frozen=True)
 class Story:
-    """One command given three times: the first search was killed, the second interrupted, the third left alone."""
+    """One command, run three times: the first search was killed, the second interrupted, and the third finished."""
 
     storage: str
     studies: list[StoredStudy]

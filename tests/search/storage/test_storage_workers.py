@@ -1,4 +1,4 @@
-"""Workers in processes of their own, some of them killed: each loses at most its running trial."""
+"""Workers in separate processes, some of them killed: each loses at most its running trial."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from selfspec.plan.draft_spec import DraftSpec
 pytestmark = pytest.mark.slow
 
 JOURNAL_LOCK_SECONDS = 3
-"""A worker may be killed while it holds the lock: tests wait for the lock less long than users."""
+"""Seconds: a worker may be killed while it holds the lock, and tests wait less for the lock than users."""
 LAYERS = 4
 SETS = [DraftSpec.of(skip_set_of([sublayer])) for sublayer in sublayers(LAYERS)]
 DEADLINE = 240.0
@@ -42,7 +42,7 @@ def _short_journal_lock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Forked from a process that has imported everything: a worker starts in a moment."""
+    """Workers are forked from a process that has imported everything, so they start quickly."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["selfspec_search.storage.study_store", "test_storage_workers"])
     return context
@@ -50,7 +50,7 @@ def processes() -> ForkServerContext:
 
 @pytest.fixture(params=["sqlite", "journal", "postgresql"])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A storage where nothing was ever stored, not even tables."""
+    """An empty storage, without tables."""
     if request.param == "postgresql":
         server: Server = request.getfixturevalue("postgres")
         return server.new_database()
@@ -58,7 +58,7 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 class Workers:
-    """Processes that are gone when the test is over."""
+    """Worker processes, which are killed when the test ends."""
 
     def __init__(self, context: ForkServerContext) -> None:
         self._context = context
@@ -86,7 +86,7 @@ def workers(processes: ForkServerContext) -> Iterator[Workers]:
 
 
 def as_worker(target: Any, *arguments: Any) -> None:
-    """What a worker's process does."""
+    """The main function of a worker's process."""
     journal.JOURNAL_LOCK_SECONDS = JOURNAL_LOCK_SECONDS
     target(*arguments)
 
@@ -192,7 +192,7 @@ def test_of_three_workers_one_is_killed_and_the_others_finish_all_draft_specs_on
     workers: Workers, shared: str, processes: ForkServerContext
 ) -> None:
     dying = processes.Event()
-    for number in range(3):  # each on a machine of its own, so that only missing heartbeats show the death
+    for number in range(3):  # different machine names, so that only missing heartbeats show the death
         workers.start(works, shared, f"machine {number}", SETS[0] if number == 2 else None, dying)
     kill_at(dying, workers.started.pop())
     workers.wait()

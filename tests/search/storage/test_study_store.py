@@ -39,7 +39,7 @@ def join(storage: str | None, name: str | None, **options: Any) -> Store:
 
 
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of calls that start together, each in a thread of its own."""
+    """The results of calls that start together, each in its own thread."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], T]) -> T:
@@ -58,7 +58,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def becomes_stale(store: Store) -> bool:
-    """Whether the store no longer counts any draft spec as being tried."""
+    """Whether the store has failed the only running trial."""
     assert store.news() == []
     return store.claimed() == set()
 
@@ -91,7 +91,7 @@ def shared(request: pytest.FixtureRequest, directory: Path) -> str:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """Of a study that no other test has."""
+    """The name of a study that no other test uses."""
     return request.node.name
 
 

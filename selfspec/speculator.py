@@ -185,20 +185,23 @@ class SelfSpeculator:
     ) -> Generator[Committed, None, None]:
         """Yield whole rounds where `stream` yields tokens: the round's tokens, and how many tokens were drafted."""
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
-        request: Request | PlainDecoding = through_hugging_face(
-            self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
-        )
-        if isinstance(request, PlainDecoding):
-            raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; use generate with a streamer")
-        if request.rows != 1:
-            raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
-        if request.keep_scores or request.keep_logits:
-            raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
-        with self._lock.held(), closing(self._rounds(request)) as rounds:
-            for committed in rounds:
-                for row in committed:
-                    yield row
-                    self._lock.transfer()
+        with self._lock.held():
+            request: Request | PlainDecoding = through_hugging_face(
+                self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
+            )
+            if isinstance(request, PlainDecoding):
+                raise UnsupportedOptionError(
+                    f"{request.reason}, so the text cannot be streamed; use generate with a streamer"
+                )
+            if request.rows != 1:
+                raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
+            if request.keep_scores or request.keep_logits:
+                raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
+            with closing(self._rounds(request)) as rounds:
+                for committed in rounds:
+                    for row in committed:
+                        yield row
+                        self._lock.transfer()
 
     def __call__(
         self,
@@ -213,10 +216,10 @@ class SelfSpeculator:
         """Hugging Face's `custom_generate` protocol."""
         if model is not self.model:
             raise InputError("custom_generate was used with another model than the model that selfspec.wrap wrapped")
-        request = self._prepare(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-        )
         with self._lock.held():
+            request = self._prepare(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+            )
             if isinstance(request, PlainDecoding):
                 self.stats = Stats(rows=request.prompts.shape[0], slower_paths=[request.reason])
                 return request.decode(self.stats, selfspec_streamer)
@@ -238,7 +241,10 @@ class SelfSpeculator:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Request | PlainDecoding:
-        """The request for a prepared call; if no view can serve the request, Hugging Face decodes it."""
+        """The request for a prepared call; if no view can serve the request, Hugging Face decodes it.
+
+        Rebuilds the views of a changed model, so the caller holds the lock.
+        """
         prepared = Prepared(
             model=model,
             input_ids=input_ids,
@@ -247,6 +253,8 @@ class SelfSpeculator:
             generation_config=generation_config,
             model_kwargs=model_kwargs,
         )
+        if (reason := self.runtime.follow()) is not None:
+            return PlainDecoding(prepared, f"{reason}: model.generate decodes it")
         if not self._warned_of_sampling:
             self._warned_of_sampling = True
             _warn_if_stale(self.plan, do_sample=bool(generation_config.do_sample))
@@ -258,7 +266,6 @@ class SelfSpeculator:
         return prepared.request(self.plan)
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
-        self.runtime.refresh()
         if self.draft_runtime is not None:
             refresh(self.draft_runtime, self.runtime)
         choice = self.runtime.backend

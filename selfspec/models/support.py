@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from selfspec.errors import UnsupportedModelError
 from selfspec.models.attention_hook import AttentionArgs, AttentionNeeds, LayerShape, additive_mask, masked_attention
+from selfspec.models.model_state import hook_reason, replaced_forward_reason
 from selfspec.models.rope import rope_types
 from selfspec.models.views import decoder_layers, run_view
 
@@ -48,7 +49,8 @@ SUPPORTED_MODEL_TYPES = frozenset(
 )
 """Families that the tests decode with. Every other family is refused, even if the probe would accept it."""
 
-_PROBE_LENGTH = 11
+_PROBE_LENGTHS = (11, 5, 1)
+"""Tokens: the longest pass comes first. Each pass holds the first tokens of the longest."""
 
 
 def vocabulary_size(config: PretrainedConfig) -> int:
@@ -88,6 +90,10 @@ def check_supported(model: PreTrainedModel) -> None:
             "RoPE of type 'dynamic' rescales all positions as the text grows, but a KV cache keeps the old positions; "
             "use yarn or llama3"
         )
+    if (reason := replaced_forward_reason(model)) is not None:
+        raise UnsupportedModelError(f"{reason}; wrap the model before its forward is replaced")
+    if (reason := _quantiser_reason(model)) is not None:
+        raise UnsupportedModelError(reason)
     devices = {str(tensor.device) for tensor in model.parameters()}
     mapped = (getattr(model, "hf_device_map", None) or {}).values()
     devices |= {str(device) for device in mapped} & {"cpu", "disk", "meta"}
@@ -96,6 +102,20 @@ def check_supported(model: PreTrainedModel) -> None:
             f"the model is spread over {', '.join(sorted(devices))}; "
             "selfspec needs it whole on one device (model.to(device))"
         )
+
+
+def _quantiser_reason(model: PreTrainedModel) -> str | None:
+    """The first module that quantises activations by what else a pass holds, or None."""
+    for name, module in model.named_modules():
+        kind, weight = type(module), vars(module).get("_parameters", {}).get("weight")
+        by_name = kind.__module__.startswith("torch.ao.nn.quantized.dynamic") or kind.__name__ == "Linear8bitLt"
+        torchao = type(weight).__name__ == "LinearActivationQuantizedTensor"
+        if by_name or torchao or getattr(weight, "act_quant_kwargs", None) is not None:
+            return (
+                f"{name} ({kind.__name__}) quantises activations: its rounding depends on the tokens of a pass, so a "
+                "pass over a draft is not the same as single passes; use a format that quantises weights alone"
+            )
+    return None
 
 
 @dataclass
@@ -130,41 +150,70 @@ class ProbePass:
 
 @torch.inference_mode()
 def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
-    """Compare the logits of the target view and of the user's model on one short random input.
+    """Compare the logits of the target view and of the user's model on passes of several lengths over random tokens.
 
-    The bound on the difference is wide for rounding errors and narrow for a wrong computation.
+    The bound on a difference is wide for rounding errors and narrow for a wrong computation.
 
     Raises:
-        UnsupportedModelError: the logits differ by more than rounding explains, or are not finite.
+        UnsupportedModelError: logits differ by more than rounding explains, are not finite, or depend on the number of
+            tokens in the pass.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary_size(model.config), (1, _PROBE_LENGTH), generator=generator)
-    tokens = tokens.to(model.device)
+    tokens = torch.randint(vocabulary_size(model.config), (1, _PROBE_LENGTHS[0]), generator=generator).to(model.device)
     recorded = ProbePass()
-    ours = run_view(view, tokens, torch.arange(_PROBE_LENGTH, device=tokens.device)[None], recorded).float()
+    positions = torch.arange(_PROBE_LENGTHS[0], device=tokens.device)[None]
+    ours = [run_view(view, tokens[:, :t], positions[:, :t], recorded).float() for t in _PROBE_LENGTHS]
     unseen = set(range(len(decoder_layers(view)))) - set(recorded.shapes)
     if unseen:
         raise UnsupportedModelError(
             f"attention of layer {min(unseen)} cannot be reached in a copy of this '{model.config.model_type}'; if its "
-            "forward was replaced (model.forward = torch.compile(...)), wrap the model before that"
+            "forward was replaced (layer.forward = torch.compile(...)), wrap the model before that"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        theirs = [model(input_ids=tokens[:, :t], use_cache=False).logits.float() for t in _PROBE_LENGTHS]
     finally:
         for module in training:  # not model.train(): the user may have put some modules in evaluation mode
             module.training = True
-    difference = (ours - theirs).abs().max().item()
-    if not theirs.isfinite().all():
+    if not theirs[0].isfinite().all():
         raise UnsupportedModelError(
             "the model's own logits hold NaN or infinity on a short input; check the weights, or use a wider dtype"
         )
     eps = torch.finfo(model.dtype).eps
-    bound = (64 if eps < 1e-5 else 32) * eps * max(theirs.abs().max().item(), 1.0)
+    bound = (64 if eps < 1e-5 else 32) * eps * max(theirs[0].abs().max().item(), 1.0)
+    for t, own in zip(_PROBE_LENGTHS, theirs, strict=True):
+        if not (difference := _largest(own - theirs[0][:, :t])) <= bound:
+            raise UnsupportedModelError(
+                f"{hook_reason(model) or 'the model'}: logits of the same tokens depend on the length of the pass (by "
+                f"{difference:.3g} between {t} and {_PROBE_LENGTHS[0]} tokens, where rounding explains {bound:.3g}); "
+                "quantisers of activations do so"
+            )
+    difference = max(_largest(own - copied) for own, copied in zip(theirs, ours, strict=True))
     if not difference <= bound:
+        hooked = hook_reason(model)
+        cause = "" if hooked is None else f"; {hooked}: wrap the model before you register hooks"
         raise UnsupportedModelError(
             f"this '{model.config.model_type}' cannot be reproduced: the largest logit difference on a short input is "
-            f"{difference:.3g}, where rounding explains {bound:.3g}"
+            f"{difference:.3g}, where rounding explains {bound:.3g}{cause}"
         )
+    _check_windows(model, recorded)
     return recorded
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _check_windows(model: PreTrainedModel, recorded: ProbePass) -> None:
+    """Refuse a model whose config was changed to another window than the one its attention was built with.
+
+    Hugging Face takes the window of the mask from the config at each call. The probe is shorter than most windows.
+    """
+    config = model.config.get_text_config()
+    given, used = getattr(config, "sliding_window", None), {window for window, _ in recorded.masks} - {None}
+    if used and used != {given}:
+        raise UnsupportedModelError(
+            f"config.sliding_window is {given}, but the attention layers were built with {sorted(used)}; "  # type: ignore[type-var]
+            "load the model again with the config that it should have"
+        )

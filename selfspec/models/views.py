@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfspec.errors import UnsupportedModelError
 from selfspec.models.attention_hook import ATTENTION_NAME, register
+from selfspec.models.model_state import is_shared, reachable
 
 _HOOK_ATTRIBUTES = (
     "_forward_hooks",
@@ -26,9 +27,8 @@ _HOOK_ATTRIBUTES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-# `training` is one of these attributes: views are always in evaluation mode.
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_OWN_ATTRIBUTES = ("forward", "generate")
+"""Attributes of the whole model that its views do not copy: both call the user's model."""
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -37,14 +37,24 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def target_view(model: PreTrainedModel) -> PreTrainedModel:
-    """The full model: a deep copy that shares every tensor with `model` and calls our attention function."""
+    """The full model: a deep copy that shares every tensor with `model` and calls our attention function.
+
+    Raises:
+        UnsupportedModelError: the model holds something that cannot be copied.
+    """
     register()
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in reachable_tensors(model)}
+    memo: dict[int, Any] = {id(value): value for value in reachable(model) if is_shared(value)}
+    memo |= {id(vars(model).get(name)): None for name in _OWN_ATTRIBUTES}
     for module in model.modules():  # the user's hooks watch the user's model, not the views
         memo.update(
             {id(hooks): OrderedDict() for name in _HOOK_ATTRIBUTES if (hooks := getattr(module, name)) is not None}
         )
-    view: PreTrainedModel = copy.deepcopy(model, memo)
+    try:
+        view: PreTrainedModel = copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise UnsupportedModelError(f"the model holds an object that cannot be copied into a view: {error}") from error
+    for name in _OWN_ATTRIBUTES:
+        vars(view).pop(name, None)
     view.eval()
     if model.config._attn_implementation == "sdpa":
         # Older transformers run gemma2 with SDPA, which ignores the soft cap. The view ignores the soft cap, too.
@@ -57,50 +67,7 @@ def target_view(model: PreTrainedModel) -> PreTrainedModel:
 
 def reachable_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that the modules hold: parameters, buffers, and attributes such as a quantiser's state."""
-    seen: set[int] = set()
-
-    def walk(value: Any) -> Iterator[Tensor]:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for item in value.values():
-                yield from walk(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                yield from walk(item)
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, MethodType, ModuleType)):
-            yield from walk(vars(value))
-
-    return walk(model)
-
-
-def state_of(model: PreTrainedModel) -> tuple[object, ...]:
-    """A value that changes whenever the views would no longer compute what the model computes.
-
-    The value covers replaced, moved and cast tensors, and the modules' own settings: adapters change the settings when
-    they are switched, merged or disabled.
-    """
-    tensors = (*model.parameters(), *model.buffers())
-    return (
-        *((id(t), t.data_ptr(), t.device, t.dtype) for t in tensors),
-        *((id(module), *_settings(module)) for module in model.modules()),
-    )
-
-
-def _settings(module: nn.Module) -> list[tuple[str, str]]:
-    own = vars(module).items()
-    return [(name, repr(value)) for name, value in own if name not in _MODULE_ATTRIBUTES and _is_plain(value)]
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return _is_plain([*value, *value.values()])
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return (value for value in reachable(model) if isinstance(value, Tensor))
 
 
 def run_view(view: PreTrainedModel, tokens: Tensor, positions: Tensor, step: Any, *, head: bool = True) -> Tensor:

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
 from selfspec.models.draft_weights import DraftWeights, check_memory, check_vocabulary
+from selfspec.models.model_state import ModelState
 from selfspec.models.rope import longrope_switch, pin_longrope
 from selfspec.models.support import probe
-from selfspec.models.views import state_of, target_view
+from selfspec.models.views import target_view
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.forward_pass import Backend
 from selfspec.runtime.kv_cache import KVCache
@@ -32,6 +33,7 @@ class ModelViews:
         layer_shapes: the shape of each attention layer's cache, by layer.
         masks: pairs of window and query heads per key head, one pair for each mask that the layers use.
         needs: what the model requires of an attention backend.
+        state: the model's state that the views follow.
 
     Raises:
         InputError: the draft weights would exceed `draft_memory`.
@@ -54,17 +56,13 @@ class ModelViews:
         recorded = probe(model, self["target"])
         self.layer_shapes, self.masks, self.needs = recorded.shapes, recorded.masks, recorded.needs(model)
         self._pinned_long: bool | None = None  # None until the first pin
-        self._state = state_of(model)
+        self.state = ModelState(model)
 
     def __getitem__(self, name: ViewName) -> PreTrainedModel:
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[PreTrainedModel]:
         return iter(self._by_name.values())
-
-    def are_current(self) -> bool:
-        """Whether the views still compute what the model computes: the model was not moved, cast or adapted."""
-        return state_of(self.model) == self._state
 
     def change_draft(self, draft_spec: DraftSpec) -> None:
         """Change the draft to another draft spec. A refused draft spec changes nothing."""

@@ -30,6 +30,7 @@ class Passes:
     Args:
         device: the model's device.
         compile: fuse passes with `torch.compile`; None for the device's default.
+        unfixed_reason: why a compiled pass would not follow the model; else None.
 
     Attributes:
         compile: whether passes are compiled. Becomes False if the model cannot be compiled.
@@ -37,9 +38,9 @@ class Passes:
         lengths: the padding of passes; None for no padding.
     """
 
-    def __init__(self, device: torch.device, compile: bool | None) -> None:
+    def __init__(self, device: torch.device, compile: bool | None, unfixed_reason: str | None = None) -> None:
         wanted = will_compile(compile, device)
-        self.uncompiled_reason = uncompiled_reason(device) if wanted else None
+        self.uncompiled_reason = (unfixed_reason or uncompiled_reason(device)) if wanted else None
         self.compile = wanted and self.uncompiled_reason is None
         self.lengths: PassLengths | None = None
         self._fused = FusedLayers()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import DraftWeights
+from selfspec.models.model_state import unfixed_reason
 from selfspec.models.support import check_supported
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.round_costs import PassLengths
@@ -77,18 +78,33 @@ class Runtime:
         self._views: ModelViews | None = None  # set last: after a refused build, `refresh` builds again
         self._cache: KVCache | None = None  # freed before the next cache is allocated
         self._drop_graphs()
-        self.passes = Passes(self.model.device, self._compile_option)
+        self._graphs = None
+        self._unfixed_reason = unfixed_reason(self.model)
+        self.passes = Passes(self.model.device, self._compile_option, self._unfixed_reason)
         views = ModelViews(self.model, self.draft_spec, self._shared_weights, self._draft_memory)
         self.backend: BackendChoice = choose_backend(views.needs, self._backend_name)
-        self._graphs = None if self._captured_with is not None else graphs_for(self.model.device, self._graphs_option)
+        if self._captured_with is None and self._unfixed_reason is None:
+            self._graphs = graphs_for(self.model.device, self._graphs_option)
         self._views = views
 
-    def refresh(self) -> None:
-        """Rebuild the views if the user moved, cast or adapted the model since the last build."""
-        if self._views is None or not self._views.are_current():
-            check_supported(self.model)
-            self._shared_weights = None  # made of the model's old weights
-            self._build()
+    def refresh(self) -> bool:
+        """Rebuild the views if the user changed what the model computes. Returns whether the views are new."""
+        if self._views is not None and self._views.state.is_current():
+            return False
+        check_supported(self.model)
+        self._shared_weights = None  # made of the model's old weights
+        self._build()
+        return True
+
+    def follow(self) -> str | None:
+        """Rebuild the views if necessary. Returns why `model.generate` must decode; None if the views compute the same.
+
+        Raises:
+            UnsupportedModelError: the changed model is not supported.
+        """
+        if self._views is not None and (reason := self._views.state.bypass_reason()) is not None:
+            return reason
+        return self.views.state.bypass_reason() if self.refresh() else None
 
     # --- Parts and conditions ---
 
@@ -117,6 +133,8 @@ class Runtime:
         """Why rounds are not captured although the options request capture; else None."""
         if self.graphs is not None:
             return self.graphs.uncaptured_reason
+        if self._unfixed_reason is not None and graphs_for(self.model.device, self._graphs_option) is not None:
+            return self._unfixed_reason
         needs_gpu = f"CUDA graphs need a GPU, but the model is on {self.model.device.type}"
         return needs_gpu if self._graphs_option is True else None
 

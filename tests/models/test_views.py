@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,16 +128,22 @@ def test_every_module_keeps_its_training_mode(model: PreTrainedModel) -> None:
 def test_the_users_hooks_never_run_in_the_views(model: PreTrainedModel) -> None:
     calls: list[str] = []
     attention = decoder_layers(model)[1].get_submodule("self_attn")
-    attention.register_forward_hook(lambda *_: calls.append("after"))
-    attention.register_forward_pre_hook(lambda *_: calls.append("before"))
-    attention.register_forward_hook(lambda module, args, kwargs, output: calls.append("kwargs"), with_kwargs=True)
-    attention.register_full_backward_hook(lambda *_: None)
-    spec = wrap(model, PLAN)
+    handles = [
+        attention.register_forward_hook(lambda *_: calls.append("after")),
+        attention.register_forward_pre_hook(lambda *_: calls.append("before")),
+        attention.register_forward_hook(lambda module, args, kwargs, output: calls.append("kw"), with_kwargs=True),
+        attention.register_full_backward_hook(lambda *_: None),
+    ]
+    runtime = Runtime(model, ENDS_SKIPPED)
     calls.clear()
-    spec.generate(prompts(7)[0], **GREEDY)
+    runtime.reserve(1, 16)
+    runtime.run("target", prompts(7)[0])
+    runtime.run("draft", prompts(7)[0])
     assert calls == []
     model(prompts(7)[0])
-    assert calls == ["before", "after", "kwargs"]
+    assert calls == ["before", "after", "kw"]
+    for handle in handles:
+        handle.remove()
 
 
 # --- Changing what is skipped ---
@@ -253,8 +260,17 @@ def test_a_model_that_the_view_does_not_reproduce_is_refused_with_the_difference
 
 def test_a_model_whose_forward_was_replaced_is_refused(model: PreTrainedModel) -> None:
     forward = model.forward
-    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as torch.compile(model.forward) does
-    with pytest.raises(UnsupportedModelError, match=r"attention of layer 0 cannot be reached .* wrap the model before"):
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UnsupportedModelError, match=r"model\.forward was replaced \(.*lambda\).*before"):
+        wrap(model, PLAN)
+
+
+def test_a_layer_whose_replaced_forward_calls_the_users_attention_is_refused(model: PreTrainedModel) -> None:
+    attention = decoder_layers(model)[3].self_attn
+    attention.forward = partial(attention.forward)  # type: ignore[arg-type, operator]
+    wrap(model, PLAN)  # a copied partial calls the copy
+    attention.forward = lambda *args, forward=attention.forward, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UnsupportedModelError, match=r"attention of layer 3 cannot be reached .* wrap the model before"):
         wrap(model, PLAN)
 
 

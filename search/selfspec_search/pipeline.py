@@ -19,6 +19,7 @@ from selfspec.plan.draft_spec import Format
 from selfspec.runtime.compiling import will_compile
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.sizes import in_words
+from selfspec_search.budget import Budget
 from selfspec_search.confirm.plan_writer import Phases, PlanWriter, Trials, check_memory, measure_for
 from selfspec_search.confirm.repick import repick
 from selfspec_search.confirm.result import SearchResult
@@ -27,17 +28,19 @@ from selfspec_search.profile.profile import Profile
 from selfspec_search.replay import text_cache
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.text_cache import TEXTS, TextCache, digest_of, model_fingerprint
-from selfspec_search.replay.texts import Text, check_prompts, write_texts
+from selfspec_search.replay.texts import Text, check_prompts, time_texts, write_texts
 from selfspec_search.settings import OnProgress, SearchSettings
 from selfspec_search.space import Space
 from selfspec_search.storage.study_store import SPACE, Store, load_study
 from selfspec_search.study.build_space import build_space, most_draft_weight_bytes
 from selfspec_search.study.constraints import Limits
-from selfspec_search.study.objective import Prices
+from selfspec_search.study.objective import Prices, ceiling
 from selfspec_search.study.study import Study
 
 NOTICE_BYTES = 2**26
 """Bytes: a notice names the memory of draft weights above this."""
+LEAST_NEW_TOKENS = 24
+"""Tokens: the shortest texts that a budget may lead to."""
 STUDY_FORMAT = 2
 """Version of the trials' records. Studies of format 1 also tried exit thresholds; repick still reads them."""
 PROFILE = "profile"
@@ -80,7 +83,9 @@ def search(
         prompts=[*calibration, *held_out],
         calibration=len(calibration),
         settings=settings,
-        phases=Phases(on_progress=on_progress or (lambda progress: None)),
+        phases=Phases(
+            on_progress=on_progress or (lambda progress: None), budget=Budget(seconds=settings.budget or float("inf"))
+        ),
         on_notice=on_notice or (lambda line: None),
     ).run()
 
@@ -178,34 +183,55 @@ class _Search:
         """The target's texts, from the cache or written now."""
         settings, cache, total = self.settings, TextCache(), len(self.prompts)
         sampling = settings.sampling.resolved(self.model)
-        made_with = {"new_tokens": settings.new_tokens, "sampling": sampling, "backend": settings.backend}
+        runtime = Runtime(self.model, backend=settings.backend)
+        new_tokens = self._affordable_tokens(runtime)
+        made_with = {"new_tokens": new_tokens, "sampling": sampling, "backend": settings.backend}
         if settings.sampling.do_sample:
             made_with["seed"] = settings.seed
         key = cache.key(self.model, self.prompts, **made_with)
         if (kept := cache.read(key)) is not None:
             return kept
-        runtime, texts = Runtime(self.model, backend=settings.backend), dict[int, Text]()
+        texts = dict[int, Text]()
         self.phases.report("texts", 0, total)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            for index, text in write_texts(runtime, self.prompts, settings.new_tokens, settings.sampling):
+            for index, text in write_texts(runtime, self.prompts, new_tokens, settings.sampling):
                 texts[index] = text
                 self.phases.report("texts", len(texts), total)
         written = [texts[index] for index in range(total)]
         cache.write(key, written)
         return written
 
+    def _affordable_tokens(self, runtime: Runtime) -> int:
+        """Tokens to write after each prompt: `new_tokens`, or as many as the budget allows."""
+        settings, budget = self.settings, self.phases.budget
+        if not budget.is_limited:
+            return settings.new_tokens
+        seconds = time_texts(runtime, self.prompts, settings.sampling)
+        allowed = seconds.tokens_within(budget.share("texts"))
+        if allowed >= settings.new_tokens:
+            return settings.new_tokens
+        tokens = min(settings.new_tokens, max(LEAST_NEW_TOKENS, allowed))
+        budget.cut(f"texts have {tokens} new tokens instead of {settings.new_tokens}")
+        return tokens
+
     def _trials(self, store: Store, profile: Profile, texts: Sequence[Text]) -> Trials:
         """Run the trials. Their replay is freed at the end, since the confirmation needs memory for another replay."""
-        settings, total = self.settings, self.settings.trials
+        settings, prices = self.settings, Prices.of(profile, texts, lookup=self.settings.lookup).with_lookups(texts)
+        if (most := ceiling(prices.costs)) <= 1:
+            self.on_notice(f"no draft can win on this device: one that is free and always right reaches {most:.2f}x")
+            settings = replace(settings, trials=1)
+        total = settings.trials
         self.phases.report("trials", 0, total)
         study = Study(
             Replay(self.model, texts, settings.gamma_max, sampling=settings.sampling, memory=settings.memory),
-            Prices.of(profile, texts, lookup=settings.lookup).with_lookups(texts),
+            prices,
             settings,
             store,
             Limits.of(self.model, settings),
             on_trial=lambda done, best: self.phases.report("trials", min(done, total), total, best),
+            on_sensitivity=lambda done, every: self.phases.report("sensitivity", done, every),
+            budget=self.phases.budget,
         )
         study.run()
         if not (ranking := study.findings.ranking()):

@@ -12,7 +12,7 @@ from selfspec.plan.sublayers import SkipSet
 from selfspec.utils.settings import Described, SettingError, check_settings
 from selfspec_search.replay.sampling_settings import Sampling
 
-Phase = Literal["texts", "profile", "trials", "confirm", "rows"]
+Phase = Literal["texts", "profile", "sensitivity", "trials", "confirm", "rows"]
 SamplerName = Literal["tpe", "gp", "random"]
 DraftName = Literal["both", "skip", "quantised"]
 
@@ -30,6 +30,15 @@ class SearchSettings:
     """
 
     trials: Trials = 200
+    budget: Annotated[
+        float | None,
+        Described(
+            "Time of the whole search, such as 90s, 10m or 2h, shared by all its phases; --trials stays the most "
+            "drafts to try.",
+            above=0,
+            is_duration=True,
+        ),
+    ] = None
     timeout: Annotated[
         float | None, Described("Start no further trial after this many seconds.", above=0, unit="seconds")
     ] = None
@@ -121,12 +130,16 @@ class SearchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far one phase is. `best` is the best predicted speedup so far, once there is one."""
+    """How far one phase is. `best` is the best predicted speedup so far, once there is one.
+
+    `left` is what is left of the search's budget in seconds; None without a budget.
+    """
 
     phase: Phase
     done: int
     total: int
     best: float | None = None
+    left: float | None = None
 
 
 OnProgress = Callable[[Progress], None]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PHASES = {
     "texts": "writing texts",
     "profile": "timing passes",
+    "sensitivity": "trying sub-layers",
     "trials": "trying drafts",
     "confirm": "decoding with the best",
     "rows": "timing more rows",
@@ -38,7 +39,8 @@ def in_phases(report: Report) -> OnProgress:
 
     def on_progress(progress: Progress) -> None:
         best = f", best {progress.best:.2f}x predicted" if progress.best is not None else ""
-        report(progress.done, progress.total, PHASES[progress.phase] + best)
+        left = f", {progress.left:.0f} s of the budget left" if progress.left is not None else ""
+        report(progress.done, progress.total, PHASES[progress.phase] + best + left)
 
     return on_progress
 
@@ -71,6 +73,8 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
         ("search", f"{result.trials_complete} trials whole, {result.trials_pruned} ended early{early} ({phases})"),
         ("plan", str(result.plan) if result.plan.speculates else NOTHING_FASTER),
     ]
+    if result.cuts:
+        lines.append(("cut short", "; ".join(result.cuts)))
     if slower := result.profile.slower_formats:
         lines.append(("left out", "; ".join(f"{code.partition('/')[0]}: {why}" for code, why in slower.items())))
     if (winner := result.winner) is None:

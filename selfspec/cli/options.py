@@ -17,7 +17,7 @@ import typer
 
 from selfspec.errors import InputError
 from selfspec.utils.settings import SettingError, check_value, described, described_fields
-from selfspec.utils.sizes import parse_size
+from selfspec.utils.sizes import parse_duration, parse_size
 
 DRAFT_GAMMA = 4
 """Tokens: the default draft length of a draft model."""
@@ -142,7 +142,10 @@ def _option(name: str, hint: Any, default: Any) -> Parameter:
     if (about := described(hint)) is not None:
         kind, option = get_args(hint)[0], typer.Option(help=about.help)
         if about.is_size:
-            kind, option = int | None, typer.Option(help=about.help, metavar="SIZE", parser=_size_parser(name))
+            kind, option = int | None, typer.Option(help=about.help, metavar="SIZE", parser=_parser(parse_size, name))
+        elif about.is_duration:
+            parser = _parser(parse_duration, name)
+            kind, option = float | None, typer.Option(help=about.help, metavar="TIME", parser=parser)
         elif get_origin(kind) is Sequence:
             kind = list[get_args(kind)[0]]  # type: ignore[misc]
         hint = Annotated[kind, option]
@@ -160,8 +163,8 @@ def _value(hint: Any, options: list[Parameter], given: dict[str, Any]) -> Any:
     return value
 
 
-def _size_parser(name: str) -> Callable[[str], int]:
-    def size(text: str) -> int:
-        return parse_size(text, flag(name))
+def _parser(parse: Callable[[str, str], Any], name: str) -> Callable[[str], Any]:
+    def value(text: str) -> Any:
+        return parse(text, flag(name))
 
-    return size
+    return value

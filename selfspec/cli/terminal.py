@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Report = Callable[[int, int, str], None]
 """Draws progress: (done, total, description)."""
 PIPE_WIDTH = 140
+SECONDS_PER_LINE = 10
+"""Seconds: from one line of progress to the next where there is no terminal."""
 DRAFTED = "green"
 """The style of tokens that were drafted and accepted."""
 ORIGINS = {
@@ -91,8 +94,10 @@ def tell_draft_bytes(model: PreTrainedModel, plan: Plan) -> None:
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
-    """Yields a function of (done, total, description). The bar is drawn in that call only, so that no thread disturbs a
-    timing."""
+    """Yields a function of (done, total, description): a bar on a terminal, else a line every `SECONDS_PER_LINE`.
+
+    Both are written in that call only, so that no thread disturbs a timing.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -104,10 +109,14 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
     aside = asides()
     hidden = quiet or not aside.is_terminal
     with Progress(*columns, console=aside, transient=True, auto_refresh=False, disable=hidden) as bar:
-        task = bar.add_task(what, total=None)
+        task, said = bar.add_task(what, total=None), monotonic()
 
         def report(done: int, total: int, description: str) -> None:
+            nonlocal said
             bar.update(task, completed=done, total=total, description=description, refresh=True)
+            if not aside.is_terminal and not quiet and monotonic() - said >= SECONDS_PER_LINE:
+                said = monotonic()
+                aside.print(f"{description}: {done} of {total}", markup=False, soft_wrap=True)
 
         yield report
 

@@ -26,6 +26,8 @@ class Described:
     """Follows a refused value in error messages."""
     is_size: bool = False
     """Whether the value is in bytes. The command line accepts text such as 4G for bytes."""
+    is_duration: bool = False
+    """Whether the value is in seconds. The command line accepts text such as 10m for seconds."""
 
     def complaint(self, value: Any) -> str | None:
         """What is wrong with `value`, without the setting's name; None if the value is within the bounds."""

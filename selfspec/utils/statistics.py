@@ -102,13 +102,14 @@ def median_seconds(
     *,
     repeats: int,
     in_a_row: int = 1,
+    warmup: int = 1,
     budget: float = 0.0,
     rare: Callable[[Key], bool] = lambda key: False,
     on_repeat: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Key, float]:
-    """The median seconds of each call, timed in turn after one warm-up run."""
+    """The median seconds of each call, timed in turn after `warmup` runs."""
     tasks = {key: timed_task(call, device, in_a_row=in_a_row) for key, call in calls.items()}
-    return medians(interleaved(tasks, repeats=repeats, budget=budget, rare=rare, on_repeat=on_repeat))
+    return medians(interleaved(tasks, repeats=repeats, warmup=warmup, budget=budget, rare=rare, on_repeat=on_repeat))
 
 
 def medians(seconds: Mapping[Key, Sequence[float]]) -> dict[Key, float]:

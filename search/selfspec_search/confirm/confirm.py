@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, cycle, islice
+from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from selfspec.plan.provenance import Figures
 from selfspec.plan.round_costs import PassLengths
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import interleaved
+from selfspec_search.budget import Budget
 from selfspec_search.confirm.contender import LEAST_BATCHES, Contender
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.rounds import Drafting, agreement, rounds_of
@@ -25,6 +27,9 @@ from selfspec_search.replay.table import Table
 from selfspec_search.replay.texts import Text
 from selfspec_search.settings import SearchSettings
 from selfspec_search.study.objective import Prediction, Prices, predict
+
+DECODING_SHARE = 0.8
+"""Share of the time left: the replay of the held-out texts needs the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ def confirm(
     settings: SearchSettings,
     pass_lengths: PassLengths | None = None,
     on_decoded: Callable[[int, int], None] = lambda done, total: None,
+    budget: Budget | None = None,
 ) -> tuple[Figures, list[Confirmed]]:
     """Decode held-out texts with the plan of each prediction and plainly, in turn.
 
@@ -86,6 +92,7 @@ def confirm(
         prices: of the held-out texts.
         pass_lengths: padded lengths of passes, for plain decoding too.
         on_decoded: called with (batches decoded, number of batches).
+        budget: limits the number of repeats and of texts.
 
     Returns:
         The figures of plain decoding, and the confirmed plans in the order of `predictions`.
@@ -95,12 +102,15 @@ def confirm(
     plain, *contenders = everyone
     room = max(text.prompt + text.allowed for text in replay.texts) + settings.longest_draft + 1
     texts = [[replay.texts[index] for index in batch] for batch in batches]
+    start = perf_counter()
     for contender in everyone:
         # All contenders need the same capacity: capacity decides the cost of a pass, and growing would recompile.
         contender.runtime.reserve(settings.rows, room)
         contender.decode(0, texts[0])  # warm-up
         contender.runs.clear()
-    total, done = settings.repeats * len(batches) * len(everyone), count(1)
+    repeats, some = _affordable(budget or Budget(), perf_counter() - start, settings.repeats, len(batches))
+    batches, texts = batches[:some], texts[:some]
+    total, done = repeats * len(batches) * len(everyone), count(1)
 
     def decode(contender: Contender, place: int) -> float:
         seconds = contender.decode(place, texts[place])
@@ -109,12 +119,24 @@ def confirm(
 
     pairs = [(place, index) for place in range(len(texts)) for index in range(len(everyone))]
     tasks = {(place, index): partial(decode, everyone[index], place) for place, index in pairs}
-    interleaved(tasks, repeats=settings.repeats, warmup=0, group=len(everyone))
+    interleaved(tasks, repeats=repeats, warmup=0, group=len(everyone))
     decoded = [index for batch in batches for index in batch]
     return plain.figures(plain, len(set(decoded))), [
         _compare(prediction, contender, plain, replay, prices, decoded)
         for prediction, contender in zip(predictions, contenders, strict=True)
     ]
+
+
+def _affordable(budget: Budget, turn: float, repeats: int, batches: int) -> tuple[int, int]:
+    """Repeats, and batches to decode, if all contenders together take `turn` seconds for a batch."""
+    if not budget.is_limited:
+        return repeats, batches
+    turns = max(1, int(DECODING_SHARE * budget.left / turn))
+    fewer = min(repeats, max(1, turns // min(batches, LEAST_BATCHES)))
+    some = min(batches, max(1, turns // fewer))
+    if (fewer, some) != (repeats, batches):
+        budget.cut(f"plans decoded {some} of {batches} batches, {fewer} times instead of {repeats}")
+    return fewer, some
 
 
 def pass_lengths_of(draft_spec: DraftSpec, pass_lengths: PassLengths | None) -> PassLengths | None:

@@ -18,6 +18,7 @@ from selfspec.plan.draft_spec import DraftSpec, Format
 from selfspec.plan.plan import Plan
 from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance
 from selfspec.plan.round_costs import RoundCosts
+from selfspec_search.budget import Budget
 from selfspec_search.confirm.confirm import Confirmed, confirm, pass_lengths_of
 from selfspec_search.confirm.result import SearchResult
 from selfspec_search.profile.profile import Profile, ProfileSettings, measure, position_limit
@@ -32,9 +33,10 @@ from selfspec_search.study.objective import Prediction, Prices, plain_figures
 
 @dataclass(kw_only=True)
 class Phases:
-    """The seconds of each phase of a search, and its progress reports."""
+    """The seconds of each phase of a search, its budget, and its progress reports."""
 
     on_progress: OnProgress
+    budget: Budget = field(default_factory=Budget)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -44,7 +46,8 @@ class Phases:
         self.seconds[name] = perf_counter() - start
 
     def report(self, phase: Phase, done: int, total: int, best: float | None = None) -> None:
-        self.on_progress(Progress(phase=phase, done=done, total=total, best=best))
+        left = self.budget.left if self.budget.is_limited else None
+        self.on_progress(Progress(phase=phase, done=done, total=total, best=best, left=left))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ def measure_for(
         ),
         gamma_max=settings.longest_draft,
         contexts=sorted({min(context, most) for context in contexts}),
+        budget=phases.budget,
         on_cycle=lambda done, total: phases.report("profile", done, total),
     )
 
@@ -106,7 +110,7 @@ class PlanWriter:
 
     def run(self, trials: Trials, texts: Sequence[Text], held_out: Sequence[Text]) -> SearchResult:
         """Confirm the best of `trials`, which were predicted on `texts`, on the `held_out` texts."""
-        chosen = list(trials.ranking[: self.settings.confirm])
+        chosen = list(trials.ranking[: self._affordable_plans(held_out)])
         if trials.lookup is not None and trials.lookup.speedup > 1:
             chosen.append(trials.lookup)
         with self.phases.phase("confirm"):
@@ -137,7 +141,20 @@ class PlanWriter:
             trials_pruned=trials.pruned,
             interrupted=trials.interrupted,
             seconds=self.phases.seconds,
+            cuts=self.phases.budget.cuts,
         )
+
+    def _affordable_plans(self, held_out: Sequence[Text]) -> int:
+        """How many plans can be confirmed: each, and plain decoding, decodes one text to warm up and two that count."""
+        budget, wanted = self.phases.budget, self.settings.confirm
+        if not budget.is_limited:
+            return wanted
+        costs = Prices.of(self.profile, held_out, lookup=False).costs
+        longest = max(text.written for text in held_out) * costs.rounds[0] + costs.prefill
+        plans = min(wanted, max(1, int(budget.left / (3 * longest)) - 1))
+        if plans < wanted:
+            budget.cut(f"{plans} of {wanted} plans were confirmed")
+        return plans
 
     def _confirm(self, chosen: Sequence[Prediction], held_out: Sequence[Text]) -> tuple[Figures, list[Confirmed]]:
         settings, fastest = self.settings, max(prediction.speedup for prediction in chosen)
@@ -149,6 +166,7 @@ class PlanWriter:
             settings,
             self.profile.pass_lengths,
             lambda done, total: self.phases.report("confirm", done, total, fastest),
+            budget=self.phases.budget,
         )
 
     def _provenance(
@@ -176,7 +194,12 @@ class PlanWriter:
             seed=settings.seed,
             trials=trials.complete + trials.pruned,
             study=trials.study,
-            settings={"sampler": settings.sampler, "gamma_max": settings.gamma_max, "texts": len(texts)},
+            settings={
+                "sampler": settings.sampler,
+                "gamma_max": settings.gamma_max,
+                "texts": len(texts),
+                **({"budget": settings.budget, "cut short": self.phases.budget.cuts} if settings.budget else {}),
+            },
             predicted=predicted,
             predicted_on_held_out=on_held_out,
             measured=measured,

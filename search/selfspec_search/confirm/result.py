@@ -24,6 +24,7 @@ class SearchResult:
     trials_pruned: int
     interrupted: bool  # whether the user ended the trials early
     seconds: dict[str, float]  # by phase
+    cuts: Sequence[str] = ()  # what was cut short to keep the budget
 
     @property
     def rounds_equal(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from typing import Annotated, Any, Self
 
 import torch
@@ -16,12 +17,16 @@ from selfspec.huggingface.loading import processor_name, versions
 from selfspec.plan.round_costs import PassLengths
 from selfspec.utils.devices import device_name
 from selfspec.utils.statistics import median_seconds
+from selfspec_search.budget import Budget
 from selfspec_search.profile.costs import Costs, Record
 from selfspec_search.profile.draft_costs import fit_draft_weights
-from selfspec_search.profile.subject import ProfileSettings, Subject, costs_at
+from selfspec_search.profile.subject import Name, ProfileSettings, Subject, costs_at
+from selfspec_search.profile.timing import Call
 
 CYCLES = 15
 """Cycles: how often every call is timed, in turn."""
+LEAST_CYCLES = 5
+"""Cycles: the fewest, however little time there is."""
 CONTEXTS = (128, 512, 2048)
 """Tokens: the default contexts without prompts, as far as the model's positions reach."""
 
@@ -115,6 +120,7 @@ def measure(
     *,
     gamma_max: int,
     contexts: Sequence[int] | None = None,
+    budget: Budget | None = None,
     on_cycle: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Measure a profile: medians of interleaved cycles.
@@ -127,19 +133,23 @@ def measure(
         settings: see `ProfileSettings`.
         gamma_max: the longest draft whose round is measured.
         contexts: tokens in the cache when a pass begins; by default the median prompt's length, or `CONTEXTS`.
+        budget: limits the number of cycles and, where passes are slow, of contexts and draft lengths.
         on_cycle: called with (cycles done, number of cycles).
 
     Raises:
         InputError: a context is below 1 or beyond the model's positions, or `rows` is below 1.
     """
-    settings = settings or ProfileSettings()
+    settings, budget = settings or ProfileSettings(), budget or Budget()
+    end = perf_counter() + budget.share("profile")
     if settings.rows < 1:
         raise InputError(f"rows is {settings.rows}, but it must be at least 1")
     contexts = _contexts(model, contexts, prompts, gamma_max)
     subject = Subject.of(model, prompts or (), contexts, gamma_max, settings)
+    calls, cycles = _affordable(subject, end, budget)
     timed = median_seconds(
-        subject.calls(), model.device, repeats=CYCLES, rare=lambda name: name[1] == "prefill", on_repeat=on_cycle
+        calls, model.device, repeats=cycles, warmup=0, rare=lambda name: name[1] == "prefill", on_repeat=on_cycle
     )
+    contexts = sorted({context for context, _ in calls})
     full, num_layers, pass_lengths = subject.full, model.config.num_hidden_layers, subject.pass_lengths(timed)
     compiled, captured = full.passes.compile, subject.timed_calls[subject.base].captures(full)
     costs = costs_at(contexts, subject.base, timed, num_layers, compiled=compiled, pass_lengths=pass_lengths)
@@ -161,6 +171,27 @@ def measure(
         pass_lengths=pass_lengths if pass_lengths.most else None,
         slower_formats=subject.slower_formats,
     )
+
+
+def _affordable(subject: Subject, end: float, budget: Budget) -> tuple[dict[Name, Call], int]:
+    """The calls to time, each run once to warm up, and the number of cycles until `end`.
+
+    Where passes are so slow that few cycles fit, only the middle context and few draft lengths are timed.
+    """
+    calls = subject.calls()
+    fewer, start = subject.fewest(calls), perf_counter()
+    for name in fewer:
+        calls[name]()
+    cycle = (perf_counter() - start) * len(calls) / len(fewer)
+    if perf_counter() + (1 + LEAST_CYCLES) * cycle > end:
+        budget.cut("costs were measured at one context, and at few draft lengths")
+        calls, cycle = {name: calls[name] for name in fewer}, cycle * len(fewer) / len(calls)
+    for name in calls.keys() - set(fewer):
+        calls[name]()
+    cycles = min(CYCLES, max(LEAST_CYCLES, int((end - perf_counter()) / cycle))) if budget.is_limited else CYCLES
+    if cycles < CYCLES:
+        budget.cut(f"costs were measured {cycles} times instead of {CYCLES}")
+    return calls, cycles
 
 
 def _contexts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +115,11 @@ class Subject:
             calls[context, "lookup"] = timed.lookup(self.full, max(1, lengths[-1]))
             calls[context, "prefill"] = timed.prefill(self.full)
         return calls
+
+    def fewest(self, names: Iterable[Name]) -> list[Name]:
+        """The calls without which nothing can be priced: one context, and few draft lengths."""
+        kept = round_lengths(self.gamma_max, sparse=True)
+        return [(at, what) for at, what in names if at == self.base and (isinstance(what, str) or what in kept)]
 
     def steps(self, timed: Mapping[Name, float]) -> dict[str, float]:
         """Seconds of one draft step of each runtime, at the base context."""

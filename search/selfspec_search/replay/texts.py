@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from selfspec_search.replay.sampling_settings import Sampling
 
 ROWS_PER_BATCH = 16
 """Rows: the most prompts that the target continues together."""
+_TIMED_TOKENS = (1, 5)
+"""Tokens: the lengths of the two texts whose times tell a token's time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +72,31 @@ def write_texts(
         written, _ = decode_batch(runtime, NoDrafter(), [prompts[index] for index in batch], new_tokens, sampling)
         for index, tokens in zip(batch, written, strict=True):
             yield index, Text(tokens=tokens, prompt=len(prompts[index]), allowed=new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSeconds:
+    """Seconds that writing all texts takes: the prefill of all prompts, and each further token of all texts."""
+
+    prefill: float
+    token: float
+
+    def tokens_within(self, seconds: float) -> int:
+        """New tokens of each text that can be written in `seconds`."""
+        return int((seconds - self.prefill) / self.token)
+
+
+def time_texts(runtime: Runtime, prompts: Sequence[Tensor], sampling: Sampling) -> TextSeconds:
+    """Measure what writing texts costs, on the batch of the median lengths."""
+    batches = list(_batches([len(prompt) for prompt in prompts], alike=False))
+    batch = [prompts[index] for index in batches[len(batches) // 2]]
+    taken = []
+    for tokens in _TIMED_TOKENS:
+        start = perf_counter()
+        decode_batch(runtime, NoDrafter(), batch, tokens, sampling)
+        taken.append(perf_counter() - start)
+    token = max(1e-6, (taken[1] - taken[0]) / (_TIMED_TOKENS[1] - _TIMED_TOKENS[0]))
+    return TextSeconds(prefill=max(0.0, taken[0] - token) * len(batches), token=token * len(batches))
 
 
 def _batches(lengths: Sequence[int], *, alike: bool) -> Iterator[list[int]]:

@@ -114,6 +114,12 @@ class Prices:
         return predict(Table.empty(texts, 1), self, DraftSpec(), [Drafting(0, lookup) for lookup in lookups])
 
 
+def ceiling(costs: Costs) -> float:
+    """The most that any draft can gain: all drafted tokens are accepted, and the draft skips every sub-layer."""
+    step = costs.draft_step(SkipSet(attn=range(costs.num_layers), mlp=range(costs.num_layers)))
+    return max((n + 1) * costs.rounds[0] / (n * step + seconds) for n, seconds in enumerate(costs.rounds) if n)
+
+
 def ranked(predictions: Iterable[Prediction]) -> list[Prediction]:
     """Predictions sorted by speedup, the highest first. Of equal speedups, the larger skip set comes first."""
     return sorted(predictions, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set)))

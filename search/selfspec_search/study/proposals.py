@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
 
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec_search.budget import Budget
 from selfspec_search.replay.replay import Replay
 from selfspec_search.settings import SearchSettings
 from selfspec_search.space import Change, Sublayer, nested, skip_set_of, sublayer_name, sublayers
 from selfspec_search.storage.study_store import Store
 from selfspec_search.study.constraints import LimitCheck, Limits
 from selfspec_search.study.objective import Prediction, Prices, ranked
+from selfspec_search.study.race import POSITIONS, few_texts
 from selfspec_search.study.sampler import Sampler
 
 SEED_SHARE = 0.5
 """Share of the trials: the most that try known good draft specs."""
 FULL_TRIALS_FIRST = 5
 """Trials: the number of complete trials before any trial is pruned. They show the error of first-depth estimates."""
-SENSITIVITY_TEXTS = 8
-"""Texts: the most that measure how much each sub-layer matters."""
+LEAST_SENSITIVITY_POSITIONS = 64
+"""Tokens: the fewest on which the sensitivity to a sub-layer is measured, however little time there is."""
 REFINED_SPECS = 5
 """Draft specs: the best ones, which show the effect of a change."""
 MOST_REPEATS = 10
@@ -93,9 +96,18 @@ class Proposals:
     sampler alternate. Both use the findings of all workers."""
 
     def __init__(
-        self, replay: Replay, findings: Findings, settings: SearchSettings, store: Store, sampler: Sampler, seed: int
+        self,
+        replay: Replay,
+        findings: Findings,
+        settings: SearchSettings,
+        store: Store,
+        sampler: Sampler,
+        seed: int,
+        budget: Budget,
+        on_sensitivity: Callable[[int, int], None],
     ) -> None:
         self.replay, self.findings, self.settings, self.store = replay, findings, settings, store
+        self.budget, self.on_sensitivity = budget, on_sensitivity
         self.space, self._sampler, self._random = store.space, sampler, random.Random(seed)
 
     def draft_specs(self) -> Iterator[DraftSpec]:
@@ -155,14 +167,27 @@ class Proposals:
         """
         if (kept := self.store.get("sensitivity")) is not None:
             return dict(json.loads(kept))
-        texts = sorted(range(len(self.replay.texts)), key=lambda index: len(self.replay.texts[index]))
-        few = self.replay.only(texts[:: -(-len(texts) // SENSITIVITY_TEXTS)])
-        agreement = {
-            sublayer_name(sublayer): few.first_depth(skip_set_of([sublayer])).agreement
-            for sublayer in sublayers(self.space.num_layers)
-        }
+        every, few = sublayers(self.space.num_layers), self._sensitivity_replay()
+        agreement = {}
+        for done, sublayer in enumerate(every):
+            self.on_sensitivity(done, len(every))
+            agreement[sublayer_name(sublayer)] = few.first_depth(skip_set_of([sublayer])).agreement
         self.store.publish("sensitivity", json.dumps(agreement).encode())
         return agreement
+
+    def _sensitivity_replay(self) -> Replay:
+        """A replay of as many positions as the budget allows to replay once for each sub-layer."""
+        texts, positions = self.replay.texts, POSITIONS
+        if self.budget.is_limited:
+            chosen = few_texts(texts, LEAST_SENSITIVITY_POSITIONS)
+            start, timed = time.monotonic(), sum(texts[index].written for index in chosen)
+            self.replay.only(chosen).first_depth(DraftSpec())
+            per_position = (time.monotonic() - start) / timed
+            affordable = self.budget.share("sensitivity") / (2 * self.space.num_layers) / per_position
+            if affordable < positions:
+                positions = max(LEAST_SENSITIVITY_POSITIONS, int(affordable))
+                self.budget.cut(f"sensitivity to sub-layers was measured on {positions} tokens")
+        return self.replay.only(few_texts(texts, positions))
 
     def _refined(self) -> DraftSpec | None:
         """The best draft spec with one or two choices changed: the most promising untried and feasible change.

@@ -1,4 +1,8 @@
-"""Study: a worker's trials. Each trial replays a draft spec, and ends after one depth if the draft cannot be best."""
+"""Study: a worker's trials.
+
+A trial replays a draft spec on few texts, then one depth of all texts, then all depths. It ends as soon as the draft
+cannot be the best.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from selfspec.plan.draft_spec import DraftSpec
+from selfspec_search.budget import Budget
 from selfspec_search.replay.replay import Replay
 from selfspec_search.replay.table import Table
 from selfspec_search.settings import SearchSettings
@@ -17,6 +22,7 @@ from selfspec_search.storage.study_store import Running, Store, StoredTrial
 from selfspec_search.study.constraints import Limits
 from selfspec_search.study.objective import Prediction, Prices, best, depths_worth_replaying, evaluate
 from selfspec_search.study.proposals import Findings, Proposals
+from selfspec_search.study.race import Race
 from selfspec_search.study.sampler import Sampler
 
 
@@ -31,26 +37,35 @@ class Study:
         store: Store,
         limits: Limits,
         on_trial: Callable[[int, float | None], None] = lambda done, best: None,
+        on_sensitivity: Callable[[int, int], None] = lambda done, total: None,
+        budget: Budget | None = None,
     ) -> None:
         self.replay, self.prices, self.settings, self.store = replay, prices, settings, store
+        self.budget, self._race = budget or Budget(), Race(replay, prices)
         self.on_trial, self.interrupted = on_trial, False
         self.findings = Findings(prices=prices, limits=limits)
         news = store.news()
         # Workers that join at the same time need different seeds, or they would propose the same drafts.
         seed = settings.seed + (0 if store.created else len(news) + os.getpid())
         self._sampler = Sampler(settings.sampler, seed, store.space)
-        self._proposals = Proposals(replay, self.findings, settings, store, self._sampler, seed)
+        self._proposals = Proposals(
+            replay, self.findings, settings, store, self._sampler, seed, self.budget, on_sensitivity
+        )
         self._learn(news)
 
     def run(self) -> None:
         """Run trials until the study has enough, time is up, or the user interrupts. Earlier findings remain."""
-        deadline = time.monotonic() + (float("inf") if self.settings.timeout is None else self.settings.timeout)
+        timeout = float("inf") if self.settings.timeout is None else self.settings.timeout
+        deadline = time.monotonic() + min(timeout, self.budget.until("confirm"))
         try:
             for draft_spec in self._proposals.draft_specs():
                 self._try(draft_spec)
                 self._learn(self.store.news())
                 self.on_trial(self.findings.trials, self.findings.best)
-                if self.findings.trials >= self.settings.trials or time.monotonic() > deadline:
+                if self.findings.trials >= self.settings.trials:
+                    break
+                if time.monotonic() > deadline:
+                    self.budget.cut(f"{self.findings.trials} of {self.settings.trials} drafts were tried")
                     break
         except KeyboardInterrupt:
             self.interrupted = True
@@ -74,7 +89,15 @@ class Study:
     def _replay(
         self, draft_spec: DraftSpec, running: Running, record: dict[str, Any], excess: dict[str, float]
     ) -> None:
-        start, first_depth, estimate = time.monotonic(), None, 0.0
+        start, first_depth, estimate, few = time.monotonic(), None, 0.0, 0.0
+        if self._race.pays:
+            few, agreement = self._race.run(draft_spec)
+            if self._race.is_lost(few, self.findings.best or 0.0):
+                expected, seconds = self._race.expected(few), time.monotonic() - start
+                running.prune(
+                    expected, {**record, "estimate": expected, "agreement": agreement, "seconds": seconds}, excess
+                )
+                return
 
         def how_deep(first: Table) -> int:
             nonlocal first_depth, estimate
@@ -84,6 +107,8 @@ class Study:
 
         table = self.replay.run(draft_spec, how_deep)
         assert first_depth is not None
+        if few:
+            self._race.learn(few, estimate)
         kept = table if table.depths else first_depth.shallow(1)
         record |= {
             "estimate": estimate,

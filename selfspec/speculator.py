@@ -33,15 +33,19 @@ from selfspec.huggingface.streamer import Streamed
 from selfspec.models.draft_weights import draft_weight_bytes, unsupported_reasons
 from selfspec.models.support import check_supported
 from selfspec.plan.plan import Plan
-from selfspec.policy import drafter_for, too_many_rows
+from selfspec.plan.sublayers import SkipSet
+from selfspec.policy import drafter_for, quick_plan, too_many_rows
 from selfspec.runtime.cuda_graphs import Recorder
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.request_lock import RequestLock
 
+DRAFT_MODEL_GAMMA = 4
+"""Tokens: the draft length of a draft model where no plan names one."""
+
 
 def wrap(
     model: PreTrainedModel,
-    plan: Plan | str | os.PathLike[str],
+    plan: Plan | str | os.PathLike[str] | None = None,
     *,
     backend: str | None = None,
     compile: bool | None = None,
@@ -54,7 +58,8 @@ def wrap(
 
     Args:
         model: a supported causal language model. The model stays unchanged and usable.
-        plan: a `Plan`, a plan file, or a directory that holds one.
+        plan: a `Plan`, a plan file, or a directory that holds one. Without a plan, prompt lookup drafts where it pays,
+            by a measurement of two seconds; a plan of `selfspec search` may also skip or quantise sub-layers.
         backend: `flash-attn`, `torch-flash` or `sdpa`; by default the best attention backend that supports the model.
         compile: fuse the passes with `torch.compile`: slower to start, faster to run. The default is CUDA only: a CPU
             needs tens of seconds for every pass length.
@@ -93,13 +98,16 @@ class SelfSpeculator:
     def __init__(
         self,
         model: PreTrainedModel,
-        plan: Plan | str | os.PathLike[str],
+        plan: Plan | str | os.PathLike[str] | None = None,
         options: DecodeOptions = DecodeOptions(),
         draft_model: PreTrainedModel | None = None,
         *,
         recorder: Recorder | None = None,
     ) -> None:
         self.options = options
+        quick = plan is None
+        if plan is None:  # a draft model needs a draft length only
+            plan = Plan.none() if draft_model is None else Plan(skip_set=SkipSet(), gamma=DRAFT_MODEL_GAMMA)
         self.plan = plan if isinstance(plan, Plan) else Plan.from_pretrained(plan)
         if draft_model is not None:
             check_plan(self.plan, options.draft_memory)
@@ -120,6 +128,8 @@ class SelfSpeculator:
         """The runtime of the draft model, if any."""
         if draft_model is not None:
             self.draft_runtime = draft_runtime(self.runtime, draft_model, options)
+        elif quick:
+            self.plan = quick_plan(self.runtime)
         _warn_if_stale(self.plan, **self.runtime.conditions)
         self._warned_of_sampling = self._warned_of_rows = False
         self.stats = Stats()

@@ -7,5 +7,6 @@ distribution. Imported by the Hugging Face layer, the speculator and the benchma
 
 from selfspec.policy.policy import AdaptivePolicy
 from selfspec.policy.select import drafter_for, longest_draft, too_many_rows
+from selfspec.policy.without_plan import quick_plan
 
-__all__ = ["AdaptivePolicy", "drafter_for", "longest_draft", "too_many_rows"]
+__all__ = ["AdaptivePolicy", "drafter_for", "longest_draft", "quick_plan", "too_many_rows"]

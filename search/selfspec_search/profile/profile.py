@@ -137,13 +137,15 @@ def measure(
         raise InputError(f"rows is {settings.rows}, but it must be at least 1")
     contexts = _contexts(model, contexts, prompts, gamma_max)
     subject = Subject.of(model, prompts or (), contexts, gamma_max, settings)
+    calls = subject.calls()
     timed = median_seconds(
-        subject.calls(), model.device, repeats=CYCLES, rare=lambda name: name[1] == "prefill", on_repeat=on_cycle
+        calls, model.device, repeats=CYCLES, rare=lambda name: name[1] == "prefill", on_repeat=on_cycle
     )
-    full, num_layers, pass_lengths = subject.full, model.config.num_hidden_layers, subject.pass_lengths(timed)
+    full, num_layers, pass_lengths = subject.full, model.config.num_hidden_layers, subject.pass_lengths(calls, timed)
     compiled, captured = full.passes.compile, subject.timed_calls[subject.base].captures(full)
     costs = costs_at(contexts, subject.base, timed, num_layers, compiled=compiled, pass_lengths=pass_lengths)
-    changes = {"captured": captured, **fit_draft_weights(model, subject.formats, subject.steps(timed))}
+    base = costs[contexts.index(subject.base)]
+    changes = {"captured": captured, **fit_draft_weights(model, subject.formats, subject.steps(timed), base)}
     return Profile(
         device=device_name(model.device),
         processor=processor_name(),

@@ -11,7 +11,7 @@ gain is at least `LEAST_PADDING_GAIN` and its 95 % interval, a bootstrap over th
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -72,9 +72,9 @@ def draft_padding(runtime: Runtime, timed_calls: TimedCalls) -> PassLengths:
     call = timed_calls.draft(runtime)
 
     def padded_to(length: int) -> Call:
-        def padded() -> None:
+        def padded() -> Any:
             with runtime.padded(PassLengths(rows=rows, target=[], draft=length)):
-                call()
+                return call()
 
         return padded
 

@@ -27,7 +27,7 @@ from selfspec_search.settings import DraftName
 from torch import Tensor
 
 from selfspec import InputError, Plan
-from selfspec.benchmark.contenders import GENERATE, PLAIN, line_up
+from selfspec.benchmark.contenders import line_up
 from selfspec.benchmark.measure import measure
 from selfspec.decode_options import DecodeOptions, PolicyName
 from selfspec.demo import calibration_prompts, held_out_prompts
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     how = DecodeOptions(compile=options.compile, policy=options.policy)
     lined_up = line_up(loaded.model, plan, measured_on, options.new_tokens, how)
     measured = measure(lined_up.contenders, measured_on, new_tokens=options.new_tokens, repeats=options.repeats)
-    scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=plan.longest_draft)
+    scores = measured.scores(lined_up.ours.runtime, gamma=plan.longest_draft)
     console.print(scores_table(scores))
     if found:
         print_search(console, found)
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.device,
         backend=lined_up.ours.runtime.backend.backend.name,
         plan=json.loads(plan.to_json()),
+        baseline=measured.baseline,
         scores=[score.to_dict() for score in scores],
         absent=lined_up.absent,
         unsteady=measured.unsteady,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.context import JUDGED, Context, Select
-from selfspec.benchmark.contenders import PLAIN, Ours
+from selfspec.benchmark.contenders import Ours, plain_contenders
 from selfspec.benchmark.measure import Measurement, measure
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.plan import Plan
@@ -82,22 +82,23 @@ def judge(
     model: PreTrainedModel, entries: Sequence[Entry], prompts: Sequence[Tensor], *, new_tokens: int, repeats: int
 ) -> Measurement:
     """Decode every prompt plainly and with every plan, in turn."""
-    plans = {PLAIN: Plan.none(), **{entry.name: entry.plan for entry in entries}}
-    contenders = [Ours(name, SelfSpeculator(model, plan)) for name, plan in plans.items()]
-    return measure(contenders, prompts, new_tokens=new_tokens, repeats=repeats)
+    padding = next((entry.plan.pass_lengths for entry in entries if entry.plan.pass_lengths), None)
+    plain = plain_contenders(model, padding)
+    plans = [Ours(entry.name, SelfSpeculator(model, entry.plan)) for entry in entries]
+    return measure([*plain, *plans], prompts, new_tokens=new_tokens, repeats=repeats)
 
 
 def rows(measured: Measurement, entries: Sequence[Entry], context: Context) -> list[dict[str, Any]]:
     """The choices, predictions and measurements of every plan for the JSON, the fastest first."""
     longest = max(entry.plan.longest_draft for entry in entries)
     runtime = next(c for c in measured.contenders if isinstance(c, Ours)).spec.runtime
-    scores = {score.name: score for score in measured.scores(runtime, against=[PLAIN], gamma=max(longest, 1))}
+    scores = {score.name: score for score in measured.scores(runtime, gamma=max(longest, 1))}
     ours = [entry.name for entry in entries if entry.method == OURS]
     found = [
         {
             "method": entry.method,
             **scores[entry.name].to_dict(),
-            "speedup": scores[entry.name].ratios[PLAIN].to_dict(),
+            "speedup": scores[entry.name].ratios[measured.baseline].to_dict(),
             "ours_over_it": measured.ratio(ours[0], entry.name).to_dict() if ours and entry.method != OURS else None,
             "predicted_speedup": round(entry.predicted, 4),
             "draft_cost": round(draft_cost(context, entry.plan.skip_set), 4) if entry.plan.gamma else None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from common.timing import Call, Times, take_turns
-from selfspec_search.profile.pass_lengths import DRAFT_LENGTHS, LEAST_PADDING_GAIN, target_lengths
+from selfspec_search.profile.pass_lengths import DRAFT_LENGTHS, is_adopted, padding_gain, suggested_lengths
 from torch import Tensor
 
 from selfspec import DraftSpec
@@ -70,9 +70,8 @@ class Passes:
     @cached_property
     def pass_lengths(self) -> PassLengths | None:
         """The pass lengths that are faster than shorter ones; None if padding never helps."""
-        longest = max(self.target)
-        medians = {t - 1: times.median for t, times in self.target.items()}
-        pass_lengths = PassLengths(rows=1, target=target_lengths(medians, longest - 1))
+        longer = adopted_lengths(self.target)
+        pass_lengths = PassLengths(rows=1, target=[longer.get(t, t) for t in range(1, max(self.target) + 1)])
         return pass_lengths if pass_lengths.most else None
 
     def length_of(self, t: int) -> int:
@@ -166,7 +165,7 @@ def measure_passes(
         repeats=effort.pass_repeats,
         in_a_row=effort.in_a_row,
     )
-    best = {name: best_length({t: timed[name, t] for t in lengths_of(runtimes[name])}) for name in drafts}
+    best = {name: adopted_lengths({t: timed[name, t] for t in lengths_of(runtimes[name])}).get(1, 1) for name in drafts}
     return Passes(
         target={t: timed["target", t] for t in effort.lengths},
         drafts={name: timed[name, t] for name, t in best.items()},
@@ -180,7 +179,8 @@ def lengths_of(runtime: Runtime) -> tuple[int, ...]:
     return (1,) if runtime.static or runtime.draft_spec.quantised else DRAFT_LENGTHS
 
 
-def best_length(timed: Mapping[int, Times]) -> int:
-    """The fastest length if it beats one token by more than noise, else 1."""
-    best = min(timed, key=lambda t: timed[t].median)
-    return best if timed[best].median < timed[1].median * (1 - LEAST_PADDING_GAIN) else 1
+def adopted_lengths(timed: Mapping[int, Times]) -> dict[int, int]:
+    """By length of a pass, the fastest longer pass, if it is faster beyond the noise."""
+    suggested = suggested_lengths({t: times.median for t, times in timed.items()})
+    gains = {t: padding_gain(timed[t].seconds, timed[longer].seconds) for t, longer in suggested.items()}
+    return {t: longer for t, longer in suggested.items() if is_adopted(gains[t])}

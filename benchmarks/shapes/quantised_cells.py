@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from common.budget import LeftOutError
 
 from selfspec import DraftSpec, Format, Plan, Quantised, SkipSet, wrap
-from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours
+from selfspec.benchmark.contenders import GENERATE, PLAIN, Contender, HuggingFace, Ours, plain_contenders
 from selfspec.benchmark.measure import Measurement, measure
 from selfspec.plan.round_costs import PassLengths
 from shapes.agreement import distinct_share, drafted_agreement, find_scale
@@ -20,7 +21,7 @@ from shapes.passes import Ceiling, Passes
 from shapes.skip_cells import BASIS, PROBING
 from shapes.subject import Subject
 
-PADDED, DRAFTED = "plain, padded", "drafted"
+DRAFTED = "drafted"
 REACH = 16.0
 """The largest scale: int8 rounds so little that only a distant target disagrees."""
 FIRST_GUESS = 3.0
@@ -49,7 +50,6 @@ class QuantisedBench:
         self.dial = Dial(subject, format, keep=subject.device.type == "cpu")
         self.prompts = [batch[0] for batch in subject.prompts(effort.prompts, 1, effort.prompt_length)]
         self.scales: dict[float, float] = {}
-        self._plain: dict[str, Ours] = {}
 
     def measure(self, agreement: float, *, skipping: bool) -> dict[str, Any]:
         """All figures of one cell.
@@ -137,21 +137,20 @@ class QuantisedBench:
 
     def contenders(self) -> list[Contender]:
         """`model.generate`, plain decoding unpadded and padded, and the current draft."""
-        plain = [self._plainly(PLAIN), *([self._plainly(PADDED)] if self._pass_lengths else [])]
-        return [HuggingFace(GENERATE, self.subject.model), *plain, Ours(DRAFTED, self.spec)]
+        return [HuggingFace(GENERATE, self.subject.model), *self._plain, Ours(DRAFTED, self.spec)]
 
     def _speeds(self, measured: Measurement, best: Ceiling) -> dict[str, Any]:
         """Every contender's score, and our speedup over the faster plain decoding."""
         assert self.passes is not None
         names = [contender.name for contender in measured.contenders]
-        better = max((name for name in (PLAIN, PADDED) if name in names), key=measured.tokens_per_second)
-        scores = measured.scores(self.spec.runtime, against=(better, GENERATE), gamma=best.gamma)
-        ratio, (ours,) = measured.ratio(DRAFTED, better), [score for score in scores if score.name == DRAFTED]
+        scores = measured.scores(self.spec.runtime, gamma=best.gamma)
+        ratio = measured.ratio(DRAFTED, measured.baseline)
+        ours = scores[measured.index(DRAFTED)]
         assert ours.stats is not None
         ideal = ideal_speedup(ours.stats.tokens_per_round, best.gamma, self.passes.of(best.draft, best.gamma))
         return {
             "tokens_per_round": ours.stats.tokens_per_round,
-            "better_plain": better,
+            "better_plain": measured.baseline,
             "speedup": ratio.to_dict(),
             "ceiling": best.speedup,
             "ideal_speedup": ideal,
@@ -166,11 +165,10 @@ class QuantisedBench:
     def _pass_lengths(self) -> PassLengths | None:
         return self.passes.pass_lengths if self.passes else None
 
-    def _plainly(self, name: str) -> Ours:
-        if name not in self._plain:  # kept, since each compiles and captures its own passes
-            plan = Plan.none(pass_lengths=self._pass_lengths if name == PADDED else None)
-            self._plain[name] = Ours(name, wrap(self.subject.model, plan))
-        return self._plain[name]
+    @cached_property
+    def _plain(self) -> list[Ours]:
+        """Kept, since each compiles and captures its own passes."""
+        return plain_contenders(self.subject.model, self._pass_lengths)
 
     def _plan(self, draft_spec: DraftSpec, gamma: int) -> Plan:
         return Plan(

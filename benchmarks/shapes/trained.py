@@ -18,7 +18,7 @@ from selfspec_search.settings import DraftName
 from transformers import PreTrainedModel
 
 from selfspec import SelfspecError, wrap
-from selfspec.benchmark.contenders import GENERATE, PLAIN, Ours, line_up
+from selfspec.benchmark.contenders import Ours, line_up
 from selfspec.benchmark.measure import Score, measure
 from selfspec.huggingface.loading import load
 from selfspec.utils.devices import dtype_name
@@ -78,7 +78,7 @@ class TrainedRun:
         ours = [*(Ours(name, wrap(model, found[name].plan)) for name in others), Ours(last, lined_up.ours)]
         measured = measure([*peers, *ours], timed, new_tokens=effort.new_tokens, repeats=effort.repeats)
         longest = max(result.plan.longest_draft for result in found.values())
-        scores = measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=longest)
+        scores = measured.scores(lined_up.ours.runtime, gamma=longest)
         return Trained(
             found=found,
             scores=scores,
@@ -91,6 +91,7 @@ class TrainedRun:
                 "trials_ended_early": {name: result.trials_pruned for name, result in found.items()},
                 "replay_equals_decoding_in_every_round": all(result.rounds_equal for result in found.values()),
                 "prompts": len(timed),
+                "baseline": measured.baseline,
                 "scores": [score.to_dict() for score in scores],
                 "ratios": {f"{last} over {name}": measured.ratio(last, name).to_dict() for name in others},
                 "absent": lined_up.absent,

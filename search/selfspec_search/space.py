@@ -129,7 +129,6 @@ class Space:
             yield from (self.quantised(code, None, head) for code in self.formats)
         if self.skips:
             yield from (DraftSpec(skip_set=skip_set) for skip_set in seeds(self.num_layers))
-        yield DraftSpec()
 
     # --- Changes of a draft spec ---
 

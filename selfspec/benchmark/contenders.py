@@ -15,12 +15,14 @@ from selfspec.decode_options import DecodeOptions
 from selfspec.decoding.stats import Stats
 from selfspec.errors import SelfspecError
 from selfspec.plan.plan import Plan
+from selfspec.plan.round_costs import PassLengths
 from selfspec.plan.sublayers import SkipSet
 from selfspec.speculator import SelfSpeculator
 
-GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, DRAFT_MODEL, OURS = (
+GENERATE, PLAIN, PADDED, EARLY_EXIT, PROMPT_LOOKUP, DRAFT_MODEL, OURS = (
     "model.generate",
     "plain",
+    "plain, padded",
     "assistant_early_exit",
     "prompt_lookup",
     "draft model",
@@ -181,7 +183,7 @@ def line_up(
     draft_model: PreTrainedModel | None = None,
     draft_gamma: int = 4,
 ) -> LineUp:
-    """The contenders of a benchmark: `model.generate`, the plain model in our runtime, and the plan in our runtime.
+    """The contenders of a benchmark: `model.generate`, plain decoding in our runtime, and the plan in our runtime.
 
     Args:
         peers: include Hugging Face's ways to speculate, each with the fastest settings on the first prompts.
@@ -190,8 +192,8 @@ def line_up(
     """
     ours = SelfSpeculator(model, plan, options)
     passes = replace(options, policy="adaptive", draft_memory=None)
-    plain = SelfSpeculator(model, Plan.none(pass_lengths=ours.runtime.pass_lengths), passes)
-    contenders: list[Contender] = [HuggingFace(GENERATE, model), Ours(PLAIN, plain)]
+    plain = plain_contenders(model, ours.runtime.pass_lengths, passes)
+    contenders: list[Contender] = [HuggingFace(GENERATE, model), *plain]
     absent: list[str] = []
     for candidates in (early_exits(model), prompt_lookups(model)) if peers else ():
         try:
@@ -202,6 +204,19 @@ def line_up(
         classic = Plan(skip_set=SkipSet(), gamma=draft_gamma, pass_lengths=ours.runtime.pass_lengths)
         contenders.append(Ours(DRAFT_MODEL, SelfSpeculator(model, classic, passes, draft_model)))
     return LineUp(contenders=[*contenders, Ours(OURS, ours)], ours=ours, absent=absent)
+
+
+def plain_contenders(
+    model: PreTrainedModel, pass_lengths: PassLengths | None, options: DecodeOptions = DecodeOptions()
+) -> list[Ours]:
+    """Plain decoding in our runtime, unpadded; and padded, if `pass_lengths` pads passes over one token.
+
+    The baseline of a benchmark is the faster of the two (`Measurement.baseline`).
+    """
+    found = [Ours(PLAIN, SelfSpeculator(model, Plan.none(), options))]
+    if pass_lengths is not None and pass_lengths.pads_plain:
+        found.append(Ours(PADDED, SelfSpeculator(model, Plan.none(pass_lengths=pass_lengths), options)))
+    return found
 
 
 def timed(contender: Contender, prompt: Tensor, new_tokens: int) -> tuple[Tensor, float]:

@@ -3,11 +3,13 @@
 In float32, outputs must be equal, so each difference is an error. In a narrower dtype, passes of 1 and of gamma + 1
 tokens use different kernels, so two almost equal logits may change places. A difference is a near-tie if the gap
 between the target's two largest logits is at most twice the rounding, and an error otherwise. The rounding is the
-largest logit difference between the target's passes of 1 and of gamma + 1 tokens.
+largest logit difference between the target's passes of 1 and of gamma + 1 tokens, over all positions of the row up to
+the difference: at one position alone, the passes may agree by luck.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from selfspec.runtime.prefill import prefill
 from selfspec.runtime.runtime import Runtime
+
+MOST_POSITIONS = 256
+"""Positions: the most, up to a difference, whose logits are compared. The limit bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +110,9 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
     gap = rounding = None
     if runtime.model.dtype != torch.float32:
         text = torch.cat([prompt, expected[:position]])
-        one_by_one = _last_logits(runtime, text, len(prompt), 1, padded=False)  # as in plain decoding
-        by_rounds = _last_logits(runtime, text, len(prompt), gamma + 1)
-        top = one_by_one.topk(2).values
+        one_by_one = _logits(runtime, text, len(prompt), 1, padded=False)  # as in plain decoding
+        by_rounds = _logits(runtime, text, len(prompt), gamma + 1)
+        top = one_by_one[-1].topk(2).values
         gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds).abs().max().item()
     return Difference(
         position=position,
@@ -119,9 +124,12 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
 
 
 @torch.inference_mode()
-def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int, *, padded: bool = True) -> Tensor:
-    """The target's float32 logits `v` after `text`, with passes of `t` tokens over the new tokens, as in decoding."""
-    row = text.to(runtime.model.device)[None]
+def _logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int, *, padded: bool = True) -> Tensor:
+    """The target's float32 logits `n v` after the prompt and after each new token of `text`, the last `MOST_POSITIONS`.
+
+    Passes over the new tokens have `t` tokens, as in decoding.
+    """
+    row, found = text.to(runtime.model.device)[None], deque[Tensor](maxlen=MOST_POSITIONS // t + 2)
     start = prompt_length - 1
     padding = -(row.shape[1] - start) % t  # every pass has `t` tokens; no token of the text sees the filling
     row = torch.nn.functional.pad(row, (0, padding))
@@ -129,6 +137,7 @@ def _last_logits(runtime: Runtime, text: Tensor, prompt_length: int, t: int, *, 
     prefill(runtime, row[:, :start], torch.tensor([start], device=row.device))
     with runtime.padded(runtime.passes.lengths if padded else None):
         for chunk in row[:, start:].split(t, dim=1):
-            logits = runtime.run("target", chunk)
+            found.append(runtime.run("target", chunk)[0].clone())  # a captured pass reuses its output
             runtime.cache.lengths += t
-    return logits[0, t - 1 - padding].float()
+    logits = torch.cat([*found])
+    return logits[: len(logits) - padding][-MOST_POSITIONS:].float()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfspec.benchmark.contenders import PLAIN, Contender, timed
+from selfspec.benchmark.contenders import GENERATE, PADDED, PLAIN, Contender, timed
 from selfspec.benchmark.lossless import Verdict, compare
 from selfspec.decoding.stats import Stats
 from selfspec.errors import InputError
@@ -36,9 +36,9 @@ class Score:
     settings: dict[str, Any]
     tokens_per_second: float
     ratios: dict[str, Ratio]
-    """By name of the other contender."""
+    """By name of the other contender: the baseline, and `model.generate`."""
     differing: Verdict
-    """Against the plain model in our runtime if present, else against the first contender."""
+    """Against plain decoding, unpadded."""
     stats: Stats | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,16 +89,22 @@ class Measurement:
         both = [self.index(name), self.index(base)]
         return speed_ratio(self.seconds[both], self.tokens[both], seed=seed)
 
-    def scores(self, runtime: Runtime, *, against: Sequence[str], gamma: int) -> list[Score]:
-        """The score of each contender, with the ratios to the contenders named in `against`."""
-        names = [contender.name for contender in self.contenders]
-        reference = self.outputs[names.index(PLAIN) if PLAIN in names else 0]
+    @property
+    def baseline(self) -> str:
+        """The name of the faster plain decoding, unpadded or padded: every speedup over plain decoding is over it."""
+        plain = [contender.name for contender in self.contenders if contender.name in (PLAIN, PADDED)]
+        return max(plain, key=self.tokens_per_second)
+
+    def scores(self, runtime: Runtime, *, gamma: int) -> list[Score]:
+        """The score of each contender, with the ratios to the baseline and to `model.generate`."""
+        bases = [self.baseline, *(one.name for one in self.contenders if one.name == GENERATE)]
+        reference = self.outputs[self.index(PLAIN)]
         return [
             Score(
                 name=contender.name,
                 settings=contender.settings,
                 tokens_per_second=self.tokens_per_second(contender.name),
-                ratios={base: self.ratio(contender.name, base) for base in against if base in names},
+                ratios={base: self.ratio(contender.name, base) for base in bases},
                 differing=compare(runtime, zip(self.prompts, reference, outputs, strict=True), gamma=gamma),
                 stats=contender.stats,
             )

@@ -46,8 +46,9 @@ def bench(
 ) -> None:
     """Measure a plan against the plain model, model.generate, assistant_early_exit and prompt lookup.
 
-    Greedy, one prompt at a time, everything interleaved in one run. With --draft-model, classic speculative decoding
-    with that model takes part, too.
+    Greedy, one prompt at a time, everything interleaved in one run. Where the plan pads passes over one token, the
+    plain model decodes with and without padding, and speedups are over the faster. With --draft-model, classic
+    speculative decoding with that model takes part, too.
     """
     if drafting.draft_gamma is not None and drafting.draft_model is None:
         raise InputError("--draft-gamma goes with --draft-model")
@@ -59,7 +60,7 @@ def bench(
     loaded = load_model(model, place, quiet=quiet)
     draft_model = load_draft_model(drafting.draft_model, loaded, quiet=quiet)
 
-    from selfspec.benchmark.contenders import GENERATE, PLAIN, line_up
+    from selfspec.benchmark.contenders import line_up
     from selfspec.benchmark.measure import measure
 
     tell_draft_bytes(loaded.model, chosen)
@@ -83,7 +84,7 @@ def bench(
             on_progress=lambda done, total: report(done, total, "decoding"),
         )
     longest = max(chosen.longest_draft, drafting.gamma if draft_model is not None else 0)
-    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=longest)
+    scores = measured.scores(entrants.ours.runtime, gamma=longest)
     out = results()
     print_scores(out, scores)
     for note in notes(loaded, entrants, measured, scores):
@@ -159,6 +160,7 @@ def to_dict(loaded: Loaded, entrants: LineUp, measured: Measurement, scores: lis
         "intervals": INTERVALS,
         "plan": entrants.ours.plan.model_dump(mode="json", exclude={"round_costs", "model", "provenance"}),
         "draft_bytes": entrants.ours.runtime.views.draft_weights.nbytes,
+        "baseline": measured.baseline,
         "contenders": [score.to_dict() for score in scores],
         "absent": entrants.absent,
         "unsteady": measured.unsteady,

@@ -54,7 +54,7 @@ def demo(
 
     import selfspec_search
 
-    from selfspec.benchmark.contenders import GENERATE, PLAIN, Ours, line_up
+    from selfspec.benchmark.contenders import Ours, line_up
     from selfspec.benchmark.measure import measure
     from selfspec.cli.bench import notes, print_scores
     from selfspec.demo import calibration_prompts, held_out_prompts
@@ -92,7 +92,7 @@ def demo(
             repeats=REPEATS,
             on_progress=lambda done, total: report(done, total, "decoding"),
         )
-    scores = measured.scores(entrants.ours.runtime, against=(PLAIN, GENERATE), gamma=result.plan.longest_draft)
+    scores = measured.scores(entrants.ours.runtime, gamma=result.plan.longest_draft)
     print_scores(console, scores)
     for note in notes(loaded, entrants, measured, scores):
         console.print(note, markup=False, soft_wrap=True, style="dim")

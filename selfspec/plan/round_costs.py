@@ -73,11 +73,14 @@ class PassLengths(Setting):
         rows: rows that decode together.
         target: Tokens: padded lengths of the target's passes over 1, 2, ... tokens. Longer passes are not padded.
         draft: Tokens: the padded length of the draft's pass over one token.
+        gains: by pass, the measurement that shows the gain: the padded pass's speed over the unpadded pass's, and the
+            95 % interval of this ratio.
     """
 
     rows: Annotated[int, Field(ge=1)]
     target: list[Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)]]
     draft: Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)] = 1
+    gains: dict[str, Annotated[list[float], Field(min_length=3, max_length=3)]] | None = None
 
     @model_validator(mode="after")
     def _never_cuts(self) -> Self:
@@ -88,6 +91,11 @@ class PassLengths(Setting):
     def of_target(self, t: int) -> int:
         """Tokens: the padded length of a target pass over `t` tokens."""
         return self.target[t - 1] if t <= len(self.target) else t
+
+    @property
+    def pads_plain(self) -> bool:
+        """Whether the passes of plain decoding are padded."""
+        return self.of_target(1) > 1
 
     @property
     def most(self) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,12 @@ from models import FIRST_DROPPED, damped_model, prompts
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec import InputError, Plan, Stats
+from selfspec import InputError, PassLengths, Plan, Stats
 from selfspec.benchmark.contenders import (
     EARLY_EXIT,
     GENERATE,
     OURS,
+    PADDED,
     PLAIN,
     PROMPT_LOOKUP,
     EarlyExit,
@@ -24,6 +26,7 @@ from selfspec.benchmark.contenders import (
     line_up,
 )
 from selfspec.benchmark.measure import Measurement, measure
+from selfspec.runtime.runtime import Runtime
 
 PROMPTS = [row[mask.bool()] for row, mask in zip(*prompts(11, 5, 7), strict=True)]
 PLAN = Plan(skip_set=FIRST_DROPPED, gamma=3)
@@ -49,11 +52,13 @@ class Scripted:
         return self.new[len(self.log) % len(self.new)]
 
 
-def measurement(seconds: list[list[list[float]]], tokens: list[list[int]] | None = None) -> Measurement:
+def measurement(
+    seconds: list[list[list[float]]], tokens: list[list[int]] | None = None, names: Sequence[str] = "abc"
+) -> Measurement:
     array = np.array(seconds)
     tokens = tokens or [[10] * array.shape[2]] * array.shape[0]
     return Measurement(
-        contenders=[Scripted(name, []) for name in "abc"[: len(array)]],
+        contenders=[Scripted(name, []) for name in names[: len(array)]],
         prompts=PROMPTS[: array.shape[2]],
         seconds=array,
         outputs=[[torch.zeros(n, dtype=torch.long) for n in row] for row in tokens],
@@ -114,7 +119,7 @@ def test_an_interval_includes_prompts_without_a_speedup() -> None:
 def test_all_contenders_write_the_same_tokens_in_float32(llama: PreTrainedModel) -> None:
     lined_up = line_up(llama, PLAN, PROMPTS, 17)
     measured = measure(lined_up.contenders, PROMPTS, new_tokens=17, repeats=1)
-    scores = {score.name: score for score in measured.scores(lined_up.ours.runtime, against=(PLAIN, GENERATE), gamma=3)}
+    scores = {score.name: score for score in measured.scores(lined_up.ours.runtime, gamma=3)}
     assert list(scores) == [GENERATE, PLAIN, EARLY_EXIT, PROMPT_LOOKUP, OURS]
     assert lined_up.absent == []
     assert all(score.differing.differing_tokens == 0 for score in scores.values())
@@ -124,6 +129,38 @@ def test_all_contenders_write_the_same_tokens_in_float32(llama: PreTrainedModel)
     assert 1 < ours.tokens_per_round < 4
     assert (plain.tokens_per_round, plain.drafted) == (1, 0)
     assert set(scores[OURS].to_dict()["ratios"]) == {PLAIN, GENERATE}
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "padded"),
+    [([4], 1, True), ([2, 5, 5], 3, True), ([1, 4], 3, False), ([], 2, False)],
+    ids=["plain", "all", "not passes over one token", "drafts"],
+)
+def test_plain_decoding_runs_unpadded_and_also_padded_if_the_plan_pads_its_passes(
+    llama: PreTrainedModel, target: list[int], draft: int, padded: bool
+) -> None:
+    pass_lengths = PassLengths(rows=1, target=target, draft=draft)
+    plan = PLAN.model_copy(update={"pass_lengths": pass_lengths})
+    contenders = {one.name: one for one in line_up(llama, plan, PROMPTS, 7, peers=False).contenders}
+    assert list(contenders) == [GENERATE, PLAIN, *[PADDED] * padded, OURS]
+    found = {name: one.spec.runtime.pass_lengths for name, one in contenders.items() if name != GENERATE}
+    assert found == {PLAIN: None, **({PADDED: pass_lengths} if padded else {}), OURS: pass_lengths}
+
+
+@pytest.mark.parametrize(
+    ("padded", "baseline", "speedup"),
+    [([1.0, 9.0, 1.0], PADDED, 2.0), ([5.0, 5.0, 5.0], PLAIN, 4.0), ([1.0, 5.0, 9.0], PLAIN, 4.0)],
+    ids=["faster but once", "slower", "slower but once"],
+)
+def test_speedups_are_over_the_faster_median_of_the_two_plain_decodings(
+    llama: PreTrainedModel, padded: list[float], baseline: str, speedup: float
+) -> None:
+    seconds = [[[2.0]] * 3, [[each] for each in padded], [[0.5]] * 3, [[3.0]] * 3]
+    measured = measurement(seconds, names=(PLAIN, PADDED, OURS, GENERATE))
+    assert measured.baseline == baseline
+    scores = {score.name: score for score in measured.scores(Runtime(llama), gamma=3)}
+    assert set(scores[OURS].ratios) == {baseline, GENERATE}
+    assert scores[OURS].ratios[baseline].value == speedup
 
 
 def test_early_exit_restores_the_model_even_after_an_exception(

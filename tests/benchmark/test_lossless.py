@@ -6,7 +6,7 @@ from models import FIRST_DROPPED, damped_model, tiny_model
 from torch import Tensor, tensor
 from transformers import PreTrainedModel
 
-from selfspec.benchmark.lossless import Difference, Verdict, compare, count_differing, first_difference
+from selfspec.benchmark.lossless import Difference, Verdict, _logits, compare, count_differing, first_difference
 from selfspec.runtime.runtime import Runtime
 
 PROMPT = torch.arange(3, 14)
@@ -94,6 +94,35 @@ def test_near_ties_are_within_twice_the_rounding() -> None:
     for gap, is_near_tie in ((0.5, True), (0.51, False)):
         difference = Difference(position=0, expected=1, got=2, gap=gap, rounding=0.25)
         assert difference.is_near_tie is is_near_tie
+
+
+@pytest.mark.parametrize(("gap", "is_near_tie"), [(0.5, True), (0.75, False)])
+def test_passes_that_agree_at_the_difference_by_luck_do_not_hide_the_rounding_before_it(
+    monkeypatch: pytest.MonkeyPatch, gap: float, is_near_tie: bool
+) -> None:
+    one_by_one, by_rounds = torch.zeros(2, 5, 7)  # each n v
+    one_by_one[1, 3] = 0.25  # the largest rounding, on a token that no pass would choose
+    one_by_one[1, 6], by_rounds[1, 6] = 3.0, 3.0
+    one_by_one[-1, 2] = by_rounds[-1, 2] = gap  # the passes agree here
+    passes = {1: one_by_one, GAMMA + 1: by_rounds}
+    monkeypatch.setattr("selfspec.benchmark.lossless._logits", lambda runtime, text, start, t, **_: passes[t])
+    expected = tensor([6, 5, 4, 3, 2])
+    runtime = Runtime(tiny_model("llama", dtype=torch.bfloat16))
+    (difference,) = compare(runtime, [(PROMPT, expected, tensor([6, 5, 4, 3, 1]))], gamma=GAMMA).differences
+    assert (difference.position, difference.gap, difference.rounding) == (4, gap, 0.25)
+    assert difference.is_near_tie is is_near_tie
+
+
+@pytest.mark.parametrize("most", [256, 3])
+@pytest.mark.parametrize("t", [1, 5])
+def test_passes_of_every_length_give_the_logits_of_the_last_new_tokens(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, t: int, most: int
+) -> None:
+    monkeypatch.setattr("selfspec.benchmark.lossless.MOST_POSITIONS", most)
+    text = torch.cat([PROMPT, greedy(llama)])
+    with torch.inference_mode():
+        expected = llama(text[None]).logits[0, len(PROMPT) - 1 :]
+    torch.testing.assert_close(_logits(Runtime(llama), text, len(PROMPT), t), expected[-most:], atol=1e-4, rtol=0.0)
 
 
 def test_a_prompt_of_one_token_can_be_judged() -> None:

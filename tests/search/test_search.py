@@ -18,18 +18,19 @@ from selfspec_search.replay.rounds import Drafting
 from selfspec_search.replay.text_cache import CACHE_VARIABLE, TextCache, model_fingerprint
 from selfspec_search.replay.texts import Text
 from selfspec_search.space import Space
-from selfspec_search.study.objective import Prediction, Prices
+from selfspec_search.study.objective import Prediction, Prices, ranked
 from selfspec_search.study.proposals import Findings
 from selfspec_search.study.study import Study
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfspec import InputError, Plan, PlanError, SkipSet
+from selfspec import InputError, Plan, PlanError, PromptLookup, SkipSet
 from selfspec.decoding.acceptance import Draft
 from selfspec.decoding.drafter import NoDrafter
 from selfspec.decoding.request import Request
 from selfspec.drafters.build import drafter_of
 from selfspec.drafters.layer_skip import LayerSkipDrafter
+from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.provenance import Figures
 from selfspec.runtime.runtime import Runtime
 
@@ -340,15 +341,27 @@ def test_the_timeout_ends_a_search_without_a_feasible_draft(model: PreTrainedMod
         find(model, trials=10**6, timeout=0.5, max_draft_cost=1e-9)
 
 
-def test_every_draft_spec_of_a_small_model_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage, costs = str(tmp_path / "trials.db"), CHEAP_DRAFTS.costs[0].model_copy(update={"num_layers": 2})
+def test_every_draft_of_a_small_model_is_tried_once_but_never_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At these costs, which only noise could show, the whole model would be the fastest draft.
+    changes = {"num_layers": 2, "rounds": (0.04, *[0.001] * 3)}
+    storage, costs = str(tmp_path / "trials.db"), CHEAP_DRAFTS.costs[0].model_copy(update=changes)
     profile = CHEAP_DRAFTS.model_copy(update={"num_layers": 2, "costs": (costs,)})
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *_, **__: profile)
     small = tiny_model("llama", num_hidden_layers=2)
-    result = find(small, trials=40, storage=storage)
+    result = find(small, trials=40, storage=storage, start_from=[DraftSpec()])
     tried = [trial.draft_spec for trial in load_study(storage).trials]
-    assert len(tried) == len(set(tried)) == result.trials_complete + result.trials_pruned == 2**4
-    assert set(tried) == set(Space(num_layers=2).every())
+    assert len(tried) == len(set(tried)) == result.trials_complete + result.trials_pruned == 2**4 - 1
+    assert {*tried, DraftSpec()} == set(Space(num_layers=2).every())
+
+
+def test_a_study_in_which_an_earlier_release_tried_the_whole_model_never_ranks_that_draft() -> None:
+    figures = Figures(tokens_per_round=2.0, acceptance_rate=1.0, tokens_per_second=9.0, speedup=1.13, texts=1)
+    cascade = Drafting(3, PromptLookup(gamma=5))
+    ways = [(DraftSpec(), Drafting(1)), (DraftSpec.of(FIRST_DROPPED), Drafting(2)), (DraftSpec(), cascade)]
+    predictions = [Prediction(draft_spec=draft, drafting=way, figures=figures) for draft, way in ways]
+    assert ranked(predictions) == predictions[1:2]
 
 
 @pytest.mark.slow

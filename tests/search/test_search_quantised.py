@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import quantised_models
 import torch
+from hypothesis import example, given
 from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchResult, SearchSettings, load_study, repick, search
 from selfspec_search.profile.costs import Costs, Savings
 from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, fit_draft_weights, quantised_variants
-from selfspec_search.profile.pass_lengths import target_lengths
+from selfspec_search.profile.pass_lengths import draft_padding, suggested_lengths, target_padding
+from selfspec_search.profile.timing import TimedCalls
 from selfspec_search.replay.texts import Text
 from selfspec_search.report import make_page, read_source
 from selfspec_search.space import OWN_HEAD
@@ -26,6 +31,7 @@ from transformers import PreTrainedModel
 from selfspec import InputError, QuantisedSet, SkipSet, SubVocabulary, draft_bytes, wrap
 from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Quantised
 from selfspec.plan.round_costs import PassLengths
+from selfspec.runtime.runtime import Runtime
 
 LAYERS = 7
 SETTINGS = {"trials": 12, "gamma_max": 3, "new_tokens": 19, "confirm": 2, "repeats": 1, "confirm_texts": 2}
@@ -106,30 +112,137 @@ def test_savings_larger_than_a_step_leave_a_positive_cost() -> None:
     assert absurd.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) > 0
 
 
+UNFITTED = COSTS.model_copy(
+    update={"fixed": 0.001, "layer": 0.0, "attention": 0.0005, "mlp": 0.0005, "unpadded": 1.0, "formats": {}}
+)
+"""Costs of a padded step of 8 ms."""
+QUANTISABLE = quantisable_model("llama")
+PARTS = ("attention", "MLPs", "head", "everything", "everything, a quarter of the head")
+
+
+def fit(whole: float, trimmed: float, *parts: float) -> Costs:
+    """Costs fitted to milliseconds of the whole model's step, unpadded; with a trimmed head; and of `PARTS` in int4."""
+    steps = {"nothing": 8.0, UNPADDED: whole, "a quarter of the head": trimmed}
+    steps |= {f"int4/32 {part}": step for part, step in zip(PARTS, parts, strict=True)}
+    assert steps.keys() == {"nothing", *quantised_variants(QUANTISABLE, [INT4])}
+    fitted = fit_draft_weights(QUANTISABLE, [INT4], {name: step / 1000 for name, step in steps.items()}, UNFITTED)
+    return UNFITTED.model_copy(update=fitted)
+
+
 def test_savings_sum_to_the_saving_of_the_fully_quantised_draft() -> None:
-    model = quantisable_model("llama")
-    steps = dict.fromkeys(quantised_variants(model, [INT4]), 0.009) | {"nothing": 0.008, UNPADDED: 0.010}
-    steps |= {"int4/32 attention": 0.0085, "int4/32 MLPs": 0.007, "int4/32 head": 0.0095, "int4/32 everything": 0.004}
-    fitted = fit_draft_weights(model, [INT4], steps)
-    costs = COSTS.model_copy(update={"fixed": 0.001, "layer": 0.0, "attention": 0.0005, "mlp": 0.0005} | fitted)
+    costs = fit(10.0, 9.4, 8.5, 7.0, 9.5, 4.0, 3.9)  # together 1 ms more than the parts
     assert costs.draft_step(DraftSpec()) == pytest.approx(0.008)
     assert costs.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) == pytest.approx(0.004)
-    savings = fitted["formats"]["int4/32"]
-    assert savings.mlp / savings.attention == pytest.approx(2), "in proportion to the savings of each kind alone"
+    savings = costs.formats["int4/32"]
+    share = 1 / (4.375 + 4.375 + 0.8 - 5)  # of what is left below the costs
+    assert 7000 * savings.attention == pytest.approx(1.5 + share * (4.375 - 1.5))
+    assert 7000 * savings.mlp == pytest.approx(3.0 + share * (4.375 - 3.0))
+    assert 1000 * savings.head == pytest.approx(0.5 + share * (0.8 - 0.5))
+    costs = fit(10.0, 9.4, 8.5, 7.0, 9.5, 7.5, 7.5)  # together half of the parts
+    assert costs.formats["int4/32"].mlp == pytest.approx(2 * costs.formats["int4/32"].attention)
+    assert costs.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS))) == pytest.approx(0.0075)
+
+
+STEP = st.floats(1.0, 60.0)
+
+
+@given(whole=st.floats(7.0, 12.0), trimmed=STEP, parts=st.tuples(STEP, STEP, STEP, STEP, STEP))
+@example(whole=7.0, trimmed=6.0, parts=(25.0, 19.0, 1.0, 5.0, 5.0))  # the head "saves" 6 ms of a 7 ms step
+@example(whole=8.0, trimmed=7.0, parts=(9.0, 7.5, 7.499, 4.0, 3.0))  # the parts' savings almost sum to zero
+@example(whole=8.0, trimmed=9.0, parts=(9.0, 9.0, 9.0, 4.0, 3.0))  # only everything together is faster
+def test_noise_never_makes_draft_weights_save_more_than_what_they_replace(
+    whole: float, trimmed: float, parts: tuple[float, ...]
+) -> None:
+    costs = fit(whole, trimmed, *parts)
+    savings, unpadded, slack = costs.formats["int4/32"], costs.unpadded, 1e-12
+    assert -slack <= savings.attention <= unpadded * 0.0005 + slack
+    assert -slack <= savings.mlp <= unpadded * 0.0005 + slack
+    head = min(max(0.0, (whole - trimmed) / 750), unpadded * 0.001)
+    assert costs.vocabulary_saved == pytest.approx(head)
+    assert min(savings.head, savings.vocabulary) >= -slack
+    assert savings.head + savings.vocabulary <= head + slack
+    step, least = unpadded * 0.008, unpadded * 0.001 - head  # of the least, embedding and launches are left
+    measured = step - (whole - parts[3]) / 1000
+    everything = costs.draft_step(DraftSpec(quantised=Quantised.everything(INT4, LAYERS)))
+    floor = 0.02 * 0.008  # of any draft step
+    assert everything == pytest.approx(max(floor, least, min(measured, step)))
+
+
+# --- Padding ---
+
+NO_PADDING = PassLengths(rows=3, target=[])
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seconds of a timed call are what the call returns."""
+    monkeypatch.setattr("selfspec_search.profile.pass_lengths.timed_task", lambda call, device: call)
+
+
+def repeating(*seconds: float) -> Callable[[], float]:
+    return cycle(seconds).__next__
 
 
 @pytest.mark.parametrize(
-    ("rounds", "lengths"),
+    ("seconds", "suggested"),
     [
-        ({0: 1.4, 1: 1.1, 2: 1.0, 3: 1.2}, [3, 3, 3, 4]),
-        ({0: 1.0, 1: 1.1, 2: 1.2, 3: 1.3}, [1, 2, 3, 4]),
-        ({0: 1.0, 1: 0.99, 2: 0.98, 3: 0.97}, [1, 2, 3, 4]),
-        ({0: 1.4, 2: 1.0, 3: 1.2}, [3, 2, 3, 4]),
+        ({1: 1.4, 2: 1.1, 3: 1.0, 4: 1.2}, {1: 3, 2: 3}),
+        ({1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}, {}),
+        ({1: 1.0, 2: 0.99, 3: 0.98, 4: 0.97}, {}),
+        ({1: 1.4, 3: 1.0, 4: 1.2}, {1: 3}),
     ],
     ids=["faster", "slower", "noise", "unmeasured"],
 )
-def test_passes_are_padded_if_longer_passes_are_faster(rounds: dict[int, float], lengths: list[int]) -> None:
-    assert target_lengths(rounds, 3) == lengths
+def test_paddings_are_suggested_if_longer_passes_are_faster(
+    seconds: dict[int, float], suggested: dict[int, int]
+) -> None:
+    assert suggested_lengths(seconds) == suggested
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(
+    ("unpadded", "padded", "gain"),
+    [
+        ([1.4, 1.5, 1.3], [1.05, 1.1, 1.0], 1.4 / 1.05),
+        ([9.8, 1.4, 1.4], [7.0, 1.0, 1.0], 1.4),
+        ([1.0], [1.0], None),
+        ([1.02], [1.0], None),
+        ([1.0, 1.4, 1.2, 0.9], [1.1, 1.0, 1.3, 1.0], None),
+        ([1.0], [1.4], None),
+    ],
+    ids=["faster", "faster beside other work", "equal", "2 % faster", "as often slower", "slower"],
+)
+def test_a_padding_is_adopted_only_if_new_paired_timings_show_a_gain_beyond_the_noise(
+    unpadded: list[float], padded: list[float], gain: float | None
+) -> None:
+    rounds = {0: repeating(*unpadded), 1: repeating(1.2), 2: repeating(*padded)}
+    found = target_padding(NO_PADDING, rounds, {0: 1.4, 1: 1.01, 2: 1.0}, torch.device("cpu"))  # these suggest 1 to 3
+    assert (found.rows, found.draft) == (3, 1)
+    assert found.target == ([3, 2, 3] if gain else [1, 2, 3])
+    if gain is None:
+        assert found.gains is None
+    else:
+        value, low, high = found.gains["target 1"]
+        assert value == pytest.approx(gain, abs=1e-4)
+        assert 1 < low <= value <= high
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize(("unpadded", "draft"), [(1.2, 2), (1.03, 1)])
+def test_draft_passes_are_padded_by_the_same_rule(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, unpadded: float, draft: int
+) -> None:
+    runtime = Runtime(model)
+    runtime.reserve(1, 13)
+    seconds = {1: unpadded, 2: 1.0, 3: 1.1}
+    monkeypatch.setattr(TimedCalls, "draft", lambda *_: lambda: seconds[runtime.passes.lengths.draft])
+    monkeypatch.setattr("selfspec_search.profile.pass_lengths.median_seconds", lambda *_, **__: {1: 1.4, 2: 1.0})
+    found = draft_padding(runtime, TimedCalls(torch.tensor([[3, 5]])))
+    assert (found.draft, found.target) == (draft, [])
+    assert found.gains == ({"draft": [1.2] * 3} if draft > 1 else None)
+    assert target_padding(found, {0: repeating(1.0)}, {0: 1.0}, torch.device("cpu")) == found.model_copy(
+        update={"target": [1]}
+    )
 
 
 # --- The space ---

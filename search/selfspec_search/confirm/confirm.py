@@ -31,6 +31,18 @@ from selfspec_search.study.objective import Prediction, Prices, predict
 DECODING_SHARE = 0.8
 """Share of the time left: the replay of the held-out texts needs the rest."""
 
+PLAIN, PADDED = "plain decoding", "plain decoding, padded"
+"""Names of the two ways to decode plainly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """The measured figures of plain decoding and of the best few plans, all in one run."""
+
+    plains: dict[str, Figures]  # of plain decoding, by name; the faster, which is the baseline of all speedups, first
+    pass_lengths: PassLengths | None  # of the baseline; None if the baseline is unpadded
+    confirmed: list[Confirmed]  # in the order of the predictions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
@@ -83,23 +95,22 @@ def confirm(
     pass_lengths: PassLengths | None = None,
     on_decoded: Callable[[int, int], None] = lambda done, total: None,
     budget: Budget | None = None,
-) -> tuple[Figures, list[Confirmed]]:
+) -> Confirmation:
     """Decode held-out texts with the plan of each prediction and plainly, in turn.
+
+    If `pass_lengths` pads passes over one token, plain decoding runs unpadded and padded. The faster is the baseline.
 
     Args:
         predictions: plans to confirm.
         replay: of all held-out texts.
         prices: of the held-out texts.
-        pass_lengths: padded lengths of passes, for plain decoding too.
+        pass_lengths: padded lengths of passes.
         on_decoded: called with (batches decoded, number of batches).
         budget: limits the number of repeats and of texts.
-
-    Returns:
-        The figures of plain decoding, and the confirmed plans in the order of `predictions`.
     """
     batches = _batches(replay.texts, settings)
-    everyone = _contenders(model, predictions, settings, pass_lengths)
-    plain, *contenders = everyone
+    plains, contenders = _contenders(model, predictions, settings, pass_lengths)
+    everyone = [*plains.values(), *contenders]
     room = max(text.prompt + text.allowed for text in replay.texts) + settings.longest_draft + 1
     texts = [[replay.texts[index] for index in batch] for batch in batches]
     start = perf_counter()
@@ -121,10 +132,16 @@ def confirm(
     tasks = {(place, index): partial(decode, everyone[index], place) for place, index in pairs}
     interleaved(tasks, repeats=repeats, warmup=0, group=len(everyone))
     decoded = [index for batch in batches for index in batch]
-    return plain.figures(plain, len(set(decoded))), [
-        _compare(prediction, contender, plain, replay, prices, decoded)
-        for prediction, contender in zip(predictions, contenders, strict=True)
-    ]
+    faster_first = sorted(plains, key=lambda name: -plains[name].tokens_per_second)
+    plain, texts_decoded = plains[faster_first[0]], len(set(decoded))
+    return Confirmation(
+        plains={name: plains[name].figures(plain, texts_decoded) for name in faster_first},
+        pass_lengths=plain.runtime.pass_lengths,
+        confirmed=[
+            _compare(prediction, contender, plain, replay, prices, decoded)
+            for prediction, contender in zip(predictions, contenders, strict=True)
+        ],
+    )
 
 
 def _affordable(budget: Budget, turn: float, repeats: int, batches: int) -> tuple[int, int]:
@@ -161,8 +178,8 @@ def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]
 
 def _contenders(
     model: PreTrainedModel, predictions: Sequence[Prediction], settings: SearchSettings, lengths: PassLengths | None
-) -> list[Contender]:
-    """Plain decoding, then the plan of each prediction."""
+) -> tuple[dict[str, Contender], list[Contender]]:
+    """Plain decoding by name: unpadded, and padded if that changes its passes. Then the plan of each prediction."""
     draft_weights = DraftWeights(model)
 
     def runtime_of(draft_spec: DraftSpec, lengths: PassLengths | None) -> Runtime:
@@ -175,12 +192,14 @@ def _contenders(
             pass_lengths=lengths,
         )
 
-    found = [Contender(runtime_of(DraftSpec(), lengths), NoDrafter(), settings.sampling)]
+    ways = {PLAIN: None, **({PADDED: lengths} if lengths is not None and lengths.pads_plain else {})}
+    plains = {name: Contender(runtime_of(DraftSpec(), w), NoDrafter(), settings.sampling) for name, w in ways.items()}
+    found = []
     for prediction in predictions:
         draft_spec = prediction.draft_spec if prediction.drafting.gamma else DraftSpec()
         runtime = runtime_of(draft_spec, pass_lengths_of(prediction.draft_spec, lengths))
         found.append(Contender(runtime, drafter_of(prediction.plan, runtime), settings.sampling))
-    return found
+    return plains, found
 
 
 def _compare(

@@ -59,19 +59,25 @@ class Contender:
         last = slice(None) if self.sampling.do_sample else slice(-1, None)
         return [run for runs in self.runs.values() for run in runs[last]]
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Greedy batches count with their median seconds, samples with the seconds of all runs."""
+        tokens = sum(run.stats.tokens for run in self.counted)
+        seconds = [[run.seconds for run in runs] for runs in self.runs.values()]
+        return tokens / sum(map(sum if self.sampling.do_sample else median, seconds))
+
     def figures(self, plain: Contender, texts: int) -> Figures:
-        """Measured figures over `texts` texts. Greedy batches count with their median seconds, samples with all."""
+        """Measured figures over `texts` texts, with the speedup over `plain`."""
         ratio, every = self._speed_ratio(plain), [run.stats for run in self.counted]
         tokens, drafted = sum(stats.tokens for stats in every), sum(stats.drafted for stats in every)
         reached = [sum(counts) for counts in zip_longest(*(stats.reached_at for stats in every), fillvalue=0)]
         accepted = [sum(counts) for counts in zip_longest(*(stats.accepted_at for stats in every), fillvalue=0)]
         written = [count for run in self.counted for count in run.written]
         per_text = sorted(count / max(1, len(rounds)) for count, rounds in zip(written, self.rounds(), strict=True))
-        seconds = [[run.seconds for run in runs] for runs in self.runs.values()]
         return Figures(
             tokens_per_round=tokens / max(1, sum(stats.rounds for stats in every)),
             acceptance_rate=sum(stats.accepted for stats in every) / drafted if drafted else 0.0,
-            tokens_per_second=tokens / sum(map(sum if self.sampling.do_sample else median, seconds)),
+            tokens_per_second=self.tokens_per_second,
             speedup=ratio.value,
             interval=[ratio.low, ratio.high],
             texts=texts,

@@ -19,7 +19,7 @@ from selfspec.plan.plan import Plan
 from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provenance
 from selfspec.plan.round_costs import RoundCosts
 from selfspec_search.budget import Budget
-from selfspec_search.confirm.confirm import Confirmed, confirm, pass_lengths_of
+from selfspec_search.confirm.confirm import Confirmation, Confirmed, confirm, pass_lengths_of
 from selfspec_search.confirm.result import SearchResult
 from selfspec_search.profile.profile import Profile, ProfileSettings, measure, position_limit
 from selfspec_search.profile.round_costs import BatchCostProbe, match_shares, strip_trailing_zeros
@@ -114,15 +114,16 @@ class PlanWriter:
         if trials.lookup is not None and trials.lookup.speedup > 1:
             chosen.append(trials.lookup)
         with self.phases.phase("confirm"):
-            plain, confirmed = self._confirm(chosen, held_out)
-        confirmed.sort(key=lambda one: one.rank)
+            confirmation = self._confirm(chosen, held_out)
+        plain, *_ = confirmation.plains.values()
+        confirmed = sorted(confirmation.confirmed, key=lambda one: one.rank)
         winner = next((one for one in confirmed if one.is_faster), None)
         shared = {
             "model": ModelIdentity.of(self.model.config),
             "provenance": self._provenance(winner or confirmed[0], plain, trials, texts, held_out),
         }
         if winner is None:
-            plan = Plan.none(**shared, pass_lengths=self.profile.pass_lengths)
+            plan = Plan.none(**shared, pass_lengths=confirmation.pass_lengths)
         else:
             prediction = winner.prediction
             changes = {
@@ -133,7 +134,7 @@ class PlanWriter:
             plan = prediction.plan.model_copy(update=changes)
         return SearchResult(
             plan=plan,
-            plain=plain,
+            plains=confirmation.plains,
             confirmed=confirmed,
             winner=winner,
             profile=self.profile,
@@ -156,7 +157,7 @@ class PlanWriter:
             budget.cut(f"{plans} of {wanted} plans were confirmed")
         return plans
 
-    def _confirm(self, chosen: Sequence[Prediction], held_out: Sequence[Text]) -> tuple[Figures, list[Confirmed]]:
+    def _confirm(self, chosen: Sequence[Prediction], held_out: Sequence[Text]) -> Confirmation:
         settings, fastest = self.settings, max(prediction.speedup for prediction in chosen)
         return confirm(
             self.model,

@@ -16,7 +16,7 @@ class SearchResult:
     """The result of a search."""
 
     plan: Plan  # `plan.speculates` is False if plain decoding won
-    plain: Figures  # measured figures of plain decoding
+    plains: dict[str, Figures]  # measured figures of plain decoding, by name; the faster first
     confirmed: Sequence[Confirmed]  # the fastest first
     winner: Confirmed | None  # the confirmed plan that became `plan`; None if plain decoding won
     profile: Profile  # of this device
@@ -25,6 +25,11 @@ class SearchResult:
     interrupted: bool  # whether the user ended the trials early
     seconds: dict[str, float]  # by phase
     cuts: Sequence[str] = ()  # what was cut short to keep the budget
+
+    @property
+    def plain(self) -> Figures:
+        """Measured figures of the faster plain decoding, the baseline of all speedups."""
+        return next(iter(self.plains.values()))
 
     @property
     def rounds_equal(self) -> bool:
@@ -38,19 +43,23 @@ class SearchResult:
 
     def rows(self) -> list[dict[str, str]]:
         """Predicted and measured figures of plain decoding and of each confirmed plan, the fastest first."""
-        plain = {
-            "plan": "plain decoding",
-            "speedup predicted": "1.00",
-            "on held-out": "1.00",
-            "measured": "1.00",
-            "tokens/s": f"{self.plain.tokens_per_second:.1f}",
-            "tokens/round": "1.00",
-            "by replay": "1.00",
-            "acceptance": "",
-            "differing texts": "0",
-        }
-        rows = [(1.0, plain), *((confirmed.measured.speedup, _row(confirmed)) for confirmed in self.confirmed)]
+        plain = [(figures.speedup, _plain_row(name, figures)) for name, figures in self.plains.items()]
+        rows = [*plain, *((confirmed.measured.speedup, _row(confirmed)) for confirmed in self.confirmed)]
         return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+
+
+def _plain_row(name: str, figures: Figures) -> dict[str, str]:
+    return {
+        "plan": name,
+        "speedup predicted": "1.00",
+        "on held-out": "1.00",
+        "measured": f"{figures.speedup:.2f}",
+        "tokens/s": f"{figures.tokens_per_second:.1f}",
+        "tokens/round": "1.00",
+        "by replay": "1.00",
+        "acceptance": "",
+        "differing texts": "0",
+    }
 
 
 def _row(confirmed: Confirmed) -> dict[str, str]:

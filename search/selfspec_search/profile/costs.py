@@ -22,7 +22,7 @@ class Record(BaseModel):
 
 
 class Savings(Record):
-    """Seconds saved per draft step by quantising: one attention, one MLP, or the head. Negative if slower.
+    """Seconds saved per draft step by quantising: one attention, one MLP, or the head. 0 or less if not faster.
 
     `vocabulary` is the saving from trimming the quantised head to almost no tokens.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from selfspec.models.draft_weights import quantisable
@@ -13,7 +15,7 @@ from selfspec.plan.draft_spec import INT4, INT8, DraftSpec, Format, Quantised, S
 from selfspec.plan.sublayers import QuantisedSet
 from selfspec.runtime.runtime import Runtime
 from selfspec.utils.statistics import median_seconds
-from selfspec_search.profile.costs import Savings
+from selfspec_search.profile.costs import Costs, Savings
 from selfspec_search.profile.timing import TimedCalls
 
 FORMATS = (INT8, INT4)
@@ -80,29 +82,44 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def fit_draft_weights(model: PreTrainedModel, formats: Sequence[Format], steps: Mapping[str, float]) -> dict[str, Any]:
+def fit_draft_weights(
+    model: PreTrainedModel, formats: Sequence[Format], steps: Mapping[str, float], costs: Costs
+) -> dict[str, Any]:
     """Fields of `Costs`, from seconds of the steps of `quantised_variants` and of the full draft, `nothing`.
 
-    The savings of a format are scaled so that their sum is the measured saving of the fully quantised draft.
+    The savings of a format sum to the measured saving of the fully quantised draft. No saving is negative, and none is
+    larger than the cost of the part that the draft weights replace: the sub-layers' by `costs`, which were fitted to
+    steps at full precision; the head's by the trimmed head, whose step differs in the head alone.
     """
     if not formats:
         return {}
     whole, to_whole_head = steps[UNPADDED], TIMED_HEAD_DIVISOR / (TIMED_HEAD_DIVISOR - 1)
+    unpadded = max(1.0, whole / steps["nothing"])
+    head = float(np.clip((whole - steps[TRIMMED_HEAD]) * to_whole_head, 0.0, unpadded * costs.fixed))
     found = {}
     for format in formats:
         every, name = quantisable(model, format), format.code
+        attention, mlp = len(every.attn), len(every.mlp)
+        limits = np.array([attention * unpadded * costs.attention, mlp * unpadded * costs.mlp, head])
+        measured = np.array([whole - steps[f"{name} {part}"] for part in ("attention", "MLPs", "head")])
         everything = steps[f"{name} everything"]
-        attention, mlp, head = (whole - steps[f"{name} {part}"] for part in ("attention", "MLPs", "head"))
-        scale = (whole - everything) / (attention + mlp + head) if attention + mlp + head > 0 else 1.0
+        saved = _with_sum(np.clip(measured, 0.0, limits), limits, whole - everything)
+        trimmed = (everything - steps[f"{name} everything, {TRIMMED_HEAD}"]) * to_whole_head
         found[name] = Savings(
-            attention=scale * attention / max(1, len(every.attn)),
-            mlp=scale * mlp / max(1, len(every.mlp)),
-            head=scale * head,
-            vocabulary=(everything - steps[f"{name} everything, {TRIMMED_HEAD}"]) * to_whole_head,
+            attention=saved[0] / max(1, attention),
+            mlp=saved[1] / max(1, mlp),
+            head=saved[2],
+            vocabulary=np.clip(trimmed, 0.0, head - saved[2]),
         )
-    return {
-        "unpadded": max(1.0, whole / steps["nothing"]),
-        "vocabulary": vocabulary_of(model),
-        "vocabulary_saved": (whole - steps[TRIMMED_HEAD]) * to_whole_head,
-        "formats": found,
-    }
+    return {"unpadded": unpadded, "vocabulary": vocabulary_of(model), "vocabulary_saved": head, "formats": found}
+
+
+def _with_sum(saved: NDArray[np.float64], limits: NDArray[np.float64], total: float) -> NDArray[np.float64]:
+    """Savings from 0 to `limits` whose sum is `total`, or as near to `total` as the limits allow.
+
+    Larger savings shrink in proportion. Smaller savings grow in proportion to what is left below their limits.
+    """
+    total, so_far = float(np.clip(total, 0.0, limits.sum())), float(saved.sum())
+    changing = saved if total <= so_far else limits - saved
+    changed: NDArray[np.float64] = saved + changing * ((total - so_far) / max(changing.sum(), 1e-12))
+    return changed

@@ -150,10 +150,11 @@ def measure(
         calls, model.device, repeats=cycles, warmup=0, rare=lambda name: name[1] == "prefill", on_repeat=on_cycle
     )
     contexts = sorted({context for context, _ in calls})
-    full, num_layers, pass_lengths = subject.full, model.config.num_hidden_layers, subject.pass_lengths(timed)
+    full, num_layers, pass_lengths = subject.full, model.config.num_hidden_layers, subject.pass_lengths(calls, timed)
     compiled, captured = full.passes.compile, subject.timed_calls[subject.base].captures(full)
     costs = costs_at(contexts, subject.base, timed, num_layers, compiled=compiled, pass_lengths=pass_lengths)
-    changes = {"captured": captured, **fit_draft_weights(model, subject.formats, subject.steps(timed))}
+    base = costs[contexts.index(subject.base)]
+    changes = {"captured": captured, **fit_draft_weights(model, subject.formats, subject.steps(timed), base)}
     return Profile(
         device=device_name(model.device),
         processor=processor_name(),

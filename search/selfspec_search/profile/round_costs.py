@@ -64,10 +64,9 @@ class BatchCostProbe:
     def round_costs(self, known: RoundCosts, rows: int) -> RoundCosts:
         """The round costs `known`, with all seconds measured for `rows` rows."""
         longest = len(known.rounds) - 1
-        padded = None
-        if self.pass_lengths is not None:  # the target's padding was measured for another number of rows
-            padded = self.pass_lengths.model_copy(update={"rows": rows, "target": []})
-        runtime = Runtime(self.model, self.draft_spec, backend=self.backend, compile=self.compile, pass_lengths=padded)
+        runtime = Runtime(  # which pads passes only of the rows of `pass_lengths`, as in decoding
+            self.model, self.draft_spec, backend=self.backend, compile=self.compile, pass_lengths=self.pass_lengths
+        )
         prompts = self._prompts(rows)
         runtime.reserve(rows, prompts.shape[1] + 3 * (longest + STEPS) + 5)
         timed_calls = TimedCalls(prompts, self.sampling)

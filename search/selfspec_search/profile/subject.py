@@ -17,7 +17,7 @@ from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.runtime import Runtime
 from selfspec_search.profile.costs import Costs, at_another_context, fit_step, variants
 from selfspec_search.profile.draft_costs import faster_formats, quantised_variants
-from selfspec_search.profile.pass_lengths import draft_pass_length, target_lengths
+from selfspec_search.profile.pass_lengths import draft_padding, target_padding
 from selfspec_search.profile.timing import STEPS, Call, TimedCalls, share_cache
 from selfspec_search.replay.sampling_settings import Sampling
 
@@ -48,7 +48,7 @@ class Subject:
     runtimes: dict[str, Runtime]  # by variant name
     timed_calls: dict[int, TimedCalls]  # by context
     base: int  # the context at which all variants are measured
-    draft_length: int  # tokens to which passes of a full-precision draft are padded
+    draft_padding: PassLengths  # of full-precision drafts
     formats: list[Format]  # that are faster here
     slower_formats: dict[str, str]  # by code, the reason why other formats are not measured
 
@@ -82,8 +82,7 @@ class Subject:
             context: TimedCalls(_cache_tokens(model, prompts, rows, context + 1), settings.sampling)
             for context in contexts
         }
-        draft_length = draft_pass_length(unpadded, timed_calls[base])
-        lengths = PassLengths(rows=rows, target=[], draft=draft_length)
+        lengths = draft_padding(unpadded, timed_calls[base])
         # A format must be faster than padded full-precision passes.
         runtimes = {name: runtime_of(skip, lengths) for name, skip in variants(model.config.num_hidden_layers).items()}
         share_cache([unpadded, *runtimes.values()], rows, slots)
@@ -95,7 +94,7 @@ class Subject:
             runtimes=runtimes,
             timed_calls=timed_calls,
             base=base,
-            draft_length=draft_length,
+            draft_padding=lengths,
             formats=formats,
             slower_formats=slower,
         )
@@ -125,9 +124,11 @@ class Subject:
         """Seconds of one draft step of each runtime, at the base context."""
         return {name: timed[self.base, name] / STEPS for name in self.runtimes}
 
-    def pass_lengths(self, timed: Mapping[Name, float]) -> PassLengths:
-        target = target_lengths(_rounds(self.base, timed), self.gamma_max)
-        return PassLengths(rows=self.full.cache.rows, target=target, draft=self.draft_length)
+    def pass_lengths(self, calls: Mapping[Name, Call], timed: Mapping[Name, float]) -> PassLengths:
+        """The lengths to which passes are padded, from all calls and their seconds."""
+        seconds = _rounds(self.base, timed)
+        rounds = {n: calls[self.base, n] for n in seconds}
+        return target_padding(self.draft_padding, rounds, seconds, self.full.model.device)
 
 
 def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:

@@ -121,8 +121,12 @@ def ceiling(costs: Costs) -> float:
 
 
 def ranked(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Predictions sorted by speedup, the highest first. Of equal speedups, the larger skip set comes first."""
-    return sorted(predictions, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set)))
+    """Predictions sorted by speedup, the highest first. Of equal speedups, the larger skip set comes first.
+
+    The whole model as its own draft is left out: that draft saves nothing, so only noise could make it faster.
+    """
+    drafts = (prediction for prediction in predictions if prediction.draft_spec != DraftSpec())
+    return sorted(drafts, key=lambda p: (-round(p.speedup, 3), -len(p.skip_set)))
 
 
 def ways_to_draft(table: Table, prices: Prices) -> list[Drafting]:

@@ -133,7 +133,8 @@ class Proposals:
         return next((draft_spec for draft_spec in draft_specs if draft_spec not in taken), None)
 
     def _taken(self) -> set[DraftSpec]:
-        return {*self.findings.estimated, *self.store.claimed()}
+        """Draft specs that are not proposed: those of all workers so far, and the whole model, which saves nothing."""
+        return {DraftSpec(), *self.findings.estimated, *self.store.claimed()}
 
     def _seeds(self) -> Iterator[DraftSpec]:
         """Known good draft specs: the space's seeds, skip sets that grow by sensitivity, and the best skip set found.

@@ -78,7 +78,7 @@ def test_a_search_confirms_its_plans_by_decoding(model: PreTrainedModel) -> None
     assert sum(row["plan"] == "plain decoding" for row in rows) == 1
     assert {row["differing texts"] for row in rows} == {"0"}
     phases = list(dict.fromkeys(progress.phase for progress in seen))
-    assert phases == ["texts", "profile", "trials", "confirm"]
+    assert phases == ["texts", "profile", "trials", "sensitivity", "confirm"]
     for phase in phases:
         counts = [progress.done for progress in seen if progress.phase == phase]
         assert counts == sorted(counts)

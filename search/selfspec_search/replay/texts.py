@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from selfspec_search.replay.sampling_settings import Sampling
 
 ROWS_PER_BATCH = 16
 """Rows: the most prompts that the target continues together."""
-_TIMED_TOKENS = (1, 5)
-"""Tokens: the lengths of the two texts whose times tell a token's time."""
+_TIMED_TOKENS = 4
+"""Tokens: written after the prompts of one batch to learn what texts cost."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,16 +86,16 @@ class TextSeconds:
 
 
 def time_texts(runtime: Runtime, prompts: Sequence[Tensor], sampling: Sampling) -> TextSeconds:
-    """Measure what writing texts costs, on the batch of the median lengths."""
+    """Measure what writing texts costs, by a few tokens after the prompts of the first batch, the shortest ones."""
     batches = list(_batches([len(prompt) for prompt in prompts], alike=False))
-    batch = [prompts[index] for index in batches[len(batches) // 2]]
-    taken = []
-    for tokens in _TIMED_TOKENS:
-        start = perf_counter()
-        decode_batch(runtime, NoDrafter(), batch, tokens, sampling)
-        taken.append(perf_counter() - start)
-    token = max(1e-6, (taken[1] - taken[0]) / (_TIMED_TOKENS[1] - _TIMED_TOKENS[0]))
-    return TextSeconds(prefill=max(0.0, taken[0] - token) * len(batches), token=token * len(batches))
+    batch = [prompts[index] for index in batches[0]]
+    _, stats = decode_batch(runtime, NoDrafter(), batch, _TIMED_TOKENS, sampling)
+    prefill = stats.seconds["prefill"]
+    per_token = prefill / (len(batch) * max(map(len, batch)))
+    return TextSeconds(
+        prefill=per_token * sum(map(len, prompts)),
+        token=(stats.seconds["total"] - prefill) / len(stats.history) * len(batches),
+    )
 
 
 def _batches(lengths: Sequence[int], *, alike: bool) -> Iterator[list[int]]:

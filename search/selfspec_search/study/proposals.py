@@ -170,9 +170,9 @@ class Proposals:
             return dict(json.loads(kept))
         every, few = sublayers(self.space.num_layers), self._sensitivity_replay()
         agreement = {}
-        for done, sublayer in enumerate(every):
-            self.on_sensitivity(done, len(every))
+        for done, sublayer in enumerate(every, start=1):
             agreement[sublayer_name(sublayer)] = few.first_depth(skip_set_of([sublayer])).agreement
+            self.on_sensitivity(done, len(every))
         self.store.publish("sensitivity", json.dumps(agreement).encode())
         return agreement
 

@@ -12,7 +12,7 @@ from commands import run
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
-from saved import PLAN, byte_tokenizer, save_model
+from saved import PLAN, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfspec import Plan, SelfSpeculator, Stats
@@ -25,11 +25,6 @@ from selfspec.plan.round_costs import RoundCosts
 
 BOTH = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, min_ngram=1)})
 PROMPT = "zzz"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture

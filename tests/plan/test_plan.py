@@ -209,10 +209,7 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
         (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
         (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
         (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; add it"),
-        (
-            lambda: PassLengths(rows=1, target=[1, 1]),
-            "PassLengths: target is .*, but a pass over t tokens must have at least t",
-        ),
+        (lambda: PassLengths(rows=1, target=[1, 1]), "PassLengths: target is .*, but a pass over t tokens must have"),
     ],
 )
 def test_an_invalid_part_made_by_hand_is_refused_with_its_class_name(make: Callable[[], object], message: str) -> None:
@@ -233,12 +230,9 @@ def test_saving_replaces_the_old_plan(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_saving_in_a_missing_directory_is_an_error(tmp_path: Path) -> None:
+def test_saving_in_a_missing_directory_or_in_a_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No such file or directory"):
         Plan.none().save(tmp_path / "absent" / "plan.json")
-
-
-def test_saving_in_a_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(PlanError, match=r"cannot make the directory .*taken: File exists"):
         Plan.none().save_pretrained(tmp_path / "taken")

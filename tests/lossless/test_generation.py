@@ -253,16 +253,9 @@ SWITCH = 16
 @pytest.fixture(scope="module")
 def phi3() -> SelfSpeculator:
     factors = {"short_factor": [1.0 + i / 3 for i in range(6)], "long_factor": [3.0 + i for i in range(6)]}
-    model = tiny_model(
-        "phi3",
-        original_max_position_embeddings=SWITCH,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            "original_max_position_embeddings": SWITCH,
-            **factors,
-        },
-    )
+    original = {"original_max_position_embeddings": SWITCH}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **original, **factors}
+    model = tiny_model("phi3", **original, rope_parameters=rope)
     return wrap(model, Plan(skip_set=ENDS_SKIPPED, gamma=3))
 
 

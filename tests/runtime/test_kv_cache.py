@@ -16,7 +16,7 @@ import selfspec.decoding.round
 import selfspec.runtime.kv_cache
 import selfspec.runtime.model_views
 import selfspec.runtime.prefill
-from selfspec import Plan, SelfSpeculator, SkipSet, wrap
+from selfspec import Plan, SkipSet, wrap
 from selfspec.decoding.request import Request
 from selfspec.models.attention_hook import LayerShape
 from selfspec.models.draft_view import attention_modules
@@ -328,7 +328,8 @@ def test_an_outgrown_cache_is_freed_and_nothing_else_is_allocated(model: PreTrai
     gc.collect()
     assert spec.runtime.cache.slots == 256
     assert [ref() for ref in outgrown] == [None] * len(outgrown)
-    assert storages_of_views(spec) == storages(reachable_tensors(model)) | storages(cache_tensors(spec.runtime.cache))
+    in_views = storages(tensor for view in spec.runtime.views for tensor in reachable_tensors(view))
+    assert in_views == storages(reachable_tensors(model)) | storages(cache_tensors(spec.runtime.cache))
 
 
 def test_target_and_draft_write_to_the_same_slots(model: PreTrainedModel) -> None:
@@ -344,7 +345,3 @@ def test_target_and_draft_write_to_the_same_slots(model: PreTrainedModel) -> Non
 
 def storages(tensors: Any) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
-
-
-def storages_of_views(spec: SelfSpeculator) -> set[int]:
-    return storages(tensor for view in spec.runtime.views for tensor in reachable_tensors(view))

@@ -136,14 +136,8 @@ def test_wrap_refuses_other_types_than_plans_and_paths(given: Any) -> None:
         ({"skip_set": {"heads": [1]}}, "a skip set takes the keys 'attn' and 'mlp'"),
         ({"skip_set": None}, "a skip set takes the keys 'attn' and 'mlp'"),
         ({"quantised": {"format": "fp8"}}, "format is 'fp8', but it must be one of int8, int4"),
-        (
-            {"model": {"model_type": "llama", "num_layers": 3, "fingerprint": "0", "size": 7}},
-            "unknown key 'model.size'",
-        ),
-        (
-            {"model": {"model_type": "llama", "num_layers": 1, "fingerprint": "0"}},
-            r"attn layer 1, but this model has 1",
-        ),
+        ({"model": IDENTITY | {"size": 7}}, "unknown key 'model.size'"),
+        ({"model": IDENTITY | {"num_layers": 1}}, r"attn layer 1, but this model has 1"),
         ({"provenance": {"seed": 0, "trials": 3}}, "lacks the key 'provenance.conditions'"),
         ({"prompt_lookup": {"gamma": 0}}, "key 'prompt_lookup.gamma': .*greater than or equal to 1"),
         ({"prompt_lookup": {}}, "lacks the key 'prompt_lookup.gamma'; search again"),

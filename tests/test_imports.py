@@ -16,12 +16,8 @@ def imported_by(statement: str, *names: str) -> list[str]:
 
 
 def test_the_runtime_imports_neither_the_search_nor_its_tools() -> None:
-    assert (
-        imported_by(
-            "from selfspec import *\nimport selfspec.speculator, selfspec.serving.metrics, selfspec.plan", *HEAVY
-        )
-        == []
-    )
+    statement = "from selfspec import *\nimport selfspec.speculator, selfspec.serving.metrics, selfspec.plan"
+    assert imported_by(statement, *HEAVY) == []
 
 
 def test_importing_selfspec_alone_does_not_wait_for_torch() -> None:

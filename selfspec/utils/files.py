@@ -9,15 +9,13 @@ from pathlib import Path
 from selfspec.errors import PlanError
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write a temporary file next to `path`, then rename: readers see the old file or the new file, never a part."""
     path, temporary = Path(path), None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content.encode("utf8") if isinstance(content, str) else content)
         temporary.chmod(0o644)  # NamedTemporaryFile makes private files, but users share plans and reports
         temporary.replace(path)
         temporary = None

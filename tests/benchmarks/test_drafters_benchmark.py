@@ -29,6 +29,8 @@ def test_the_benchmark_runs_at_a_small_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     less = {"confirm": 1, "confirm_texts": 2, "repeats": 1, "gamma_max": 3, "lookup_max": 4}
+    monkeypatch.setattr("selfspec_search.profile.profile.CYCLES", 1)
+    monkeypatch.setattr("selfspec_search.profile.round_costs.CYCLES", 1)
     monkeypatch.setattr(drafters, "SearchSettings", partial(SearchSettings, **less))
     small = "--prompts 1 --trials 2 --calibration 3 --repeats 1 --batch-repeats 1 --rows 1 2 --new-tokens 12"
     found = drafters.main([*small.split(), "--out", str(tmp_path / "found.json")])

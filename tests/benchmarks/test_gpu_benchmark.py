@@ -144,6 +144,7 @@ def result(script: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toy run")
 def test_the_toy_run_measures_every_stage_and_ends_with_json(result: dict[str, Any]) -> None:
     statuses = statuses_of(result)
     assert set(statuses.values()) == {"done"}, result["stages"]
@@ -156,6 +157,7 @@ def test_the_toy_run_measures_every_stage_and_ends_with_json(result: dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toy run")
 def test_the_figures_of_every_toy_cell_are_consistent(result: dict[str, Any]) -> None:
     for cell in result["cells"]:
         assert cell["basis"] == "time real, agreement set"
@@ -175,6 +177,7 @@ def test_the_figures_of_every_toy_cell_are_consistent(result: dict[str, Any]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toy run")
 def test_the_limit_of_the_toy_run_follows_from_its_measured_bandwidth(result: dict[str, Any]) -> None:
     cell = next(cell for cell in result["cells"] if cell["rows"] == 3)
     context = 13 + TOY.new_tokens / 2
@@ -185,6 +188,7 @@ def test_the_limit_of_the_toy_run_follows_from_its_measured_bandwidth(result: di
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toy run")
 def test_the_toy_run_measures_the_peers_and_a_search(result: dict[str, Any]) -> None:
     peers, ours = result["peers"], result["cells"][0]["ours_tokens_per_second"]
     assert result["cells"][0]["agreement_wanted"] == FIRST_AGREEMENT
@@ -198,6 +202,7 @@ def test_the_toy_run_measures_the_peers_and_a_search(result: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trained")
 def test_a_toy_training_learns_and_saves_a_complete_model(trained: dict[str, Any]) -> None:
     assert trained["held_out_loss"] < math.log(TOY_SIZE.vocabulary) - 0.3  # the loss of a uniform guess
     assert trained["tokens_seen"] == trained["steps"] * TOY_SIZE.rows * TOY_SIZE.length > 0

@@ -432,6 +432,7 @@ def test_the_faster_skip_set_of_a_method_counts() -> None:
 def test_a_small_benchmark_runs_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("selfspec_search.profile.profile.CYCLES", 1)
     monkeypatch.setattr(Bill, "left_of", lambda bill, budget: 2.0)  # on a busy machine too
     small = "--model plain --budget 40 --prompts 1 --repeats 1 --calibration 2 --new-tokens 16 --gamma-max 2"
     out = tmp_path / "out.json"

@@ -10,18 +10,13 @@ from pathlib import Path
 
 import commands
 import pytest
-from saved import CONTEXT, save_model
+from saved import CONTEXT
 from selfspec_search.profile.profile import Profile
 
 PNG = b"\x89PNG"
 
 
 run, complaint = partial(commands.run, "profile"), partial(commands.complaint, "profile")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from commands import run
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
-from saved import PLAN, byte_tokenizer, save_model
+from saved import PLAN, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfspec import Plan, SelfSpeculator, Stats
@@ -27,14 +27,16 @@ BOTH = PLAN.model_copy(update={"prompt_lookup": PromptLookup(gamma=5, min_ngram=
 PROMPT = "zzz"
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "model")
-
-
 @pytest.fixture
 def plan_file(tmp_path: Path) -> Path:
     return BOTH.save(tmp_path / "plan.json")
+
+
+@pytest.fixture
+def three_prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\ntwo\nthree\n")
+    return path
 
 
 def show(rounds: list[Committed], plan: Plan = BOTH) -> tuple[Show, Stats]:
@@ -205,10 +207,8 @@ def test_far_positions_share_the_last_bar() -> None:
 # --- From the command line ---
 
 
-def test_all_prompts_have_one_chart_also_when_sampling(model_dir: Path, plan_file: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo more\nthree\n")
-    options = ("--prompt-file", prompts, "--max-new-tokens", 17, "--temperature", 0.8, "--show")
+def test_all_prompts_have_one_chart_also_when_sampling(model_dir: Path, plan_file: Path, three_prompts: Path) -> None:
+    options = ("--prompt-file", three_prompts, "--max-new-tokens", 17, "--temperature", 0.8, "--show")
     result = run("generate", model_dir, "--plan", plan_file, *options)
     assert result.exit_code == 0, result.output
     figures = [line for line in result.stderr.splitlines() if " tokens in " in line]
@@ -249,9 +249,12 @@ def test_the_legend_names_those_who_may_draft_and_nobody_else() -> None:
     round_costs = RoundCosts(rows=1, draft_step=0.1, rounds=[1.0] * 9, agreement=[0.6], matches=[[0.4, 0.8]] * 5)
     assert drafters_named(BOTH) == ["by lookup", "by layers"]
     assert drafters_named(BOTH, "draft model") == ["by lookup", "by draft model"]
-    # The policy looks up unasked, but not where a draft model drafts.
-    assert drafters_named(PLAN.model_copy(update={"round_costs": [round_costs]})) == ["by lookup", "by layers"]
-    assert drafters_named(PLAN.model_copy(update={"round_costs": [round_costs]}), "draft model") == ["by draft model"]
+    # The policy looks up unasked, but not without costs of lookup, and not where a draft model drafts.
+    both = (round_costs, round_costs.model_copy(update={"matches": []}))
+    costly, without = (PLAN.model_copy(update={"round_costs": [costs]}) for costs in both)
+    assert drafters_named(costly) == ["by lookup", "by layers"]
+    assert drafters_named(costly, "draft model") == ["by draft model"]
+    assert drafters_named(without) == ["by layers"]
 
 
 def test_a_draft_models_tokens_have_the_colour_that_the_legend_gives_it(
@@ -270,7 +273,7 @@ def test_a_draft_models_tokens_have_the_colour_that_the_legend_gives_it(
 
 
 def test_ctrl_c_ends_with_a_chart_of_what_was_written(
-    model_dir: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, plan_file: Path, three_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces = iter(range(19))
     put = Detokenizer.put
@@ -281,9 +284,7 @@ def test_ctrl_c_ends_with_a_chart_of_what_was_written(
         return put(self, token)
 
     monkeypatch.setattr(Detokenizer, "put", interrupted)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo\nthree\n")
-    options = ("--prompt-file", prompts, "--max-new-tokens", 13, "--show", "--stats", tmp_path / "figures.json")
+    options = ("--prompt-file", three_prompts, "--max-new-tokens", 13, "--show", "--stats", tmp_path / "figures.json")
     result = run("generate", model_dir, "--plan", plan_file, *options)
     assert result.exit_code == 130
     assert result.stderr.count(" tokens in ") == 2
@@ -292,7 +293,7 @@ def test_ctrl_c_ends_with_a_chart_of_what_was_written(
 
 
 def test_ctrl_c_before_a_prompt_begins_does_not_count_the_one_before_twice(
-    model_dir: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, plan_file: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = SelfSpeculator.stream_rounds
     started: list[object] = []
@@ -304,9 +305,7 @@ def test_ctrl_c_before_a_prompt_begins_does_not_count_the_one_before_twice(
         yield from stream(self, *args, **kwargs)
 
     monkeypatch.setattr(SelfSpeculator, "stream_rounds", interrupted)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo\nthree\n")
-    options = ("--prompt-file", prompts, "--max-new-tokens", 13, "--show")
+    options = ("--prompt-file", three_prompts, "--max-new-tokens", 13, "--show")
     result = run("generate", model_dir, "--plan", plan_file, *options)
     assert result.exit_code == 130
     assert result.stderr.count(" tokens in ") == 1

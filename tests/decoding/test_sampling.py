@@ -287,7 +287,7 @@ def test_sampled_texts_of_a_tiny_model_follow_its_own_distribution(
 ) -> None:
     torch.manual_seed(23)
     spec = wrap(small, Plan(**{"skip_set": SkipSet(attn={0}, mlp={2}), "gamma": 3, **way}))
-    first_rounds = assert_sampled_texts_follow(spec, setting)
+    first_rounds = assert_sampled_texts_follow(spec, OPTIONS[setting])
     assert {accepted for _, accepted in first_rounds} == {0, 1, 2, 3}, "rows must accept different numbers of tokens"
     lengths = {drafted for drafted, _ in first_rounds}
     assert (len(lengths) > 1) == bool(way), "thresholds and lookup in one of two rows make drafts ragged"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import V, assert_sampled_texts_follow
+from laws import OPTIONS, V, assert_sampled_texts_follow
 from models import (
     ENDS_SKIPPED,
     FIRST_DROPPED,
@@ -388,7 +388,9 @@ def test_sampled_texts_follow_the_targets_distribution(setting: str, way: dict[s
     torch.manual_seed(29)
     small = tiny_model("llama", vocab_size=V, num_hidden_layers=3, seed=4)
     draft_model = tiny_model("llama", vocab_size=V - unknown, num_hidden_layers=2, seed=4)
-    first_rounds = assert_sampled_texts_follow(wrap(small, of_gamma(3, **way), draft_model=draft_model), setting)
+    first_rounds = assert_sampled_texts_follow(
+        wrap(small, of_gamma(3, **way), draft_model=draft_model), OPTIONS[setting]
+    )
     assert {accepted for _, accepted in first_rounds} == {0, 1, 2, 3}
 
 

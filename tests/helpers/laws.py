@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import chi2
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from selfspec import SelfSpeculator
 
@@ -61,50 +61,61 @@ def assert_follows(counts: Tensor, probabilities: Tensor) -> None:
     assert alarm > FALSE_ALARM, f"chi-square {statistic:.1f} at {freedom} degrees of freedom: probability {alarm:.1e}"
 
 
-def assert_sampled_texts_follow(spec: SelfSpeculator, setting: str) -> set[tuple[int, int]]:
-    """Texts sampled from `spec` by `OPTIONS[setting]` follow the distribution of its plain model.
+def assert_sampled_texts_follow(
+    spec: SelfSpeculator, options: dict[str, Any], *, length: int = LENGTH
+) -> set[tuple[int, int]]:
+    """Texts of `length` tokens sampled from `spec` follow the distribution of its plain model.
 
     Returns (drafted, accepted) of the rows' first rounds.
     """
-    options: dict[str, Any] = {"top_k": 0, **OPTIONS[setting]}
-    counts = torch.zeros(2, V**LENGTH, dtype=torch.long)
-    powers = torch.tensor([V**i for i in reversed(range(LENGTH))])
+    options, v = {"top_k": 0, **options}, spec.model.config.vocab_size
+    counts = torch.zeros(2, v**length, dtype=torch.long)
+    powers = torch.tensor([v**i for i in reversed(range(length))])
     first_rounds: set[tuple[int, int]] = set()
     for _ in range(CALLS):
         texts = spec.generate(
             PROMPTS,
             attention_mask=MASK,
             do_sample=True,
-            max_new_tokens=LENGTH,
+            max_new_tokens=length,
             num_return_sequences=ROWS,
             pad_token_id=0,
             **options,
         )[:, PROMPTS.shape[1] :]
-        texts = torch.nn.functional.pad(texts, (0, LENGTH - texts.shape[1]))
+        texts = torch.nn.functional.pad(texts, (0, length - texts.shape[1]))
         for index, rows in enumerate(texts.split(ROWS)):
-            counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=V**LENGTH)
+            counts[index] += torch.bincount((rows * powers).sum(dim=1), minlength=v**length)
         first_rounds |= {(drafted, accepted) for _, drafted, accepted in spec.stats.history[0]}
-    expected = torch.stack([_law(spec.model, PROMPTS[:1, 1:], options), _law(spec.model, PROMPTS[1:], options)])
+    expected = torch.stack([_law(spec.model, prompt, options, length) for prompt in (PROMPTS[:1, 1:], PROMPTS[1:])])
     torch.testing.assert_close(expected.sum(dim=1), torch.ones(2, dtype=torch.double))
     assert_follows(counts, expected)
     return first_rounds
 
 
 @torch.no_grad()
-def _law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Tensor:
-    """The probability of each of the `V ** LENGTH` texts after a prompt, by the plain model, token by token."""
-    texts = torch.cartesian_prod(*[torch.arange(V)] * LENGTH)
-    tokens = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
-    logits = model(input_ids=tokens).logits.float()
-    chosen = {name: value for name, value in options.items() if name != "eos_token_id"}
-    config = model.generation_config.from_dict({"do_sample": True, **chosen})
-    chain = model._get_logits_processor(config, input_ids_seq_length=prompt.shape[1])
-    probability = torch.ones(len(texts), dtype=torch.double)
-    stopped = torch.zeros(len(texts), dtype=torch.bool)
-    for step in range(LENGTH):
-        end = prompt.shape[1] + step
-        p = torch.softmax(chain(tokens[:, :end], logits[:, end - 1]), dim=-1).gather(1, tokens[:, end : end + 1])[:, 0]
-        # Only padding, token 0, follows a stop token.
-        probability *= torch.where(stopped, (tokens[:, end] == 0).double(), p.double())
-        stopped |= tokens[:, end] == options.get("eos_token_id", -1)
-    return probability
+def _law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any], length: int) -> Tensor:
+    """The probability of each of the `v ** length` texts after a prompt, by the plain model, token by token."""
+    v, chain, eos = model.config.vocab_size, _chain_of(model, prompt, options), options.get("eos_token_id", -1)
+    tokens, place = prompt, torch.zeros(1, dtype=torch.long)  # texts with a probability above 0, and their indices
+    probability, stopped = torch.ones(1, dtype=torch.double), torch.zeros(1, dtype=torch.bool)
+    padding = torch.nn.functional.one_hot(torch.tensor(0), v).double()  # after a stop token
+    for _ in range(length):
+        p = torch.softmax(chain(tokens, model(input_ids=tokens).logits[:, -1].float()), dim=-1).double()
+        probability = probability[:, None] * torch.where(stopped[:, None], padding, p)
+        before, token = probability.nonzero(as_tuple=True)
+        probability, place = probability[before, token], place[before] * v + token
+        tokens = torch.cat([tokens[before], token[:, None]], dim=1)
+        stopped = stopped[before] | (token == eos)
+    return torch.zeros(v**length, dtype=torch.double).index_put_((place,), probability)
+
+
+def _chain_of(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> LogitsProcessorList:
+    """The processors that Hugging Face builds from these options."""
+    held: list[LogitsProcessorList] = []
+
+    def hold(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **_: Any) -> Tensor:
+        held.append(logits_processor)
+        return input_ids
+
+    model.generate(prompt, custom_generate=hold, do_sample=True, max_new_tokens=LENGTH, pad_token_id=0, **options)
+    return held[0]

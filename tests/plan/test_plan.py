@@ -136,14 +136,8 @@ def test_wrap_refuses_other_types_than_plans_and_paths(given: Any) -> None:
         ({"skip_set": {"heads": [1]}}, "a skip set takes the keys 'attn' and 'mlp'"),
         ({"skip_set": None}, "a skip set takes the keys 'attn' and 'mlp'"),
         ({"quantised": {"format": "fp8"}}, "format is 'fp8', but it must be one of int8, int4"),
-        (
-            {"model": {"model_type": "llama", "num_layers": 3, "fingerprint": "0", "size": 7}},
-            "unknown key 'model.size'",
-        ),
-        (
-            {"model": {"model_type": "llama", "num_layers": 1, "fingerprint": "0"}},
-            r"attn layer 1, but this model has 1",
-        ),
+        ({"model": IDENTITY | {"size": 7}}, "unknown key 'model.size'"),
+        ({"model": IDENTITY | {"num_layers": 1}}, r"attn layer 1, but this model has 1"),
         ({"provenance": {"seed": 0, "trials": 3}}, "lacks the key 'provenance.conditions'"),
         ({"prompt_lookup": {"gamma": 0}}, "key 'prompt_lookup.gamma': .*greater than or equal to 1"),
         ({"prompt_lookup": {}}, "lacks the key 'prompt_lookup.gamma'; search again"),
@@ -209,10 +203,7 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
         (lambda: PromptLookup(gamma=4, longest=3), "PromptLookup takes no 'longest'; leave it out"),
         (lambda: PromptLookup(gamma=4, min_ngram=5, max_ngram=3), "PromptLookup: min_ngram is 5, but it must be at"),
         (lambda: RoundCosts(rows=1, draft_step=0.1, agreement=[0.5]), "RoundCosts lacks 'rounds'; add it"),
-        (
-            lambda: PassLengths(rows=1, target=[1, 1]),
-            "PassLengths: target is .*, but a pass over t tokens must have at least t",
-        ),
+        (lambda: PassLengths(rows=1, target=[1, 1]), "PassLengths: target is .*, but a pass over t tokens must have"),
     ],
 )
 def test_an_invalid_part_made_by_hand_is_refused_with_its_class_name(make: Callable[[], object], message: str) -> None:
@@ -233,12 +224,9 @@ def test_saving_replaces_the_old_plan(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_saving_in_a_missing_directory_is_an_error(tmp_path: Path) -> None:
+def test_saving_in_a_missing_directory_or_in_a_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No such file or directory"):
         Plan.none().save(tmp_path / "absent" / "plan.json")
-
-
-def test_saving_in_a_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(PlanError, match=r"cannot make the directory .*taken: File exists"):
         Plan.none().save_pretrained(tmp_path / "taken")

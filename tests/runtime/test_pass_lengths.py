@@ -380,8 +380,8 @@ def test_padded_plain_decoding_is_captured(llama: PreTrainedModel) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_compiled_passes_are_padded_and_lossless() -> None:
-    model, given = tiny_model("llama", num_hidden_layers=3), batch(11, 5)
-    damp(model, skipped := SkipSet(attn={1}, mlp={2}), 0.03)
+    model, given = tiny_model("llama", num_hidden_layers=2), batch(11, 5)
+    damp(model, skipped := SkipSet(attn={1}), 0.03)
     spec = wrap(model, padded(2, skip_set=skipped), compile=True)
     assert torch.equal(spec.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert spec.stats.compiled

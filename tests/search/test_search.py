@@ -206,13 +206,6 @@ def test_a_search_resumes_what_its_storage_holds(model: PreTrainedModel, tmp_pat
     assert all(progress.phase not in ("texts", "profile") for progress in seen), "the study stores both"
 
 
-def test_a_search_with_other_settings_does_not_mix_with_a_stored_one(model: PreTrainedModel, tmp_path: Path) -> None:
-    storage = str(tmp_path / "trials.db")
-    find(model, storage=storage, study_name="mine")
-    with pytest.raises(InputError, match=r"study 'mine' in .* gamma_max 3 \(here 2\)"):
-        find(model, storage=storage, study_name="mine", gamma_max=2)
-
-
 def test_a_search_without_time_tries_one_draft_spec(model: PreTrainedModel) -> None:
     result = find(model, timeout=1e-9)
     assert result.trials_complete == 1
@@ -331,9 +324,9 @@ def test_each_held_out_text_is_in_one_batch_except_texts_that_fill_the_last_batc
 def test_draft_specs_to_start_from_are_tried_first(model: PreTrainedModel, tmp_path: Path) -> None:
     storage = str(tmp_path / "trials.db")
     find(model, trials=3, start_from=[ENDS_SKIPPED], storage=storage)
-    assert load_study(storage).trials[0].skip_set == ENDS_SKIPPED
+    assert load_study(storage).trials[0].draft_spec.skip_set == ENDS_SKIPPED
     find(model, trials=4, start_from=[ENDS_SKIPPED, FIRST_DROPPED], storage=storage)
-    assert load_study(storage).trials[3].skip_set == FIRST_DROPPED, "even after the study's seeds"
+    assert load_study(storage).trials[3].draft_spec.skip_set == FIRST_DROPPED, "even after the study's seeds"
 
 
 def test_the_timeout_ends_a_search_without_a_feasible_draft(model: PreTrainedModel) -> None:
@@ -391,9 +384,13 @@ def test_a_changed_weight_or_dtype_changes_the_fingerprint(model: PreTrainedMode
     assert model_fingerprint(model.double()) != before
 
 
-def test_a_changed_generation_config_does_not_join_the_study(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_other_settings_or_another_generation_config_do_not_join_the_study(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
     settings = {"trials": 2, "storage": str(tmp_path / "trials.db"), "study_name": "one"}
     find(model, **settings)
+    with pytest.raises(InputError, match=r"study 'one' in .* gamma_max 3 \(here 2\)"):
+        find(model, **settings, gamma_max=2)
     model.generation_config.repetition_penalty = 1.5
     with pytest.raises(InputError, match="was made with generation config"):
         find(model, **settings)

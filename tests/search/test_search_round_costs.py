@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from selfspec import Plan, PlanError, PlanWarning, wrap
 from selfspec.cli.formatting import facts
-from selfspec.cli.token_view import Show
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.round_costs import MATCHES, RoundCosts
 
@@ -210,12 +209,6 @@ def test_repick_measures_more_rows_and_keeps_the_lookup_length_of_the_study(
     (without,) = again(lookup=False).plan.round_costs
     assert (without.matches, without.lookup) == ([], 0.0)
     assert longest == [5, 5, 3], "5 with prompt lookup, as in the study; 3 without"
-
-
-def test_the_legend_names_lookup_if_the_policy_may_use_lookup() -> None:
-    for round_costs, named in (([KNOWN], True), ([KNOWN.model_copy(update={"matches": []})], False), ([], False)):
-        legend = Show(Plan(skip_set=FIRST_DROPPED, gamma=3, round_costs=round_costs)).legend()
-        assert ("by lookup" in legend.plain) == named
 
 
 # --- Files ---

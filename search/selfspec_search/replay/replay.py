@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -70,7 +71,7 @@ class Replay:
         draft_weights: DraftWeights | None = None,
     ) -> None:
         self.texts, self.depths = texts, depths
-        self._only: Sequence[int] | None = None
+        self._only: Sequence[int] = range(len(texts))
         self.sampling = sampling or Sampling()
         self.processors = self.sampling.processors(model)
         self.draft_weights = draft_weights or DraftWeights(model, many_tokens=True)
@@ -103,13 +104,17 @@ class Replay:
         begun: list[Starts | None] = [None] * len(self.chunks)
         if how_deep is not None:
             begun = self._each(lambda chunk: self._replay_first_depth(chunk, table))
-            depths = min(depths, how_deep(self._wanted(table).from_first_depth()))
+            depths = min(depths, how_deep(table.only(self._only).from_first_depth()))
         if depths:
             self._each(lambda chunk: self._replay_other_depths(chunk, begun[chunk], depths, table))
-        return self._wanted(table).shallow(depths)
+        return table.only(self._only).shallow(depths)
 
-    def _wanted(self, table: Table) -> Table:
-        return table if self._only is None else table.only(self._only)
+    def first_depth(self, draft_spec: DraftSpec | SkipSet) -> Table:
+        """The estimate from depth 0 alone."""
+        change_draft(self.view, draft_spec, self.draft_weights)
+        table = Table.empty(self.texts, self.depths)
+        self._each(lambda chunk: self._replay_first_depth(chunk, table))
+        return table.only(self._only).from_first_depth()
 
     def _each(self, do: Callable[[int], Result]) -> list[Result]:
         """Call `do` with the index of every chunk, on all threads."""
@@ -121,7 +126,7 @@ class Replay:
 
     def _replay_first_depth(self, chunk: int, table: Table, *, keep: bool = False) -> Starts | None:
         """Replay depth 0. Return the starts still alive, or None if memory cannot hold the starts of all chunks."""
-        alive = self._advance(self.chunks[chunk].without_keys(), 0, table, self._first_steps[chunk])
+        alive = self._advance(replace(self.chunks[chunk], own={}), 0, table, self._first_steps[chunk])
         return alive if keep or len(self.chunks) <= self._threads else None
 
     def _replay_other_depths(self, chunk: int, begun: Starts | None, depths: int, table: Table) -> None:
@@ -130,22 +135,11 @@ class Replay:
         for depth in range(1, depths):
             alive = self._advance(alive, depth, table, None)
 
-    def first_depth(self, draft_spec: DraftSpec | SkipSet) -> Table:
-        """The estimate from depth 0 alone."""
-        tables: list[Table] = []
-
-        def stop(first: Table) -> int:
-            tables.append(first)
-            return 0
-
-        self.run(draft_spec, stop)
-        return tables[0]
-
     def only(self, indices: Sequence[int]) -> Replay:
         """A replay of some of the texts. The new replay shares the recordings; its tables hold only these texts."""
         few, wanted = copy(self), torch.tensor(list(indices), device=self.tokens.device)
         chunks = [chunk.only(torch.isin(chunk.texts, wanted).nonzero()[:, 0]) for chunk in self.chunks]
-        few._only = list(indices)
+        few._only = indices
         few.chunks = [chunk for chunk in chunks if len(chunk)]
         few._first_steps = [None] * len(few.chunks)
         return few
@@ -183,11 +177,9 @@ class Replay:
 
     def _chosen(self, target: PreTrainedModel, most: int) -> Tensor:
         """p of every token of every text, after logits processors; 1 for the tokens of the prompts."""
-        parts: list[Tensor] = []
-        for text in self.texts:
-            parts.append(torch.ones(text.prompt, device=target.device))
-            parts.append(probabilities(target, text, self.processors, most))
-        return torch.cat(parts)
+        written = [probabilities(target, text, self.processors, most) for text in self.texts]
+        prompts = [torch.ones(text.prompt, device=target.device) for text in self.texts]
+        return torch.cat([part for text in zip(prompts, written, strict=True) for part in text])
 
 
 def threads_for(device: torch.device) -> int:

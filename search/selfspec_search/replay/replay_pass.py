@@ -54,13 +54,8 @@ class Starts:
         """The starts at these places, with the draft's keys and values of these starts."""
         if len(index) == len(self):
             return self
-        kept: dict[str, Any] = {name: getattr(self, name)[index] for name in _COLUMNS}
         own = {layer: (keys[index], values[index]) for layer, (keys, values) in self.own.items()}
-        return Starts(**kept, own=own)
-
-    def without_keys(self) -> Starts:
-        """The same starts before depth 0: the draft has no keys and values yet."""
-        return Starts(**{name: getattr(self, name) for name in _COLUMNS})
+        return Starts(**{name: getattr(self, name)[index] for name in _COLUMNS}, own=own)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -17,7 +17,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfspec.errors import PlanError
 from selfspec.plan.provenance import config_fingerprint
+from selfspec.utils.files import write_atomically
 from selfspec_search.replay.texts import Text
 
 TEXTS = "texts"
@@ -73,15 +75,9 @@ class TextCache:
 
     def write(self, key: str, texts: Sequence[Text]) -> None:
         """Store texts under a key."""
-        path = self._path(key)
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
+        with suppress(OSError, PlanError):
             self.directory.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(to_bytes(texts))
-            part.replace(path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
+            write_atomically(self._path(key), to_bytes(texts))
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"

@@ -14,11 +14,11 @@ from selfspec.plan.plan import Plan
 from selfspec.plan.provenance import Figures
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.words import in_words, lookup_in_words
+from selfspec_search.space import Sublayer
 
 if TYPE_CHECKING:
     from selfspec_search.storage.study_store import StoredTrial
 
-Sublayer = tuple[str, int]
 DEFAULT_GAMMA_MAX = 8
 """Tokens: the largest draft length of a study that recorded none."""
 Point = tuple[float, float]

@@ -13,30 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from selfspec_search.report.canvas import (
-    CHOSEN,
-    INK,
-    ISO,
-    MEASURED,
-    MUTED,
-    PALE,
-    PAPER,
-    PREDICTED,
-    SHADE,
-    SKIPPED,
-    legend_above,
-    new_figure,
-)
+from selfspec_search.report import canvas
+from selfspec_search.report.canvas import legend_above, new_figure
 from selfspec_search.report.data import Point, StudyData, Trial
 
 ISO_SPEEDUPS = (1.0, 1.2, 1.5, 2.0, 3.0)
 TABLE_COSTS, TABLE_AGREEMENTS = (0.55, 0.45, 0.28, 0.20), (0.80, 0.90, 0.95, 0.98)
 """Draft costs of the ceiling table: from published skip sets to quantised drafts that also skip."""
 _SPEED = LinearSegmentedColormap.from_list("speed", ["#b9c8d8", "#7fa3cc", "#1f5f8b", "#0d2b45"])
-_BAR: dict[str, Any] = {"color": SKIPPED, "edgecolor": MEASURED, "hatch": "///"}
-_INTERVAL: dict[str, Any] = {"color": INK, "linewidth": 1.1, "marker": "|", "markersize": 6, "solid_capstyle": "butt"}
+_BAR: dict[str, Any] = {"color": canvas.SKIPPED, "edgecolor": canvas.MEASURED, "hatch": "///"}
+_INTERVAL: dict[str, Any] = {
+    "color": canvas.INK,
+    "linewidth": 1.1,
+    "marker": "|",
+    "markersize": 6,
+    "solid_capstyle": "butt",
+}
 _PREDICTED: dict[str, Any] = {
-    "color": INK,
+    "color": canvas.INK,
     "marker": "s",
     "markersize": 3,
     "linewidth": 1.1,
@@ -45,8 +39,8 @@ _PREDICTED: dict[str, Any] = {
 }
 _LINES: dict[str, dict[str, Any]] = {
     # Broad and below the other line: replay is exact, so the two lines often coincide.
-    "measured": {"color": PALE, "marker": "o", "markersize": 9, "linewidth": 5, "zorder": 2},
-    "predicted, calibration": {**_PREDICTED, "color": MUTED, "marker": "^", "linestyle": (0, (1, 1.5))},
+    "measured": {"color": canvas.PALE, "marker": "o", "markersize": 9, "linewidth": 5, "zorder": 2},
+    "predicted, calibration": {**_PREDICTED, "color": canvas.MUTED, "marker": "^", "linestyle": (0, (1, 1.5))},
 }
 
 
@@ -58,15 +52,17 @@ def pareto(study: StudyData, chosen: Trial | None, name: str) -> Figure:
     complete = [(point, trial.speedup) for trial, point in study.placed if trial.speedup is not None]
     colours: dict[str, Any] = {"c": [speedup for _, speedup in complete], "cmap": _SPEED}
     dots = axes.scatter(
-        *_columns([point for point, _ in complete]), s=22, edgecolors=PAPER, linewidths=0.4, zorder=3, **colours
+        *_columns([point for point, _ in complete]), s=22, edgecolors=canvas.PAPER, linewidths=0.4, zorder=3, **colours
     )
     axes.scatter([], [], s=22, color=_SPEED(0.5), label="complete")  # for the legend: dots differ in colour
     if len({speedup for _, speedup in complete}) > 1:
         figure.colorbar(dots, ax=axes, label="predicted speedup", shrink=0.6, aspect=25).outline.set_visible(False)  # type: ignore[operator]
     front = _columns([trial.point for trial in study.front() if trial.point is not None])
-    axes.plot(*front, color=INK, linewidth=1.0, drawstyle="steps-post", label="Pareto front", zorder=2)
+    axes.plot(*front, color=canvas.INK, linewidth=1.0, drawstyle="steps-post", label="Pareto front", zorder=2)
     if chosen is not None and chosen.point is not None:
-        axes.scatter(*chosen.point, s=110, facecolors="none", edgecolors=CHOSEN, linewidths=1.8, label=name, zorder=5)
+        axes.scatter(
+            *chosen.point, s=110, facecolors="none", edgecolors=canvas.CHOSEN, linewidths=1.8, label=name, zorder=5
+        )
     axes.set_xlim(0, max([x for x, _ in points] + [1.0]) * 1.04)
     axes.set_ylim(max(0.0, min([y for _, y in points] + [0.9]) - 0.06), 1.015)
     _iso_speedups(axes, study.gamma_max)
@@ -105,11 +101,11 @@ def ceilings(points: Mapping[str, Sequence[Point]], gamma_max: int) -> Figure:
     for cost in TABLE_COSTS:
         for agreement in TABLE_AGREEMENTS:
             speedup = f"{ideal_speedup(agreement, cost, gamma_max):.2f}"
-            axes.text(cost, agreement, speedup, ha="center", va="center", color=MUTED, fontsize=8.5)
-    shades = (PALE, PREDICTED, MEASURED, CHOSEN)
+            axes.text(cost, agreement, speedup, ha="center", va="center", color=canvas.MUTED, fontsize=8.5)
+    shades = (canvas.PALE, canvas.PREDICTED, canvas.MEASURED, canvas.CHOSEN)
     for index, (name, some) in enumerate(points.items()):
         colour = shades[index % len(shades)]
-        axes.scatter(*_columns(some), s=26, color=colour, edgecolors=PAPER, linewidths=0.5, label=name, zorder=3)
+        axes.scatter(*_columns(some), s=26, color=colour, edgecolors=canvas.PAPER, linewidths=0.5, label=name, zorder=3)
     costs, _ = _columns([point for some in points.values() for point in some] + [(TABLE_COSTS[0], 1.0)])
     axes.set_xlim(0, min(1.2, max(costs) * 1.08))
     axes.set_ylim(TABLE_AGREEMENTS[0] - 0.1, 1.01)
@@ -123,13 +119,13 @@ def history(study: StudyData) -> Figure:
     """Predicted speedup by trial number, and the best so far."""
     figure, (axes,) = new_figure(2.9)
     complete = [(t.number, t.speedup) for t in study.trials if t.speedup is not None]
-    axes.axhline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.axhline(1.0, color=canvas.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     _ended_early(axes, [(t.number, t.estimate) for t in study.trials if t.is_pruned and t.estimate is not None])
-    axes.scatter(*_columns(complete), s=14, color=PREDICTED, edgecolors="none", label="complete")
+    axes.scatter(*_columns(complete), s=14, color=canvas.PREDICTED, edgecolors="none", label="complete")
     best = list(accumulate(sorted(complete), lambda a, b: (b[0], max(a[1], b[1]))))
     if best:
         best.append((max(trial.number for trial in study.trials), best[-1][1]))
-    axes.plot(*_columns(best), color=MEASURED, linewidth=1.6, drawstyle="steps-post", label="best so far")
+    axes.plot(*_columns(best), color=canvas.MEASURED, linewidth=1.6, drawstyle="steps-post", label="best so far")
     axes.annotate("plain", (1, 1.0), xycoords=("axes fraction", "data"), xytext=(3, -3), textcoords="offset points")
     axes.set_xlabel("trial")
     axes.set_ylabel("predicted speedup")
@@ -151,7 +147,7 @@ def comparison(bars: Mapping[str, Mapping[str, float]], intervals: Mapping[str, 
         ends: Sequence[float] = ()
         for y, (label, value) in enumerate(values.items()):
             ends = intervals.get(title, ()) if label == "measured" else ()
-            axes.barh(y, value, 0.68, **({"color": MEASURED} if label == "measured" else _BAR))
+            axes.barh(y, value, 0.68, **({"color": canvas.MEASURED} if label == "measured" else _BAR))
             if ends:
                 axes.plot(ends, [y, y], **_INTERVAL)
             text = f"{value:.2f}" if value < 100 else f"{value:.0f}"
@@ -178,7 +174,7 @@ def positions(lines: Mapping[str, Sequence[float]], layers_end: int | None = Non
             axes.plot(range(1, len(shown) + 1), shown, label=label, **_LINES.get(label, _PREDICTED))
     longest = max(map(len, lines.values()))
     if layers_end is not None and layers_end < longest:
-        each.axvspan(layers_end + 0.5, longest + 0.5, color=SHADE, zorder=0, label="prompt lookup only")
+        each.axvspan(layers_end + 0.5, longest + 0.5, color=canvas.SHADE, zorder=0, label="prompt lookup only")
     _by_position(each, "agreement, given that all before it agreed", longest)
     _by_position(product, "accepted up to here, if drafted so far", min(longest, layers_end or longest))
     legend_above(figure, *each.get_legend_handles_labels())
@@ -212,9 +208,9 @@ def _iso_speedups(axes: Axes, gamma_max: int) -> None:
         costs = np.array([ideal_cost(a, speedup, gamma_max) for a in agreements])
         shown = (costs >= 0) & (costs <= right)
         if shown.any():
-            axes.plot(costs[shown], agreements[shown], color=ISO, linewidth=0.9, zorder=0)
+            axes.plot(costs[shown], agreements[shown], color=canvas.ISO, linewidth=0.9, zorder=0)
             x, y = costs[shown][-1], agreements[shown][-1]
-            axes.annotate(f"{speedup:g}x", (x, y), color=MUTED, fontsize=7.5, ha="center", va="bottom", zorder=1)
+            axes.annotate(f"{speedup:g}x", (x, y), color=canvas.MUTED, fontsize=7.5, ha="center", va="bottom", zorder=1)
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -15,8 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report.canvas import INK, KEPT, PAPER, QUANTISED, SKIPPED, WIDTH, legend_above, new_figure
-from selfspec_search.report.data import Sublayer
-from selfspec_search.space import sublayers
+from selfspec_search.space import Sublayer, sublayers
 
 KINDS = ("attn", "mlp")
 MOST_NUMBERS = 20

@@ -36,7 +36,7 @@ def verdict(data: ReportData) -> str:
     """The result in a sentence."""
     if data.plan is not None:
         if data.plan.speculates:
-            return f"Speculate: {_drafting_of_plan(data.plan, data.num_layers)}."
+            return f"Speculate: {_drafting_of(data.plan, data.num_layers)}."
         return "Do not speculate: nothing that was tried decodes faster than the plain model."
     best, study = data.best_trial, data.study
     if study is None or best is None or best.speedup is None:
@@ -47,7 +47,7 @@ def verdict(data: ReportData) -> str:
     return f"Best of {len(study.trials)} trials: {words}."
 
 
-def _drafting_of_plan(plan: Plan, num_layers: int) -> str:
+def _drafting_of(plan: Plan, num_layers: int) -> str:
     lookup = lookup_in_words(plan.prompt_lookup) if plan.prompt_lookup else None
     return drafting(plan.draft_spec, num_layers, gamma=plan.gamma, threshold=plan.exit_threshold, lookup=lookup)
 
@@ -68,11 +68,10 @@ def tiles(data: ReportData) -> list[Tile]:
         if best is not None:
             shown.append(_speedup(best, "speedup, the best trial's"))
         return shown
-    predicted = given.get("predicted, held-out") or given.get("predicted, calibration")
+    expected = given.get("predicted, held-out") or given.get("predicted, calibration") or (None if data.plan else best)
     if measured is not None:
         sure = f"95 % interval {interval(measured.interval)}" if measured.interval else ""
         shown.append(Tile(value=times(measured.speedup), label="speedup", source="measured", sure=sure, on=on))
-    expected = predicted or (None if data.plan else best)
     if expected is not None:
         shown.append(_speedup(expected))
     found = measured or expected

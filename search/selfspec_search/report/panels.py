@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from selfspec.plan.plan import Plan
 from selfspec.plan.sublayers import SkipSet
 from selfspec_search.report import figures, grids
-from selfspec_search.report.data import ReportData, Sublayer, Trial
+from selfspec_search.report.data import ReportData, Trial
 from selfspec_search.report.words import counted, draft_weights_of, interval, skipped_of
-from selfspec_search.space import sublayers
+from selfspec_search.space import Sublayer, sublayers
 
 IDEAL = "(1 + a + … + a^gamma) / (gamma c + 1)".replace(" ", "\u00a0")
 """The speedup of an idealised model: every drafted token agrees with probability a, and a draft step costs c."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from selfspec.errors import InputError
 from selfspec.plan.plan import PLAN_FILE, Plan
-from selfspec_search.report.data import ReportData, StudyData, Sublayer, Trial, number
-from selfspec_search.space import sublayers
+from selfspec_search.report.data import ReportData, StudyData, Trial, number
+from selfspec_search.space import Sublayer, sublayers
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 JOURNAL_SUFFIX = ".journal"
@@ -91,9 +91,9 @@ def _read_study(storage: str, name: str | None) -> StudyData:
     return StudyData(
         name=stored.name,
         trials=[Trial.of(trial) for trial in stored.trials],
-        num_layers=stored.num_layers,
+        num_layers=stored.space.num_layers,
         identity=stored.identity,
-        sensitivity=_sensitivity(stored.blobs.get(SENSITIVITY), stored.num_layers),
+        sensitivity=_sensitivity(stored.blobs.get(SENSITIVITY), stored.space.num_layers),
     )
 
 

@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from selfspec.errors import InputError
 from selfspec.plan.draft_spec import DraftSpec
-from selfspec.plan.sublayers import SkipSet
 from selfspec_search.space import Space
 from selfspec_search.storage.ledger import Ledger, blobs_of
 from selfspec_search.storage.open import open_storage
@@ -37,10 +36,6 @@ class StoredTrial:
     draft_spec: DraftSpec
     value: float | None
     record: Mapping[str, Any]
-
-    @property
-    def skip_set(self) -> SkipSet:
-        return self.draft_spec.skip_set
 
     @classmethod
     def of(cls, trial: FrozenTrial, space: Space) -> StoredTrial:
@@ -188,10 +183,6 @@ class StoredStudy:
     trials: list[StoredTrial]
     blobs: Mapping[str, bytes] = field(repr=False)
 
-    @property
-    def num_layers(self) -> int:
-        return self.space.num_layers
-
 
 def load_study(storage: str, name: str | None = None) -> StoredStudy:
     """Read the study of this name, or the only one of the storage; nothing is written.
@@ -217,9 +208,8 @@ def load_study(storage: str, name: str | None = None) -> StoredStudy:
 def _read(raw: BaseStorage, name: str) -> StoredStudy:
     study_id = raw.get_study_id_from_name(name)
     attrs = raw.get_study_user_attrs(study_id)
-    blobs = blobs_of(attrs)
-    about = attrs[STUDY]
+    blobs, about = blobs_of(attrs), attrs[STUDY]
     space = Space.from_bytes(blobs[SPACE]) if SPACE in blobs else Space(num_layers=about["num_layers"])
-    trials = [t for t in raw.get_all_trials(study_id, deepcopy=False, states=FINISHED) if t.params]
-    stored = [StoredTrial.of(trial, space) for trial in trials]
-    return StoredStudy(name=name, identity=about["identity"], space=space, trials=stored, blobs=blobs)
+    finished = raw.get_all_trials(study_id, deepcopy=False, states=FINISHED)
+    trials = [StoredTrial.of(trial, space) for trial in finished if trial.params]
+    return StoredStudy(name=name, identity=about["identity"], space=space, trials=trials, blobs=blobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -67,12 +67,11 @@ class Running:
 
     def finish(self, value: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
         """Complete the trial, with the objective and a record for JSON; constraints are feasible if at most 0."""
-        self._end(TrialState.COMPLETE, [value], record, constraints)
+        self._end(TrialState.COMPLETE, value, record, constraints)
 
     def prune(self, estimate: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None = None) -> None:
         """End the trial early; `estimate` is the objective as estimated after the first depth."""
-        self._write(lambda raw: raw.set_trial_intermediate_value(self._trial_id, 0, estimate))
-        self._end(TrialState.PRUNED, None, record, constraints)
+        self._end(TrialState.PRUNED, estimate, record, constraints)
 
     def fail(self) -> None:
         """End the trial without a result; its draft spec may be tried again."""
@@ -80,17 +79,15 @@ class Running:
         self._stop()
 
     def _end(
-        self,
-        state: TrialState,
-        values: Sequence[float] | None,
-        record: Mapping[str, Any],
-        constraints: Mapping[str, float] | None,
+        self, state: TrialState, value: float, record: Mapping[str, Any], constraints: Mapping[str, float] | None
     ) -> None:
         def write(raw: BaseStorage) -> None:
-            for name, value in (constraints or {}).items():
-                raw.set_trial_system_attr(self._trial_id, f"constraints:{name}", value)
+            for name, constraint in (constraints or {}).items():
+                raw.set_trial_system_attr(self._trial_id, f"constraints:{name}", constraint)
             raw.set_trial_user_attr(self._trial_id, RECORD, dict(record))
-            raw.set_trial_state_values(self._trial_id, state, values)
+            if state == TrialState.PRUNED:
+                raw.set_trial_intermediate_value(self._trial_id, 0, value)
+            raw.set_trial_state_values(self._trial_id, state, None if state == TrialState.PRUNED else [value])
 
         self._write(write)
         self._stop()

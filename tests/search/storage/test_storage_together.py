@@ -27,7 +27,7 @@ from selfspec import Plan
 
 pytestmark = pytest.mark.slow
 
-TRIALS = 40
+TRIALS = 17
 DEADLINE = 600.0
 """Seconds: a test gives up after this time."""
 SELFSPEC = [sys.executable, "-c", "from selfspec.cli import main; main()"]
@@ -234,6 +234,7 @@ def story(bench: Bench) -> Story:
     return Story(storage, studies, interrupted, finished, plans, list((bench.cache / "texts").iterdir()))
 
 
+@pytest.mark.xdist_group("story")
 def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c_until_exactly_all_trials_are_finished(
     story: Story,
 ) -> None:
@@ -244,6 +245,7 @@ def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c_until_exactly_al
     assert {trial.state for trial in all_trials(story.storage)} <= {*FINISHED, TrialState.FAIL}
 
 
+@pytest.mark.xdist_group("story")
 def test_a_search_that_goes_on_neither_writes_texts_nor_measures_a_profile_again(story: Story) -> None:
     first, *later = [{key: study.blobs[key] for key in ("texts", "profile")} for study in story.studies]
     assert all(blobs == first for blobs in later)
@@ -254,6 +256,7 @@ def test_a_search_that_goes_on_neither_writes_texts_nor_measures_a_profile_again
     assert not story.new_texts
 
 
+@pytest.mark.xdist_group("story")
 def test_ctrl_c_in_the_trials_confirms_and_writes_the_best_so_far(story: Story) -> None:
     assert "then interrupted" in story.interrupted
     assert_lossless(story.interrupted)
@@ -262,6 +265,7 @@ def test_ctrl_c_in_the_trials_confirms_and_writes_the_best_so_far(story: Story) 
     assert trials == [len(study.trials) for study in story.studies[1:]]
 
 
+@pytest.mark.xdist_group("story")
 def test_a_worker_that_would_mix_is_refused_by_what_differs(story: Story, bench: Bench) -> None:
     heavier = bench.place / "other"
     save_model(heavier)

@@ -91,12 +91,6 @@ def as_worker(target: Any, *arguments: Any) -> None:
     target(*arguments)
 
 
-def opens(storage: str, answers: Any) -> None:
-    with join(storage) as store:
-        shared = store.share(lambda: {"profile": str(time.time_ns()).encode()})
-        answers.put((store.created, shared["profile"]))
-
-
 def dies_in_a_trial(storage: str, at_it: Any) -> None:
     with join(storage) as store:
         store.share(dict)
@@ -145,16 +139,6 @@ def works_until_killed(storage: str, seed: int, at_it: Any) -> None:
             with store.begin(sets.choice(SETS)) as running:
                 running.finish(1.0, {"table": "x" * 20_000})
             at_it.set()
-
-
-def test_of_workers_that_start_at_once_one_is_the_creator_and_all_share(workers: Workers, shared: str) -> None:
-    answers = multiprocessing.get_context("forkserver").Queue()
-    for _ in range(3):
-        workers.start(opens, shared, answers)
-    answered = [answers.get(timeout=DEADLINE) for _ in range(3)]
-    workers.wait()
-    assert sorted(created for created, _ in answered) == [False, False, True]
-    assert len({profile for _, profile in answered}) == 1
 
 
 def kill_at(event: Any, process: ForkServerProcess) -> None:

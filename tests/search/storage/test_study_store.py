@@ -188,7 +188,7 @@ class TestStaleTrials:
             join(shared, name, heartbeat=Heartbeat(interval=0.2, grace=2.5)) as store,
             store.begin(SETS[2]) as running,
         ):
-            end = time.monotonic() + 5
+            end = time.monotonic() + 3.6
             while time.monotonic() < end:
                 assert store.news() == []
                 assert store.claimed() == {SETS[2]}
@@ -269,9 +269,11 @@ class TestSharedStorages:
         with Store.open(shared, None, {**IDENTITY, "gamma_max": 3}, num_layers=LAYERS) as third:
             assert third.name != first.name
 
-    def test_of_many_workers_that_join_at_once_one_is_the_creator(self, shared: str, name: str) -> None:
-        stores = at_once([lambda: join(shared, name)] * 4)
+    def test_of_many_workers_that_join_at_once_one_is_the_creator_and_all_share(self, shared: str, name: str) -> None:
+        stores, made = at_once([lambda: join(shared, name)] * 4), count(1)
         assert sorted(store.created for store in stores) == [False, False, False, True]
+        data = at_once([lambda store=store: store.share(lambda: {"profile": b"%d" % next(made)}) for store in stores])
+        assert data == [{"profile": b"1"}] * 4
         for store in stores:
             store.close()
 
@@ -299,7 +301,7 @@ class TestSharedStorages:
             with store.begin(SETS[2]):
                 study = load_study(shared, name)
         assert study.identity == IDENTITY
-        assert study.num_layers == LAYERS
+        assert study.space.num_layers == LAYERS
         assert study.blobs == {"profile": b"p"}
         assert [(trial.draft_spec, trial.value) for trial in study.trials] == [(SETS[0], 1.25), (SETS[1], None)]
         with pytest.raises(InputError, match=re.escape(f"'{name}'")):

@@ -71,6 +71,8 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
         ("search", f"{result.trials_complete} trials whole, {result.trials_pruned} ended early{early} ({phases})"),
         ("plan", str(result.plan) if result.plan.speculates else NOTHING_FASTER),
     ]
+    if result.why:
+        lines.append(("why", result.why))
     if slower := result.profile.slower_formats:
         lines.append(("left out", "; ".join(f"{code.partition('/')[0]}: {why}" for code, why in slower.items())))
     if (winner := result.winner) is None:

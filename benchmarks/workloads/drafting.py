@@ -22,12 +22,12 @@ from selfspec.benchmark.contenders import (
     HuggingFace,
     Ours,
     fastest,
+    plain_contenders,
     prompt_lookups,
 )
 from selfspec.benchmark.measure import Measurement, measure
 from selfspec.decoding.stats import Stats
 from selfspec.huggingface.loading import Loaded
-from selfspec.plan.plan import Plan
 from selfspec.plan.round_costs import RoundCosts
 from selfspec.utils.statistics import interleaved, speed_ratio, timed_task
 from workloads.plans import Plans
@@ -68,8 +68,9 @@ def enter(loaded: Loaded, plans: Plans, rows: Sequence[int]) -> Entrants:
     assert adaptive.round_costs, "the search's plan speculates"
     round_costs = {count: probe.round_costs(adaptive.round_costs[0], count) for count in rows}
     priced = adaptive.model_copy(update={"round_costs": list(round_costs.values())})
-    specs = {name: wrap(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
-    return Entrants(specs=specs | {ADAPTIVE: wrap(loaded.model, priced)}, round_costs=round_costs)
+    plain = {one.name: one.spec for one in plain_contenders(loaded.model, adaptive.pass_lengths)}
+    fixed = {name: wrap(loaded.model, plan, policy="fixed") for name, plan in plans.fixed.items()}
+    return Entrants(specs=plain | fixed | {ADAPTIVE: wrap(loaded.model, priced)}, round_costs=round_costs)
 
 
 def timed_in_turn(
@@ -90,7 +91,7 @@ def timed_in_turn(
 def one_row(
     loaded: Loaded, entrants: Entrants, workload: Workload, count: int, new_tokens: int, repeats: int, *, peers: bool
 ) -> dict[str, Any]:
-    """A workload's counts, and priced and measured speedups, with one row."""
+    """A workload's counts, and priced and measured speedups over the faster plain decoding, with one row."""
     prompts = workload.prompts(loaded, count, new_tokens)
     measured = timed_in_turn(loaded, entrants, prompts, new_tokens, repeats, peers=peers)
     stats = {one.name: one.stats for one in measured.contenders if isinstance(one, Ours) and one.stats is not None}
@@ -98,7 +99,7 @@ def one_row(
     result = _compared(stats, {name: entrants.prices(name, 1) for name in stats})
     for name, line in result["drafters"].items():
         outputs = measured.outputs[measured.index(name)]
-        line["measured"] = measured.ratio(name, PLAIN).to_dict()
+        line["measured"] = measured.ratio(name, measured.baseline).to_dict()
         line["tokens_per_second"] = round(measured.tokens_per_second(name), 1)
         line["differing"] = sum(not torch.equal(a, b) for a, b in zip(reference, outputs, strict=True))
     best = result["best_fixed"]
@@ -106,10 +107,11 @@ def one_row(
     for peer in (GENERATE, PROMPT_LOOKUP) if peers else ():
         index = measured.index(peer)
         settings = {k: v for k, v in measured.contenders[index].settings.items() if k != "suppress_tokens"}
-        result[peer] = {"against_plain": measured.ratio(peer, PLAIN).to_dict(), "settings": settings}
+        result[peer] = {"against_plain": measured.ratio(peer, measured.baseline).to_dict(), "settings": settings}
         result[f"lookup_over_{peer}"] = measured.ratio("lookup", peer).to_dict()
         result[f"adaptive_over_{peer}"] = measured.ratio(ADAPTIVE, peer).to_dict()
-    return {"workload": workload.name, "rows": 1, "prompts": len(prompts), **result}
+    found = {"workload": workload.name, "rows": 1, "prompts": len(prompts), "baseline": measured.baseline}
+    return found | result
 
 
 def many_rows(
@@ -166,4 +168,4 @@ def padded(prompts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]
 
 def plan_lines(specs: dict[str, SelfSpeculator]) -> dict[str, str]:
     """Every plan as text, by name."""
-    return {name: str(spec.plan if name != PLAIN else Plan.none()) for name, spec in specs.items()}
+    return {name: str(spec.plan) for name, spec in specs.items()}

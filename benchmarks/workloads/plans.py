@@ -25,7 +25,7 @@ from selfspec.runtime.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """Fixed plans by name, the adaptive plan, and the texts and the profile of the search."""
+    """Fixed plans that speculate by name, the adaptive plan, and the texts and the profile of the search."""
 
     fixed: dict[str, Plan]
     adaptive: Plan
@@ -49,7 +49,6 @@ def find_plans(
     lookup = prices.best_lookup(texts)
     assert lookup is not None
     fixed = {
-        "plain": Plan.none(),
         "lookup": lookup.plan,
         "layers": layers.plan,
         "cascade": cascade.plan,

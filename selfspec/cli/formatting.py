@@ -75,6 +75,8 @@ def facts(result: SearchResult) -> list[tuple[str, str]]:
     ]
     if result.cuts:
         lines.append(("cut short", "; ".join(result.cuts)))
+    if result.why:
+        lines.append(("why", result.why))
     if slower := result.profile.slower_formats:
         lines.append(("left out", "; ".join(f"{code.partition('/')[0]}: {why}" for code, why in slower.items())))
     if (winner := result.winner) is None:

@@ -104,6 +104,8 @@ class Provenance(Strict):
         study: the study's name in its storage.
         errors: measured / predicted - 1, by figure, on the decoded texts. For a plan that does not speculate, the
             errors are those of the best plan that does.
+        confirmation: the figures of plain decoding and of every confirmed plan, as rows of a table.
+        why: why the plan was chosen although another row looks better; empty if no row does.
     """
 
     conditions: Conditions
@@ -115,3 +117,5 @@ class Provenance(Strict):
     predicted_on_held_out: Figures | None = None
     measured: Figures | None = None
     errors: dict[str, float] = Field(default_factory=dict)
+    confirmation: list[dict[str, str]] = Field(default_factory=list)
+    why: str = ""

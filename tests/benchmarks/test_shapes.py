@@ -22,7 +22,7 @@ from shapes.limits import (
     kv_bytes,
     weight_bytes,
 )
-from shapes.passes import Ceiling, Passes, best_length, lengths_of, round_passes
+from shapes.passes import Ceiling, Passes, adopted_lengths, lengths_of, round_passes
 from shapes.shape import LLAMA_1B, LLAMA_8B, QWEN3_32B, TOY_LLAMA, TOY_QWEN3, Shape, in_float32
 from shapes.subject import DAMPING, Subject
 from torch import Tensor
@@ -274,8 +274,10 @@ def test_target_passes_are_padded_to_clearly_faster_lengths(
 
 def test_draft_passes_are_padded_if_clearly_faster_and_not_quantised() -> None:
     times = {t: Times((seconds,)) for t, seconds in ((1, 10.0), (2, 9.7), (3, 9.5))}
-    assert best_length(times) == 3
-    assert best_length({1: times[1], 2: times[2]}) == 1  # 3 % is noise
+    assert adopted_lengths(times) == {1: 3}
+    assert adopted_lengths({1: times[1], 2: times[2]}) == {}  # 3 % is too little
+    unsure = {1: Times((10.0, 9.0, 12.0, 9.0, 12.0)), 2: Times((9.0, 12.0, 9.0, 12.0, 9.0))}
+    assert adopted_lengths(unsure) == {}  # 11 % by medians, but slower in two of five repeats
     model = TOY_LLAMA.build(CPU, 0)
     skipping, quantised_too = DraftSpec(skip_set=SkipSet(attn={1})), DraftSpec(quantised=Quantised.everything(INT4, 7))
     assert lengths_of(Runtime(model, skipping)) == (1, 2, 3)

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from profiles import measuring, profile_of
 from quantised_models import TOKENS, quantisable_model
 from selfspec_search import SearchResult, SearchSettings, load_study, repick, search
+from selfspec_search.confirm.confirm import pass_lengths_of
 from selfspec_search.profile.costs import Costs, Savings
 from selfspec_search.profile.draft_costs import FORMATS, UNPADDED, fit_draft_weights, quantised_variants
 from selfspec_search.profile.pass_lengths import draft_padding, suggested_lengths, target_padding
@@ -227,6 +228,13 @@ def test_a_padding_is_adopted_only_if_new_paired_timings_show_a_gain_beyond_the_
         assert 1 < low <= value <= high
 
 
+def test_quantised_drafts_are_unpadded() -> None:
+    lengths = PassLengths(rows=1, target=[3, 2], draft=2, gains={"target 1": [1.2, 1.1, 1.3], "draft": [1.4, 1.3, 1.5]})
+    assert pass_lengths_of(DraftSpec(skip_set=SkipSet(attn={1})), lengths) == lengths
+    unpadded = PassLengths(rows=1, target=[3, 2], gains={"target 1": [1.2, 1.1, 1.3]})
+    assert pass_lengths_of(DraftSpec(quantised=Quantised.everything(INT4, LAYERS)), lengths) == unpadded
+
+
 @pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize(("unpadded", "draft"), [(1.2, 2), (1.03, 1)])
 def test_draft_passes_are_padded_by_the_same_rule(
@@ -372,14 +380,6 @@ def test_repick_says_why_no_trial_can_be_used(
     monkeypatch.setattr("selfspec_search.confirm.plan_writer.measure", lambda *args, **kwargs: slow)
     with pytest.raises(InputError, match=r"their formats are no faster \(int4 .* 64: 1.30 .*\); search on this device"):
         repick(model, study, SearchSettings())
-
-
-@pytest.mark.usefixtures("profiled")
-def test_a_plan_has_the_pass_lengths_of_the_profile_but_quantised_drafts_are_unpadded(model: PreTrainedModel) -> None:
-    result = find(model)
-    pass_lengths = result.plan.pass_lengths
-    assert pass_lengths.target == [3, 3, 3, 4]
-    assert pass_lengths.draft == (1 if result.plan.quantised else 2)
 
 
 @pytest.mark.usefixtures("profiled")

@@ -160,7 +160,8 @@ def pass_lengths_of(draft_spec: DraftSpec, pass_lengths: PassLengths | None) -> 
     """The padded lengths for a draft spec: quantised draft passes are unpadded, since one token is fastest for them."""
     if pass_lengths is None or draft_spec.quantised is None:
         return pass_lengths
-    return pass_lengths.model_copy(update={"draft": 1})
+    gains = {passes: gain for passes, gain in (pass_lengths.gains or {}).items() if passes != "draft"}
+    return pass_lengths.model_copy(update={"draft": 1, "gains": gains or None})
 
 
 def _batches(texts: Sequence[Text], settings: SearchSettings) -> list[list[int]]:

@@ -20,7 +20,7 @@ from selfspec.plan.provenance import Conditions, Figures, ModelIdentity, Provena
 from selfspec.plan.round_costs import RoundCosts
 from selfspec_search.budget import Budget
 from selfspec_search.confirm.confirm import Confirmation, Confirmed, confirm, pass_lengths_of
-from selfspec_search.confirm.result import SearchResult
+from selfspec_search.confirm.result import SearchResult, table, why
 from selfspec_search.profile.profile import Profile, ProfileSettings, measure, position_limit
 from selfspec_search.profile.round_costs import BatchCostProbe, match_shares, strip_trailing_zeros
 from selfspec_search.replay.memory import Memory
@@ -115,12 +115,14 @@ class PlanWriter:
             chosen.append(trials.lookup)
         with self.phases.phase("confirm"):
             confirmation = self._confirm(chosen, held_out)
-        plain, *_ = confirmation.plains.values()
         confirmed = sorted(confirmation.confirmed, key=lambda one: one.rank)
         winner = next((one for one in confirmed if one.is_faster), None)
+        plain, *_ = confirmation.plains.values()
+        provenance = self._provenance(winner or confirmed[0], plain, trials, texts, held_out)
+        found = {"confirmation": table(confirmation.plains, confirmed), "why": why(confirmed, winner)}
         shared = {
             "model": ModelIdentity.of(self.model.config),
-            "provenance": self._provenance(winner or confirmed[0], plain, trials, texts, held_out),
+            "provenance": provenance.model_copy(update=found),
         }
         if winner is None:
             plan = Plan.none(**shared, pass_lengths=confirmation.pass_lengths)

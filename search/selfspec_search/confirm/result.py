@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from selfspec.plan.plan import Plan
@@ -42,10 +42,37 @@ class SearchResult:
         return sum(confirmed.differing_texts for confirmed in self.confirmed)
 
     def rows(self) -> list[dict[str, str]]:
-        """Predicted and measured figures of plain decoding and of each confirmed plan, the fastest first."""
-        plain = [(figures.speedup, _plain_row(name, figures)) for name, figures in self.plains.items()]
-        rows = [*plain, *((confirmed.measured.speedup, _row(confirmed)) for confirmed in self.confirmed)]
-        return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+        return table(self.plains, self.confirmed)
+
+    @property
+    def why(self) -> str:
+        return why(self.confirmed, self.winner)
+
+
+def table(plains: Mapping[str, Figures], confirmed: Sequence[Confirmed]) -> list[dict[str, str]]:
+    """Predicted and measured figures of plain decoding and of each confirmed plan, the fastest first."""
+    rows = [(figures.speedup, _plain_row(name, figures)) for name, figures in plains.items()]
+    rows += [(one.measured.speedup, _row(one)) for one in confirmed]
+    return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+
+
+def why(confirmed: Sequence[Confirmed], winner: Confirmed | None) -> str:
+    """Why the winner, or plain decoding without one, was chosen over the plan that measured best; else empty."""
+    best = max(confirmed, key=lambda one: one.measured.speedup)
+    if best is winner or best.measured.speedup <= 1:
+        return ""
+    if best.is_faster:
+        reason = "the chosen plan is as fast to two digits and simpler"
+    elif best.measured.interval[0] <= 1:
+        reason = f"its 95 % interval ({_interval(best.measured)}) includes plain decoding"
+    else:
+        reason = "it was not faster than plain decoding in every repeat"
+    return f"'{best.prediction.plan}' measured {best.measured.speedup:.2f}x, but {reason}."
+
+
+def _interval(figures: Figures) -> str:
+    low, high = figures.interval
+    return f"{low:.2f}-{high:.2f}"
 
 
 def _plain_row(name: str, figures: Figures) -> dict[str, str]:
@@ -54,6 +81,7 @@ def _plain_row(name: str, figures: Figures) -> dict[str, str]:
         "speedup predicted": "1.00",
         "on held-out": "1.00",
         "measured": f"{figures.speedup:.2f}",
+        "95 %": _interval(figures),
         "tokens/s": f"{figures.tokens_per_second:.1f}",
         "tokens/round": "1.00",
         "by replay": "1.00",
@@ -69,6 +97,7 @@ def _row(confirmed: Confirmed) -> dict[str, str]:
         "speedup predicted": f"{confirmed.prediction.speedup:.2f}",
         "on held-out": f"{confirmed.predicted_on_held_out.speedup:.2f}",
         "measured": f"{measured.speedup:.2f}",
+        "95 %": _interval(measured),
         "tokens/s": f"{measured.tokens_per_second:.1f}",
         "tokens/round": f"{confirmed.tokens_per_round_decoded:.2f}",
         "by replay": f"{confirmed.tokens_per_round_replayed:.2f}",

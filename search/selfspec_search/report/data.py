@@ -108,8 +108,12 @@ class StudyData:
         return int(given) if given is not None and given >= 1 else DEFAULT_GAMMA_MAX
 
     def best(self, count: int) -> list[Trial]:
-        """The complete trials of highest predicted speedup; of equal trials, the smaller draft first."""
-        ranked = sorted(self.complete, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
+        """The complete trials of highest predicted speedup, without the whole model as its own draft, as in the search.
+
+        Of equal trials, the smaller draft comes first.
+        """
+        drafts = [trial for trial in self.complete if trial.draft_spec != DraftSpec()]
+        ranked = sorted(drafts, key=lambda t: (-round(t.speedup or 0.0, 3), -len(t.skip_set), t.number))
         unique: dict[DraftSpec, Trial] = {}
         for trial in ranked:
             unique.setdefault(trial.draft_spec, trial)

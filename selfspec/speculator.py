@@ -186,7 +186,7 @@ class SelfSpeculator:
         """Yield whole rounds where `stream` yields tokens: the round's tokens, and how many tokens were drafted."""
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
         request: Request | PlainDecoding = through_hugging_face(
-            self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
+            self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs, streams=True
         )
         if isinstance(request, PlainDecoding):
             raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; use generate with a streamer")

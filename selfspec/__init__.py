@@ -14,6 +14,7 @@ _MODULES = {
     "Format": "plan.draft_spec",
     "InputError": "errors",
     "Metrics": "serving.metrics",
+    "OptionWarning": "errors",
     "RoundCosts": "plan.round_costs",
     "PassLengths": "plan.round_costs",
     "Plan": "plan.plan",

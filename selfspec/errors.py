@@ -1,4 +1,4 @@
-"""Errors that a user can cause and fix, one warning, and the test for a failed memory allocation."""
+"""Errors that a user can cause and fix, two warnings, and the test for a failed memory allocation."""
 
 
 class SelfspecError(Exception):
@@ -23,6 +23,10 @@ class InputError(SelfspecError):
 
 class PlanWarning(UserWarning):
     """The plan was searched under other conditions: the output is right, but the plan may not be the fastest here."""
+
+
+class OptionWarning(UserWarning):
+    """An option of the model's own generation config is not supported and was turned off."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -197,7 +197,7 @@ class SelfSpeculator:
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
         with self._lock.held():
             request: Request | PlainDecoding = through_hugging_face(
-                self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs
+                self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs, streams=True
             )
             if isinstance(request, PlainDecoding):
                 raise UnsupportedOptionError(

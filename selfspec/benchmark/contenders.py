@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from selfspec.decode_options import DecodeOptions
 from selfspec.decoding.stats import Stats
 from selfspec.errors import SelfspecError
+from selfspec.huggingface.options import set_aside
 from selfspec.plan.plan import Plan
 from selfspec.plan.round_costs import PassLengths
 from selfspec.plan.sublayers import SkipSet
@@ -30,6 +31,8 @@ GENERATE, PLAIN, PADDED, EARLY_EXIT, PROMPT_LOOKUP, DRAFT_MODEL, OURS = (
 )
 TRIAL_PROMPTS, TRIAL_TOKENS = 2, 64
 """Prompts, and new tokens per prompt: the trial that finds the best settings of a contender."""
+WITHOUT_STOP_STRINGS: dict[str, Any] = {"stop_strings": None}
+"""Options of `generate`: stop strings of the model's generation config would need a tokenizer."""
 
 
 class PeerError(SelfspecError):
@@ -65,13 +68,14 @@ class HuggingFace:
     stats: Stats | None = None
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        row = prompt.to(self.model.device)[None]
+        row, options = prompt.to(self.model.device)[None], {**WITHOUT_STOP_STRINGS, **self.settings}
+        set_aside(self.model, None, options, streams=True)  # else `model.generate` would decode otherwise, with beams
         result = self.model.generate(  # type: ignore[operator]
             row,
             attention_mask=torch.ones_like(row),
             max_new_tokens=new_tokens,
             do_sample=False,
-            **self.settings,
+            **options,
         )
         return _new_tokens(result, prompt)
 
@@ -125,7 +129,9 @@ class Ours:
 
     def decode(self, prompt: Tensor, new_tokens: int) -> Tensor:
         row = prompt.to(self.spec.model.device)[None]
-        result = self.spec.generate(row, max_new_tokens=new_tokens, do_sample=False, **self.options)
+        result = self.spec.generate(
+            row, max_new_tokens=new_tokens, do_sample=False, **WITHOUT_STOP_STRINGS, **self.options
+        )
         if self.stats is not None:
             self.stats.add(self.spec.stats)
         return _new_tokens(result, prompt)

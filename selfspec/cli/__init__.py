@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from selfspec.cli import bench, demo, generate, profile, report, search
 from selfspec.cli.options import with_options
-from selfspec.errors import PlanWarning, SelfspecError, is_out_of_memory
+from selfspec.errors import OptionWarning, PlanWarning, SelfspecError, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -102,7 +102,8 @@ def main() -> None:
     """The `selfspec` console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # advice of the libraries beneath, to programmers
-        warnings.simplefilter("default", PlanWarning)
+        for category in (PlanWarning, OptionWarning):
+            warnings.simplefilter("default", category)
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

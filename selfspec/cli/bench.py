@@ -64,7 +64,9 @@ def bench(
     from selfspec.benchmark.measure import measure
 
     tell_draft_bytes(loaded.model, chosen)
-    encoded = encode_prompts(read, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens)
+    encoded = encode_prompts(
+        read, loaded.tokenizer, context=loaded.context, new_tokens=new_tokens, vocabulary=loaded.vocabulary
+    )
     with progress_bar("finding the rivals' best settings", quiet=quiet) as report:
         report(0, 1, "finding the rivals' best settings")
         entrants = line_up(

@@ -96,7 +96,7 @@ def generate(
 
     tell_draft_bytes(loaded.model, chosen)
     spec = SelfSpeculator(loaded.model, chosen, decoding, draft_model)
-    encoded = encode_prompts(prompts, loaded.tokenizer)
+    encoded = encode_prompts(prompts, loaded.tokenizer, vocabulary=loaded.vocabulary)
     for one, tokens in zip(prompts, encoded, strict=True):
         check_length(len(tokens), one.source, context=loaded.context, new_tokens=max_new_tokens or 1)
     torch.manual_seed(seed)

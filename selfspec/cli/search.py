@@ -170,7 +170,12 @@ def _search(
 
     first, second = (
         encode_prompts(
-            some, loaded.tokenizer, at_least=LEAST_TOKENS, context=loaded.context, new_tokens=settings.new_tokens
+            some,
+            loaded.tokenizer,
+            at_least=LEAST_TOKENS,
+            context=loaded.context,
+            new_tokens=settings.new_tokens,
+            vocabulary=loaded.vocabulary,
         )
         for some in (calibration, confirmation)
     )

@@ -171,7 +171,8 @@ class Writer:
     def write(self, prompt: Tensor, **options: Any) -> None:
         """Write a continuation, then its figures."""
         text, before = Detokenizer(self._tokenizer, prompt.tolist()), self._spec.stats
-        rounds = self._spec.stream_rounds(prompt.to(self._spec.model.device)[None], **options)
+        row = prompt.to(self._spec.model.device)[None]
+        rounds = self._spec.stream_rounds(row, tokenizer=self._tokenizer, **options)
         try:
             for committed in rounds:
                 for index, token in enumerate(committed.tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 from selfspec.decoding.logits_processors import needs_lockstep
 from selfspec.decoding.request import Request
 from selfspec.decoding.stats import Stats
-from selfspec.errors import InputError
-from selfspec.huggingface.options import check_arguments, check_prepared, max_length
+from selfspec.errors import InputError, OptionWarning
+from selfspec.huggingface.options import check_arguments, check_prepared, max_length, set_aside
 from selfspec.huggingface.output import SpeculativeOutput
 from selfspec.models.rope import longrope_switch
 from selfspec.plan.plan import Plan
@@ -30,12 +31,27 @@ def through_hugging_face(
     logits_processor: LogitsProcessorList | None,
     stopping_criteria: StoppingCriteriaList,
     kwargs: dict[str, Any],
+    *,
+    streams: bool = False,
 ) -> Any:
-    """Let Hugging Face validate and prepare the inputs, then call `run` with them."""
+    """Let Hugging Face validate and prepare the inputs, then call `run` with them.
+
+    Warns of options that stand only in the model's own generation config and are not supported.
+    """
+    aside = set_aside(model, generation_config, kwargs, streams=streams)
     check_arguments(model, inputs, generation_config, kwargs)
     own = model.generation_config
     if own is not None and own.cache_implementation is not None:
         kwargs["cache_implementation"] = "dynamic"  # otherwise Hugging Face allocates a cache that stays empty
+        if own.cache_implementation == "quantized":  # other caches do not change the output
+            aside.append("cache_implementation=quantized")
+    if aside:
+        options = ", ".join(aside)
+        warnings.warn(
+            f"the model's generation config has {options}, which selfspec does not support; decoding goes on without",
+            OptionWarning,
+            stacklevel=3,
+        )
     prepared = False
 
     def begin(*args: Any, **arguments: Any) -> Any:
@@ -44,7 +60,8 @@ def through_hugging_face(
         return run(*args, **arguments)
 
     try:
-        return model.generate(  # type: ignore[operator]
+        return type(model).generate(  # type: ignore[attr-defined]  # not the instance's, which may be the speculator's own
+            model,
             inputs,
             generation_config=generation_config,
             logits_processor=logits_processor,

@@ -59,6 +59,11 @@ class Loaded:
         return position_limit(self.model.config)
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens: the model's vocabulary; the tokenizer may have further added tokens."""
+        return vocabulary_size(self.model.config)
+
+    @property
     def dtype_name(self) -> str:
         return dtype_name(self.model.dtype)
 
@@ -102,7 +107,9 @@ def load_draft_model(name: str, target: Loaded) -> Loaded:
     """
     loaded = load(name, device=str(target.model.device), dtype=target.dtype_name)
     own, other = loaded.tokenizer.get_vocab(), target.tokenizer.get_vocab()
-    differing = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    # A token that was added to one tokenizer alone, such as a padding token, occurs in few texts.
+    added = loaded.tokenizer.get_added_vocab().keys() ^ target.tokenizer.get_added_vocab().keys()
+    differing = sorted(token for token in (own.keys() | other.keys()) - added if own.get(token) != other.get(token))
     if differing:
         token = differing[0]
         raise InputError(
@@ -169,8 +176,12 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raise `InputError` if the tokenizer has tokens that the model lacks. Spare tokens of the model are padding."""
-    highest, vocabulary = max(tokenizer.get_vocab().values(), default=-1), vocabulary_size(config)
+    """Raise `InputError` if the tokenizer has tokens that the model lacks. Spare tokens of the model are padding.
+
+    Added tokens, such as a padding token, may lie beyond the model's vocabulary: most prompts hold none of them.
+    """
+    own = tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
+    highest, vocabulary = max((index for _, index in own), default=-1), vocabulary_size(config)
     if highest >= vocabulary:
         raise InputError(
             f"the tokenizer has tokens up to {highest}, but the model's vocabulary is 0..{vocabulary - 1}; "

@@ -40,14 +40,29 @@ _REFUSED_ARGUMENTS = {
     "output_hidden_states": "hidden states",
     "streamer": "a stream already yields each token",
 }
-_CONFIG_DEFAULTS = {
-    "num_beams": (None, 1),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "token_healing": (None, False),
+_UNSERVED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+    "token_healing": (False, None),
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
-    "use_mtp": (None, False),
+    "use_mtp": (False, None),
+}
+"""Options that Hugging Face would drop or follow before a custom decoding method; for each, the values that turn the
+option off."""
+_UNSERVED_METHODS: dict[str, tuple[Any, ...]] = {
+    "penalty_alpha": (None, 0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+}
+"""Further options of decoding methods that are not supported; for each, the values that turn the option off."""
+_ONE_SEQUENCE: dict[str, tuple[Any, ...]] = {"num_return_sequences": (1, None)}
+_TOKENS_ALONE: dict[str, tuple[Any, ...]] = {
+    "return_dict_in_generate": (False, None),
+    "output_scores": (False, None),
+    "output_logits": (False, None),
 }
 _CACHE_DEFAULTS = {
     "use_cache": (None, True),
@@ -69,13 +84,35 @@ def check_arguments(
     for name, what in _REFUSED_ARGUMENTS.items():
         if (value := kwargs.get(name)) is not None and value is not False:
             raise UnsupportedOptionError(f"{name} is not supported ({what}); leave it out, or use model.generate")
-    own = model.generation_config
-    for settings in (kwargs, {} if config is None else vars(config)):
-        _check_settings(settings, own)  # type: ignore[arg-type]
+    for settings in ({} if config is None else vars(config) | kwargs, kwargs):  # keywords override the config
+        _check_settings(settings, model.generation_config)  # type: ignore[arg-type]
         _check_limits(settings)
     if inputs is not None and kwargs.get("input_ids") is not None:
         raise InputError("the prompt was given twice, by position and as input_ids; give it once")
     _check_tokens(model, inputs if inputs is not None else kwargs.get("input_ids"))
+
+
+def set_aside(
+    model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any], *, streams: bool = False
+) -> list[str]:
+    """Turn off, in `kwargs`, unsupported options that stand only in the model's own generation config; return them.
+
+    An option that the call itself gives, in `kwargs` or in `config`, is left for `check_arguments`. `streams` turns off
+    what a stream of one row cannot return as well.
+    """
+    own, aside = model.generation_config, []
+    samples = (kwargs.get("do_sample"), getattr(config, "do_sample", None), getattr(own, "do_sample", None))
+    options = _UNSERVED | _UNSERVED_METHODS | (_TOKENS_ALONE if streams else {})
+    if streams or not next((value for value in samples if value is not None), False):
+        options |= _ONE_SEQUENCE
+    for name, (off, *equivalents) in options.items():
+        value, in_config = getattr(own, name, None), getattr(config, name, None)
+        if name in kwargs:
+            kwargs[name] = off if kwargs[name] is None else kwargs[name]
+        elif value not in (off, *equivalents) and in_config in (None, value):
+            kwargs[name] = off
+            aside.append(f"{name}={value}")
+    return aside
 
 
 def check_prepared(
@@ -123,7 +160,10 @@ def with_stop_strings(
     if not strings:
         return criteria
     if tokenizer is None:
-        raise InputError(f"stop_strings {strings!r} need the model's tokenizer: pass tokenizer=...")
+        raise InputError(
+            f"stop_strings {strings!r} need the model's tokenizer: pass tokenizer=..., or stop_strings=None to go "
+            "without them"
+        )
     kwargs["stop_strings"] = None
     if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # Hugging Face prefers the user's
         criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
@@ -132,11 +172,13 @@ def with_stop_strings(
 
 def _check_settings(settings: Mapping[str, Any], own: GenerationConfig) -> None:
     """Refuse options that Hugging Face would ignore in a custom decoding method."""
-    for name, defaults in (_CONFIG_DEFAULTS | _CACHE_DEFAULTS).items():
+    for name, defaults in (_UNSERVED | _CACHE_DEFAULTS).items():
         value = settings.get(name)
-        is_own = name in _CACHE_DEFAULTS and value == getattr(own, name, None)
-        if value not in defaults and not is_own:
-            raise UnsupportedOptionError(f"{name}={value} is not supported; leave it out, or use model.generate")
+        is_own = value == getattr(own, name, None)
+        if value in defaults or (is_own and name in _CACHE_DEFAULTS):
+            continue
+        advice = f"pass {name}={defaults[0]}" if is_own else "leave it out"
+        raise UnsupportedOptionError(f"{name}={value} is not supported; {advice}, or use model.generate")
 
 
 def _check_limits(settings: Mapping[str, Any]) -> None:

@@ -25,6 +25,8 @@ class Prompt:
 
     text: str = ""
     messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[Any, ...] = ()
+    """The tools that a chat's request names, for the chat template."""
     source: str = "the prompt"
 
     def as_chat(self) -> Prompt:
@@ -49,11 +51,18 @@ class Prompt:
         from jinja2 import TemplateError
 
         if not getattr(tokenizer, "chat_template", None):
-            raise InputError(f"{self.source} is a chat, but the tokenizer has no chat template; give plain text")
+            raise InputError(
+                f"{self.source} is a chat, but the tokenizer has no chat template; give plain text, without --chat"
+            )
         try:
-            return str(tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InputError(f"{self.source} does not fit the tokenizer's chat template: {error}") from None
+            return str(
+                tokenizer.apply_chat_template(
+                    list(self.messages), tools=list(self.tools) or None, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.source} does not fit the tokenizer's chat template: {reason}") from None
 
 
 def load_prompts(
@@ -79,11 +88,13 @@ def encode_prompts(
     at_least: int = 1,
     context: int | None = None,
     new_tokens: int = 0,
+    vocabulary: int | None = None,
 ) -> list[Tensor]:
     """The token ids `t` of each prompt.
 
     Args:
         at_least: the fewest tokens that a prompt may have.
+        vocabulary: the number of tokens that the model knows; a tokenizer may have more. None for no limit.
         context: the model's context in tokens; None for no limit.
         new_tokens: the number of new tokens that must fit into the context after each prompt.
     """
@@ -91,6 +102,11 @@ def encode_prompts(
     for prompt in prompts:
         tokens = prompt.encode(tokenizer)
         check_length(len(tokens), prompt.source, at_least=at_least, context=context, new_tokens=new_tokens)
+        if vocabulary is not None and (highest := int(tokens.max())) >= vocabulary:
+            raise InputError(
+                f"{prompt.source} holds {tokenizer.decode(highest)!r}, the tokenizer's token {highest}, but the model "
+                f"has tokens 0..{vocabulary - 1}; remove it from the prompt, or resize the model's embedding"
+            )
         encoded.append(tokens)
     return encoded
 
@@ -129,7 +145,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     is_json = path.suffix.lower() in JSON_LINES
     prompts = []
     for number, line in enumerate(content.split("\n"), 1):  # not splitlines(): a form feed belongs to the prompt
-        text, source = line.removesuffix("\r"), f"{path} line {number}"
+        text, source = line.removesuffix("\r").removeprefix("\ufeff"), f"{path} line {number}"
         if text.strip():
             prompts.append(_from_json(text, source) if is_json else Prompt(text=text, source=source))
     if not prompts:
@@ -138,6 +154,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
 
 
 def _from_json(line: str, source: str) -> Prompt:
+    """The prompt of one JSON object. Keys other than `prompt`, `messages` and `tools` are not read."""
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
@@ -146,11 +163,10 @@ def _from_json(line: str, source: str) -> Prompt:
         raise InputError(f"{source} is not JSON that can be read: {error}") from None
     if not isinstance(data, dict) or len(data.keys() & {"prompt", "messages"}) != 1:
         raise InputError(f"{source} must be an object with either 'prompt' or 'messages'")
-    if unknown := sorted(data.keys() - {"prompt", "messages"}):
-        raise InputError(f"{source} has an unknown key '{unknown[0]}'; only 'prompt' or 'messages' is read")
-    (value,) = data.values()
-    if "messages" in data:
-        return _from_messages(value, source)
+    value = data.get("prompt", data.get("messages"))
+    if "messages" in data or isinstance(value, list):
+        tools = data.get("tools") or []
+        return _from_messages(value, tools if isinstance(tools, list) else [tools], source)
     if not isinstance(value, str):
         raise InputError(f"{source}: 'prompt' must be a string, but {type(value).__name__} was given")
     if not value:
@@ -158,13 +174,51 @@ def _from_json(line: str, source: str) -> Prompt:
     return Prompt(text=value, source=source)
 
 
-def _from_messages(value: Any, source: str) -> Prompt:
+def _from_messages(value: Any, tools: list[Any], source: str) -> Prompt:
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         raise InputError(f"{source}: 'messages' must be a list of objects with 'role' and 'content'")
-    for message in value:
-        if not isinstance(message.get("content"), str):
-            given = type(message.get("content")).__name__
-            raise InputError(f"{source}: 'content' must be a string, but {given} was given")
-    if not any(message["content"] for message in value):
+    messages = tuple(_message(message, source) for message in value)
+    if not any(message["content"] or message.get("tool_calls") for message in messages):
         raise InputError(f"{source}: the chat is empty")
-    return Prompt(messages=tuple(value), source=source)
+    return Prompt(messages=messages, tools=tuple(tools), source=source)
+
+
+def _message(message: dict[str, Any], source: str) -> dict[str, Any]:
+    """A message of OpenAI's chat format as chat templates expect it: one text, and objects as arguments of calls."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_text_of(part, source) for part in content)
+    elif content is None and (message.get("tool_calls") or message.get("function_call")):
+        content = ""
+    if not isinstance(content, str):
+        given = "none" if content is None else type(content).__name__
+        raise InputError(f"{source}: 'content' must be a string or a list of text parts, but {given} was given")
+    message = message | {"content": content}
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+    return message
+
+
+def _text_of(part: Any, source: str) -> str:
+    """The text of a part of a message's content."""
+    text = part.get("text") if isinstance(part, dict) else part
+    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    if kind not in ("text", "input_text", "output_text"):
+        raise InputError(
+            f"{source}: 'content' holds a part of type '{kind}', but only text can be read; remove the part"
+        )
+    if not isinstance(text, str):
+        raise InputError(f"{source}: 'content' holds a part of type '{kind}' without a 'text' string")
+    return text
+
+
+def _with_arguments(call: Any) -> Any:
+    """A tool call whose arguments are an object: OpenAI's format has the object as a JSON string."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):  # a template may still print the string
+        return call
+    return call | {"function": function | {"arguments": arguments}}

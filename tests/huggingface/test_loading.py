@@ -11,7 +11,7 @@ from saved import CONTEXT, byte_tokenizer, save_model
 from transformers import AutoConfig, T5Config
 
 from selfspec import InputError, SelfspecError, UnsupportedModelError
-from selfspec.huggingface.loading import check_dtype, load
+from selfspec.huggingface.loading import check_dtype, load, load_draft_model
 
 
 @pytest.fixture
@@ -93,6 +93,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     few, many = (save_model(tmp_path / str(size), vocab_size=size) for size in (211, 307))
     assert "the tokenizer has tokens up to 256, but the model's vocabulary is 0..210" in complaint(few)
     load(str(many))
+
+
+def test_tokens_added_beyond_the_models_vocabulary_are_accepted_in_either_tokenizer(tmp_path: Path) -> None:
+    size = len(byte_tokenizer())
+    plain, padded = (save_model(tmp_path / name, vocab_size=size) for name in ("plain", "padded"))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<a>", "<b>"]})
+    tokenizer.save_pretrained(padded)
+    target, other = load(str(padded)), load(str(plain))
+    assert target.vocabulary == size < len(target.tokenizer)
+    load_draft_model(str(plain), target)
+    load_draft_model(str(padded), other)
+    tokenizer.add_tokens(["<c>"])
+    other.tokenizer.add_tokens(["<c>"])
+    tokenizer.save_pretrained(padded)
+    with pytest.raises(InputError, match=f"token '<c>' is {size + 3} there and {size} here"):
+        load_draft_model(str(padded), other)
 
 
 def test_errors_name_unusable_devices_and_dtypes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

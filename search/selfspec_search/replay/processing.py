@@ -11,6 +11,7 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor,
 
 from selfspec.decoding.logits_processors import CONTEXT_FREE
 from selfspec.errors import InputError
+from selfspec.huggingface.options import set_aside
 
 _CONTEXTUAL = (RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor)
 """Processors that depend on a text's tokens only, not on the batch or the end of the prompt."""
@@ -25,7 +26,8 @@ def processors_of(options: dict[str, Any], model: PreTrainedModel) -> LogitsProc
         return input_ids
 
     prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    given_options = options | {"max_new_tokens": 2**10, "cache_implementation": "dynamic"}
+    given_options = options | {"max_new_tokens": 2**10, "cache_implementation": "dynamic", "stop_strings": None}
+    set_aside(model, None, given_options, streams=True)
     try:
         model.generate(  # type: ignore[operator]
             prompt, attention_mask=torch.ones_like(prompt), custom_generate=take, **given_options

@@ -1,8 +1,39 @@
-"""Errors that a user can cause and fix, two warnings, and the test for a failed memory allocation."""
+"""Errors that a user can cause and fix, two warnings, how messages quote input, and the test for failed allocations."""
+
+from __future__ import annotations
+
+LONGEST_QUOTE = 80
+"""Characters: the longest excerpt of the input in a message."""
+
+
+def printable(text: object) -> str:
+    """The text on one line: what does not print is escaped, so that no input breaks lines or commands the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
+
+
+def shortened(text: str) -> str:
+    """The start of a text of the input, escaped, for messages: at most `LONGEST_QUOTE` characters.
+
+    >>> shortened("x" * 100)[-8:]
+    'xxxxx...'
+    """
+    shown = printable(text[: LONGEST_QUOTE + 1])
+    return shown if len(shown) <= LONGEST_QUOTE else shown[: LONGEST_QUOTE - 3] + "..."
+
+
+def excerpt(value: object) -> str:
+    """The start of a value's `repr`, for messages."""
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):  # an integer of too many digits, or too many levels
+        return type(value).__name__
 
 
 class SelfspecError(Exception):
     """Base class. The message is one line: what was given, what was expected, what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class PlanError(SelfspecError):

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
-from selfspec.errors import PlanError
+from selfspec.errors import PlanError, excerpt
 from selfspec.plan.sublayers import QuantisedSet, SkipSet
 
 FormatName = Literal["int8", "int4"]
 GROUP_SIZES = (32, 64, 128, 256)
 MOST_DRAFTED = 64
 """Tokens: the largest draft length of a plan."""
+MOST_VOCABULARY = 2**20
+"""Tokens: four times the largest known vocabulary. A compressed draft vocabulary is not read further."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class Format:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(FormatName):
-            raise PlanError(f"format is {self.name!r}, but it must be one of {', '.join(get_args(FormatName))}")
+            raise PlanError(f"format is {excerpt(self.name)}, but it must be one of {', '.join(get_args(FormatName))}")
         if self.name == "int4" and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
-            raise PlanError(f"int4 needs a group_size of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
+            raise PlanError(
+                f"int4 needs a group_size of {', '.join(map(str, GROUP_SIZES))}, not {excerpt(self.group_size)}"
+            )
         if self.name != "int4" and self.group_size is not None:
-            raise PlanError(f"{self.name} takes no group_size, but {self.group_size!r} was given; leave out group_size")
+            given = excerpt(self.group_size)
+            raise PlanError(f"{self.name} takes no group_size, but {given} was given; leave out group_size")
 
     @classmethod
     def parse(cls, code: str) -> Self:
@@ -79,10 +84,10 @@ class Quantised:
         known = {"format", "group_size", "attn", "mlp", "head"}
         if not isinstance(data, Mapping) or "format" not in data or not set(data) <= known:
             raise PlanError(
-                f"quantised takes the keys {', '.join(sorted(known))} and needs format, but {data!r} was given"
+                f"quantised takes the keys {', '.join(sorted(known))} and needs format, but {excerpt(data)} was given"
             )
         if not isinstance(head := data.get("head", False), bool):
-            raise PlanError(f"quantised: head must be true or false, but {head!r} was given")
+            raise PlanError(f"quantised: head must be true or false, but {excerpt(head)} was given")
         sublayers = QuantisedSet.from_dict({kind: data[kind] for kind in ("attn", "mlp") if kind in data})
         return cls(format=Format(data["format"], data.get("group_size")), sublayers=sublayers, head=head)
 
@@ -122,10 +127,15 @@ class SubVocabulary:
     @cached_property
     def tokens(self) -> tuple[int, ...]:
         """The tokens in ascending order; raises `PlanError` if `code` cannot be decoded."""
+        inflating = zlib.decompressobj()
         try:
-            bits = zlib.decompress(base64.b64decode(self.code, validate=True))
+            bits = inflating.decompress(base64.b64decode(self.code, validate=True), MOST_VOCABULARY // 8 + 1)
         except (binascii.Error, zlib.error, ValueError):
             raise PlanError("draft_vocabulary cannot be decoded: the text was cut or changed; search again") from None
+        if len(bits) > MOST_VOCABULARY // 8:
+            raise PlanError(f"draft_vocabulary has more than {MOST_VOCABULARY} tokens; search again")
+        if not inflating.eof or inflating.unused_data:
+            raise PlanError("draft_vocabulary cannot be decoded: the text was cut or changed; search again")
         return tuple(index * 8 + bit for index, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -10,21 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from selfspec.errors import PlanError
+from selfspec.errors import InputError, PlanError, excerpt, shortened
 from selfspec.plan.draft_spec import DraftSpec, SubVocabulary
 from selfspec.plan.lookup import MOST_DRAFTED, PromptLookup
 from selfspec.plan.provenance import ModelIdentity, Provenance
 from selfspec.plan.round_costs import PassLengths, RoundCosts
 from selfspec.plan.schema import QuantisedField, SkipSetField, Strict, first_problem
+from selfspec.plan.strict_json import parse_strictly
 from selfspec.plan.sublayers import SkipSet
 from selfspec.plan.version_1 import read_version_1
-from selfspec.utils.files import write_atomically
+from selfspec.utils.files import read_bounded, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PLAN_FILE = "selfspec_plan.json"
 PLAN_VERSION = 2
+MOST_BYTES = 2**20
+"""Bytes: the largest plan file that is read. Plans have some kilobytes."""
+MOST_ROWS = 256
+"""Round costs: the most that a plan holds, each for a number of rows."""
 
 
 class Plan(Strict):
@@ -53,16 +57,16 @@ class Plan(Strict):
     gamma: Annotated[int, Field(ge=0, le=MOST_DRAFTED)]
     exit_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     prompt_lookup: PromptLookup | None = None
-    round_costs: list[RoundCosts] = Field(default_factory=list)
+    round_costs: list[RoundCosts] = Field(default_factory=list, max_length=MOST_ROWS)
     pass_lengths: PassLengths | None = None
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:  # a key may be `self`
         version = data.get("selfspec_version", PLAN_VERSION)
-        if version != PLAN_VERSION:  # checked first: another version has other keys
+        if not _is_version(version, PLAN_VERSION):  # checked first: another version has other keys
             raise PlanError(
-                f"plan has selfspec_version {version!r}, but this selfspec reads 1 and {PLAN_VERSION}; "
+                f"plan has selfspec_version {excerpt(version)}, but this selfspec reads 1 and {PLAN_VERSION}; "
                 "search again, or install the selfspec that wrote it"
             )
         try:
@@ -137,13 +141,14 @@ class Plan(Strict):
         given = ModelIdentity.of(config)
         if (self.model.model_type, self.model.num_layers) != (given.model_type, given.num_layers):
             raise PlanError(
-                f"plan was made for {self.model.model_type} with {self.model.num_layers} layers, but this model is "
-                f"{given.model_type} with {given.num_layers}; run 'selfspec search' on this model"
+                f"plan was made for {shortened(self.model.model_type)} with {self.model.num_layers} layers, but this "
+                f"model is {given.model_type} with {given.num_layers}; run 'selfspec search' on this model"
             )
         if self.model.fingerprint != given.fingerprint:
             raise PlanError(
-                f"plan was made for a {given.model_type} with another config (fingerprint {self.model.fingerprint}, "
-                f"this model's is {given.fingerprint}); run 'selfspec search' on this model"
+                f"plan was made for a {given.model_type} with another config (fingerprint "
+                f"{shortened(self.model.fingerprint)}, this model's is {given.fingerprint}); "
+                "run 'selfspec search' on this model"
             )
 
     @property
@@ -162,7 +167,9 @@ class Plan(Strict):
         if self.provenance is None:
             return None
         found = self.provenance.conditions
-        changed = [f"{k} {getattr(found, k)}, here {v}" for k, v in here.items() if getattr(found, k) != v]
+        changed = [
+            f"{k} {shortened(str(getattr(found, k)))}, here {v}" for k, v in here.items() if getattr(found, k) != v
+        ]
         return "; ".join(changed) or None
 
     def to_json(self) -> str:
@@ -171,16 +178,13 @@ class Plan(Strict):
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); save the plan again") from None
+        data = parse_strictly(text, source)
         if not isinstance(data, dict) or "selfspec_version" not in data:
             raise PlanError(
                 f"{source} is not a selfspec plan: it lacks selfspec_version; make a plan with 'selfspec search'"
             )
         try:
-            return cls(**(read_version_1(data, source) if data["selfspec_version"] == 1 else data))
+            return cls(**(read_version_1(data, source) if _is_version(data["selfspec_version"], 1) else data))
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from None
 
@@ -193,7 +197,8 @@ class Plan(Strict):
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PlanError(f"cannot make the directory {directory}: {error.strerror or error}") from None
+            reason = error.strerror or error
+            raise InputError(f"cannot make the directory {directory}: {reason}; choose another directory") from None
         return self.save(Path(directory) / PLAN_FILE)
 
     @classmethod
@@ -208,9 +213,16 @@ class Plan(Strict):
         if os.path.isdir(path):  # `Path.is_dir` raises for some paths
             path = path / PLAN_FILE
         try:
-            text = path.read_text("utf8")
+            text = read_bounded(path, MOST_BYTES, f"plan {path}").decode("utf8")
         except FileNotFoundError:
             raise PlanError(f"no plan at {path}; make a plan with 'selfspec search MODEL --out {path}'") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"plan {path} cannot be read: {error}") from None
+        except InputError as error:
+            raise PlanError(str(error)) from None
+        except (OSError, ValueError) as error:  # text that is not UTF-8, or a path with a null character
+            reason = getattr(error, "strerror", None) or error
+            raise PlanError(f"plan {path} cannot be read: {reason}; give a plan that 'selfspec search' wrote") from None
         return cls.from_json(text, source=f"plan {path}")
+
+
+def _is_version(value: Any, version: int) -> bool:
+    return type(value) is int and value == version  # True == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from selfspec.plan.draft_spec import MOST_DRAFTED
 from selfspec.plan.schema import Strict
+from selfspec.plan.sublayers import MOST_LAYERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,12 +22,17 @@ _INCIDENTAL = frozenset(
 )
 _INCIDENTAL_PREFIXES = ("_attn_implementation", "output_", "return_dict")
 
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Figure = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=1 + 1e-9, allow_inf_nan=False)]
+"""A share. The quotient of two rounded sums may be a little above 1."""
+
 
 class ModelIdentity(Strict):
     """The model that a plan was made for. The fingerprint is a hash of the model's config."""
 
     model_type: str
-    num_layers: int
+    num_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     fingerprint: str
 
     @classmethod
@@ -64,8 +71,8 @@ class Conditions(Strict):
 
     device: str
     dtype: str
-    rows: int = 1
-    context: int | None = None
+    rows: Annotated[int, Field(ge=1)] = 1
+    context: Count | None = None
     sampling: dict[str, Any] = Field(default_factory=dict)
     compiled: bool = False
     versions: dict[str, str] = Field(default_factory=dict)
@@ -87,14 +94,14 @@ class Figures(Strict):
         spread: minimum, median and maximum over the prompts of measured tokens per round; empty if predicted.
     """
 
-    tokens_per_round: float
-    acceptance_rate: float
-    tokens_per_second: float
-    speedup: float
-    texts: int = 0
-    agreement: list[float] = Field(default_factory=list)
-    interval: list[float] = Field(default_factory=list)
-    spread: list[float] = Field(default_factory=list)
+    tokens_per_round: Figure
+    acceptance_rate: Rate
+    tokens_per_second: Figure
+    speedup: Figure
+    texts: Count = 0
+    agreement: list[Rate] = Field(default_factory=list, max_length=MOST_DRAFTED)
+    interval: list[Figure] = Field(default_factory=list, max_length=2)
+    spread: list[Figure] = Field(default_factory=list, max_length=3)
 
 
 class Provenance(Strict):
@@ -109,13 +116,13 @@ class Provenance(Strict):
     """
 
     conditions: Conditions
-    seed: int
-    trials: int
+    seed: Count
+    trials: Count
     study: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     predicted: Figures | None = None
     predicted_on_held_out: Figures | None = None
     measured: Figures | None = None
-    errors: dict[str, float] = Field(default_factory=dict)
+    errors: dict[str, Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]] = Field(default_factory=dict)
     confirmation: list[dict[str, str]] = Field(default_factory=list)
     why: str = ""

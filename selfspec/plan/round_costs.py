@@ -7,11 +7,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from selfspec.errors import excerpt
 from selfspec.plan.lookup import MOST_DRAFTED
 from selfspec.plan.schema import Setting
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rows = Annotated[int, Field(ge=1, le=2**20)]
 
 MATCHES = (1, 2, 3, 5, 8)
 """Tokens: the shortest match of each length class of prompt lookup. The last class has no upper limit."""
@@ -35,12 +37,12 @@ class RoundCosts(Setting):
             and for later tokens. Empty without prompt lookup.
     """
 
-    rows: Annotated[int, Field(ge=1)]
+    rows: Rows
     draft_step: Cost
     rounds: Annotated[
         list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2, max_length=MOST_DRAFTED + 1)
     ]
-    agreement: Annotated[list[Share], Field(min_length=1)]
+    agreement: Annotated[list[Share], Field(min_length=1, max_length=MOST_DRAFTED)]
     lookup: Cost = 0.0
     matches: list[Annotated[list[Share], Field(min_length=2, max_length=2)]] = Field(
         default_factory=list, max_length=len(MATCHES)
@@ -77,15 +79,15 @@ class PassLengths(Setting):
             95 % interval of this ratio.
     """
 
-    rows: Annotated[int, Field(ge=1)]
-    target: list[Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)]]
+    rows: Rows
+    target: Annotated[list[Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)]], Field(max_length=2 * MOST_DRAFTED)]
     draft: Annotated[int, Field(ge=1, le=2 * MOST_DRAFTED)] = 1
     gains: dict[str, Annotated[list[float], Field(min_length=3, max_length=3)]] | None = None
 
     @model_validator(mode="after")
     def _never_cuts(self) -> Self:
         if any(padded < t for t, padded in enumerate(self.target, start=1)):
-            raise ValueError(f"target is {self.target}, but a pass over t tokens must have at least t")
+            raise ValueError(f"target is {excerpt(self.target)}, but a pass over t tokens must have at least t")
         return self
 
     def of_target(self, t: int) -> int:

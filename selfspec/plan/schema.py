@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from textwrap import shorten
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
-from selfspec.errors import PlanError
+from selfspec.errors import PlanError, excerpt, shortened
 from selfspec.plan.draft_spec import Quantised
 from selfspec.plan.sublayers import SkipSet
-
-LONGEST_SHOWN = 100
-"""Characters: the longest excerpt of a given value in a message."""
 
 
 class Strict(BaseModel):
@@ -26,7 +22,7 @@ class Strict(BaseModel):
 class Setting(Strict):
     """A part of a plan that users also make by hand."""
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:  # a key may be `self`
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -39,8 +35,8 @@ class Setting(Strict):
 def first_problem(error: ValidationError, part: str | None = None) -> str:
     """The first problem of a plan, or of a part made by hand, in one line: the key, the problem, what to do."""
     problem = error.errors()[0]
-    where, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    message = f"{message} (given: {shorten(repr(problem['input']), LONGEST_SHOWN)})"
+    where = shortened(".".join(map(str, problem["loc"])))
+    message = f"{problem['msg'].removeprefix('Value error, ')} (given: {excerpt(problem['input'])})"
     if problem["type"] == "extra_forbidden":
         unknown = f"plan has an unknown key '{where}'; remove it, or search again"
         return f"{part} takes no '{where}'; leave it out" if part else unknown

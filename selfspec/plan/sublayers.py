@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from selfspec.errors import PlanError
+from selfspec.errors import PlanError, excerpt
+
+MOST_LAYERS = 1024
+"""Layers: far more than any known model has. Bounds what a plan file can make its readers do."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class SublayerSet:
         """The inverse of `to_dict`."""
         if not isinstance(data, Mapping) or not set(data) <= {"attn", "mlp"}:
             raise PlanError(
-                f"a {cls.name} takes the keys 'attn' and 'mlp', each a list of layers, but {data!r} was given"
+                f"a {cls.name} takes the keys 'attn' and 'mlp', each a list of layers, but {excerpt(data)} was given"
             )
         return cls(attn=data.get("attn", ()), mlp=data.get("mlp", ()))
 
@@ -59,11 +62,13 @@ class SublayerSet:
     @classmethod
     def _layer_indices(cls, kind: str, layers: Iterable[int]) -> frozenset[int]:
         if isinstance(layers, str) or not isinstance(layers, Iterable):
-            raise PlanError(f"{cls.name}: {kind} must be layer indices, but {layers!r} was given")
+            raise PlanError(f"{cls.name}: {kind} must be layer indices, but {excerpt(layers)} was given")
         indices = list(layers)
         for index in indices:
-            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-                raise PlanError(f"{cls.name}: {kind} holds {index!r}, but layers are integers from 0")
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MOST_LAYERS:
+                raise PlanError(
+                    f"{cls.name}: {kind} holds {excerpt(index)}, but layers are integers from 0 to {MOST_LAYERS - 1}"
+                )
         return frozenset(indices)
 
 

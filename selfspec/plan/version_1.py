@@ -6,7 +6,7 @@ import warnings
 from copy import deepcopy
 from typing import Any
 
-from selfspec.errors import PlanWarning
+from selfspec.errors import PlanWarning, printable
 
 RETIRED: tuple[str, ...] = (
     "resume",
@@ -30,7 +30,7 @@ def read_version_1(data: dict[str, Any], source: str) -> dict[str, Any]:
     data = deepcopy(data) | {"selfspec_version": 2}
     if ignored := [key for key in RETIRED if _remove(data, key.split("."))]:
         parts = ", ".join(ignored)
-        warnings.warn(f"{source} has parts that no longer exist and are ignored: {parts}", PlanWarning, 3)
+        warnings.warn(f"{printable(source)} has parts that no longer exist and are ignored: {parts}", PlanWarning, 3)
     first, others = data.pop("outlook", None), data.pop("other_rows", None) or []
     if first is not None:
         data["round_costs"] = [first, *others] if isinstance(others, list) else [first, others]

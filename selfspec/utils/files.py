@@ -1,27 +1,110 @@
-"""Writing files completely or not at all."""
+"""Reading files with a limit; writing files completely or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import stat
+import sys
 from pathlib import Path
 
-from selfspec.errors import PlanError
+from selfspec.errors import InputError
+from selfspec.utils.sizes import in_words
+
+STDOUT, STDERR = 1, 2
+"""File descriptors."""
+_MOST_OF_A_NAME = 40
+"""Characters of a file's name that its temporary file repeats: names have a limit."""
+
+
+def read_bounded(path: str | os.PathLike[str], most: int, what: str) -> bytes:
+    """The content of a file or a pipe of at most `most` bytes. Does not wait for a named pipe that has no writer.
+
+    Raises:
+        OSError: the file cannot be read.
+        InputError: the file is a device, or is larger; the message calls the file `what`.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+            raise InputError(f"{what} is a device; give a file")
+        os.set_blocking(file.fileno(), True)
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{what} is larger than {in_words(most)}; give another file")
+    return content
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a temporary file next to `path`, then rename: readers see the old file or the new file, never a part."""
-    path, temporary = Path(path), None
+    """Write a temporary file next to `path`, then rename: readers see the old file or the new file, never a part.
+
+    A symlink is followed, and a new file gets the permissions that the umask allows. Devices, pipes, and the files
+    that stdout and stderr go to are written directly, because a rename would put another file in their place.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path, data = Path(path), content.encode("utf8") if isinstance(content, str) else content
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content.encode("utf8") if isinstance(content, str) else content)
-        temporary.chmod(0o644)  # NamedTemporaryFile makes private files, but users share plans and reports
-        temporary.replace(path)
-        temporary = None
-    except OSError as error:
-        raise PlanError(f"cannot write {path}: {error.strerror or error}; choose a writable directory") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if (stream := _stream(path)) is None:
+            _replace(Path(os.path.realpath(path)), data)
+        else:
+            if stream == STDOUT:
+                sys.stdout.flush()
+            with open(os.dup(stream) if isinstance(stream, int) else stream, "wb") as file:
+                file.write(data)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path}: {reason}; choose a writable file") from None
     return path
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` if `write_atomically` could not write, before the content is computed."""
+    target = Path(os.path.realpath(path))
+    if os.path.isdir(target):
+        raise InputError(f"cannot write {path}: it is a directory; choose a file")
+    if not is_stream(path) and not os.path.isdir(target.parent):
+        raise InputError(f"cannot write {path}: there is no directory {target.parent}; make it first")
+    needed = [Path(path)] if os.path.exists(path) else []
+    if not is_stream(path):
+        needed.append(target.parent)
+    if not all(os.access(part, os.W_OK) for part in needed):
+        raise InputError(f"cannot write {path}: choose a file and a directory that are writable")
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is a device, a pipe, or where stdout or stderr goes."""
+    return _stream(Path(path)) is not None
+
+
+def is_stdout(path: str | os.PathLike[str]) -> bool:
+    """Whether stdout goes to the file."""
+    return _stream(Path(path)) == STDOUT
+
+
+def _stream(path: Path) -> Path | int | None:
+    """What to write directly: a device, a pipe, or the descriptor of stdout or stderr. None for any other file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    for descriptor in (STDOUT, STDERR):
+        try:
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+        except OSError:  # closed
+            continue
+    return None if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) else path
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name[:_MOST_OF_A_NAME]}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

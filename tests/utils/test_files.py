@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfspec import PlanError
+from selfspec import InputError
 from selfspec.utils.files import write_atomically
 
 
@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, method, full)
-    with pytest.raises(PlanError, match=r"cannot write .*plan\.json: No space left on device; choose a writable"):
+    with pytest.raises(InputError, match=r"cannot write .*plan\.json: No space left on device; choose a writable"):
         write_atomically(path, "new" * 100_000)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["plan.json"]

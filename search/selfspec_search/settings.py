@@ -33,8 +33,8 @@ class SearchSettings:
     budget: Annotated[
         float | None,
         Described(
-            "Time of the whole search, such as 90s, 10m or 2h, shared by all its phases; --trials stays the most "
-            "drafts to try.",
+            "Time of the whole search, such as 90s, 10m or 2h, shared by all its phases. By default the command line "
+            "gives 15m, and the library has no limit.",
             above=0,
             is_duration=True,
         ),

@@ -72,6 +72,13 @@ class SamplingOptions:
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None
     top_k: Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from tokens of at least this share of the likeliest token's probability."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Divide the logits of earlier tokens by this; also without sampling.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not self.temperature >= 0:
@@ -80,14 +87,19 @@ class SamplingOptions:
             raise InputError(f"--top-p is {self.top_p}, but it must be above 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"--top-k is {self.top_k}, but it must be at least 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InputError(f"--min-p is {self.min_p}, but it must be between 0 and 1")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"--repetition-penalty is {self.repetition_penalty}, but it must be above 0")
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `generate`. The model's generation config decides the rest."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        if self.temperature == 0 or all(value is None for value in given.values()):
-            return {"do_sample": False}
-        return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        penalty = {name: given.pop(name) for name in ("repetition_penalty",) if name in given}
+        if self.temperature == 0 or not given:
+            return {"do_sample": False} | penalty
+        return {"do_sample": True} | given | penalty
 
 
 class Without(frozenset[str]):

@@ -35,6 +35,8 @@ _OF_A_STUDY = (
 """Options that `--repick` refuses."""
 _SET_OTHERWISE = Without({"start_from", "sampling", "storage", "study_name", "confirm", "confirm_texts", "repeats"})
 """Settings that other options set, or that only the library offers."""
+DEFAULT_BUDGET = 900.0
+"""Seconds: the budget of a search without `--budget`."""
 HELD_OUT_SHARE = 4
 """Prompts: every n-th prompt is held out, if no held-out prompts are given."""
 INTERRUPTED = 130
@@ -51,12 +53,20 @@ class PromptFiles:
         typer.Option(metavar="FILE", help="Prompts to confirm plans on; by default a quarter of --prompts."),
     ] = None
 
-    def read(self, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-        """Calibration and held-out prompts."""
+    def read(self, model: str, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+        """Calibration and held-out prompts; without files, those that come with the embedded model."""
+        from selfspec.huggingface.loading import DEMO
         from selfspec.huggingface.prompts import read_prompts
 
+        if self.prompts is None and self.held_out is None and model == DEMO:
+            from selfspec.demo import calibration_prompts, held_out_prompts
+
+            return read_prompts(calibration_prompts()), read_prompts(held_out_prompts())
         if self.prompts is None:
-            raise typer.BadParameter("give --prompts FILE (or --repick, which needs none)")
+            raise typer.BadParameter(
+                "give --prompts FILE: 32 or more prompts of the model's later use, text lines or .jsonl "
+                "(--repick needs none)"
+            )
         prompts = read_prompts(self.prompts)
         return (prompts, read_prompts(self.held_out)) if self.held_out is not None else split(prompts, seed)
 
@@ -103,6 +113,7 @@ def search(
     known = [Plan.from_pretrained(path) for path in start_from or ()]
     settings = replace(
         settings,
+        budget=settings.budget or DEFAULT_BUDGET,
         start_from=[plan.draft_spec for plan in known],
         sampling=Sampling(**sampling.arguments),
         storage=storage,
@@ -113,7 +124,7 @@ def search(
         with _explaining_interrupts(storage):
             result = _repick(model, settings, place, quiet=quiet)
     else:
-        calibration, confirmation = files.read(settings.seed)
+        calibration, confirmation = files.read(model, settings.seed)
         with _explaining_interrupts(storage):
             loaded = load_model(model, place, quiet=quiet)
             for plan in known:

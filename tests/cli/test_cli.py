@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from commands import complaint, run
 from models import FIRST_DROPPED, tiny_model
 from saved import CONTEXT, PLAN, byte_tokenizer, save_model
 from selfspec_search import load_study
 from selfspec_search.study.study import Study
 from transformers import AutoModelForCausalLM, T5Config
+from typer.testing import CliRunner
 
 from selfspec import Plan, SkipSet, __version__
-from selfspec.cli.search import split
+from selfspec.cli import app
+from selfspec.cli.search import PromptFiles, split
+from selfspec.cli.terminal import progress_bar
 from selfspec.cli.token_view import printable
 from selfspec.huggingface.prompts import Prompt
 from selfspec.plan.provenance import ModelIdentity
@@ -29,6 +33,7 @@ PROMPT = "naïve"
 @pytest.fixture(autouse=True)
 def _few_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfspec_search.profile.profile.CYCLES", 1)  # prices may be rough
+    monkeypatch.setattr("selfspec.cli.terminal.SECONDS_PER_LINE", 1e9)  # on a busy machine, too
 
 
 @pytest.fixture
@@ -111,6 +116,63 @@ def test_sampling_repeats_itself_for_a_seed_and_differs_for_another(model_dir: P
 def test_a_temperature_of_zero_is_greedy(model_dir: Path, plan_file: Path) -> None:
     arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 12)
     assert run(*arguments, "--temperature", 0).stdout == run(*arguments).stdout
+
+
+def test_generate_works_without_a_plan(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfspec.policy.without_plan.SECONDS", 0.05)
+    arguments = ("generate", model_dir, "--prompt", PROMPT, "--max-new-tokens", 30)
+    expected = printable(continuation(model_dir, PROMPT, 30)) + "\n"
+    measured, lookup = run(*arguments), run(*arguments, "--lookup", 4)
+    assert measured.stdout == lookup.stdout == expected
+    assert "no plan was given, so passes were timed: " in measured.stderr
+    assert "'selfspec search" in measured.stderr
+    assert "no plan was given" not in lookup.stderr
+    assert "--lookup goes without --plan" in complaint(*arguments, "--lookup", 4, "--plan", "plan.json")
+
+
+def test_a_prompt_comes_from_standard_input(model_dir: Path, plan_file: Path) -> None:
+    arguments = ["generate", str(model_dir), "--plan", str(plan_file), "--max-new-tokens", "9"]
+    piped = CliRunner().invoke(app, arguments, input=PROMPT + "\n")
+    assert piped.stdout == run(*arguments, "--prompt", PROMPT).stdout
+    empty = CliRunner().invoke(app, arguments, input="")
+    assert empty.exit_code == 1
+    assert "error: the prompt is empty" in empty.stderr
+
+
+def test_generate_ends_at_a_stop_text(model_dir: Path, plan_file: Path) -> None:
+    arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 40)
+    whole = run(*arguments).stdout
+    word = next(char for char in whole[2:] if char.isalpha())
+    ended = run(*arguments, "--stop", word).stdout
+    assert ended == whole[: whole.index(word) + 1] + "\n"
+
+
+def test_a_repetition_penalty_needs_no_sampling_and_bounds_are_checked(model_dir: Path, plan_file: Path) -> None:
+    arguments = ("generate", model_dir, "--plan", plan_file, "--prompt", PROMPT, "--max-new-tokens", 20)
+    assert run(*arguments, "--repetition-penalty", 5.0).stdout != run(*arguments).stdout
+    assert run(*arguments, "--temperature", 0.9, "--min-p", 0.2).exit_code == 0
+    assert "--min-p is 1.5" in complaint(*arguments, "--min-p", 1.5)
+    assert "--repetition-penalty is 0.0" in complaint(*arguments, "--repetition-penalty", 0)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("searching") as report:
+        report(1, 9, "trying drafts")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("selfspec.cli.terminal.SECONDS_PER_LINE", 0)
+    for quiet, expected in ((False, "trying drafts, best 1.21x predicted: 3 of 9\n"), (True, "")):
+        with progress_bar("searching", quiet=quiet) as report:
+            report(3, 9, "trying drafts, best 1.21x predicted")
+        assert capsys.readouterr().err == expected
+
+
+def test_a_search_of_the_embedded_model_needs_no_prompts_and_others_say_what_to_give() -> None:
+    calibration, held_out = PromptFiles().read("demo", 0)
+    assert (len(calibration), len(held_out)) == (64, 32)
+    with pytest.raises(typer.BadParameter, match=r"give --prompts FILE: 32 or more prompts"):
+        PromptFiles().read("some/model", 0)
 
 
 def test_control_characters_of_a_text_never_reach_the_terminal() -> None:

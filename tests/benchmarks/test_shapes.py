@@ -13,15 +13,7 @@ from shapes.ceilings import measure_ceilings
 from shapes.dial import Dial, rounded
 from shapes.drafts import drafts_for, with_skips
 from shapes.effort import TOY
-from shapes.limits import (
-    PassTimes,
-    bandwidth_limit,
-    best_gamma,
-    expected_tokens,
-    ideal_speedup,
-    kv_bytes,
-    weight_bytes,
-)
+from shapes.limits import PassTimes, bandwidth_limit, best_gamma, expected_tokens, ideal_speedup, kv_bytes, weight_bytes
 from shapes.passes import Ceiling, Passes, adopted_lengths, lengths_of, round_passes
 from shapes.shape import LLAMA_1B, LLAMA_8B, QWEN3_32B, TOY_LLAMA, TOY_QWEN3, Shape, in_float32
 from shapes.subject import DAMPING, Subject

@@ -38,6 +38,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "phi": {"intermediate_size": 32},  # a wider MLP drowns attention, and text loops
     "qwen3_moe": {"moe_intermediate_size": 48},
 }
+_USUAL = (0, 0.12, 0.5)
 _TUNED: dict[str, tuple[int, float, float]] = {
     "apertus": (1, 0.12, 0.5),
     "arcee": (0, 0.25, 1.0),
@@ -45,18 +46,13 @@ _TUNED: dict[str, tuple[int, float, float]] = {
     "cohere2": (0, 0.12, 1.0),
     "ernie4_5": (0, 0.06, 1.0),
     "exaone4": (0, 0.12, 1.0),
-    "gemma": (0, 0.12, 0.5),
     "gemma2": (0, 0.06, 1.0),
     "gemma3_text": (0, 0.12, 0.25),
-    "glm": (0, 0.12, 0.5),
-    "glm4": (0, 0.12, 0.5),
-    "granite": (0, 0.12, 0.5),
     "helium": (0, 0.06, 1.0),
     "hunyuan_v1_dense": (0, 0.03, 0.5),
     "llama": (0, 0.06, 0.5),
     "ministral": (0, 0.06, 0.25),
     "mistral": (0, 0.06, 0.5),
-    "mixtral": (0, 0.12, 0.5),
     "olmo": (0, 0.06, 1.0),
     "olmo2": (0, 0.12, 1.0),
     "olmo3": (0, 0.12, 1.0),
@@ -64,12 +60,8 @@ _TUNED: dict[str, tuple[int, float, float]] = {
     "phi3": (0, 0.12, 1.0),
     "qwen2": (0, 0.12, 1.0),
     "qwen3": (0, 0.25, 1.0),
-    "qwen3_moe": (0, 0.12, 0.5),
-    "seed_oss": (0, 0.12, 0.5),
-    "smollm3": (0, 0.12, 0.5),
-    "starcoder2": (0, 0.12, 0.5),
 }
-"""Seed, and scales of what SKIPPED skips and of what QUANTISED quantises."""
+"""Seed, and scales of what SKIPPED skips and of what QUANTISED quantises; `_USUAL` in families that are not named."""
 
 
 def quantisable_model(family: str, **options: Any) -> PreTrainedModel:
@@ -80,7 +72,7 @@ def quantisable_model(family: str, **options: Any) -> PreTrainedModel:
 
 def damped_model(family: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A model whose draft by `drafting` is right about half of the time."""
-    seed, skipped, quantised = _TUNED[family]
+    seed, skipped, quantised = _TUNED.get(family, _USUAL)
     model = quantisable_model(family, seed=seed, **options)
     damp(model, SKIPPED, skipped)
     damp(model, QUANTISED, quantised)  # type: ignore[arg-type]  # any set of sub-layers

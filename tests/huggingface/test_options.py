@@ -325,9 +325,7 @@ def test_the_models_own_generation_config_applies_and_stays_unchanged(plain: Ten
 
 
 @pytest.mark.parametrize(
-    "own",
-    [{"cache_implementation": "hybrid"}, {"cache_implementation": "static"}, {"use_cache": False}],
-    ids=str,
+    "own", [{"cache_implementation": "hybrid"}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
 )
 def test_our_cache_replaces_the_cache_of_the_models_own_config(own: dict[str, Any]) -> None:
     model = copy.deepcopy(llama())

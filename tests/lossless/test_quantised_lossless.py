@@ -240,9 +240,7 @@ def test_sampled_texts_of_ragged_quantised_drafts_follow_the_models_own_distribu
     assert_texts_follow_the_model(small, Plan(**HALF_QUANTISED, draft_vocabulary=SOME.code, **way), {"top_k": 0})
 
 
-def test_sampled_texts_follow_the_model_if_processors_suppress_every_proposed_token(
-    small: PreTrainedModel,
-) -> None:
+def test_sampled_texts_follow_the_model_if_processors_suppress_every_proposed_token(small: PreTrainedModel) -> None:
     plan = Plan(**HALF_QUANTISED, draft_vocabulary=SubVocabulary.of([0, 1], V).code)
     assert_texts_follow_the_model(small, plan, {"top_k": 0, "suppress_tokens": [0, 1]}, accepts={0})
 

@@ -57,8 +57,7 @@ def test_a_command_gets_an_option_for_each_described_field_but_those_it_leaves_o
     seen: list[Bounded] = []
 
     def command(
-        settings: Annotated[Bounded, Without({"place"})],
-        times: Annotated[int, Described("How often.", least=1)] = 1,
+        settings: Annotated[Bounded, Without({"place"})], times: Annotated[int, Described("How often.", least=1)] = 1
     ) -> None:
         seen.append(settings)
 

@@ -264,28 +264,19 @@ class TestRefusals:
             load_study(postgres.new_database())
 
 
-class TestReading:
-    def test_a_file_without_a_study_of_ours(self, tmp_path: Path) -> None:
-        (tmp_path / "empty.db").touch()
-        optuna.create_study(storage=f"sqlite:///{tmp_path / 'theirs.db'}", study_name="theirs")
-        files = set(tmp_path.iterdir())
-        for name, line in {
-            "x.db": "does not exist",
-            "x.journal": "does not exist",
-            "empty.db": "holds no study of any kind",
-            "theirs.db": "holds no study of a search",
-        }.items():
-            with pytest.raises(InputError, match=line):
-                load_study(str(tmp_path / name))
-        assert set(tmp_path.iterdir()) == files
-
-    def test_the_only_study_needs_no_name_and_of_several_all_are_named(self, tmp_path: Path) -> None:
-        path = str(tmp_path / "x.db")
-        join(path, "one").close()
-        assert load_study(path).name == "one"
-        join(path, "two").close()
-        with pytest.raises(InputError, match="choose one with --study: 'one', 'two'"):
-            load_study(path)
+def test_a_file_without_a_study_of_ours_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.db").touch()
+    optuna.create_study(storage=f"sqlite:///{tmp_path / 'theirs.db'}", study_name="theirs")
+    files = set(tmp_path.iterdir())
+    for name, line in {
+        "x.db": "does not exist",
+        "x.journal": "does not exist",
+        "empty.db": "holds no study of any kind",
+        "theirs.db": "holds no study of a search",
+    }.items():
+        with pytest.raises(InputError, match=line):
+            load_study(str(tmp_path / name))
+    assert set(tmp_path.iterdir()) == files
 
 
 @pytest.mark.parametrize("path", ["a b.db", "100%.db", "{x}.db", "é.journal", "what?.journal", "{SCHEMA_VERSION}.db"])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from commands import complaint
 from optuna.trial import FrozenTrial, TrialState
 from postgres import Server
 from safetensors.torch import load_file, save_file
@@ -72,14 +73,18 @@ class Bench:
     def hold(self, process: subprocess.Popen[str]) -> Path:
         return self.place / "holds" / str(process.pid)
 
-    def search(self, *options: object, hold_after: int | None = None, **changed: object) -> subprocess.Popen[str]:
-        """Start a search; `changed` gives other values for settings that a study's workers must agree on."""
-        held = [sys.executable, "-c", HELD, self.place / "holds", hold_after]
+    def command(self, *options: object, **changed: object) -> list[object]:
+        """A search; `changed` gives other values for settings that a study's workers must agree on."""
         agreed = {"prompts": self.place / "prompts.txt", "gamma_max": 2, "new_tokens": 17, "trials": TRIALS} | changed
         model = agreed.pop("model", self.place / "model")
         named = [part for name, value in agreed.items() for part in (f"--{name.replace('_', '-')}", value)]
+        return ["search", model, *named, *options]
+
+    def search(self, *options: object, hold_after: int | None = None) -> subprocess.Popen[str]:
+        """Start a search in a process of its own."""
+        held = [sys.executable, "-c", HELD, self.place / "holds", hold_after]
         process = subprocess.Popen(
-            [*map(str, (*(SELFSPEC if hold_after is None else held), "search", model, *named, *options))],
+            [*map(str, (*(SELFSPEC if hold_after is None else held), *self.command(*options)))],
             env=os.environ | {"OMP_NUM_THREADS": "1", "SELFSPEC_CACHE": str(self.cache), "COLUMNS": "200"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -113,15 +118,6 @@ def printed(process: subprocess.Popen[str], code: int = 0) -> str:
     assert process.returncode == code, err
     assert err in ("", WAITS)
     return out
-
-
-def complaint(process: subprocess.Popen[str]) -> str:
-    """The only line that a refused search prints."""
-    out, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 1, err
-    assert out == ""
-    assert re.fullmatch("error: .*\n", err), err
-    return err
 
 
 def all_trials(storage: str) -> list[FrozenTrial]:
@@ -275,13 +271,13 @@ def test_a_worker_that_would_mix_is_refused_by_what_differs(story: Story, bench:
     fewer = bench.place / "fewer.txt"
     fewer.write_text("another prompt\nand one more\n")
     join = ("--storage", story.storage, "--study", STUDY, "--out", bench.place / "mixed.json")
-    refused = [
-        (bench.search(*join, gamma_max=3), r"with gamma_max 2 \(here 3\); choose another --study"),
-        (bench.search(*join, prompts=fewer), r"with calibration 9 \(here 1\), prompts \w+ \(here \w+\); choose"),
-        (bench.search(*join, model=heavier), r"with weights \w+ \(here \w+\); choose another --study"),
+    refused: list[tuple[dict[str, object], str]] = [
+        ({"gamma_max": 3}, r"with gamma_max 2 \(here 3\); choose another --study"),
+        ({"prompts": fewer}, r"with calibration 9 \(here 1\), prompts \w+ \(here \w+\); choose"),
+        ({"model": heavier}, r"with weights \w+ \(here \w+\); choose another --study"),
     ]
-    for worker, expected in refused:
-        assert re.search(expected, complaint(worker))
+    for changed, expected in refused:
+        assert re.search(expected, complaint(*bench.command(*join, **changed)))
     assert contents(load_study(story.storage, STUDY)) == contents(story.studies[-1])
     assert not (bench.place / "mixed.json").exists()
 
@@ -290,14 +286,12 @@ def test_a_storage_or_plan_that_cannot_be_written_takes_one_line_and_loses_nothi
     out, a_file = bench.place / "kept.json", bench.place / "file"
     a_file.write_text("not a directory")
     out.write_text("an earlier plan")
-    refused = [
-        (bench.search("--out", a_file / "plan.json"), "cannot write"),
-        (bench.search("--out", out, "--storage", a_file / "plan.db"), "there is no directory"),
-        (bench.search("--out", out, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"), "cannot be used"),
-    ]
-    for worker, expected in refused:
-        assert expected in (line := complaint(worker))
-        assert "secret" not in line
+    assert "cannot write" in complaint(*bench.command("--out", a_file / "plan.json"))
+    search = bench.command("--out", out)
+    assert "there is no directory" in complaint(*search, "--storage", a_file / "plan.db")
+    away = complaint(*search, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x")
+    assert "cannot be used" in away
+    assert "secret" not in away
     assert (out.read_text(), a_file.read_text()) == ("an earlier plan", "not a directory")
 
 
@@ -305,10 +299,7 @@ def test_a_storage_or_plan_that_cannot_be_written_takes_one_line_and_loses_nothi
 def test_a_protected_directory_takes_one_line(bench: Bench, tmp_path: Path) -> None:
     protected = tmp_path / "protected"
     protected.mkdir(mode=0o555)
-    refused = [
-        (bench.search("--out", protected / "plan.json"), "choose a writable directory"),
-        (bench.search("--out", tmp_path / "plan.json", "--storage", protected / "plan.db"), "is protected"),
-    ]
-    for worker, expected in refused:
-        assert expected in complaint(worker)
+    assert "choose a writable directory" in complaint(*bench.command("--out", protected / "plan.json"))
+    search = bench.command("--out", tmp_path / "plan.json")
+    assert "is protected" in complaint(*search, "--storage", protected / "plan.db")
     assert list(protected.iterdir()) == []

@@ -184,10 +184,7 @@ class TestStaleTrials:
 
     @pytest.mark.slow
     def test_the_trial_of_a_living_worker_is_never_failed(self, shared: str, name: str) -> None:
-        with (
-            join(shared, name, heartbeat=Heartbeat(interval=0.2, grace=2.5)) as store,
-            store.begin(SETS[2]) as running,
-        ):
+        with join(shared, name, heartbeat=Heartbeat(interval=0.2, grace=2.5)) as store, store.begin(SETS[2]) as running:
             end = time.monotonic() + 3.6
             while time.monotonic() < end:
                 assert store.news() == []

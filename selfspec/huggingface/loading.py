@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from selfspec.errors import InputError
+from selfspec.errors import InputError, excerpt, is_out_of_memory, shortened
+from selfspec.huggingface.hub import hub_unavailable_reason
+from selfspec.huggingface.model_directory import check_directory, check_size, check_sizes
 from selfspec.models.support import check_supported, check_supported_config, position_limit, vocabulary_size
 from selfspec.utils.devices import device_name, dtype_name
 
@@ -31,18 +35,11 @@ DEMO = "demo"
 """The name of the embedded model."""
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    ImportError,
-    SafetensorError,
-    HfHubHTTPError,
-    StrictDataclassError,
-)
-"""What transformers raises for files that are missing or damaged, or that contradict the config."""
+LONGEST_REASON = 300
+"""Characters of a library's message that an error repeats."""
+_BROKEN_WEIGHTS = "download the model again"
+_INCIDENTAL = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
+"""Weights of old checkpoints that a model computes itself."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +80,22 @@ def load(name: str, *, device: str = AUTO, dtype: str = AUTO) -> Loaded:
     if not name:
         raise InputError("the model's name is empty; give a hub id, a directory, or 'demo'")
     path, on = _resolve(name), _device(device)
-    with _explained(f"model '{name}' cannot be loaded"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "trust_remote_code": False}
+    if not os.path.isdir(path) and (reason := hub_unavailable_reason()) is not None:
+        source["local_files_only"] = True  # else every file would wait for the hub
+        _check_cached(name, reason)
+    with _explained(f"model '{name}' cannot be loaded", _did_you_mean(name)):
+        config: PretrainedConfig = AutoConfig.from_pretrained(**source)
     check_supported_config(config)  # before any weights are downloaded
+    check_sizes(vars(config), name)
     kind = _dtype(dtype, config, demo=name == DEMO)
     check_dtype(kind, on)
     with _explained(f"the tokenizer of '{name}' cannot be loaded", "put tokenizer.json into the model's directory"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    _check_vocabulary(tokenizer, config)
-    model = _model(path, name, config, kind)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
+        _check_vocabulary(tokenizer, config)
+    model = _model(source, name, config, kind)
     check_supported(model)
-    with _explained(f"model '{name}' cannot be moved to {on}", "choose another --device, or a smaller --dtype"):
+    with _explained(f"model '{name}' cannot be moved to {on}", "choose another device, or a smaller dtype"):
         model = model.to(on)  # type: ignore[arg-type]
     return Loaded(name, model.eval(), tokenizer)
 
@@ -127,7 +129,7 @@ def _resolve(name: str) -> str:
         name = str(model_dir())
     path = Path(os.path.expanduser(name))  # os.path returns false for names for which Path raises
     if os.path.isdir(path):
-        _check_directory(path)
+        check_directory(path)
         return str(path)
     if os.path.exists(path):
         raise InputError(f"model '{name}' is a file; give the directory that holds config.json and the weights")
@@ -136,11 +138,19 @@ def _resolve(name: str) -> str:
     return name
 
 
-def _check_directory(path: Path) -> None:
-    if not os.path.isfile(path / "config.json"):
-        raise InputError(f"model directory '{path}' has no config.json; give a directory that save_pretrained wrote")
-    if not any(file.is_file() for pattern in _WEIGHT_FILES for file in path.glob(pattern)):
-        raise InputError(f"model directory '{path}' has no weights (model.safetensors); give a directory with weights")
+def _check_cached(name: str, reason: str) -> None:
+    """Raise `InputError` if the hub is not available and the model is not in the cache."""
+    with _explained(f"model '{name}' cannot be loaded"):
+        cached = try_to_load_from_cache(name, "config.json")
+    if not isinstance(cached, str):
+        raise InputError(
+            f"model '{name}' cannot be loaded: it is no directory here, it is not in the cache, and {reason}; "
+            f"{_did_you_mean(name) or 'give a directory that holds the model'}"
+        )
+
+
+def _did_you_mean(name: str) -> str:
+    return f"did you mean '{DEMO}'?" if get_close_matches(name.lower(), [DEMO]) else ""
 
 
 def _device(name: str) -> torch.device:
@@ -162,7 +172,11 @@ def _dtype(name: str, config: PretrainedConfig, *, demo: bool) -> torch.dtype:
     if name != AUTO:
         raise InputError(f"dtype '{name}' is unknown; choose one of auto, {', '.join(DTYPES)}")
     own = getattr(config, "dtype", None)
-    return own if isinstance(own, torch.dtype) and not demo else torch.float32
+    if demo or own is None:
+        return torch.float32
+    if not isinstance(own, torch.dtype) or own not in (*DTYPES.values(), torch.float64):
+        raise InputError(f"the model's dtype is {excerpt(own)}, which cannot be decoded; choose {', '.join(DTYPES)}")
+    return own
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
@@ -172,7 +186,7 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         torch.nn.functional.linear(one, one)
     except (RuntimeError, NotImplementedError) as error:
         reason = f"{device.type} cannot compute in {dtype_name(dtype)} ({first_sentence(error)})"
-        raise InputError(f"{reason}; use --dtype float32 or bfloat16") from None
+        raise InputError(f"{reason}; choose dtype float32 or bfloat16") from None
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -189,18 +203,26 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConf
         )
 
 
-def _model(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    with _explained(f"the weights of '{name}' cannot be loaded"):
+def _model(source: dict[str, Any], name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    path = Path(source["pretrained_model_name_or_path"])
+    with _explained(f"the weights of '{name}' cannot be loaded", _BROKEN_WEIGHTS):
+        if path.is_dir():
+            check_size(path, config, name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            **source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, report = loaded
-    for key in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report[key])):
-            raise InputError(
-                f"the weights of '{name}' are not whole: {len(wrong)} {key.replace('_keys', '')} ({wrong[0]}); "
-                "transformers would fill them at random"
-            )
+    own = (f"{model.base_model_prefix}.", "lm_head.")
+    unexpected = [key for key in report["unexpected_keys"] if key.startswith(own) and not _INCIDENTAL.search(key)]
+    for problem, keys in (
+        ("are not whole: {} missing ({}); transformers would fill them at random", report["missing_keys"]),
+        ("do not fit config.json: {} of another shape ({})", report["mismatched_keys"]),
+        ("do not fit config.json: {} unexpected ({}); transformers would drop them", unexpected),
+    ):
+        if keys:
+            first = min(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in keys)
+            reason = problem.format(len(keys), shortened(first))
+            raise InputError(f"the weights of '{name}' {reason}; {_BROKEN_WEIGHTS}")
     return model  # type: ignore[no-any-return]
 
 
@@ -209,16 +231,26 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
     """Turn an error of transformers into an `InputError` of one line."""
     try:
         yield
+    except InputError:
+        raise
     except HFValidationError:
         raise InputError(f"{what}: the name is neither a directory nor a hub id") from None
-    except _LOAD_ERRORS as error:
-        raise InputError(f"{what}: {first_sentence(error)}" + (f"; {advice}" if advice else "")) from None
+    except Exception as error:  # damaged files make transformers and tokenizers raise errors of any type
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{what}: {_reason(error)}" + (f"; {advice}" if advice else "")) from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, for the user: of an error that is not about input, the type as well."""
+    expected = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and str(error)
+    return first_sentence(error) if expected else f"{type(error).__name__}: {first_sentence(error)}"
 
 
 def first_sentence(error: BaseException) -> str:
     """The first line of an error's message, up to the first full stop; without a message, the error's type."""
     lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0].rstrip(".: ") if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".: ")[:LONGEST_REASON] if lines else type(error).__name__
 
 
 def quiet_hugging_face() -> None:

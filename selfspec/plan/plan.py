@@ -146,8 +146,8 @@ class Plan(Strict):
             )
         if self.model.fingerprint != given.fingerprint:
             raise PlanError(
-                f"plan was made for a {given.model_type} with another config (fingerprint "
-                f"{shortened(self.model.fingerprint)}, this model's is {given.fingerprint}); "
+                f"plan was made for a {given.model_type} with another config "
+                f"(fingerprint {shortened(self.model.fingerprint)}, this model's is {given.fingerprint}); "
                 "run 'selfspec search' on this model"
             )
 

@@ -21,7 +21,7 @@ def parse_strictly(text: str, source: str) -> Any:
     """
     try:
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
-        if _is_deeper(data, MOST_LEVELS):
+        if is_deeper(data, MOST_LEVELS):
             raise RecursionError
     except json.JSONDecodeError as error:
         raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); save the plan again") from None
@@ -46,7 +46,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _is_deeper(data: Any, levels: int) -> bool:
+def is_deeper(data: Any, levels: int) -> bool:
+    """Whether lists and objects nest deeper than `levels`."""
     level = [data]
     for _ in range(levels + 1):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]

@@ -1,4 +1,4 @@
-"""Plan files that nobody writes on purpose: one line, at once, little memory, and nothing of the file unescaped."""
+"""Plan files that nobody writes on purpose: one line, at once, with little memory, nothing unescaped."""
 
 from __future__ import annotations
 

@@ -104,8 +104,8 @@ def encode_prompts(
         check_length(len(tokens), prompt.source, at_least=at_least, context=context, new_tokens=new_tokens)
         if vocabulary is not None and (highest := int(tokens.max())) >= vocabulary:
             raise InputError(
-                f"{prompt.source} holds {tokenizer.decode(highest)!r}, the tokenizer's token {highest}, but the model has "
-                f"tokens 0..{vocabulary - 1}; remove it from the prompt, or resize the model's embedding"
+                f"{prompt.source} holds {tokenizer.decode(highest)!r}, the tokenizer's token {highest}, but the model "
+                f"has tokens 0..{vocabulary - 1}; remove it from the prompt, or resize the model's embedding"
             )
         encoded.append(tokens)
     return encoded

@@ -409,9 +409,11 @@ def test_an_exit_threshold_is_not_captured() -> None:
     [
         ("plain", {}),
         ("all together", {}),
+        ("own processor", {}),
         ("stop token", {}),
         ("plain", {"exit_threshold": 0.5}),
         ("plain", {"prompt_lookup": PromptLookup(gamma=3, min_ngram=1, max_ngram=2)}),
+        ("own processor", {"prompt_lookup": PromptLookup(gamma=3, min_ngram=1, max_ngram=2)}),
     ],
     ids=str,
 )

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from scipy.stats import chi2
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from selfspec import SelfSpeculator
+from selfspec import SelfSpeculator, pure
 
 FALSE_ALARM = 1e-6
 V = 5
@@ -25,6 +25,13 @@ PROMPTS = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 ROWS, CALLS = 499, 2  # of each prompt, and in how many calls
 
+
+def steer(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A processor of the user's own: the last token decides how sharp p is, and which token is impossible."""
+    last = input_ids[:, -1:]
+    return (scores * (0.5 + last % 3)).scatter(1, (last + 1) % V, -torch.inf)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.6},
@@ -34,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"repetition_penalty": 1.4},
     "all together": {"temperature": 0.8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.2},
     "stop token": {"eos_token_id": EOS},
+    "own processor": {"logits_processor": LogitsProcessorList([pure(steer)])},
 }
 """Ways to sample, as options of `generate`."""
 
@@ -96,9 +104,10 @@ def _law(model: PreTrainedModel, prompt: Tensor, options: dict[str, Any]) -> Ten
     texts = torch.cartesian_prod(*[torch.arange(V)] * LENGTH)
     tokens = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
     logits = model(input_ids=tokens).logits.float()
-    chosen = {name: value for name, value in options.items() if name != "eos_token_id"}
+    chosen = {name: value for name, value in options.items() if name not in ("eos_token_id", "logits_processor")}
     config = model.generation_config.from_dict({"do_sample": True, **chosen})
     chain = model._get_logits_processor(config, input_ids_seq_length=prompt.shape[1])
+    chain.extend(options.get("logits_processor", ()))
     probability = torch.ones(len(texts), dtype=torch.double)
     stopped = torch.zeros(len(texts), dtype=torch.bool)
     for step in range(LENGTH):

@@ -33,6 +33,7 @@ _MODULES = {
     "UnsupportedModelError": "errors",
     "UnsupportedOptionError": "errors",
     "draft_bytes": "speculator",
+    "pure": "decoding.pure",
     "wrap": "speculator",
 }
 """The module that defines each public name."""

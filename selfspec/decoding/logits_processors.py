@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
+from selfspec.decoding.pure import is_pure
+
 
 def _classes(module: ModuleType, names: str) -> frozenset[type]:
     return frozenset(getattr(module, name) for name in names.split())
@@ -52,17 +54,18 @@ _KNOWN_CRITERIA = _classes(stopping_criteria, "MaxLengthCriteria MaxTimeCriteria
 def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int) -> list[str]:
     """Why rows must advance one token at a time, as in plain decoding; empty if they need not.
 
-    Watermarks, guidance and the user's own processors and criteria must see each context exactly once. So must every
-    processor that is not known to be a pure function.
+    Watermarks, guidance and the user's own processors and criteria must see each context exactly once, unless the user
+    declares them `pure`. So must every processor that is not known to be a pure function.
     """
-    unknown = [type(p).__name__ for p in processors if type(p) not in CONTEXT_FREE | _CONTEXTUAL]
-    unknown += [type(c).__name__ for c in criteria if type(c) not in _KNOWN_CRITERIA]
+    known = CONTEXT_FREE | _CONTEXTUAL
+    unknown = [type(p).__name__ for p in processors if type(p) not in known and not _is_declared(p)]
+    unknown += [type(c).__name__ for c in criteria if type(c) not in _KNOWN_CRITERIA and not is_pure(c)]
     reasons = [f"{name} must see each context once" for name in unknown]
     if rows > 1 and not has_stop_token(criteria):
         reasons += [
             f"without a stop token, rows that met {type(c).__name__} run on until all have"
             for c in criteria
-            if type(c) in _KNOWN_CRITERIA - {stopping_criteria.MaxLengthCriteria}
+            if type(c) in _KNOWN_CRITERIA - {stopping_criteria.MaxLengthCriteria} or is_pure(c)
         ]
     return reasons
 
@@ -122,10 +125,19 @@ def process(processors: LogitsProcessorList, logits: Tensor, sequences: Tensor, 
             scores = processor(sequences[:, :0], scores.flatten(0, 1)).unflatten(0, scores.shape[:2])
         elif _is_order_free(processor):
             scores = _process_by_step(processor, scores, sequences, ends)
+        elif _is_declared(processor):
+            scores = _process_declared(processor, scores, sequences, ends)
         else:
             lengths = lengths or ends.unique().tolist()
             scores = _process_by_length(processor, scores, sequences, ends, lengths)
     return scores
+
+
+def _is_declared(processor: logits_process.LogitsProcessor) -> bool:
+    """Whether the user declared the processor pure, or the function of `prefix_allowed_tokens_fn`."""
+    if type(processor) is logits_process.PrefixConstrainedLogitsProcessor:
+        return processor._num_beams == 1 and is_pure(processor._prefix_allowed_tokens_fn)
+    return is_pure(processor)
 
 
 def _is_order_free(processor: logits_process.LogitsProcessor) -> bool:
@@ -161,3 +173,31 @@ def _process_by_length(
         batch[rows] = scores[rows, steps]
         processed[rows, steps] = processor(sequences[:, :length].contiguous(), batch)[rows]
     return processed
+
+
+def _process_declared(
+    processor: logits_process.LogitsProcessor, scores: Tensor, sequences: Tensor, ends: Tensor
+) -> Tensor:
+    """Call a processor that was declared pure with all rows of a step that have the same length.
+
+    A grammar need not know what follows a token that it forbids, so a row is left out after its first forbidden token:
+    no later token of the row can be accepted.
+    """
+    processed, possible = scores.clone(), torch.ones_like(ends[:, 0], dtype=torch.bool)  # b
+    for step, end in enumerate(ends.unbind(dim=1)):
+        if step:
+            drafted = sequences.gather(1, ends[:, step - 1 : step])  # b 1
+            possible &= processed[:, step - 1].gather(1, drafted)[:, 0] > -torch.inf
+        for length in end[possible].unique().tolist():
+            rows = torch.nonzero(possible & (end == length))[:, 0]
+            on_rows = _numbered(processor, rows.tolist())
+            processed[rows, step] = on_rows(sequences[rows, :length], scores[rows, step])
+    return processed
+
+
+def _numbered(processor: logits_process.LogitsProcessor, rows: list[int]) -> logits_process.LogitsProcessor:
+    """A processor for these rows alone: the function of `prefix_allowed_tokens_fn` also takes a row's number."""
+    if type(processor) is not logits_process.PrefixConstrainedLogitsProcessor:
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn
+    return logits_process.PrefixConstrainedLogitsProcessor(lambda index, tokens: allowed(rows[index], tokens), 1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from selfspec.decoding.acceptance import Committed
 from selfspec.decoding.logits_processors import has_stop_token
+from selfspec.decoding.pure import is_lasting, is_pure
 
 
 class Stopping:
@@ -17,6 +20,7 @@ class Stopping:
     Attributes:
         tokens: the stop tokens.
         others: the criteria beyond stop tokens and `max_length`: stop strings, a time limit, the user's own criteria.
+        lasting, momentary: those of `others` that hold for every continuation of a text for which they hold; the rest.
         rows_run_on: in lock-step without a stop token, Hugging Face lets stopped rows run on until all rows stop.
         text: `b max_length`, the rows on the CPU, so that `others` need not read the device; None if nothing looks.
         stopped_at: where each row ended, padding included; None for unfinished rows.
@@ -31,7 +35,10 @@ class Stopping:
         self.others = StoppingCriteriaList(
             criterion for criterion in criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
         )
+        self.lasting = [criterion for criterion in self.others if is_lasting(criterion)]
+        self.momentary = [criterion for criterion in self.others if not is_lasting(criterion)]
         self.rows_run_on = lockstep and not has_stop_token(criteria)
+        self.device = prompts.device
         self.stopped_at: list[int | None] = [None] * prompts.shape[0]
         self.text: Tensor | None = None
         if self.others and not lockstep:
@@ -64,11 +71,24 @@ class Stopping:
 
     def _end_of(self, row: Committed) -> int | None:
         """Where the row ends if it ends within its new tokens; else None."""
+        criteria: Sequence[StoppingCriteria] = ()
         if self.text is not None:
             self.text[row.row, row.start : row.start + len(row.tokens)] = torch.tensor(row.tokens)
+            holds = self._holds(self.lasting, row.row, row.start + len(row.tokens))
+            criteria = self.others if holds else self.momentary
         for end, token in enumerate(row.tokens, start=row.start + 1):
             if token in self.tokens or end >= self.max_length:
                 return end
-            if self.text is not None and bool(self.others(self.text[row.row : row.row + 1, :end], None)):
+            if self._holds(criteria, row.row, end):
                 return end
         return None
+
+    def _holds(self, criteria: Sequence[StoppingCriteria], row: int, end: int) -> bool:
+        """Whether one of the criteria holds for the row's first `end` tokens."""
+        if not criteria or self.text is None:
+            return False
+        text = self.text[row : row + 1, :end]
+        # A criterion of the user's own may hold tensors, which are where Hugging Face's `input_ids` are.
+        return any(
+            bool(criterion(text.to(self.device) if is_pure(criterion) else text, None)) for criterion in criteria
+        )

@@ -1,4 +1,4 @@
-"""Draft model: a separate, smaller model of the same vocabulary drafts."""
+"""Draft model: a separate, smaller model of the same tokenizer drafts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selfspec.decoding.request import Request
 from selfspec.drafters.layer_skip import StepwiseDrafter
 from selfspec.errors import InputError, UnsupportedModelError
 from selfspec.models.rope import longrope_switch
-from selfspec.models.support import check_supported
+from selfspec.models.support import check_supported, vocabulary_size
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.plan import Plan
 from selfspec.runtime.prefill import extend, prefill_prompts
@@ -38,7 +38,8 @@ class DraftModelDrafter(StepwiseDrafter):
 
     Args:
         runtime: the draft model's runtime.
-        target: the target, whose vocabulary may be larger: q is 0 for tokens that the draft model does not know.
+        target: the target. Its vocabulary may have another size: q is 0 for tokens that the draft model does not know,
+            and tokens that the target does not have are never drafted.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class DraftModelDrafter(StepwiseDrafter):
     ) -> None:
         super().__init__(runtime, gamma, exit_threshold)
         self._n, self._catch_up_width = 0, 1
-        self.vocabulary, self.own_vocabulary = vocabulary_size(target), vocabulary_size(runtime.model)
+        self.vocabulary, self.own_vocabulary = (vocabulary_size(model.config) for model in (target, runtime.model))
 
     @property
     def key(self) -> Hashable:
@@ -101,7 +102,7 @@ class DraftModelDrafter(StepwiseDrafter):
 
     def _logits(self, request: Request, token: Tensor, step: int) -> Tensor:
         logits = self._catch_up(request) if step == 0 else self.runtime.run("target", self._known(token)[:, None])
-        missing = self.vocabulary - self.own_vocabulary
+        missing = self.vocabulary - self.own_vocabulary  # where it is negative, `pad` removes the last columns
         return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
     def _catch_up(self, request: Request) -> Tensor:
@@ -127,11 +128,6 @@ class DraftModelDrafter(StepwiseDrafter):
     def _known(self, tokens: Tensor) -> Tensor:
         """The same tokens; tokens that the draft model does not know become its last token."""
         return tokens.clamp(max=self.own_vocabulary - 1) if self.own_vocabulary < self.vocabulary else tokens
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """The number of the model's logits."""
-    return int(model.config.get_text_config().vocab_size)
 
 
 def positions(model: PreTrainedModel, prompt_length: int) -> int:
@@ -174,12 +170,6 @@ def check_pair(model: PreTrainedModel, draft_model: PreTrainedModel) -> None:
         raise InputError(
             f"the draft model is on {draft_model.device}, but the model is on {model.device}; "
             f"move it there: draft_model.to('{model.device}')"
-        )
-    own, other = vocabulary_size(draft_model), vocabulary_size(model)
-    if own > other:
-        raise InputError(
-            f"the draft model's vocabulary has {own} tokens, but the model's has {other}; "
-            "give a draft model of the same tokenizer"
         )
 
 

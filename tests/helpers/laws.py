@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from selfspec import SelfSpeculator
+from selfspec import SelfSpeculator, pure
 
 FALSE_ALARM = 1e-6
 V = 5
@@ -25,6 +25,13 @@ PROMPTS = torch.tensor([[0, 4, 1, 2], [1, 4, 2, 4]])  # the first is padded; the
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 ROWS, CALLS = 499, 2  # of each prompt, and in how many calls
 
+
+def steer(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A processor of the user's own: the last token decides how sharp p is, and which token is impossible."""
+    last = input_ids[:, -1:]
+    return (scores * (0.5 + last % 3)).scatter(1, (last + 1) % V, -torch.inf)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.6},
@@ -34,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"repetition_penalty": 1.4},
     "all together": {"temperature": 0.8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.2},
     "stop token": {"eos_token_id": EOS},
+    "own processor": {"logits_processor": LogitsProcessorList([pure(steer)])},
 }
 """Ways to sample, as options of `generate`."""
 

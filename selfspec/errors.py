@@ -52,6 +52,10 @@ class InputError(SelfspecError):
     """Prompts, files, tensors or settings cannot be used as given."""
 
 
+class OutOfMemoryError(SelfspecError, MemoryError):
+    """The memory does not suffice for the KV cache of a request."""
+
+
 class PlanWarning(UserWarning):
     """The plan was searched under other conditions: the output is right, but the plan may not be the fastest here."""
 

@@ -290,7 +290,7 @@ class SelfSpeculator:
             drafter, self.stats.policy = drafter_for(
                 self.plan, self.runtime, request.rows, self.options.policy, self.draft_runtime
             )
-        self.runtime.reserve(request.rows, request.max_length + request.room)
+        self.runtime.reserve(request.rows, request.first_width(static=self.runtime.static))
         try:
             yield from decode(self.runtime, drafter, request, self.stats)
         except BaseException:  # an error may leave a NaN in the cache, even in a masked slot

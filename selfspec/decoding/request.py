@@ -14,6 +14,13 @@ from selfspec.decoding.stopping import Stopping
 from selfspec.errors import InputError
 from selfspec.runtime.row_buffers import STOP_TOKENS, RowBuffers
 
+MANY_TOKENS = 4096
+"""New tokens of a row: a request that may write more takes memory as its text grows, not for all of it."""
+FIRST_TOKENS = 64
+"""New tokens of a row: the first room of a request that may write many."""
+STATIC_TOKENS = 1024
+"""New tokens of a row: the same where a larger cache drops captured rounds or compiled passes."""
+
 
 @dataclass(kw_only=True)
 class Request:
@@ -33,6 +40,7 @@ class Request:
         scores, logits: the kept ones, `v`, by row and committed token.
         stopping: finds where rows end, on the host; its `stopped_at` is the request's.
         buffers: the rows' tensors on the device; the request shares `sequences`, `pads`, `ends` and others with them.
+            They grow with the text.
         is_captured: whether captured work reads and writes `buffers`.
         known_ends: the host's copy of `ends`: committed tokens of each row, padding included.
     """
@@ -52,15 +60,15 @@ class Request:
     def __post_init__(self) -> None:
         self.scores: list[list[Tensor]] = [[] for _ in range(self.rows)]
         self.logits: list[list[Tensor]] = [[] for _ in range(self.rows)]
-        self.stopping = Stopping(self.criteria, self.prompts, self.max_length, self.pad_token, bool(self.lockstep))
-        width, device = self.max_length + self.room, self.prompts.device
+        self.stopping = Stopping(self.criteria, self.prompts, self.max_length, bool(self.lockstep))
+        width, device = self.first_width(), self.prompts.device
         self.bind(RowBuffers(self.rows, width, device, len(self.stopping.tokens)), captured=False)
 
     def bind(self, buffers: RowBuffers, *, captured: bool) -> None:
         """Write the prompts into `buffers`; captured buffers outlive the request."""
         self.buffers, self.is_captured, width = buffers, captured, self.prompts.shape[1]
         buffers.pads.copy_(self.pads)
-        self.sequences, self.pads, self.ends = buffers.sequences, buffers.pads, buffers.ends
+        self.pads, self.ends = buffers.pads, buffers.ends
         self.finished, self.found, self.matched = buffers.finished, buffers.found, buffers.matched
         self.processors = rebind_pads(self.processors, self.pads)
         self.sequences.zero_()  # token 0 is in every vocabulary; the padding token need not be
@@ -93,6 +101,27 @@ class Request:
     def capture_key(self) -> tuple[object, ...]:
         """The settings that a capture bakes in: equal for requests that can share captured rounds."""
         return (self.sampling, *map(settings_of, self.processors))
+
+    @property
+    def sequences(self) -> Tensor:
+        """Prompts, committed tokens and room for a draft, `b w`."""
+        return self.buffers.sequences
+
+    def first_width(self, *, static: bool = False) -> int:
+        """Columns to begin with: for all tokens that the request may write, or for a first part if these are many."""
+        prompt = self.prompts.shape[1]
+        allowed = self.max_length - prompt
+        first = max(self.room, STATIC_TOKENS if static else FIRST_TOKENS)
+        return prompt + (allowed if allowed <= MANY_TOKENS else min(allowed, first)) + self.room
+
+    def wider(self) -> int:
+        """Columns for twice as many new tokens as `reach`, up to the limit."""
+        return min(2 * self.reach - self.prompts.shape[1], self.max_length + self.room)
+
+    @property
+    def reach(self) -> int:
+        """Columns that the next round may write to; the round ends with a look, which may write another draft."""
+        return min(max(self.known_ends) + 2 * self.room, self.max_length + self.room)
 
     @property
     def rows(self) -> int:
@@ -180,7 +209,7 @@ class Request:
                 committed.append(Committed(row, start, tokens[:count], drafted, min(accepted, count)))
         kept = self.scores if self.keep_scores else None
         if self.stopping.stop(committed, self.sequences[:, : self.known_ends[0]], kept):
-            self.finished.copy_(torch.tensor([end is not None for end in self.stopped_at]))
+            self.finished.copy_(torch.tensor([end is not None for end in self.stopped_at], device="cpu"))
         return committed
 
     def _unusable(self, scores: Tensor, counts: Tensor) -> Tensor:

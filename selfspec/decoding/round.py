@@ -32,8 +32,16 @@ def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -
         wait_for(request.sequences.device)  # else the first round's time would include the prefill
     while not request.is_done():
         with stats.timed("total"):
+            make_room(runtime, request)
             committed = step(runtime, drafter, request, stats)
         yield committed
+
+
+def make_room(runtime: Runtime, request: Request) -> None:
+    """Grow the cache and the request's buffers if the next round might not fit."""
+    if request.reach > min(runtime.capacity, request.sequences.shape[1]):
+        runtime.grow(request.wider())
+        request.buffers.widen(request.wider())
 
 
 def step(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> list[Committed]:

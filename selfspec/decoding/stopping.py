@@ -22,13 +22,11 @@ class Stopping:
         others: the criteria beyond stop tokens and `max_length`: stop strings, a time limit, the user's own criteria.
         lasting, momentary: those of `others` that hold for every continuation of a text for which they hold; the rest.
         rows_run_on: in lock-step without a stop token, Hugging Face lets stopped rows run on until all rows stop.
-        text: `b max_length`, the rows on the CPU, so that `others` need not read the device; None if nothing looks.
+        text: `b t`, the rows on the CPU, so that `others` need not read the device; None if nothing looks.
         stopped_at: where each row ended, padding included; None for unfinished rows.
     """
 
-    def __init__(
-        self, criteria: StoppingCriteriaList, prompts: Tensor, max_length: int, pad_token: int, lockstep: bool
-    ) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, prompts: Tensor, max_length: int, lockstep: bool) -> None:
         eos = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
         self.max_length, self.lockstep = max_length, lockstep
         self.tokens = frozenset(token for ids in eos for token in ids.flatten().tolist())
@@ -40,11 +38,7 @@ class Stopping:
         self.rows_run_on = lockstep and not has_stop_token(criteria)
         self.device = prompts.device
         self.stopped_at: list[int | None] = [None] * prompts.shape[0]
-        self.text: Tensor | None = None
-        if self.others and not lockstep:
-            rows, width = prompts.shape
-            self.text = prompts.new_full((rows, max_length), pad_token, device="cpu")
-            self.text[:, :width] = prompts.cpu()
+        self.text: Tensor | None = prompts.cpu() if self.others and not lockstep else None
 
     def stop(self, committed: list[Committed], sequences: Tensor, scores: list[list[Tensor]] | None) -> bool:
         """Note the rows that end with their new tokens, and cut the tokens there.
@@ -73,8 +67,11 @@ class Stopping:
         """Where the row ends if it ends within its new tokens; else None."""
         criteria: Sequence[StoppingCriteria] = ()
         if self.text is not None:
-            self.text[row.row, row.start : row.start + len(row.tokens)] = torch.tensor(row.tokens)
-            holds = self._holds(self.lasting, row.row, row.start + len(row.tokens))
+            last = row.start + len(row.tokens)
+            if (width := self.text.shape[1]) < last:
+                self.text = torch.nn.functional.pad(self.text, (0, max(width, last - width)))
+            self.text[row.row, row.start : last] = torch.tensor(row.tokens, device="cpu")
+            holds = self._holds(self.lasting, row.row, last)
             criteria = self.others if holds else self.momentary
         for end, token in enumerate(row.tokens, start=row.start + 1):
             if token in self.tokens or end >= self.max_length:

@@ -67,7 +67,7 @@ class DraftModelDrafter(StepwiseDrafter):
         self._pads = request.pads.tolist()
         self._cached = [width - 1] * b  # tokens of each row, padding included
         self._positions = positions(self.runtime.model, width - min(self._pads))
-        self.runtime.reserve(b, request.max_length + request.room)
+        self.runtime.reserve(b, request.first_width(static=self.runtime.static))
         if self._longest(request):
             prefill_prompts(self.runtime, self._known(request.prompts), request.pads)
 
@@ -75,6 +75,8 @@ class DraftModelDrafter(StepwiseDrafter):
         self._n = self._longest(request)
         if not self._n and request.longest_draft(self.gamma):
             return NoDrafter(), 0
+        if request.reach > self.runtime.capacity:
+            self.runtime.grow(request.wider())
         backlog = max((request.known_ends[row] - self._cached[row] for row in request.unfinished()), default=1)
         if self.runtime.static:  # few widths: each is compiled or captured
             backlog = min(max(2, 1 << (backlog - 1).bit_length()), self.runtime.cache.slots)

@@ -70,6 +70,8 @@ _CACHE_DEFAULTS = {
     "cache_config": (None,),
 }
 """The values that a user may give. A model's own generation config may have others, which do not change the output."""
+LONGEST = 2**62
+"""Tokens: no row becomes so long, and the device can still count them."""
 _CACHE_NAMES = ("past_key_values", "cache")
 """The cache's name in transformers before 5.24, and since."""
 _EXPECTED_MODEL_ARGUMENTS = frozenset(
@@ -139,10 +141,10 @@ def check_prepared(
 
 
 def max_length(criteria: StoppingCriteriaList, width: int) -> int:
-    """The greatest length of a row. Hugging Face checks the criteria only after a first new token."""
+    """The greatest length of a row, up to `LONGEST`. Hugging Face checks the criteria only after a first new token."""
     limits = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
     assert limits, "Hugging Face always sets a maximum length"
-    return max(min(limits), width + 1)
+    return max(min(*limits, LONGEST), width + 1)
 
 
 def with_stop_strings(

@@ -34,10 +34,10 @@ class KVCache:
         self.rows, self.slots, self.backend = rows, slots, backend
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # b
         self._tensors = {
-            index: (
+            index: [
                 torch.zeros(rows, slots, shape.heads, shape.key_dim, device=device, dtype=dtype),
                 torch.zeros(rows, slots, shape.heads, shape.value_dim, device=device, dtype=dtype),
-            )
+            ]
             for index, shape in layers.items()
         }
 
@@ -52,7 +52,8 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, `b s h d`."""
-        return self._tensors[index]
+        keys, values = self._tensors[index]
+        return keys, values
 
     def attach(self, attention_modules: Iterable[nn.Module]) -> None:
         """Give each attention module the keys and values of its layer. All views share the keys and values.
@@ -71,6 +72,18 @@ class KVCache:
             for name in ("selfspec_keys", "selfspec_values"):
                 module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
+
+    @torch.inference_mode()
+    def grow(self, slots: int) -> None:
+        """Extend every row to `slots` slots, and keep what the cache holds. Detach the cache first.
+
+        Layer by layer: only one layer's keys or values are held twice.
+        """
+        for index in self._tensors:
+            for place, tensor in enumerate(self._tensors[index]):
+                grown = nn.functional.pad(tensor, (0, 0, 0, 0, 0, slots - self.slots))
+                self._tensors[index][place] = grown
+        self.slots = slots
 
     @torch.inference_mode()  # inference tensors cannot be written outside inference mode
     def reset(self) -> None:

@@ -46,6 +46,11 @@ class Passes:
         self._fused = FusedLayers()
         self._functions: dict[tuple[ViewName, int], PassFunction] = {}
 
+    @property
+    def padding(self) -> int:
+        """Tokens: the most padding that a pass writes after a row."""
+        return 0 if self.lengths is None else self.lengths.most
+
     def forget(self, view: ViewName | None = None) -> None:
         """Drop the functions of one view, or all of them."""
         self._functions = {key: run for key, run in self._functions.items() if view not in (None, key[0])}

@@ -32,3 +32,8 @@ class RowBuffers:
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.limit = zeros()
         self.stop_tokens = zeros(max(1, stop_tokens))
+
+    def widen(self, width: int) -> None:
+        """Give `sequences` at least `width` columns; the other tensors keep their addresses."""
+        if (missing := width - self.sequences.shape[1]) > 0:
+            self.sequences = torch.nn.functional.pad(self.sequences, (0, missing))

@@ -17,6 +17,7 @@ from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.round_costs import PassLengths
 from selfspec.plan.sublayers import SkipSet
 from selfspec.runtime.attention.choose import BackendChoice, choose_backend
+from selfspec.runtime.cache_memory import CacheMemory
 from selfspec.runtime.cuda_graphs import Graphs, Recorder, graphs_for
 from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.model_views import ModelViews, ViewName
@@ -76,7 +77,7 @@ class Runtime:
 
     def _build(self) -> None:
         self._views: ModelViews | None = None  # set last: after a refused build, `refresh` builds again
-        self._cache: KVCache | None = None  # freed before the next cache is allocated
+        self._memory = CacheMemory(lambda: self.views, self._forget)  # frees the old cache
         self._drop_graphs()
         self._graphs = None
         self._unfixed_reason = unfixed_reason(self.model)
@@ -115,13 +116,18 @@ class Runtime:
 
     @property
     def cache(self) -> KVCache:
-        assert self._cache is not None, "reserve a cache first"
-        return self._cache
+        assert self._memory.cache is not None, "reserve a cache first"
+        return self._memory.cache
+
+    @property
+    def row_buffers(self) -> RowBuffers:
+        """The buffers of captured rounds."""
+        return self._memory.row_buffers
 
     @property
     def cache_bytes(self) -> int:
         """Bytes: memory of the cache; 0 before the first `reserve`."""
-        return 0 if self._cache is None else self._cache.nbytes
+        return 0 if self._memory.cache is None else self._memory.cache.nbytes
 
     @property
     def graphs(self) -> Graphs | None:
@@ -160,36 +166,36 @@ class Runtime:
     def reserve(self, rows: int, slots: int) -> None:
         """Empty the cache, and make room for `slots` tokens in each of `rows` rows.
 
-        A cache that is large enough is kept. A new cache drops all compiled passes and captured graphs.
+        A cache that is large enough is kept, unless it is several times as large as recent requests needed. A new cache
+        drops all compiled passes and captured graphs.
         """
         lengths = self.pass_lengths
         self._pad_passes(lengths if lengths is not None and lengths.rows == rows else None)
-        slots += self.passes.lengths.most if self.passes.lengths is not None else 0
-        if self._cache is not None and self._cache.rows == rows and self._cache.slots >= slots:
-            self._cache.reset()
-            return
-        self._free_cache()
-        self._cache = self.views.new_cache(rows, slots, self.backend.backend)
-        self.row_buffers = RowBuffers(rows, self._cache.slots, self.model.device)
+        self._memory.reserve(rows, slots + self.passes.padding, self.backend.backend)
+
+    @torch.inference_mode()
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` tokens in each row. A larger cache keeps the tokens, and drops passes and graphs."""
+        if slots > self.capacity:
+            self._memory.grow(slots + self.passes.padding)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens: the most that a row may hold."""
+        return self.cache.slots - self.passes.padding
 
     def adopt_cache(self, other: Runtime) -> None:
         """Share the cache of another runtime of the same model. Only one of the runtimes may decode at a time."""
-        self._free_cache()
         self._pad_passes(self.pass_lengths)
-        self._cache, self.row_buffers = other.cache, other.row_buffers
-        self.views.attach(self.cache)
+        self._memory.adopt(other._memory)
 
     def zero_cache(self) -> None:
         """Zero the cache after an error."""
-        if self._cache is not None:
-            self._cache.zero()
+        self._memory.zero()
 
-    def _free_cache(self) -> None:
-        """Drop every reference to the cache, so that its memory is free before the next cache is allocated."""
-        self._cache = None
+    def _forget(self) -> None:
         self.passes.forget()
         self._drop_graphs()
-        self.views.detach()
 
     def _drop_graphs(self) -> None:
         if self.graphs is not None:
@@ -205,12 +211,8 @@ class Runtime:
             PlanError: the draft spec does not fit the model.
         """
         draft_spec = DraftSpec.of(draft_spec)
-        self.views.detach()  # a layer that no longer runs must not keep a replaced cache alive
-        try:
+        with self._memory.detached():
             self.views.change_draft(draft_spec)
-        finally:
-            if self._cache is not None:
-                self.views.attach(self._cache)
         self.draft_spec = draft_spec
         self.passes.forget("draft")
         self._drop_graphs()

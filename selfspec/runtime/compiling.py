@@ -87,7 +87,7 @@ def or_eager(
 
 
 class FusedLayers:
-    """Compiles decoder layers: once for each pass length and kind of layer.
+    """Compiles decoder layers: once for each pass length, size of the cache and kind of layer.
 
     All layers of one kind in both views share the compiled code, because no layer's forward reads the layer index.
     """
@@ -96,20 +96,23 @@ class FusedLayers:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @contextmanager
-    def of_length(self, layers: Iterable[nn.Module], t: int) -> Iterator[None]:
-        """Inside this context the layers run compiled code for passes of `t` tokens."""
+    def of_sizes(self, layers: Iterable[nn.Module], t: int, rows: int, slots: int) -> Iterator[None]:
+        """Inside this context the layers run compiled code for passes of `t` tokens over a cache of these sizes.
+
+        Dynamo allows few variants of one code object, and new sizes would use them up. It guards everything else.
+        """
         layers = list(layers)
         for layer in layers:
-            layer.forward = MethodType(self._forward_of(layer, t), layer)
+            layer.forward = MethodType(self._forward_of(layer, t, rows, slots), layer)
         try:
             yield
         finally:
             for layer in layers:
                 del layer.forward  # uncovers the forward of the class
 
-    def _forward_of(self, layer: nn.Module, t: int) -> Callable[..., Any]:
-        kind = type(layer)
-        key = (t, kind, *map(_kind_of_child, layer.children()))
+    def _forward_of(self, layer: nn.Module, t: int, rows: int, slots: int) -> Callable[..., Any]:
+        kind, parts = type(layer), map(type, layer.modules())  # the parts include quantised linear layers
+        key = (t, rows, slots, kind, *parts)
         if key not in self._compiled:
             forward = kind.forward
 
@@ -119,17 +122,6 @@ class FusedLayers:
             own = _with_own_code(run, f"{kind.__name__}_of_{t}")
             self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False)
         return self._compiled[key]
-
-
-def _kind_of_child(module: nn.Module) -> tuple[Any, ...]:
-    """The part of a compiled layer's cache key that comes from one child module.
-
-    Dynamo guards everything else, such as a window, but allows few variants of one code object. New cache shapes would
-    use up the variants.
-    """
-    keys = module._buffers.get("selfspec_keys")
-    types = tuple(type(part) for part in module.modules())  # includes quantised linear layers
-    return types, None if keys is None else keys.shape
 
 
 def _with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ class Passes:
             step = cache.begin(t, static=True)
             # Before the layers run: layers share compiled code, which must not build a mask in the first layer only.
             step.make_masks(views.masks, views.model.dtype)
-            with self._fused.of_length(decoder_layers(module), t):
+            with self._fused.of_sizes(decoder_layers(module), t, cache.rows, cache.slots):
                 return run_view(module, tokens, step.positions, step)
 
         if not self.compile:

@@ -169,8 +169,11 @@ def test_layers_are_compiled_in_rounds_only(compilations: list[int], monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_new_cache_sizes_never_reach_the_recompile_limit(model: PreTrainedModel, compilations: list[int]) -> None:
-    spec, limit = selfspec.wrap(model, PLAN, compile=True), 3
+@pytest.mark.parametrize("skip_set", [SkipSet(mlp={1}), SkipSet(attn={1})], ids=["MLP", "attention"])
+def test_new_cache_sizes_never_reach_the_recompile_limit(
+    model: PreTrainedModel, compilations: list[int], skip_set: SkipSet
+) -> None:
+    spec, limit = selfspec.wrap(model, PLAN.model_copy(update={"skip_set": skip_set}), compile=True), 3
     with torch._dynamo.config.patch(recompile_limit=limit):
         for rows in (*range(1, limit + 3), 1):
             spec.generate(PROMPT.expand(rows, -1), max_new_tokens=5, **OPTIONS)

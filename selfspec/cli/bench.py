@@ -46,9 +46,8 @@ def bench(
 ) -> None:
     """Measure a plan against the plain model, model.generate, assistant_early_exit and prompt lookup.
 
-    Greedy, one prompt at a time, everything interleaved in one run. Where the plan pads passes over one token, the
-    plain model decodes with and without padding, and speedups are over the faster. With --draft-model, classic
-    speculative decoding with that model takes part, too.
+    Greedy, one prompt at a time, interleaved in one run. Where the plan pads passes over one token, the plain model
+    runs with and without padding: the faster counts. With --draft-model, classic speculative decoding takes part, too.
     """
     if drafting.draft_gamma is not None and drafting.draft_model is None:
         raise InputError("--draft-gamma goes with --draft-model")

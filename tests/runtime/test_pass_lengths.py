@@ -410,7 +410,8 @@ def test_compare_restores_the_padding_of_the_runtime() -> None:
 
 
 def test_pass_lengths_survive_json() -> None:
-    for plan in (padded(), padded(3, target=[], draft=1), Plan.none(pass_lengths=PassLengths(rows=8, target=[2, 2]))):
+    measured = PassLengths(rows=8, target=[2, 2], gains={"target 1": [1.25, 1.125, 1.5]})
+    for plan in (padded(), padded(3, target=[], draft=1), Plan.none(pass_lengths=measured)):
         assert Plan.from_json(plan.to_json()) == plan
     data = json.loads(padded(3).to_json())
     assert data["pass_lengths"] == {"rows": 3, "target": TARGET, "draft": 2}
@@ -430,6 +431,7 @@ def test_pass_lengths_survive_json() -> None:
         ({"rows": 1}, "lacks the key 'pass_lengths.target'"),
         ({"target": [1]}, "lacks the key 'pass_lengths.rows'"),
         ({"rows": 1, "target": [1], "verify": 2}, "unknown key 'pass_lengths.verify'"),
+        ({"rows": 1, "target": [1], "gains": {"draft": [1.25, 1.5]}}, "key 'pass_lengths.gains.draft': .*at least 3"),
     ],
 )
 def test_invalid_pass_lengths_are_refused(pass_lengths: dict[str, Any], message: str) -> None:

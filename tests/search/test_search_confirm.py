@@ -49,8 +49,10 @@ def texts() -> list[Text]:
     return texts_of(Runtime(model()), random_prompts(3, 13, 6, 5, seed=1), NEW_TOKENS)
 
 
-def find(monkeypatch: pytest.MonkeyPatch, clock: Clock, pass_lengths: PassLengths | None = PADDED) -> SearchResult:
-    """The end of a search whose confirmation takes the seconds of `clock`."""
+def find(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, pass_lengths: PassLengths | None = PADDED, decoded: int = 4
+) -> SearchResult:
+    """The end of a search whose confirmation decodes `decoded` texts in the seconds of `clock`."""
     decode = Contender.decode
 
     def timed(self: Contender, batch: int, texts: Sequence[Text]) -> float:
@@ -65,7 +67,7 @@ def find(monkeypatch: pytest.MonkeyPatch, clock: Clock, pass_lengths: PassLength
     monkeypatch.setattr(Contender, "decode", timed)
     writer = PlanWriter(
         model=model(),
-        settings=SearchSettings(gamma_max=3, new_tokens=NEW_TOKENS, repeats=3, lookup=False),
+        settings=SearchSettings(gamma_max=3, new_tokens=NEW_TOKENS, repeats=3, lookup=False, confirm_texts=decoded),
         profile=profile_of(costs_of(attention=0.003, mlp=0.002), pass_lengths=pass_lengths),
         phases=Phases(on_progress=lambda progress: None),
     )
@@ -119,7 +121,9 @@ def test_plain_decoding_runs_once_if_the_padding_changes_none_of_its_passes(monk
     assert result.plan.pass_lengths == others_only
 
 
-UNSURE = "measured 2.00x, but its 95 % interval (0.50-2.00) includes plain decoding."
+TWICE = "measured 2.00x, but"
+EQUAL = f"{TWICE} the chosen plan is as fast to two digits and drafts with less."
+UNSURE = f"{TWICE} its 95 % interval (0.50-2.00) includes plain decoding."
 
 
 def rivals(first: Sequence[float], second: Sequence[float]) -> Clock:
@@ -134,19 +138,27 @@ def rivals(first: Sequence[float], second: Sequence[float]) -> Clock:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "chosen", "reason"),
+    ("first", "second", "decoded", "chosen", "reason"),
     [
-        ([1.0] * 3, [1.5] * 3, ENDS_SKIPPED, ""),
-        ([1.0, 1.0, 5.0], [1.5] * 3, FIRST_DROPPED, UNSURE),
-        ([1.0, 1.0, 5.0], [2.5] * 3, None, UNSURE),
-        ([2.5] * 3, [3.0] * 3, None, ""),
+        ([1.0] * 3, [1.5] * 3, 4, ENDS_SKIPPED, ""),
+        (
+            [1.001] * 3,
+            [1.0] * 3,
+            4,
+            ENDS_SKIPPED,
+            EQUAL,
+        ),
+        ([1.0, 1.0, 5.0], [1.5] * 3, 4, FIRST_DROPPED, UNSURE),
+        ([1.0, 1.0, 5.0], [2.5] * 3, 4, None, UNSURE),
+        ([1.0, 1.0, 2.1], [2.5] * 3, 3, None, f"{TWICE} it was not faster than plain decoding in every repeat."),
+        ([2.5] * 3, [3.0] * 3, 4, None, ""),
     ],
-    ids=["the fastest", "the sure one", "none is sure", "none is faster"],
+    ids=["the fastest", "the smaller draft", "the sure one", "none is sure", "too few texts", "none is faster"],
 )
 def test_plan_and_report_keep_what_every_rival_measured_and_why_the_winner_won(
-    monkeypatch: pytest.MonkeyPatch, first: list[float], second: list[float], chosen: object, reason: str
+    monkeypatch: pytest.MonkeyPatch, first: list[float], second: list[float], decoded: int, chosen: object, reason: str
 ) -> None:
-    result = find(monkeypatch, rivals(first, second), None)
+    result = find(monkeypatch, rivals(first, second), None, decoded)
     assert (result.winner and result.winner.prediction.skip_set) == chosen
     plan = Plan.from_json(result.plan.to_json())
     assert plan.provenance.confirmation == result.rows()

@@ -62,7 +62,7 @@ def why(confirmed: Sequence[Confirmed], winner: Confirmed | None) -> str:
     if best is winner or best.measured.speedup <= 1:
         return ""
     if best.is_faster:
-        reason = "the chosen plan is as fast to two digits and simpler"
+        reason = "the chosen plan is as fast to two digits and drafts with less"
     elif best.measured.interval[0] <= 1:
         reason = f"its 95 % interval ({_interval(best.measured)}) includes plain decoding"
     else:

@@ -44,6 +44,8 @@ def target_view(model: PreTrainedModel) -> PreTrainedModel:
         memo.update(
             {id(hooks): OrderedDict() for name in _HOOK_ATTRIBUTES if (hooks := getattr(module, name)) is not None}
         )
+    if (own := vars(model).get("generate")) is not None:  # such as a speculator's, which holds runtimes and locks
+        memo[id(own)] = own
     view: PreTrainedModel = copy.deepcopy(model, memo)
     view.eval()
     if model.config._attn_implementation == "sdpa":

@@ -173,7 +173,8 @@ class PlainDecoding:
 def streamable(request: Request | PlainDecoding) -> Request:
     """The same request; raise a `SelfspecError` if it cannot be streamed."""
     if isinstance(request, PlainDecoding):
-        raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; use generate with a streamer")
+        advice = "ask for fewer new tokens, or use generate with a streamer"
+        raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; {advice}")
     if request.rows != 1:
         raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
     if request.keep_scores or request.keep_logits:

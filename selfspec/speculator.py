@@ -25,8 +25,8 @@ from selfspec.decoding.request import Request
 from selfspec.decoding.round import decode, is_captured
 from selfspec.decoding.stats import Stats
 from selfspec.drafters.draft_model import check_plan, draft_model_bytes, draft_runtime, refresh
-from selfspec.errors import InputError, PlanWarning, UnsupportedOptionError
-from selfspec.huggingface.generate_call import PlainDecoding, Prepared, through_hugging_face
+from selfspec.errors import InputError, PlanWarning, SelfspecError
+from selfspec.huggingface.generate_call import PlainDecoding, Prepared, streamable, through_hugging_face
 from selfspec.huggingface.options import with_stop_strings
 from selfspec.huggingface.output import SpeculativeOutput, output_of
 from selfspec.huggingface.streamer import Streamed
@@ -91,8 +91,9 @@ def draft_bytes(model: PreTrainedModel, plan: Plan) -> int:
 class SelfSpeculator:
     """A model with a plan. `generate` takes what `model.generate` takes and returns what it returns.
 
-    One request runs at a time; calls from other threads wait. `model.generate(custom_generate=self)` works with the
-    wrapped model, but Hugging Face then drops `streamer`.
+    One request runs at a time. Calls from other threads wait; if nobody reads the stream that they wait for, they raise
+    an error after a minute. `model.generate = spec.generate` works, and so does `model.generate(custom_generate=self)`,
+    but Hugging Face then drops `streamer`. A copy or a pickle holds model, plan and options; it makes its own cache.
     """
 
     def __init__(
@@ -180,8 +181,8 @@ class SelfSpeculator:
         with closing(rounds):
             for committed in rounds:
                 for token in committed.tokens:
-                    yield token
-                    self._lock.transfer()
+                    with self._lock.lent():
+                        yield token
 
     def stream_rounds(
         self,
@@ -196,22 +197,23 @@ class SelfSpeculator:
         """Yield whole rounds where `stream` yields tokens: the round's tokens, and how many tokens were drafted."""
         criteria = with_stop_strings(self.model, generation_config, stopping_criteria, tokenizer, kwargs)
         with self._lock.held():
-            request: Request | PlainDecoding = through_hugging_face(
-                self.model, self._prepare, inputs, generation_config, logits_processor, criteria, kwargs, streams=True
-            )
-            if isinstance(request, PlainDecoding):
-                raise UnsupportedOptionError(
-                    f"{request.reason}, so the text cannot be streamed; use generate with a streamer"
+            request = streamable(
+                through_hugging_face(
+                    self.model,
+                    self._prepare,
+                    inputs,
+                    generation_config,
+                    logits_processor,
+                    criteria,
+                    kwargs,
+                    streams=True,
                 )
-            if request.rows != 1:
-                raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
-            if request.keep_scores or request.keep_logits:
-                raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
+            )
             with closing(self._rounds(request)) as rounds:
                 for committed in rounds:
                     for row in committed:
-                        yield row
-                        self._lock.transfer()
+                        with self._lock.lent():
+                            yield row
 
     def __call__(
         self,
@@ -242,6 +244,10 @@ class SelfSpeculator:
                 selfspec_streamer.end()
             return output_of(request, generation_config, self.stats)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        _check_apart(self)
+        return SelfSpeculator, (self.model, self.plan, self.options, self.draft_runtime and self.draft_runtime.model)
+
     def _prepare(
         self,
         model: PreTrainedModel,
@@ -271,8 +277,7 @@ class SelfSpeculator:
         adapts, rows = self.options.policy == "adaptive" and self.draft_runtime is None, len(input_ids)
         if adapts and not self._warned_of_rows and (reason := too_many_rows(self.plan, rows)) is not None:
             self._warned_of_rows = True
-            advice = f"search for {rows} rows (--rows or --more-rows), or keep to the plan with policy 'fixed'"
-            warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=3)
+            _warn_of_rows(reason, rows)
         return prepared.request(self.plan)
 
     def _rounds(self, request: Request) -> Generator[list[Committed], None, None]:
@@ -300,6 +305,20 @@ class SelfSpeculator:
         finally:
             _record_paths(self.stats, self.runtime, self.draft_runtime, request)
             self.stats.changes = list(drafter.changes)
+
+
+def _warn_of_rows(reason: str, rows: int) -> None:
+    advice = f"search for {rows} rows (--rows or --more-rows), or keep to the plan with policy 'fixed'"
+    warnings.warn(f"{reason}, so they are decoded plainly; {advice}", PlanWarning, stacklevel=4)
+
+
+def _check_apart(spec: SelfSpeculator) -> None:
+    """Refuse to copy a speculator that its model refers to."""
+    if getattr(vars(spec.model).get("generate"), "__self__", None) is spec:
+        raise SelfspecError(
+            "model.generate is the speculator's own, so neither can be copied without the other; del model.generate "
+            "first, and set it again afterwards"
+        )
 
 
 def _warn_if_stale(plan: Plan, **here: Any) -> None:

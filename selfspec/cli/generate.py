@@ -108,7 +108,8 @@ def generate(
         from selfspec.drafters.draft_model import check_plan
 
         assert chosen is not None
-        check_plan(chosen, decoding.draft_memory)  # before models are loaded, and before the draft's bytes are printed
+        # Before models are loaded, and before the draft's bytes are printed.
+        check_plan(chosen, decoding.draft_memory, "without --plan, --draft-gamma sets the draft length")
     loaded = load_model(model, place)
     draft_model = load_draft_model(drafting.draft_model, loaded)
 

@@ -21,6 +21,7 @@ from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.plan import Plan
 from selfspec.runtime.prefill import extend, prefill_prompts
 from selfspec.runtime.runtime import Runtime
+from selfspec.utils.settings import SettingError
 
 WIDEST_WITH_HEAD = 16
 """Tokens of each row: a wider catch-up pass runs all but the last tokens without the draft model's head."""
@@ -175,9 +176,12 @@ def check_pair(model: PreTrainedModel, draft_model: PreTrainedModel) -> None:
         )
 
 
-def check_plan(plan: Plan, draft_memory: int | str | None = None) -> None:
-    """Raise `InputError` unless a draft model can draft by this plan."""
-    advice = "Plan(skip_set=SkipSet(), gamma=4) is a plan for a draft model"
+def check_plan(
+    plan: Plan,
+    draft_memory: int | str | None = None,
+    advice: str = "Plan(skip_set=SkipSet(), gamma=4) is a plan for a draft model",
+) -> None:
+    """Raise `InputError` unless a draft model can draft by this plan; `advice` says how to get a plan that fits."""
     if plan.draft_spec != DraftSpec():
         raise InputError(
             f"the plan drafts with the model's own layers ({plan.draft_spec}), and a draft model was given too; "
@@ -186,8 +190,8 @@ def check_plan(plan: Plan, draft_memory: int | str | None = None) -> None:
     if not plan.gamma:
         raise InputError(f"the plan's gamma is 0, so a draft model would never draft; {advice}")
     if draft_memory is not None:
-        raise InputError(
-            "draft_memory limits the draft weights of the model's own layers, but a draft model drafts; leave it out"
+        raise SettingError(
+            "draft_memory", "limits the draft weights of the model's own layers, but a draft model drafts; leave it out"
         )
 
 

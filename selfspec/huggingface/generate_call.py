@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from selfspec.decoding.logits_processors import needs_lockstep
 from selfspec.decoding.request import Request
 from selfspec.decoding.stats import Stats
-from selfspec.errors import InputError, OptionWarning
+from selfspec.errors import InputError, OptionWarning, UnsupportedOptionError
 from selfspec.huggingface.options import check_arguments, check_prepared, max_length, set_aside
 from selfspec.huggingface.output import SpeculativeOutput
 from selfspec.models.rope import longrope_switch
@@ -168,3 +168,15 @@ class PlainDecoding:
         finally:
             stats.tokens = criteria.tokens
         return output if isinstance(output, Tensor) else SpeculativeOutput(**output, stats=stats)
+
+
+def streamable(request: Request | PlainDecoding) -> Request:
+    """The same request; raise a `SelfspecError` if it cannot be streamed."""
+    if isinstance(request, PlainDecoding):
+        advice = "ask for fewer new tokens, or use generate with a streamer"
+        raise UnsupportedOptionError(f"{request.reason}, so it cannot be streamed; {advice}")
+    if request.rows != 1:
+        raise InputError(f"streaming serves one row, but {request.rows} were given; use generate")
+    if request.keep_scores or request.keep_logits:
+        raise UnsupportedOptionError("a stream yields tokens alone; for scores or logits, use generate")
+    return request

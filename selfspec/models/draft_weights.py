@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfspec.errors import InputError, PlanError
+from selfspec.errors import PlanError
 from selfspec.models.quantised_linear import (
     device_unsupported_reason,
     linear_unsupported_reason,
@@ -18,6 +18,7 @@ from selfspec.models.quantised_linear import (
 )
 from selfspec.plan.draft_spec import DraftSpec, Format, Quantised, SubVocabulary
 from selfspec.plan.sublayers import QuantisedSet
+from selfspec.utils.settings import SettingError
 from selfspec.utils.sizes import in_words
 
 HEAD = "head"
@@ -214,11 +215,12 @@ def _head_to_quantise(model: PreTrainedModel, draft_spec: DraftSpec) -> nn.Modul
 
 
 def check_memory(model: PreTrainedModel, draft_spec: DraftSpec, limit: int | None) -> None:
-    """Raise `InputError` if the draft weights would take more than `limit` bytes. Allocates nothing."""
+    """Raise `SettingError` if the draft weights would take more than `limit` bytes. Allocates nothing."""
     if limit is not None and (needed := draft_weight_bytes(model, draft_spec)) > limit:
-        raise InputError(
-            f"the draft's own layers take {in_words(needed)} in addition to the model, but draft_memory allows "
-            f"{in_words(limit)}; allow more, or search for a smaller draft with that limit"
+        raise SettingError(
+            "draft_memory",
+            f"allows {in_words(limit)}, but the draft's own layers take {in_words(needed)} in addition to the model; "
+            "allow more, or search for a smaller draft with that limit",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def check_supported(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError`, naming the reason, if the views cannot reproduce the model."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"selfspec wraps a Hugging Face causal language model, but {type(model).__name__} was given"
+            f"selfspec wraps a Hugging Face causal language model, but {type(model).__name__} was given{_advice(model)}"
         )
     check_supported_config(model.config)
     if not hasattr(model, "lm_head") or not model.can_generate():
@@ -116,6 +117,20 @@ def _quantiser_reason(model: PreTrainedModel) -> str | None:
                 "pass over a draft is not the same as single passes; use a format that quantises weights alone"
             )
     return None
+
+
+def _advice(wrapper: object) -> str:
+    """How to reach the model inside a wrapper of PEFT, `torch.compile` or data parallelism."""
+    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        return "; its learned prompt is no part of the model, and is not supported"
+    for path in ("get_base_model()", "base_model.model", "_orig_mod", "module"):
+        inner: Any = wrapper
+        for name in path.removesuffix("()").split("."):
+            inner = getattr(inner, name, None)
+        inner = inner() if path.endswith("()") and callable(inner) else inner
+        if isinstance(inner, PreTrainedModel):
+            return f"; pass model.{path}, which is a {type(inner).__name__}"
+    return ""
 
 
 @dataclass

@@ -612,6 +612,10 @@ def test_misused_draft_models_are_refused_in_one_line(
     both = complaint(*generate, "--plan", plan_file, "--draft-model", smaller_dir)
     assert "drafts with the model's own layers" in both
     # Before models are loaded, and before it is told what the draft takes:
+    assert both.endswith("without --plan, --draft-gamma sets the draft length")
+    memory = ("--draft-memory", "1K")
+    limited = complaint(*generate, *memory, "--draft-model", smaller_dir)
+    assert limited.startswith("--draft-memory limits the draft weights of the model's own layers")
     assert both == complaint("generate", "no-model", "--prompt", PROMPT, "--plan", plan_file, "--draft-model", "none")
     assert "there is no model directory at" in complaint(*generate, "--draft-model", tmp_path / "none")
     gamma = ("--plan", plan_file, "--draft-gamma", 3)

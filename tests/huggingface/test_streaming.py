@@ -252,3 +252,16 @@ def test_a_stream_does_not_block_other_objects() -> None:
     next(stream)
     assert_same(**batch(), spec=other)
     stream.close()
+
+
+def test_an_abandoned_stream_does_not_block_other_threads_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = wrap(llama(), speculator().plan)
+    abandoned = [spec.stream(ONE, max_new_tokens=NEW)]
+    reader = threading.Thread(target=lambda: next(abandoned[0]))
+    reader.start()
+    reader.join(timeout=60)
+    spec._lock.patience = 0.01
+    with pytest.raises(SelfspecError, match="nobody has read the stream"):
+        spec.generate(**batch())
+    abandoned[0].close()
+    assert_same(**batch(), spec=spec)

@@ -415,7 +415,7 @@ def test_a_draft_above_the_memory_limit_is_refused_before_quantising(
     for plan in (drafting(), drafting(head=False, trimmed=True)):
         needs = f"{-(-draft_bytes(model, plan) * 10 // 1024) / 10:g} KiB"
         message = (
-            f"^the draft's own layers take {needs} in addition to the model, but draft_memory allows {allows}; "
+            f"^draft_memory allows {allows}, but the draft's own layers take {needs} in addition to the model; "
             "allow more, or search for a smaller draft with that limit$"
         )
         with pytest.raises(InputError, match=message):

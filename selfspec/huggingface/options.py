@@ -86,6 +86,11 @@ def check_arguments(
     for name, what in _REFUSED_ARGUMENTS.items():
         if (value := kwargs.get(name)) is not None and value is not False:
             raise UnsupportedOptionError(f"{name} is not supported ({what}); leave it out, or use model.generate")
+    if config is not None and not isinstance(config, GenerationConfig):
+        given = type(config).__name__
+        raise InputError(
+            f"generation_config is a {given}, but it must be a GenerationConfig; or pass its settings by name"
+        )
     for settings in ({} if config is None else vars(config) | kwargs, kwargs):  # keywords override the config
         _check_settings(settings, model.generation_config)  # type: ignore[arg-type]
         _check_limits(settings)

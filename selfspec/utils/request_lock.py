@@ -23,7 +23,7 @@ class RequestLock:
     def __init__(self, patience: float = PATIENCE) -> None:
         self.patience = patience
         self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._owner: threading.Thread | None = None  # not its ident, which a later thread may get
         self._unread_since: float | None = None
 
     @contextmanager
@@ -33,11 +33,11 @@ class RequestLock:
         Raises:
             SelfspecError: a stream of this thread holds the lock, or a stream of another thread is not read.
         """
-        if self._owner == threading.get_ident():
+        if self._owner == threading.current_thread():
             raise SelfspecError("a stream of this object is still open in this thread; exhaust or close it first")
         self._acquire()
         try:
-            self._owner = threading.get_ident()
+            self._owner = threading.current_thread()
             yield
         finally:
             self._owner = None
@@ -50,7 +50,7 @@ class RequestLock:
         try:
             yield
         finally:
-            self._unread_since, self._owner = None, threading.get_ident()
+            self._unread_since, self._owner = None, threading.current_thread()
 
     def _acquire(self) -> None:
         began = monotonic()

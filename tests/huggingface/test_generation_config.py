@@ -14,6 +14,7 @@ from commands import run
 from models import prompts
 from pairs import llama, speculator
 from saved import PLAN, save_model
+from selfspec_search.replay.processing import processors_of
 
 from selfspec import OptionWarning, SelfSpeculator, SpeculativeOutput, UnsupportedOptionError, wrap
 from selfspec.benchmark.contenders import OURS, line_up
@@ -129,6 +130,12 @@ def test_a_benchmark_of_a_model_with_beams_and_stop_strings_decodes_greedily() -
         texts = {contender.name: contender.decode(TOKENS[1], 7).tolist() for contender in contenders}
     assert set(map(tuple, texts.values())) == {tuple(llama().generate(**ONE)[0, TOKENS.shape[1] :].tolist())}
     assert OURS in texts
+
+
+def test_the_search_replays_the_processors_of_a_model_with_beams_and_stop_strings() -> None:
+    own = {"num_beams": 3, "num_return_sequences": 3, "stop_strings": ["a"], "output_attentions": True}
+    processors = processors_of({"do_sample": True, "temperature": 0.5}, with_own(**own).model)
+    assert "TemperatureLogitsWarper" in [type(processor).__name__ for processor in processors]
 
 
 # --- The command line ---

@@ -453,6 +453,7 @@ def test_custom_generate_of_another_model_is_refused() -> None:
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, "empty"),
         ({"input_ids": torch.empty(0, 4, dtype=torch.long)}, "empty"),
         ({"inputs": TOKENS, "input_ids": TOKENS}, "twice"),
+        ({"input_ids": TOKENS, "generation_config": {"top_k": 3}}, "is a dict, but it must be a GenerationConfig"),
         ({"input_ids": torch.tensor([[1, VOCABULARY]])}, f"token {VOCABULARY}"),
         ({"input_ids": torch.tensor([[1, -1]])}, "token -1"),
         ({"input_ids": TOKENS, "attention_mask": MASK.flip(1)}, "left"),

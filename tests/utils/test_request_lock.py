@@ -78,7 +78,7 @@ def test_waiting_for_a_stream_that_nobody_reads_ends_with_an_error(
     lock: RequestLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, abandoned = with_clock(lock, monkeypatch), stream(lock, 3)
-    next(abandoned)
+    assert in_thread(lambda: next(abandoned)) == [0]  # a thread that ends, whose ident a later one may get
     (error,) = in_thread(lambda: hold(lock))
     assert "nobody has read the stream for 5 seconds; exhaust or close the stream" in str(error)
     assert clock.waits == [5]

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `selfspec --help` answers at once.
 """
 
+import re
 import sys
 import warnings
 from typing import Annotated, Any, NoReturn
@@ -11,33 +12,71 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from selfspec.cli import bench, demo, generate, profile, report, search
-from selfspec.cli.options import with_options
-from selfspec.errors import OptionWarning, PlanWarning, SelfspecError, is_out_of_memory
+from selfspec.cli.options import flag, with_options
+from selfspec.cli.streams import CLOSED_PIPE, safe_output
+from selfspec.errors import OptionWarning, PlanWarning, SelfspecError, is_out_of_memory, printable
 
 __all__ = ["app", "main"]
 
 
 RETIRED_OPTIONS = {"--other-rows": "--more-rows"}
 """Options of earlier releases, and their names today."""
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Typer has no public name for the base class of its usage errors."""
 
 
-def _complain(text: str) -> NoReturn:
-    typer.echo("error: " + " ".join(text.split()), err=True)
-    raise typer.Exit(1) from None
+def _complain(text: str, code: int = 1) -> NoReturn:
+    typer.echo("error: " + printable(text), err=True)
+    raise typer.Exit(code) from None
 
 
 class _Group(TyperGroup):
-    """Prints an error of the user's input as one line on stderr, and exits 1."""
+    """Prints an error of the user's input as one line on stderr; exits 1, or 2 for a usage error."""
+
+    def main(  # type: ignore[override]  # all callers give the other arguments by name
+        self, args: Any = None, *, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, standalone_mode=False, **extra)
+        except _UsageError as error:
+            code = _usage(error)
+        except SystemExit:  # Typer and Rich end so when the reader of stdout went away
+            code = CLOSED_PIPE
+        except typer.Abort:
+            typer.echo("error: aborted", err=True)
+            code = 1
+        sys.exit(code or 0)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SelfspecError as error:
-            _complain(str(error))
+            command = self.commands.get(ctx.invoked_subcommand)
+            _complain(_as_typed(str(error), [parameter.name or "" for parameter in command.params] if command else []))
         except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
             if not is_out_of_memory(error):
                 raise
-            _complain(f"{error}; memory does not suffice: try fewer --rows, a smaller --dtype or a smaller --memory")
+            reason = " ".join(str(error).split())
+            _complain(f"{reason}; memory does not suffice: try fewer --rows, a smaller --dtype or a smaller --memory")
+
+
+def _usage(error: Any) -> int:
+    """Print a usage error, or the help where nothing was asked for; return the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return int(error.exit_code)
+    message = printable(error.format_message()).rstrip(".")
+    command = error.ctx.command_path if error.ctx is not None else "selfspec"
+    typer.echo(f"error: {message[:1].lower()}{message[1:]}; see '{command} --help'", err=True)
+    return int(error.exit_code)
+
+
+def _as_typed(message: str, parameters: list[str]) -> str:
+    """The message with the names of settings as typed on the command line: `draft_memory` as `--draft-memory`."""
+    names = "|".join(name for name in parameters if "_" in name)
+    return re.sub(rf"(?<![\w/.'-])(?:{names})(?![\w/.'-])", lambda name: flag(name[0]), message) if names else message
 
 
 class _Command(TyperCommand):
@@ -104,8 +143,6 @@ def main() -> None:
         warnings.simplefilter("ignore")  # advice of the libraries beneath, to programmers
         for category in (PlanWarning, OptionWarning):
             warnings.simplefilter("default", category)
-    warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
-    app()
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {printable(message)}", err=True)
+    with safe_output():
+        app()

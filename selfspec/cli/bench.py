@@ -20,7 +20,7 @@ from selfspec.cli.terminal import (
     tell_draft_bytes,
 )
 from selfspec.decode_options import DecodeOptions
-from selfspec.errors import InputError
+from selfspec.errors import InputError, printable
 from selfspec.utils.settings import Described
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def bench(
     out = results()
     print_scores(out, scores)
     for note in notes(loaded, entrants, measured, scores):
-        out.print(note, markup=False, soft_wrap=True)
+        out.print(printable(note), markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(to_dict(loaded, entrants, measured, scores)))
     if sum(score.differing.errors for score in scores if score.stats is not None):

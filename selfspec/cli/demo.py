@@ -18,7 +18,16 @@ from selfspec_search.settings import SearchSettings, Seed, Trials
 
 from selfspec.cli import options
 from selfspec.cli.formatting import in_phases, report_search
-from selfspec.cli.terminal import DRAFTED, load_model, progress_bar, results, writable
+from selfspec.cli.terminal import (
+    DRAFTED,
+    check_replaceable,
+    load_model,
+    progress_bar,
+    results,
+    results_beside,
+    tell_written,
+    writable,
+)
 from selfspec.cli.token_view import Detokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ def demo(
     trials: Trials = 100,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="PLAN", help="Keep the plan: a file, or a directory.")] = None,
+    force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
     """See it work: a small trained model searches its own plan, then races against itself.
@@ -51,6 +61,8 @@ def demo(
     file = writable(out) if out is not None else None
     settings = _settings(trials, seed)
     loaded = load_model("demo", options.Placement(device="cpu", dtype="float32"), quiet=quiet)
+    if file is not None:
+        check_replaceable(file, loaded.model.config, force=force)
 
     import selfspec_search
 
@@ -60,7 +72,7 @@ def demo(
     from selfspec.demo import calibration_prompts, held_out_prompts
     from selfspec.huggingface.prompts import load_prompts
 
-    console = results()
+    console = results() if file is None else results_beside(file)
     calibration, held_out = (
         load_prompts(prompts, loaded.tokenizer, context=loaded.context, new_tokens=NEW_TOKENS)
         for prompts in (calibration_prompts(), held_out_prompts())
@@ -74,7 +86,7 @@ def demo(
     console.print(result.plan.draft_spec.strip(layers), markup=False)
     if file is not None:
         result.plan.save(file)
-        console.print(f"wrote {file}", markup=False, soft_wrap=True)
+        tell_written(file)
 
     console.print("\n[bold]2. Decode[/bold]  a prompt that the search did not see; in [green]green[/green], drafted")
     entrants = line_up(loaded.model, result.plan, unseen, NEW_TOKENS, peers=False)

@@ -12,11 +12,12 @@ from selfspec_search.settings import Seed
 
 from selfspec.cli import options
 from selfspec.cli.options import DraftModel, Placement, SamplingOptions, Without
-from selfspec.cli.terminal import asides, check_writable, load_draft_model, load_model, tell_draft_bytes
+from selfspec.cli.terminal import asides, load_draft_model, load_model, tell_draft_bytes
 from selfspec.cli.token_view import Show, Writer, tell
 from selfspec.decode_options import DecodeOptions
 from selfspec.errors import InputError
 from selfspec.plan.draft_spec import MOST_DRAFTED
+from selfspec.utils.files import check_writable
 from selfspec.utils.settings import Described
 
 if TYPE_CHECKING:

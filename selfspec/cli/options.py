@@ -36,6 +36,8 @@ PromptFile = Annotated[Path, _prompts]
 PromptFileOrNone = Annotated[Path | None, _prompts]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]
 
+Force = Annotated[bool, typer.Option("--force", help="Overwrite --out even if it is not a plan for this model.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:

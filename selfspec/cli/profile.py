@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from selfspec.cli import options
 from selfspec.cli.formatting import print_facts
 from selfspec.cli.options import Placement
-from selfspec.cli.terminal import asides, load_model, progress_bar, results, writable
+from selfspec.cli.terminal import asides, load_model, progress_bar, results, results_beside, tell_written, writable
 from selfspec.decode_options import Backend, Compile
 from selfspec.errors import InputError
 from selfspec.utils.settings import Described
@@ -75,7 +76,7 @@ def profile(
             contexts=lengths,
             on_cycle=lambda done, total: report(done, total, "timing passes"),
         )
-    report_profile(results(), measured)
+    report_profile(results() if out is None else results_beside(out), measured)
     if out is not None:
         write(measured, out)
     if plot is not None:
@@ -187,15 +188,16 @@ def write(profile: Profile, out: Path) -> None:
     from selfspec.utils.files import write_atomically
 
     write_atomically(out, json.dumps(profile.to_dict(), indent=2) + "\n")
-    results().print(f"wrote {out}", markup=False, soft_wrap=True)
+    tell_written(out)
 
 
 def draw(profile: Profile, model: str, out: Path) -> None:
     """Draw the profile into a file."""
     from selfspec_search.report.profile_plot import plot
 
-    try:
-        plot(profile, model).savefig(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another file") from None
-    results().print(f"wrote {out}", markup=False, soft_wrap=True)
+    from selfspec.utils.files import write_atomically
+
+    drawn = BytesIO()
+    plot(profile, model).savefig(drawn, format=out.suffix.lower().removeprefix("."))
+    write_atomically(out, drawn.getvalue())
+    tell_written(out)

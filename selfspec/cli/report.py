@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from selfspec.cli.terminal import results
-from selfspec.errors import InputError
+from selfspec.cli.terminal import results_beside
+from selfspec.errors import InputError, printable
+from selfspec.utils.files import check_writable
 
 NAME_FOR_URLS = "selfspec_report.html"
 
@@ -42,12 +43,14 @@ def report(
     What is skipped, what it costs and how often it agrees, how the search went, what was predicted and what measured.
     """
     page = page_path(source, out)
+    if png is not None:
+        check_directory(png)
     from selfspec_search.report import read_source, write_report
 
     data = read_source(source, study=study, plan=plan)
     written = write_report(data, page, png)
     figures = f" and {len(written) - 1} figures in {png}" if png is not None else ""
-    results().print(f"wrote {page}{figures}", markup=False, soft_wrap=True)
+    results_beside(page).print(printable(f"wrote {page}{figures}"), markup=False, soft_wrap=True)
 
 
 def page_path(source: str, out: Path | None) -> Path:
@@ -55,11 +58,15 @@ def page_path(source: str, out: Path | None) -> Path:
     page = out or default_page(source)
     if os.path.isdir(page):
         page = page / NAME_FOR_URLS
-    if not os.path.isdir(page.parent):
-        raise InputError(f"cannot write {page}: there is no directory {page.parent}; make it first, or choose --out")
-    if not os.access(page.parent, os.W_OK):
-        raise InputError(f"cannot write {page}: its directory is not writable; choose another with --out")
+    check_writable(page)
     return page
+
+
+def check_directory(png: Path) -> None:
+    """Raise `InputError` if figures cannot be written into the directory, or the directory cannot be made."""
+    nearest = next(path for path in (png, *png.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise InputError(f"cannot write figures to {png}: {nearest} is no writable directory; choose another --png")
 
 
 def default_page(source: str) -> Path:

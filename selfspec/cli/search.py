@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,11 +20,21 @@ from selfspec_search.settings import SearchSettings
 from selfspec.cli import options
 from selfspec.cli.formatting import in_phases, report_search
 from selfspec.cli.options import Placement, SamplingOptions, Without, flag
-from selfspec.cli.terminal import asides, load_model, progress_bar, results, writable
+from selfspec.cli.terminal import (
+    asides,
+    check_replaceable,
+    load_model,
+    progress_bar,
+    results_beside,
+    tell_written,
+    writable,
+)
 from selfspec.errors import InputError
+from selfspec.utils.files import is_stream
 
 if TYPE_CHECKING:
     from selfspec_search import SearchResult
+    from selfspec_search.storage.study_store import StoredStudy
 
     from selfspec.huggingface.loading import Loaded
     from selfspec.huggingface.prompts import Prompt
@@ -39,8 +52,8 @@ DEFAULT_BUDGET = 900.0
 """Seconds: the budget of a search without `--budget`."""
 HELD_OUT_SHARE = 4
 """Prompts: every n-th prompt is held out, if no held-out prompts are given."""
-INTERRUPTED = 130
-"""Exit code of ctrl-C. A plan of the best draft so far is still written if ctrl-C ended the trials."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of ctrl-C and SIGTERM. A plan of the best draft so far is still written if either ended the trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +105,7 @@ def search(
     study: Annotated[
         str | None, typer.Option(metavar="NAME", help="Join or resume this study; by default named by its settings.")
     ] = None,
+    force: options.Force = False,
     pick_again: Annotated[
         bool, typer.Option("--repick", help="No new trials: price those of the study for this device and --rows.")
     ] = False,
@@ -103,12 +117,12 @@ def search(
     The model writes text once; what any draft would have got accepted is computed from it, timed on this device, and
     the best few plans are confirmed by decoding held-out prompts. Trials are kept: the same command goes on where an
     earlier one ended, and on other machines joins in. Ctrl-C ends the trials, confirms the best so far, writes the plan
-    and exits with 130.
+    and exits with 130. SIGTERM does the same, and exits with 143.
     """
-    from selfspec.plan.plan import Plan
+    from selfspec.plan.plan import PLAN_FILE, Plan
 
     out = writable(out)
-    storage = storage or str(out.with_suffix(".db"))
+    storage = storage or str(Path(PLAN_FILE if is_stream(out) else out).with_suffix(".db"))
     _refuse_one_file_for_both(out, storage)
     known = [Plan.from_pretrained(path) for path in start_from or ()]
     settings = replace(
@@ -121,20 +135,24 @@ def search(
     )
     if pick_again:
         _refuse_with_repick(context)
-        with _explaining_interrupts(storage):
-            result = _repick(model, settings, place, quiet=quiet)
+        study_to_price, prompts = _study_of(settings), None
     else:
-        calibration, confirmation = files.read(model, settings.seed)
-        with _explaining_interrupts(storage):
-            loaded = load_model(model, place, quiet=quiet)
-            for plan in known:
-                plan.check_fits(loaded.model.config)
-            result = _search(loaded, calibration, confirmation, settings, quiet=quiet)
+        study_to_price, prompts = None, files.read(model, settings.seed)
+    with _explaining_interrupts(storage) as exit_code:
+        loaded = load_model(model, place, quiet=quiet)
+        for plan in known:
+            plan.check_fits(loaded.model.config)
+        check_replaceable(out, loaded.model.config, force=force)
+        if study_to_price is not None:
+            result = _repick(loaded, study_to_price, settings, quiet=quiet)
+        else:
+            assert prompts is not None
+            result = _search(loaded, *prompts, settings, quiet=quiet)
     result.plan.save(out)
-    report_search(results(), result)
-    results().print(f"wrote {out}", markup=False, soft_wrap=True)
+    report_search(results_beside(out), result)
+    tell_written(out)
     if result.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(exit_code())
 
 
 def _refuse_with_repick(context: typer.Context) -> None:
@@ -155,10 +173,21 @@ def _refuse_one_file_for_both(out: Path, storage: str) -> None:
 
 
 @contextmanager
-def _explaining_interrupts(storage: str) -> Iterator[None]:
-    """Print one line for a ctrl-C outside the trials, after which no plan is written."""
+def _explaining_interrupts(storage: str) -> Iterator[Callable[[], int]]:
+    """Print one line for a ctrl-C outside the trials, after which no plan is written. SIGTERM acts as ctrl-C does.
+
+    Yields a function that returns the exit code of an interrupted search.
+    """
+    codes = [INTERRUPTED]
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        codes.append(TERMINATED)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    usual = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
-        yield
+        yield lambda: codes[-1]
     except KeyboardInterrupt:
         from selfspec_search.storage.open import without_password
 
@@ -168,7 +197,10 @@ def _explaining_interrupts(storage: str) -> Iterator[None]:
             markup=False,
             soft_wrap=True,
         )
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(codes[-1]) from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, usual)
 
 
 def _search(
@@ -197,11 +229,16 @@ def _search(
         return selfspec_search.search(loaded.model, first, second, settings, in_phases(report), _notice)
 
 
-def _repick(model: str, settings: SearchSettings, place: Placement, *, quiet: bool) -> SearchResult:
+def _study_of(settings: SearchSettings) -> StoredStudy:
     import selfspec_search
 
-    study = selfspec_search.load_study(settings.storage or "", settings.study_name)
-    loaded = load_model(model, place, quiet=quiet)
+    study: StoredStudy = selfspec_search.load_study(settings.storage or "", settings.study_name)
+    return study
+
+
+def _repick(loaded: Loaded, study: StoredStudy, settings: SearchSettings, *, quiet: bool) -> SearchResult:
+    import selfspec_search
+
     with progress_bar("picking again", quiet=quiet) as report:
         return selfspec_search.repick(loaded.model, study, settings, in_phases(report))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,10 +23,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from selfspec.errors import InputError
+from selfspec.errors import InputError, PlanError, PlanWarning, printable
+from selfspec.utils.files import check_writable, is_stdout, is_stream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from selfspec.cli.options import Placement
     from selfspec.huggingface.loading import Loaded
@@ -47,16 +51,32 @@ ORIGINS = {
 """The style of a token by its origin: accepted drafts first, then the model's own tokens."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the exit code to the command line."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def results() -> Console:
     """Stdout. In a file or a pipe: plain text, wide enough for tables."""
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console(highlight=False)
-    return Console(highlight=False, width=PIPE_WIDTH)
+        return _Console(highlight=False)
+    return _Console(highlight=False, width=PIPE_WIDTH)
+
+
+def results_beside(out: Path) -> Console:
+    """Where results go beside a file: stdout; or stderr if stdout is the file."""
+    return asides() if is_stdout(out) else results()
 
 
 def asides() -> Console:
     """Stderr: progress and notes."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
+
+
+def tell_written(out: Path) -> None:
+    """Print a line about a written file."""
+    results_beside(out).print(f"wrote {printable(out)}", markup=False, soft_wrap=True)
 
 
 def load_model(name: str, place: Placement, *, quiet: bool = False) -> Loaded:
@@ -124,7 +144,7 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Report]:
 @contextmanager
 def _loading(name: str, *, quiet: bool) -> Iterator[None]:
     aside = asides()
-    with aside.status(f"loading {name}") if aside.is_terminal and not quiet else nullcontext():
+    with aside.status(escape(f"loading {printable(name)}")) if aside.is_terminal and not quiet else nullcontext():
         yield
 
 
@@ -137,11 +157,21 @@ def writable(out: Path) -> Path:
     return file
 
 
-def check_writable(file: Path) -> None:
-    """Raise `InputError` if the file cannot be written, before its content is computed."""
-    if not os.path.isdir(file.parent):
-        raise InputError(f"cannot write {file}: there is no directory {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"cannot write {file}: choose a directory that is writable")
-    if os.path.exists(file) and not os.path.isfile(file):  # a rename would put an ordinary file in a device's place
-        raise InputError(f"cannot write {file}: it is there and is no ordinary file; choose another name")
+def check_replaceable(out: Path, config: PretrainedConfig, *, force: bool) -> None:
+    """Raise `InputError` if `out` holds anything but a plan for the model with this config, unless `force`."""
+    from selfspec.plan.plan import Plan
+
+    if force or is_stream(out) or not os.path.exists(out) or not os.path.getsize(out):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlanWarning)
+            plan = Plan.from_pretrained(out)
+    except PlanError:
+        raise InputError(f"{out} exists and is not a plan; give another --out, or --force to overwrite it") from None
+    try:
+        if plan.model is not None:
+            plan.check_fits(config)
+    except PlanError as error:
+        reason = str(error).partition(";")[0]
+        raise InputError(f"{out} would be overwritten: {reason}; give another --out, or --force") from None

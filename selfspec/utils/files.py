@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -24,7 +25,7 @@ def read_bounded(path: str | os.PathLike[str], most: int, what: str) -> bytes:
         OSError: the file cannot be read.
         InputError: the file is a device, or is larger; the message calls the file `what`.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
             raise InputError(f"{what} is a device; give a file")
@@ -51,10 +52,13 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         else:
             if stream == STDOUT:
                 sys.stdout.flush()
-            with open(os.dup(stream) if isinstance(stream, int) else stream, "wb") as file:
+            with open(os.dup(stream) if isinstance(stream, int) else stream, "wb", opener=_open_at_once) as file:
+                os.set_blocking(file.fileno(), True)
                 file.write(data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) == errno.ENXIO:
+            reason = "nothing reads this pipe"
         raise InputError(f"cannot write {path}: {reason}; choose a writable file") from None
     return path
 
@@ -98,7 +102,14 @@ def _stream(path: Path) -> Path | int | None:
     return None if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) else path
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of a named pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def _replace(path: Path, data: bytes) -> None:
+    if path.is_symlink():  # a loop: `os.path.realpath` follows all others
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     temporary = path.with_name(f".{path.name[:_MOST_OF_A_NAME]}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as file:

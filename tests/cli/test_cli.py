@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -357,13 +356,6 @@ def test_a_plan_is_not_written_over_its_trials(tmp_path: Path, prompt_file: Path
     assert "where the trials would be kept too" in complaint(*search)
     default = ("search", "demo", "--prompts", prompt_file, "--out", tmp_path / "plan.db")
     assert "where the trials would be kept too" in complaint(*default)
-
-
-def test_a_plan_takes_no_devices_place(tmp_path: Path, prompt_file: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    assert "is no ordinary file" in complaint("search", "demo", "--prompts", prompt_file, "--out", pipe)
-    assert pipe.is_fifo()
 
 
 def test_a_search_starts_from_no_other_models_plan(model_dir: Path, tmp_path: Path, prompt_file: Path) -> None:

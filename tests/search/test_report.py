@@ -34,7 +34,7 @@ from selfspec_search.report.tables import INTERVAL, SPREAD, comparison_rows, set
 from selfspec_search.storage.study_store import Store, StoredTrial
 
 from selfspec import Plan, SkipSet
-from selfspec.errors import InputError, PlanError
+from selfspec.errors import InputError
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.lookup import PromptLookup
 from selfspec.plan.plan import PLAN_FILE
@@ -618,7 +618,7 @@ def test_pages_and_figures_that_cannot_be_written_take_one_line(tmp_path: Path) 
     saved = PLAN_OF_ONE.save(tmp_path / "plan.json")
     assert "there is no directory" in complaint(saved, "--out", tmp_path / "gone" / "page.html")
     assert "cannot write figures" in complaint(saved, "--png", saved)
-    with pytest.raises(PlanError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         write_report(ReportData(source="p", plan=PLAN_OF_ONE), tmp_path / "gone" / "page.html")
 
 

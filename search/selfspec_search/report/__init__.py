@@ -17,8 +17,7 @@ def write_report(data: ReportData, out: Path, png: Path | None = None) -> list[P
     """Write the page to `out`, and each figure into the directory `png`; return the written paths.
 
     Raises:
-        InputError: the directory for PNGs cannot be made or written.
-        PlanError: `out` cannot be written.
+        InputError: `out` cannot be written, or the directory for PNGs cannot be made or written.
     """
     page = make_page(data, pngs=png is not None)
     written = [write_atomically(out, page.html)]
@@ -27,8 +26,7 @@ def write_report(data: ReportData, out: Path, png: Path | None = None) -> list[P
     try:
         png.mkdir(parents=True, exist_ok=True)
         for name, figure in page.pngs.items():
-            (png / name).write_bytes(figure)
-            written.append(png / name)
+            written.append(write_atomically(png / name, figure))
     except OSError as error:
         raise InputError(f"cannot write figures to {png}: {error.strerror or error}; choose another --png") from None
     return written

@@ -90,26 +90,28 @@ def retry(call: Callable[[], T], label: str, on_notice: Callable[[str], None], s
 
 @contextmanager
 def defer_interrupt() -> Iterator[None]:
-    """Delay a ctrl-C until the end of the block; a second ctrl-C takes effect at once.
+    """Delay a ctrl-C, or a SIGTERM with a handler, until the end of the block; a second one takes effect at once.
 
     `KeyboardInterrupt` may be raised between any two instructions. Inside a transaction it would leave
     a lock until the traceback is freed.
     """
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield  # ctrl-C reaches another thread, or is ignored
-        return
-    deferred: list[FrameType | None] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {int(number): handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        usual = {}  # signals reach another thread
+    deferred: list[tuple[int, FrameType | None]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if deferred:
-            usual(number, frame)
-        deferred.append(frame)
+            usual[number](number, frame)
+        deferred.append((number, frame))
 
-    signal.signal(signal.SIGINT, handle)
+    for number in usual:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
         if deferred:
-            usual(signal.SIGINT, deferred[0])
+            usual[deferred[0][0]](*deferred[0])

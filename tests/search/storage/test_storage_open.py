@@ -187,6 +187,25 @@ class TestCtrlC:
         assert reached == ["the first waits"]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
+    @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["handled", "ignored"])
+    def test_a_sigterm_with_a_handler_is_delayed_too(self, ctrl_c: Any) -> None:
+        reached = []
+
+        def terminate(number: int, frame: object) -> None:
+            reached.append("terminated")
+
+        usual = signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, ctrl_c)
+        try:
+            with defer_interrupt():
+                signal.raise_signal(signal.SIGTERM)
+                reached.append("the end of the block")
+            assert reached == ["the end of the block", "terminated"]
+            assert signal.getsignal(signal.SIGTERM) is terminate
+            assert signal.getsignal(signal.SIGINT) is ctrl_c
+        finally:
+            signal.signal(signal.SIGTERM, usual)
+
 
 class TestRefusals:
     @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from selfspec.errors import UnsupportedModelError
 from selfspec.models.attention_hook import AttentionArgs, AttentionNeeds, LayerShape, additive_mask, masked_attention
 from selfspec.models.rope import rope_types
+from selfspec.models.unsafe_tokens import unsafe_tokens
 from selfspec.models.views import decoder_layers, run_view
 
 SUPPORTED_MODEL_TYPES = frozenset(
@@ -83,6 +85,7 @@ def check_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
+    _check_forwards(model)
     if "dynamic" in rope_types(model):
         raise UnsupportedModelError(
             "RoPE of type 'dynamic' rescales all positions as the text grows, but a KV cache keeps the old positions; "
@@ -98,6 +101,20 @@ def check_supported(model: PreTrainedModel) -> None:
         )
 
 
+def _check_forwards(model: PreTrainedModel) -> None:
+    """Refuse a forward that would not hand the pass down to attention."""
+    layers = decoder_layers(model)
+    above = [model, model.get_decoder(), *layers, *(getattr(layer, "self_attn", None) for layer in layers)]
+    for name, module in model.named_modules():
+        kinds = [p.kind for p in signature(module.forward).parameters.values()] if module in above else []
+        if module in above and Parameter.VAR_KEYWORD not in kinds:
+            where = f"{type(module).__name__} ({name or 'the model itself'})"
+            raise UnsupportedModelError(
+                f"the forward of {where} takes no **kwargs, through which selfspec reaches attention; "
+                "add **kwargs and hand them on to the modules inside"
+            )
+
+
 @dataclass
 class ProbePass:
     """Attends causally within the pass, and records what each layer caches and requires."""
@@ -108,6 +125,11 @@ class ProbePass:
     """Pairs of window and query heads per key head, one pair for each mask that the layers use."""
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+        if torch.is_autocast_enabled(query.device.type):
+            raise UnsupportedModelError(
+                "the model's own forward turns on torch.autocast (accelerate's mixed precision), and the views cannot "
+                "reproduce that; wrap accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+            )
         self.shapes[int(layer.layer_idx)] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[arg-type]
         self.softcaps.add(args.softcap)
         groups = query.shape[1] // key.shape[1]
@@ -137,9 +159,11 @@ def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
     Raises:
         UnsupportedModelError: the logits differ by more than rounding explains, or are not finite.
     """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary_size(model.config), (1, _PROBE_LENGTH), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens = torch.randint(vocabulary_size(model.config), (1, _PROBE_LENGTH), generator=generator, device="cpu")
     tokens = tokens.to(model.device)
+    if (unsafe := unsafe_tokens(model)) is not None:
+        tokens = unsafe.replaced(tokens)
     recorded = ProbePass()
     ours = run_view(view, tokens, torch.arange(_PROBE_LENGTH, device=tokens.device)[None], recorded).float()
     unseen = set(range(len(decoder_layers(view)))) - set(recorded.shapes)
@@ -155,11 +179,17 @@ def probe(model: PreTrainedModel, view: PreTrainedModel) -> ProbePass:
     finally:
         for module in training:  # not model.train(): the user may have put some modules in evaluation mode
             module.training = True
-    difference = (ours - theirs).abs().max().item()
-    if not theirs.isfinite().all():
+    masked = theirs == -torch.inf  # as padding of the vocabulary may be
+    if masked.all(dim=-1).any() or not theirs[~masked].isfinite().all():
         raise UnsupportedModelError(
             "the model's own logits hold NaN or infinity on a short input; check the weights, or use a wider dtype"
         )
+    if not torch.equal(masked, ours == -torch.inf):
+        raise UnsupportedModelError(
+            f"this '{model.config.model_type}' cannot be reproduced: other logits are minus infinity on a short input"
+        )
+    ours, theirs = ours[~masked], theirs[~masked]
+    difference = (ours - theirs).abs().max().item()
     eps = torch.finfo(model.dtype).eps
     bound = (64 if eps < 1e-5 else 32) * eps * max(theirs.abs().max().item(), 1.0)
     if not difference <= bound:

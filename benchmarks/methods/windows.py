@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from selfspec.models.attention_hook import AttentionArgs, additive_mask, masked_attention
 from selfspec.models.draft_view import change_draft, draft_view
-from selfspec.models.support import ProbePass
+from selfspec.models.probe import ProbePass
 from selfspec.models.views import run_view, target_view
 from selfspec.plan.sublayers import SkipSet
 

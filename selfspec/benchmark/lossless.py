@@ -113,7 +113,8 @@ def _judge(runtime: Runtime, prompt: Tensor, expected: Tensor, got: Tensor, posi
         one_by_one = _logits(runtime, text, len(prompt), 1, padded=False)  # as in plain decoding
         by_rounds = _logits(runtime, text, len(prompt), gamma + 1)
         top = one_by_one[-1].topk(2).values
-        gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds).abs().max().item()
+        unmasked = one_by_one > -torch.inf  # heads mask the padding of a vocabulary
+        gap, rounding = (top[0] - top[1]).item(), (one_by_one - by_rounds)[unmasked].abs().max().item()
     return Difference(
         position=position,
         expected=int(expected[position]) if position < len(expected) else None,

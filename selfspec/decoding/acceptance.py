@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selfspec.decoding.sampling import one_hot, sample, to_probs
+from selfspec.models.unsafe_tokens import UnsafeTokens
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class Draft:
             return self
         probs = None if self.probs is None else torch.nn.functional.pad(self.probs, (0, 0, 0, missing))
         return Draft(torch.nn.functional.pad(self.tokens, (0, missing)), self.lengths, probs, self.steps)
+
+    def safe(self, unsafe: UnsafeTokens | None) -> Draft:
+        """The same draft, which ends in each row before the first unsafe token.
+
+        q is zero on unsafe tokens unless no other token is possible, so the cut does not change the distribution.
+        """
+        if unsafe is None:
+            return self
+        kept = (~unsafe.mask[self.tokens]).long().cumprod(dim=1).sum(dim=1)  # b
+        return Draft(unsafe.replaced(self.tokens), torch.minimum(self.lengths, kept), self.probs, self.steps)
 
 
 @dataclass(frozen=True)

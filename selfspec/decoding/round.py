@@ -16,22 +16,27 @@ from selfspec.decoding.request import Request
 from selfspec.decoding.stats import DeviceTimer, Stats
 from selfspec.runtime.prefill import prefill_prompts
 from selfspec.runtime.runtime import Runtime
+from selfspec.utils.devices import without_autocast
 from selfspec.utils.statistics import wait_for
 
 
 @torch.inference_mode()
 def decode(runtime: Runtime, drafter: Drafter, request: Request, stats: Stats) -> Iterator[list[Committed]]:
     """Decode a request round by round; yields what each round committed in every unfinished row."""
-    with stats.timed("total"), stats.timed("prefill"):
+    device = request.sequences.device
+    # The context of a stream's consumer is not the context in which the stream began.
+    with without_autocast(device), stats.timed("total"), stats.timed("prefill"):
         if (reason := bind_buffers(runtime, drafter, request)) is not None:
             stats.slower_paths.append(f"rounds are not captured: {reason}")
+        if runtime.unsafe_tokens is not None:  # the last request may have ended with such a token
+            runtime.zero_cache()
         prefill_prompts(runtime, request.prompts, request.pads)  # all of each prompt but its last token
         drafter.begin(request)
         if (looked := drafter.look(request)) is not None:
             drafter.receive(read(looked))
-        wait_for(request.sequences.device)  # else the first round's time would include the prefill
+        wait_for(device)  # else the first round's time would include the prefill
     while not request.is_done():
-        with stats.timed("total"):
+        with without_autocast(device), stats.timed("total"):
             make_room(runtime, request)
             committed = step(runtime, drafter, request, stats)
         yield committed
@@ -126,7 +131,7 @@ def run_draft(runtime: Runtime, chosen: Drafter, request: Request, n: int) -> Dr
 
     def work() -> Draft:
         draft = chosen.draft(request, n)
-        return draft.padded(width) if runtime.static else draft
+        return (draft.padded(width) if runtime.static else draft).safe(runtime.unsafe_tokens)
 
     draft: Draft = _run(runtime, request, ("draft", chosen.key, width), work)
     return draft

@@ -19,6 +19,7 @@ def drafter_of(plan: Plan, runtime: Runtime, draft_runtime: Runtime | None = Non
     stepwise: StepwiseDrafter = LayerSkipDrafter(runtime, plan.gamma, plan.exit_threshold)
     if draft_runtime is not None:
         stepwise = DraftModelDrafter(draft_runtime, plan.gamma, plan.exit_threshold, target=runtime.model)
+        stepwise.unsafe_tokens = runtime.unsafe_tokens  # the target's passes verify the draft
     if plan.prompt_lookup is None:
         return stepwise if plan.gamma else NoDrafter()
     lookup = PromptLookupDrafter(plan.prompt_lookup)

@@ -25,6 +25,7 @@ class StepwiseDrafter(Drafter):
 
     def __init__(self, runtime: Runtime, gamma: int, exit_threshold: float | None = None) -> None:
         self.runtime, self.gamma, self.exit_threshold = runtime, gamma, exit_threshold
+        self.unsafe_tokens = runtime.unsafe_tokens
         if exit_threshold is not None:
             self.uncaptured_reason = "with an exit threshold, the host reads the device after every drafted token"
 
@@ -71,6 +72,8 @@ class StepwiseDrafter(Drafter):
         """The next tokens and q for logits `b 1 v`; writes the tokens into `request.sequences`, in rows `among`."""
         ends = (request.ends + step)[:, None]  # b 1
         scores = process(request.processors, logits, request.sequences, ends)[:, 0]
+        if self.unsafe_tokens is not None:
+            scores = self.unsafe_tokens.excluded(scores)
         token, q = next_tokens(scores, sampling=request.sampling)
         written = token if among is None else torch.where(among, token, request.sequences.gather(1, ends)[:, 0])
         request.sequences.scatter_(1, ends, written[:, None])

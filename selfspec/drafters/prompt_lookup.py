@@ -110,7 +110,7 @@ class PromptLookupDrafter(Drafter):
             self._indices = [NgramIndex(self.lookup.max_ngram, pad) for pad in pads]
         for row, (index, end) in enumerate(zip(self._indices, ends, strict=True)):
             index.extend(request.sequences[row, index.end : end].tolist())
-        matches = torch.tensor([index.match for index in self._indices])
+        matches = torch.tensor([index.match for index in self._indices], device="cpu")
         return matches[:, 0], matches[:, 1]
 
 

@@ -45,7 +45,7 @@ class Prompt:
         except UnicodeEncodeError:
             raise InputError(f"{self.source} holds a lone surrogate, which is no character; remove it") from None
         ids = tokenizer(text, add_special_tokens=not self.messages, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
+        return torch.tensor(ids, dtype=torch.long, device="cpu")
 
     def _templated(self, tokenizer: PreTrainedTokenizerBase) -> str:
         from jinja2 import TemplateError

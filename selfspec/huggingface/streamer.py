@@ -24,5 +24,6 @@ class Streamed:
         ready = [len(row) for index, row in enumerate(self.rows) if not self.request.has_ended(index)]
         until, pad = min(ready) if ready else max(map(len, self.rows)), self.request.pad_token
         for step in range(self.sent, until):
-            self.streamer.put(torch.tensor([row[step] if step < len(row) else pad for row in self.rows]))
+            tokens = [row[step] if step < len(row) else pad for row in self.rows]
+            self.streamer.put(torch.tensor(tokens, device="cpu"))
         self.sent = max(self.sent, until)

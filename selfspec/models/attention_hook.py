@@ -15,6 +15,8 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from selfspec.errors import UnsupportedModelError
+
 ATTENTION_NAME = "selfspec"
 
 
@@ -40,13 +42,18 @@ def dispatch(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    selfspec_pass: AttentionPass,
+    selfspec_pass: AttentionPass | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention function with Hugging Face's signature: forward the call to the pass."""
+    if selfspec_pass is None:
+        raise UnsupportedModelError(
+            f"attention of layer {module.layer_idx} cannot be reached: a forward above it drops its **kwargs; "
+            "hand them on to the modules inside"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     args = AttentionArgs(scale=scale, window=sliding_window, softcap=softcap)
     return selfspec_pass.attend(module, query, key, value, args), None

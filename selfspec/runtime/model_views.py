@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
 from selfspec.models.draft_weights import DraftWeights, check_memory, check_vocabulary
 from selfspec.models.model_state import ModelState
+from selfspec.models.probe import probe
 from selfspec.models.rope import longrope_switch, pin_longrope
-from selfspec.models.support import probe
 from selfspec.models.views import target_view
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.runtime.forward_pass import Backend

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from selfspec.models.draft_weights import DraftWeights
 from selfspec.models.model_state import unfixed_reason
 from selfspec.models.support import check_supported
+from selfspec.models.unsafe_tokens import unsafe_tokens
 from selfspec.plan.draft_spec import DraftSpec
 from selfspec.plan.round_costs import PassLengths
 from selfspec.plan.sublayers import SkipSet
@@ -23,7 +24,7 @@ from selfspec.runtime.kv_cache import KVCache
 from selfspec.runtime.model_views import ModelViews, ViewName
 from selfspec.runtime.passes import Passes
 from selfspec.runtime.row_buffers import RowBuffers
-from selfspec.utils.devices import device_name, dtype_name
+from selfspec.utils.devices import device_name, dtype_name, without_autocast
 
 
 class Runtime:
@@ -82,8 +83,10 @@ class Runtime:
         self._graphs = None
         self._unfixed_reason = unfixed_reason(self.model)
         self.passes = Passes(self.model.device, self._compile_option, self._unfixed_reason)
-        views = ModelViews(self.model, self.draft_spec, self._shared_weights, self._draft_memory)
+        with without_autocast(self.model.device):
+            views = ModelViews(self.model, self.draft_spec, self._shared_weights, self._draft_memory)
         self.backend: BackendChoice = choose_backend(views.needs, self._backend_name)
+        self.unsafe_tokens = unsafe_tokens(self.model)
         if self._captured_with is None and self._unfixed_reason is None:
             self._graphs = graphs_for(self.model.device, self._graphs_option)
         self._views = views
@@ -166,8 +169,7 @@ class Runtime:
     def reserve(self, rows: int, slots: int) -> None:
         """Empty the cache, and make room for `slots` tokens in each of `rows` rows.
 
-        A cache that is large enough is kept, unless it is several times as large as recent requests needed. A new cache
-        drops all compiled passes and captured graphs.
+        A cache that is large enough, and not several times too large, is kept. A new cache drops passes and graphs.
         """
         lengths = self.pass_lengths
         self._pad_passes(lengths if lengths is not None and lengths.rows == rows else None)

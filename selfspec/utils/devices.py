@@ -10,6 +10,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which `torch.autocast` is off."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype without the prefix `torch.`, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")

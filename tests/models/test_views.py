@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from models import ENDS_SKIPPED, FIRST_DROPPED, LAYERS, damped_model, prompts, tiny_model
+from models import CACHE, ENDS_SKIPPED, FIRST_DROPPED, LAYERS, VOCABULARY, damped_model, prompts, tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 import selfspec.runtime.prefill
 from selfspec import Plan, SelfSpeculator, SkipSet, UnsupportedModelError, wrap
 from selfspec.models.draft_view import attention_modules, change_draft, draft_view
+from selfspec.models.probe import probe
 from selfspec.models.rope import longrope_switch, pin_longrope
-from selfspec.models.support import probe
 from selfspec.models.views import decoder_layers, reachable_tensors, target_view
 from selfspec.runtime.runtime import Runtime
 
@@ -202,6 +203,10 @@ def changed(change: Callable[[PreTrainedModel], object], **options: Any) -> PreT
     return model
 
 
+def bias_of(value: float) -> Tensor:
+    return torch.where(torch.arange(VOCABULARY) < VOCABULARY - 3, 0.0, value)
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 OFFLOADED = {"model.layers.0": "cpu", "model.layers.1": "disk"}
 
@@ -229,11 +234,84 @@ OFFLOADED = {"model.layers.0": "cpu", "model.layers.1": "disk"}
             lambda: changed(lambda model: model.lm_head.weight.data[3].fill_(torch.inf)),
             "the model's own logits hold NaN or infinity",
         ),
+        (
+            lambda: changed(lambda model: model.lm_head.register_parameter("bias", nn.Parameter(bias_of(torch.inf)))),
+            "the model's own logits hold NaN or infinity",
+        ),
+        (
+            lambda: changed(
+                lambda model: model.lm_head.register_forward_hook(lambda *_: torch.full((1, 11, 211), -torch.inf))
+            ),
+            "the model's own logits hold NaN or infinity",
+        ),
     ],
 )
 def test_unsupported_models_are_refused_with_the_reason(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         wrap(make(), PLAN)
+
+
+class Narrow(LlamaForCausalLM):
+    """Takes the arguments that `generate` gives, and no others."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+def narrowed(select: Callable[[PreTrainedModel], nn.Module], *, takes: bool = False) -> PreTrainedModel:
+    """A model in which the forward of one module takes no further arguments, or drops them."""
+    model = tiny_model("llama")
+    module, names = select(model), ("attention_mask", "position_ids", "position_embeddings", "use_cache", CACHE)
+    inner = type(module).forward
+
+    def narrow(self: nn.Module, hidden_states: Any = None, attention_mask: Any = None, position_embeddings: Any = None):  # type: ignore[no-untyped-def]
+        return inner(self, hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings)
+
+    def drops(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return inner(self, *args, **{name: value for name, value in kwargs.items() if name in names})
+
+    module.forward = MethodType(drops if takes else narrow, module)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Narrow(tiny_model("llama").config).eval(),
+            r"the forward of Narrow \(the model itself\) takes no \*\*kwargs",
+        ),
+        (
+            lambda: narrowed(lambda model: decoder_layers(model)[2]),
+            r"the forward of LlamaDecoderLayer \(model.layers.2\) takes no \*\*kwargs.*add \*\*kwargs",
+        ),
+        (
+            lambda: narrowed(lambda model: decoder_layers(model)[5].self_attn),
+            r"the forward of LlamaAttention \(model.layers.5.self_attn\) takes no \*\*kwargs",
+        ),
+        (
+            lambda: narrowed(lambda model: decoder_layers(model)[2], takes=True),
+            r"attention of layer 2 cannot be reached: a forward above it drops its \*\*kwargs",
+        ),
+    ],
+)
+def test_a_forward_that_keeps_the_pass_from_attention_is_refused_by_name(
+    make: Callable[[], PreTrainedModel], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message) as error:
+        wrap(make(), PLAN)
+    assert "\n" not in str(error.value)
+
+
+def test_a_subclass_that_hands_its_arguments_on_is_decoded() -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 0.5
+            return output
+
+    model = Scaled(tiny_model("llama").config).eval()
+    assert_lossless(wrap(model, PLAN), model, 11, 5)
 
 
 def test_a_model_moved_to_another_device_after_wrapping_is_refused_at_the_next_call(model: PreTrainedModel) -> None:

@@ -143,7 +143,8 @@ def round_lengths(gamma_max: int, *, sparse: bool) -> list[int]:
 def _cache_tokens(model: PreTrainedModel, prompts: Sequence[Tensor], rows: int, length: int) -> Tensor:
     """Tokens `b length` that fill the cache: the prompts one after the other, then random tokens."""
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    random = torch.randint(vocabulary, (rows * length,), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    random = torch.randint(vocabulary, (rows * length,), generator=generator, device="cpu")
     joined = torch.cat([*(prompt.cpu() for prompt in prompts), random])
     return joined[: rows * length].view(rows, length)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selfspec.errors import InputError
-from selfspec.models.support import probe
+from selfspec.models.probe import probe
 from selfspec.models.views import target_view
 from selfspec.utils.sizes import in_words
 from selfspec_search.replay.recording import MOST_PADDING, batches

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from selfspec.models.attention_hook import AttentionArgs
-from selfspec.models.support import ProbePass
+from selfspec.models.probe import ProbePass
 from selfspec.models.views import run_view
 from selfspec_search.replay.processing import process_packed
 from selfspec_search.replay.texts import Text

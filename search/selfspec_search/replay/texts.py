@@ -135,7 +135,7 @@ def request_for(
     """A request, greedy by default, that ends after `new_tokens` tokens or, if `stops`, at the model's stop tokens."""
     sampling = sampling or Sampling()
     width = max(len(prompt) for prompt in prompts)
-    pads = torch.tensor([width - len(prompt) for prompt in prompts])
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device="cpu")
     # Processors read the padding, as in `generate`. Padding repeats the prompt's first token, so that a penalty on
     # repeated tokens does not change.
     rows = [torch.cat([prompt[:1].expand(width - len(prompt)), prompt]) for prompt in prompts]

@@ -100,9 +100,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with [bold]selfspec demo[/bold]. Every command answers to --help.",
+    epilog="Start with 'selfspec demo'. Every command answers to --help.",
 )
 
 
@@ -132,7 +132,7 @@ def _selfspec(
     """Self-speculative decoding by layer skipping.
 
     A model drafts with a part of its own sub-layers and checks the draft in one full pass: the same output, sooner.
-    [bold]search[/bold] finds what to skip and writes a plan; [bold]generate[/bold] decodes by it; [bold]bench[/bold]
+    search finds what to skip and writes a plan; generate decodes by it; bench
     measures it against the plain model and its rivals.
     """
 

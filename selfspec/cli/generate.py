@@ -94,11 +94,11 @@ def generate(
     ] = None,
     place: Placement,
 ) -> None:
-    """Decode by a plan, or with a draft model, as it comes: drafted tokens that were accepted in [green]green[/green],
+    """Decode by a plan, or with a draft model, as it comes: drafted tokens that were accepted in green,
     the model's own plain.
 
     Without a plan, prompt lookup drafts where it pays, by a measurement of two seconds. Greedy unless a sampling option
-    is given. The text goes to stdout, one line of figures to stderr. With [bold]--show[/bold], each token has the
+    is given. The text goes to stdout, one line of figures to stderr. With --show, each token has the
     colour of its origin: its drafter, or the model (recovered, bonus).
     """
     prompts = given.read(model)

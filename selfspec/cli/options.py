@@ -79,7 +79,7 @@ class SamplingOptions:
         typer.Option(help="Sample from tokens of at least this share of the likeliest token's probability."),
     ] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Divide the logits of earlier tokens by this; also without sampling.")
+        float | None, typer.Option(metavar="X", help="Divide the logits of earlier tokens by X.")
     ] = None
 
     def __post_init__(self) -> None:

@@ -613,7 +613,6 @@ def test_misused_draft_models_are_refused_in_one_line(
     gamma = ("--plan", plan_file, "--draft-gamma", 3)
     assert "--draft-gamma goes with --draft-model" in complaint(*generate, *gamma)
     assert "--draft-gamma goes with --draft-model" in complaint("bench", model_dir, "--prompts", prompt_file, *gamma)
-    assert run(*generate).exit_code == 2
     other = save_model(tmp_path / "other")
     text = (other / "tokenizer.json").read_text().replace('"!"', '"<other>"')
     (other / "tokenizer.json").write_text(text)

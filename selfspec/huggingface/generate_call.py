@@ -96,8 +96,8 @@ class Prepared:
         gamma = 0 if lockstep else longest_draft(plan)
         switch, width = longrope_switch(self.model), self.input_ids.shape[1]
         longest = int((width - self.pads).max())
-        if (source := _autocast_source(self.model)) is not None:
-            return PlainDecoding(self, f"{source}, which the views do not reproduce: model.generate decodes")
+        if torch.is_autocast_enabled(self.model.device.type):
+            return PlainDecoding(self, "torch.autocast is on, which no view reproduces: model.generate decodes it")
         if switch is not None and longest <= switch < longest + limit - width:  # a view serves one side of the switch
             return PlainDecoding(self, "the request crosses the longrope switch: model.generate decodes it")
         config = self.generation_config
@@ -116,14 +116,6 @@ class Prepared:
             keep_scores=returns_dict and bool(config.output_scores),
             keep_logits=returns_dict and bool(config.output_logits),
         )
-
-
-def _autocast_source(model: PreTrainedModel) -> str | None:
-    """What makes the model compute under `torch.autocast`; None if nothing does."""
-    if torch.is_autocast_enabled(model.device.type):
-        return "torch.autocast is on"
-    # Where `accelerator.prepare` keeps the forward that it replaces.
-    return "accelerate prepared the model for mixed precision" if "_original_forward" in vars(model) else None
 
 
 class Counting(StoppingCriteriaList):

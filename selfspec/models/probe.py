@@ -31,8 +31,8 @@ class ProbePass:
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
         if torch.is_autocast_enabled(query.device.type):
             raise UnsupportedModelError(
-                "the model's own forward turns on torch.autocast (accelerate's mixed precision), and the views cannot "
-                "reproduce that; wrap accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+                f"attention of layer {layer.layer_idx} runs under torch.autocast, which a forward above it turns on; "
+                "turn autocast on around generate instead"
             )
         self.shapes[int(layer.layer_idx)] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])  # type: ignore[arg-type]
         self.softcaps.add(args.softcap)

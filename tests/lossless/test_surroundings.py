@@ -12,7 +12,7 @@ from captured import CASCADE, GREEDY, PLAN, SAMPLING, batch, taped
 from models import FIRST_DROPPED, damped_model
 from pairs import tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, TextStreamer
+from transformers import LlamaForCausalLM, PreTrainedModel, TextStreamer
 
 from selfspec import Plan, SkipSet, UnsupportedModelError, UnsupportedOptionError, wrap
 
@@ -87,17 +87,30 @@ def test_a_model_that_accelerate_prepares_after_wrap_is_decoded_by_model_generat
     mixed = prepared.generate(**batch(11, 5), **GREEDY)
     assert not torch.equal(mixed, full), "mixed precision writes the same text: choose another prompt"
     assert torch.equal(spec.generate(**batch(11, 5), **GREEDY), mixed)
-    assert "accelerate prepared the model" in spec.stats.slower_paths[0]
+    assert "model.forward was replaced" in spec.stats.slower_paths[0]
 
 
 def test_a_model_that_accelerate_prepared_before_wrap_is_refused_until_it_is_unwrapped(
     model: PreTrainedModel, prepare: Callable[[PreTrainedModel], PreTrainedModel]
 ) -> None:
     prepared = prepare(copy.deepcopy(model))
-    with pytest.raises(
-        UnsupportedModelError, match=r"turns on torch.autocast.*unwrap_model\(.*keep_fp32_wrapper=False"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"model.forward was replaced"):
         wrap(prepared, PLAN)
+    unwrapped = pytest.importorskip("accelerate").utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+    spec = wrap(unwrapped, PLAN)
+    assert torch.equal(spec.generate(**batch(11), **GREEDY), model.generate(**batch(11), **GREEDY))
+    assert spec.stats.drafted
+
+
+def test_a_forward_that_turns_autocast_on_is_refused(model: PreTrainedModel) -> None:
+    class Mixed(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with autocast():
+                return super().forward(*args, **kwargs)
+
+    with pytest.raises(UnsupportedModelError, match=r"attention of layer 0 runs under torch.autocast") as error:
+        wrap(Mixed(model.config).eval(), PLAN)
+    assert "\n" not in str(error.value)
 
 
 # --- The default device ---

@@ -21,6 +21,8 @@ __all__ = ["app", "main"]
 
 RETIRED_OPTIONS = {"--other-rows": "--more-rows"}
 """Options of earlier releases, and their names today."""
+LONGEST_USAGE = 300
+"""Characters of a usage error, which repeats arguments as they were given."""
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer has no public name for the base class of its usage errors."""
 
@@ -68,6 +70,7 @@ def _usage(error: Any) -> int:
         error.show()
         return int(error.exit_code)
     message = printable(error.format_message()).rstrip(".")
+    message = message if len(message) <= LONGEST_USAGE else message[: LONGEST_USAGE - 3] + "..."
     command = error.ctx.command_path if error.ctx is not None else "selfspec"
     typer.echo(f"error: {message[:1].lower()}{message[1:]}; see '{command} --help'", err=True)
     return int(error.exit_code)

@@ -23,7 +23,6 @@ from selfspec.cli.terminal import (
     check_replaceable,
     load_model,
     progress_bar,
-    results,
     results_beside,
     tell_written,
     writable,
@@ -61,8 +60,7 @@ def demo(
     file = writable(out) if out is not None else None
     settings = _settings(trials, seed)
     loaded = load_model("demo", options.Placement(device="cpu", dtype="float32"), quiet=quiet)
-    if file is not None:
-        check_replaceable(file, loaded.model.config, force=force)
+    check_replaceable(file, loaded.model.config, force=force)
 
     import selfspec_search
 
@@ -72,7 +70,7 @@ def demo(
     from selfspec.demo import calibration_prompts, held_out_prompts
     from selfspec.huggingface.prompts import load_prompts
 
-    console = results() if file is None else results_beside(file)
+    console = results_beside(file)
     calibration, held_out = (
         load_prompts(prompts, loaded.tokenizer, context=loaded.context, new_tokens=NEW_TOKENS)
         for prompts in (calibration_prompts(), held_out_prompts())

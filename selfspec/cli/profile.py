@@ -15,7 +15,7 @@ from rich.table import Table
 from selfspec.cli import options
 from selfspec.cli.formatting import print_facts
 from selfspec.cli.options import Placement
-from selfspec.cli.terminal import asides, load_model, progress_bar, results, results_beside, tell_written, writable
+from selfspec.cli.terminal import asides, load_model, progress_bar, results_beside, tell_written, writable
 from selfspec.decode_options import Backend, Compile
 from selfspec.errors import InputError
 from selfspec.utils.settings import Described
@@ -76,7 +76,7 @@ def profile(
             contexts=lengths,
             on_cycle=lambda done, total: report(done, total, "timing passes"),
         )
-    report_profile(results() if out is None else results_beside(out), measured)
+    report_profile(results_beside(out), measured)
     if out is not None:
         write(measured, out)
     if plot is not None:

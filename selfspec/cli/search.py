@@ -135,19 +135,23 @@ def search(
     )
     if pick_again:
         _refuse_with_repick(context)
+<<<<<<< HEAD
         study_to_price, prompts = _study_of(settings), None
     else:
         study_to_price, prompts = None, files.read(model, settings.seed)
+=======
+    study_to_price = _study_of(settings) if pick_again else None
+    prompts = files.read(settings.seed) if study_to_price is None else ([], [])
+>>>>>>> input
     with _explaining_interrupts(storage) as exit_code:
         loaded = load_model(model, place, quiet=quiet)
         for plan in known:
             plan.check_fits(loaded.model.config)
         check_replaceable(out, loaded.model.config, force=force)
-        if study_to_price is not None:
-            result = _repick(loaded, study_to_price, settings, quiet=quiet)
-        else:
-            assert prompts is not None
+        if study_to_price is None:
             result = _search(loaded, *prompts, settings, quiet=quiet)
+        else:
+            result = _repick(loaded, study_to_price, settings, quiet=quiet)
     result.plan.save(out)
     report_search(results_beside(out), result)
     tell_written(out)

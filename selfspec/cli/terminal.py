@@ -64,9 +64,9 @@ def results() -> Console:
     return _Console(highlight=False, width=PIPE_WIDTH)
 
 
-def results_beside(out: Path) -> Console:
-    """Where results go beside a file: stdout; or stderr if stdout is the file."""
-    return asides() if is_stdout(out) else results()
+def results_beside(out: Path | None) -> Console:
+    """Where results go while a file may be written: stdout; or stderr if stdout is the file."""
+    return asides() if out is not None and is_stdout(out) else results()
 
 
 def asides() -> Console:
@@ -157,11 +157,11 @@ def writable(out: Path) -> Path:
     return file
 
 
-def check_replaceable(out: Path, config: PretrainedConfig, *, force: bool) -> None:
+def check_replaceable(out: Path | None, config: PretrainedConfig, *, force: bool) -> None:
     """Raise `InputError` if `out` holds anything but a plan for the model with this config, unless `force`."""
     from selfspec.plan.plan import Plan
 
-    if force or is_stream(out) or not os.path.exists(out) or not os.path.getsize(out):
+    if out is None or force or is_stream(out) or not os.path.exists(out) or not os.path.getsize(out):
         return
     try:
         with warnings.catch_warnings():

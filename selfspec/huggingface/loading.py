@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from transformers import (
 
 from selfspec.errors import InputError, excerpt, is_out_of_memory, shortened
 from selfspec.huggingface.hub import hub_unavailable_reason
-from selfspec.huggingface.model_directory import check_directory, check_size, check_sizes
+from selfspec.huggingface.model_directory import check_directory, check_generation_config, check_size, check_sizes
 from selfspec.models.support import check_supported, check_supported_config, position_limit, vocabulary_size
 from selfspec.utils.devices import device_name, dtype_name
 
@@ -95,6 +95,7 @@ def load(name: str, *, device: str = AUTO, dtype: str = AUTO) -> Loaded:
         _check_vocabulary(tokenizer, config)
     model = _model(source, name, config, kind)
     check_supported(model)
+    check_generation_config(model.generation_config, name)
     with _explained(f"model '{name}' cannot be moved to {on}", "choose another device, or a smaller dtype"):
         model = model.to(on)  # type: ignore[arg-type]
     return Loaded(name, model.eval(), tokenizer)
@@ -243,6 +244,8 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What is wrong, for the user: of an error that is not about input, the type as well."""
+    if isinstance(error, StrictDataclassError):  # the second line says what was expected
+        return " ".join(str(error).split())[:LONGEST_REASON]
     expected = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and str(error)
     return first_sentence(error) if expected else f"{type(error).__name__}: {first_sentence(error)}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from selfspec.errors import InputError, excerpt
 from selfspec.plan.strict_json import MOST_LEVELS, is_deeper
@@ -31,6 +31,8 @@ _SIZES = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**20),
 }
 """Sizes in a config, each with its largest value."""
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
 def check_directory(path: Path) -> None:
@@ -105,3 +107,19 @@ def check_size(path: Path, config: PretrainedConfig, name: str) -> None:
             f"config.json of model '{name}' describes {described} parameters, but the weights have only "
             f"{in_words(present)}: they are not whole, or belong to another config; download the model again"
         )
+
+
+def check_generation_config(config: GenerationConfig, name: str) -> None:
+    """Raise `InputError` if a token or a number of the generation config is none."""
+    for key in (*_TOKENS, *_NUMBERS):
+        value = getattr(config, key, None)
+        parts = value if key in _TOKENS and isinstance(value, list) and value else [value]
+        allowed = int if key in _TOKENS else int | float
+        for part in parts:
+            whole = part is None and value is None
+            if not whole and (not isinstance(part, allowed) or isinstance(part, bool) or abs(part) >= 2**63):
+                expected = "tokens are" if key in _TOKENS else "a number is"
+                raise InputError(
+                    f"the generation config of model '{name}' has {key} {excerpt(value)}, but {expected} expected; "
+                    "correct generation_config.json"
+                )

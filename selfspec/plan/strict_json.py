@@ -17,16 +17,20 @@ def parse_strictly(text: str, source: str) -> Any:
     """The JSON value of `text`.
 
     Raises:
-        PlanError: the text is not JSON, repeats a key, holds NaN or infinity, or nests deeper than `MOST_LEVELS`.
+        PlanError: the text is not JSON, repeats a key, holds NaN, infinity or a lone surrogate, or nests deeper than
+            `MOST_LEVELS`.
     """
     try:
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         if is_deeper(data, MOST_LEVELS):
             raise RecursionError
+        json.dumps(data, ensure_ascii=False).encode("utf8")
     except json.JSONDecodeError as error:
         raise PlanError(f"{source} is not JSON ({error.msg} at line {error.lineno}); save the plan again") from None
     except RecursionError:
         raise PlanError(f"{source} nests deeper than {MOST_LEVELS} levels; save the plan again") from None
+    except UnicodeEncodeError:
+        raise PlanError(f"{source} holds a lone surrogate, which is no character; save the plan again") from None
     except ValueError as error:  # ours, or an integer of too many digits
         raise PlanError(f"{source} is not a plan: {str(error).partition(';')[0]}; save the plan again") from None
     return data

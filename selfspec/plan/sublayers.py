@@ -93,7 +93,7 @@ class SkipSet(SublayerSet):
         return self.attn & self.mlp
 
     def __str__(self) -> str:
-        return super().__str__() or "nothing skipped"
+        return super().__str__() or "nothing"
 
 
 class QuantisedSet(SublayerSet):

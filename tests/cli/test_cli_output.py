@@ -228,7 +228,7 @@ def test_a_signal_in_the_trials_ends_them_and_a_plan_is_written(
         (("frob",), "error: no such command 'frob'; see 'selfspec --help'"),
         (("generate", "m", "--frob"), "error: no such option: --frob; see 'selfspec generate --help'"),
         (("generate", "m", "--top-k", "x"), "error: invalid value for '--top-k': "),
-        (("generate", "m", "--prompt", "x"), "error: invalid value: give --plan, or --draft-model; see"),
+        (("search", "m", "--out", "p.json"), "error: invalid value: give --prompts FILE: 32 or more prompts"),
         (("search", "m"), "error: missing option '--out'; see 'selfspec search --help'"),
         (("bench",), "error: missing argument 'MODEL'; see 'selfspec bench --help'"),
     ],

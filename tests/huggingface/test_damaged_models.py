@@ -256,3 +256,17 @@ def test_advice_is_right_for_the_command_line_and_for_python(model_dir: Path) ->
     with pytest.raises(InputError) as raised:
         load(str(model_dir), dtype="int8")
     assert "--" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eos_token_id": []}, "has eos_token_id [], but tokens are expected"),
+        ({"eos_token_id": [3, "x"]}, "has eos_token_id [3, 'x'], but tokens are expected"),
+        ({"pad_token_id": 1.5}, "has pad_token_id 1.5, but tokens are expected"),
+        ({"top_k": [20]}, "has top_k [20], but a number is expected"),
+    ],
+)
+def test_odd_values_of_a_generation_config_are_refused(model_dir: Path, values: dict[str, Any], message: str) -> None:
+    (model_dir / "generation_config.json").write_text(json.dumps(values))
+    assert message in complaint(model_dir)

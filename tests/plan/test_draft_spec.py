@@ -181,9 +181,9 @@ def test_a_draft_spec_chooses_for_every_sub_layer() -> None:
 
 def test_the_text_of_a_draft_spec() -> None:
     assert str(DRAFT_SPEC) == "skip attn 0-1 | mlp 2; int4 in groups of 64: attn 2 | mlp 0-1 | head; 3 tokens"
-    assert str(DraftSpec()) == "skip nothing skipped"
+    assert str(DraftSpec()) == "skip nothing"
     only_head = DraftSpec(quantised=Quantised(format=INT8, head=True))
-    assert str(only_head) == "skip nothing skipped; int8: head"
+    assert str(only_head) == "skip nothing; int8: head"
     assert str(Quantised(format=INT8)) == "int8: nothing"
 
 

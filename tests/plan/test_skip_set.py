@@ -28,7 +28,7 @@ def test_attention_and_mlp_are_skipped_apart() -> None:
 def test_nothing_is_skipped_by_default_and_that_is_false() -> None:
     assert not SkipSet()
     assert SkipSet(mlp={0})
-    assert str(SkipSet()) == "nothing skipped"
+    assert str(SkipSet()) == "nothing"
 
 
 def test_layers_that_lose_both_sub_layers_are_dropped() -> None:

@@ -43,7 +43,7 @@ LEAST_TOKENS = 2
 """Tokens: the shortest prompt that a search can use."""
 _OF_A_STUDY = (
     *("prompts", "held_out", "start_from", "draft", "temperature", "top_p", "top_k"),
-    *("trials", "timeout", "seed", "sampler", "gamma_max", "lookup_max", "new_tokens"),
+    *("trials", "budget", "timeout", "seed", "sampler", "gamma_max", "lookup_max", "new_tokens"),
 )
 """Options that `--repick` refuses."""
 _SET_OTHERWISE = Without({"start_from", "sampling", "storage", "study_name", "confirm", "confirm_texts", "repeats"})
@@ -135,14 +135,8 @@ def search(
     )
     if pick_again:
         _refuse_with_repick(context)
-<<<<<<< HEAD
-        study_to_price, prompts = _study_of(settings), None
-    else:
-        study_to_price, prompts = None, files.read(model, settings.seed)
-=======
     study_to_price = _study_of(settings) if pick_again else None
-    prompts = files.read(settings.seed) if study_to_price is None else ([], [])
->>>>>>> input
+    prompts = files.read(model, settings.seed) if study_to_price is None else ([], [])
     with _explaining_interrupts(storage) as exit_code:
         loaded = load_model(model, place, quiet=quiet)
         for plan in known:

@@ -227,7 +227,6 @@ def test_round_costs_without_lookup_are_read() -> None:
     [
         ({"round_costs": {"matches": [[0.5, 0.5]] * 3}}, "matches has 3 entries, but must have 5 or none"),
         ({"round_costs": {"matches": [[0.5]] * 5}}, "round_costs.0.matches.0"),
-        ({"round_costs": {"rounds": [1.0, float("nan")]}}, "round_costs.0.rounds.1"),
         ({"round_costs": {"rounds": [1.0, 0.0]}}, "round_costs.0.rounds.1"),
         ({"round_costs": {"draft_step": -1.0}}, "round_costs.0.draft_step"),
         ({"round_costs": {"agreement": []}}, "round_costs.0.agreement"),

@@ -229,6 +229,6 @@ def test_generate_writes_the_figures_of_all_prompts_to_a_file(tmp_path: Path) ->
 def test_an_unwritable_stats_file_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     command = ("generate", "no-model", "--plan", "no-plan", "--prompt", "x", "--stats")
     assert "there is no directory" in complaint(*command, tmp_path / "none" / "x.json")
-    assert "is no ordinary file" in complaint(*command, tmp_path)
+    assert "it is a directory" in complaint(*command, tmp_path)
     assert "stdout is for the text" in complaint(*command, "-")
     assert "stdout is for the text" in complaint(*command, "/dev/stdout")

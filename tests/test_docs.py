@@ -61,6 +61,7 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in linked + named if not path.exists()] == []
 
 
+@pytest.mark.slow
 def test_the_python_examples_run_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     selfspec.Plan(skip_set=selfspec.SkipSet(attn={4}), gamma=2).save("plan.json")

@@ -138,6 +138,7 @@ def test_a_search_overwrites_its_own_plan_and_an_empty_file(search: tuple[object
 # --- Closed and broken streams ---
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_and_a_closed_stderr_are_no_problem(model_dir: Path, plan_file: Path, tmp_path: Path) -> None:
     generate = ("generate", model_dir, "--plan", plan_file, "--prompt", "x", "--max-new-tokens", 3)
     for closed in (1, 2):
@@ -169,6 +170,7 @@ def test_a_reader_that_went_away_ends_the_command_quietly(asked: str, model_dir:
         assert (process.returncode, err) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_full_disk_takes_one_line(model_dir: Path, plan_file: Path) -> None:
     generate = ("generate", model_dir, "--plan", plan_file, "--prompt", "x", "--max-new-tokens", 3)
     with open("/dev/full", "w") as full:

@@ -78,6 +78,7 @@ def test_a_context_beyond_the_models_positions_takes_one_line(model_dir: Path) -
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_with_where_no_plot_is_asked_for(model_dir: Path) -> None:
     code = (
         "import sys, selfspec_search.profile.profile; selfspec_search.profile.profile.CYCLES = 1\n"

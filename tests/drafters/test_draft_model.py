@@ -351,6 +351,7 @@ def taped(plan: Plan, draft_model: PreTrainedModel | None = None) -> SelfSpecula
 
 @pytest.mark.parametrize("lookup", [None, LOOKUP])
 @pytest.mark.parametrize("lengths", [(11,), (13, 7, 1)], ids=str)
+@pytest.mark.slow
 def test_replayed_rounds_equal_uncaptured_rounds(lengths: tuple[int, ...], lookup: PromptLookup | None) -> None:
     plan = of_gamma(3, prompt_lookup=lookup)
     spec, uncaptured, given = taped(plan), wrap(llamas()[0], plan, draft_model=llamas()[1]), batch(*lengths)
@@ -374,6 +375,7 @@ def _without_reads(step: Any, *args: Any) -> Any:
         return step(*args)
 
 
+@pytest.mark.slow
 def test_replayed_rounds_catch_up_with_rounds_that_others_drafted() -> None:
     spec, period = taped(of_gamma(3), llamas()[0]), WIDEST_WITH_HEAD + 4
     with drafting_only(lambda number: not 1 <= number % period < period - 2):
@@ -382,6 +384,7 @@ def test_replayed_rounds_catch_up_with_rounds_that_others_drafted() -> None:
             assert spec.stats.acceptance_rate == 1.0
 
 
+@pytest.mark.slow
 def test_a_change_of_either_model_drops_the_graphs_of_both() -> None:
     draft_model = copy.deepcopy(llamas()[1])
     spec = taped(of_gamma(3), draft_model)

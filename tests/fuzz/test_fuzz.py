@@ -136,7 +136,7 @@ def decode(directory: Path) -> None:
     spec.generate(torch.tensor([[5, 9, 11]]), max_new_tokens=3, do_sample=False)
 
 
-@some(150, 2000)
+@some(100, 700)
 def test_configs(inputs: int, model_dir: Path) -> None:
     valid, refused = json.loads((model_dir / "config.json").read_text()), 0
     before = sorted(os.listdir(model_dir))
@@ -147,7 +147,7 @@ def test_configs(inputs: int, model_dir: Path) -> None:
     share(refused, count(inputs))
 
 
-@some(150, 2000)
+@some(100, 700)
 def test_generation_configs(inputs: int, model_dir: Path) -> None:
     valid = {"eos_token_id": [0, 7], "pad_token_id": 0, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
     for name, content in mutants(valid, count(inputs)):

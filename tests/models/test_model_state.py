@@ -202,6 +202,7 @@ def test_model_generate_decodes_while_the_whole_models_forward_is_replaced(model
     assert spec.stats.drafted
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_of_the_model_is_its_own(model: PreTrainedModel) -> None:
     model.forward = torch.compile(model.forward, backend="eager")
     assert wrap(model, PLAN).runtime.follow() is None

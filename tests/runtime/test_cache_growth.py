@@ -107,7 +107,9 @@ def repetitive(*lengths: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("captured", [False, True], ids=["uncaptured", "captured"])
+@pytest.mark.parametrize(
+    "captured", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["uncaptured", "captured"]
+)
 def test_growth_changes_neither_the_text_nor_the_rounds(
     name: str, captured: bool, llama: PreTrainedModel, small_rooms: None, growths: list[int]
 ) -> None:
@@ -181,6 +183,7 @@ def test_every_round_has_room_for_all_that_it_writes(
     assert max(rooms) <= LONG, "room for all new tokens only after several growths"
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one_survive_growth(
     llama: PreTrainedModel, small_rooms: None, growths: list[int], compilations: list[int]
 ) -> None:

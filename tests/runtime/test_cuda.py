@@ -205,6 +205,7 @@ def test_one_graph_serves_requests_with_other_lengths_limits_and_stop_tokens(dev
 
 
 @QUICK
+@pytest.mark.slow
 def test_a_cache_that_grows_drops_its_graphs(device: torch.device) -> None:
     model = model_on(device)
     spec = captured(model)

@@ -97,6 +97,7 @@ def test_match_shares_without_matches_are_one_half_and_unreached_depths_are_stri
 
 
 @pytest.mark.parametrize("known", [KNOWN, KNOWN.model_copy(update={"matches": [], "lookup": 0.0})])
+@pytest.mark.slow
 def test_round_costs_for_other_rows_have_new_seconds_and_the_same_agreement(
     known: RoundCosts, model: PreTrainedModel
 ) -> None:

@@ -272,7 +272,7 @@ def test_a_worker_that_would_mix_is_refused_by_what_differs(story: Story, bench:
     fewer.write_text("another prompt\nand one more\n")
     join = ("--storage", story.storage, "--study", STUDY, "--out", bench.place / "mixed.json")
     refused: list[tuple[dict[str, object], str]] = [
-        ({"gamma_max": 3}, r"with gamma_max 2 \(here 3\); choose another --study"),
+        ({"gamma_max": 3}, r"with --gamma-max 2 \(here 3\); choose another --study"),
         ({"prompts": fewer}, r"with calibration 9 \(here 1\), prompts \w+ \(here \w+\); choose"),
         ({"model": heavier}, r"with weights \w+ \(here \w+\); choose another --study"),
     ]
@@ -287,7 +287,7 @@ def test_a_storage_or_plan_that_cannot_be_written_takes_one_line_and_loses_nothi
     a_file.write_text("not a directory")
     out.write_text("an earlier plan")
     assert "cannot write" in complaint(*bench.command("--out", a_file / "plan.json"))
-    search = bench.command("--out", out)
+    search = [*bench.command("--out", out), "--force"]
     assert "there is no directory" in complaint(*search, "--storage", a_file / "plan.db")
     away = complaint(*search, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x")
     assert "cannot be used" in away

@@ -25,6 +25,8 @@ from selfspec_search.profile.timing import Call
 
 CYCLES = 15
 """Cycles: how often every call is timed, in turn."""
+TIMING_SHARE = 0.75
+"""Share of the profile's time until the cycles end; suggested paddings are timed afterwards."""
 LEAST_CYCLES = 5
 """Cycles: the fewest, however little time there is."""
 CONTEXTS = (128, 512, 2048)
@@ -140,7 +142,7 @@ def measure(
         InputError: a context is below 1 or beyond the model's positions, or `rows` is below 1.
     """
     settings, budget = settings or ProfileSettings(), budget or Budget()
-    end = perf_counter() + budget.share("profile")
+    end = perf_counter() + TIMING_SHARE * budget.share("profile")
     if settings.rows < 1:
         raise InputError(f"rows is {settings.rows}, but it must be at least 1")
     contexts = _contexts(model, contexts, prompts, gamma_max)

@@ -26,8 +26,11 @@ DRAFTED = (0, 4, 16, 1, 2, 8)
 MOST_CYCLES = 9
 """Cycles: how often each pass is timed at most."""
 LOOKUP = PromptLookup(gamma=DRAFTED[2], min_ngram=2)
-MATCHES = [[0.21, 0.60], [0.36, 0.69], [0.52, 0.77], [0.66, 0.81], [0.80, 0.90]]
-"""Agreement of prompt lookup by length class of the match. Only a start: the policy soon follows the text."""
+MATCHES = [[0.20, 0.70], [0.51, 0.76], [0.66, 0.81], [0.78, 0.83], [0.87, 0.93]]
+"""Agreement of prompt lookup by length class of the match: where the policy starts, before it follows the text.
+
+Measured by `match_shares` on 2,020 tokens that SmolLM2-135M-Instruct wrote for 24 questions of Spec-Bench.
+"""
 
 
 def quick_plan(runtime: Runtime) -> Plan:

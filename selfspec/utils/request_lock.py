@@ -17,7 +17,7 @@ class RequestLock:
     """Lets one request run at a time; requests of other threads wait.
 
     A second request of the owning thread would wait for itself, so it is refused. A request that is at work is waited
-    for without limit. A stream that nobody reads is waited for `patience` seconds, counted anew from each token read.
+    for without limit. A stream that nobody reads is waited for `patience` seconds, counted again from each token read.
     """
 
     def __init__(self, patience: float = PATIENCE) -> None:

@@ -69,7 +69,7 @@ def test_without_a_limit_nothing_is_cut() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(1000.0, (3, 8)), (170.0, (3, 4)), (60.0, (1, 4)), (30.0, (1, 2)), (0.5, (1, 1))],
+    [(1000.0, (3, 8)), (170.0, (3, 4)), (60.0, (1, 4)), (30.0, (1, 3)), (0.5, (1, 3))],
 )
 def test_confirmation_decodes_what_the_time_left_allows(seconds: float, expected: tuple[int, int]) -> None:
     budget = Budget(seconds=seconds, clock=Clock())

@@ -31,6 +31,8 @@ from selfspec_search.study.objective import Prediction, Prices, predict
 DECODING_SHARE = 0.6
 """Share of the time left: the replay of the held-out texts needs the rest, and later texts may be longer."""
 
+LEAST_TURNS = 3
+"""Decodings of each contender: the fewest that decide, even if they exceed the budget."""
 PLAIN, PADDED = "plain decoding", "plain decoding, padded"
 """Names of the two ways to decode plainly."""
 
@@ -148,7 +150,7 @@ def _affordable(budget: Budget, turn: float, repeats: int, batches: int) -> tupl
     """Repeats, and batches to decode, if all contenders together take `turn` seconds for a batch."""
     if not budget.is_limited:
         return repeats, batches
-    turns = max(1, int(DECODING_SHARE * budget.left / turn))
+    turns = max(LEAST_TURNS, int(DECODING_SHARE * budget.left / turn))
     fewer = min(repeats, max(1, turns // min(batches, LEAST_BATCHES)))
     some = min(batches, max(1, turns // fewer))
     if (fewer, some) != (repeats, batches):
